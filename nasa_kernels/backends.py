@@ -1,0 +1,96 @@
+"""Which back ends run here, which one a call takes, and one sentence why each other does not.
+
+    cuda       CUDA C++ kernels        NVIDIA GPUs, fp16 and bf16
+    triton     Triton kernels          NVIDIA GPUs of compute capability 8.0 and up
+    cpu        PyTorch's CPU attention CPU tensors
+    reference  plain PyTorch           everything, fp64 included
+
+A back end named by the caller is never replaced by another; `None` takes the first that runs.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+# Order of preference by device. On meta tensors nothing runs: a fused op gives shape and FLOPs.
+_PREFERENCE = {
+    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("cpu", "reference"),
+    "meta": ("triton",),
+}
+_DTYPES = {
+    "cuda": (torch.float16, torch.bfloat16),
+    "triton": (torch.float16, torch.bfloat16, torch.float32),
+    "cpu": (torch.float16, torch.bfloat16, torch.float32),
+    "reference": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def why_not(name: str, device: torch.device) -> str | None:
+    """None when back end `name` runs on tensors of `device`, otherwise one sentence why not."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return None if device.type in ("cpu", "meta") else "it runs on CPU tensors only"
+    if device.type == "meta":
+        return None
+    if name == "cuda":
+        return "this install was built without the CUDA C++ kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'triton>=3.6'"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        f"Triton runs on NVIDIA GPUs, not on {device.type} tensors "
+        "(TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    )
+
+
+@torch.compiler.assume_constant_result
+def available(device: torch.device) -> tuple[str, ...]:
+    """The back ends that run on tensors of `device`, in the order of `NAMES`."""
+    return tuple(name for name in NAMES if why_not(name, device) is None)
+
+
+@torch.compiler.assume_constant_result
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The back end that `backend=None` takes."""
+    for name in _PREFERENCE.get(device.type, ()):
+        if dtype in _DTYPES[name] and why_not(name, device) is None:
+            return name
+    return "reference"
+
+
+def require(function: str, name: str, q: Tensor) -> None:
+    """Raise unless back end `name` takes a call with this `q`."""
+    if name not in NAMES:
+        raise ValueError(f"{function}: backend must be None or one of {NAMES}, got {name!r}")
+    reason = _refusal(name, q.device)
+    if reason is not None:
+        here = ", ".join(repr(other) for other in available(q.device))
+        raise RuntimeError(
+            f"{function}: backend {name!r} does not run here: {reason}. Available: {here}."
+        )
+    if q.dtype not in _DTYPES[name]:
+        dtypes = ", ".join(str(dtype) for dtype in _DTYPES[name])
+        raise ValueError(
+            f"{function}: backend {name!r} takes {dtypes}, got q of {q.dtype}; "
+            "cast the inputs or use backend='reference'"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _refusal(name: str, device: torch.device) -> str | None:
+    return why_not(name, device)

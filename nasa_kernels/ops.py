@@ -1,0 +1,3 @@
+"""Registered operators."""
+
+FORWARD: dict = {}

@@ -1,0 +1,1 @@
+"""NASA on stock diffusers pipelines."""
