@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nasa_kernels import backends, ops
 from nasa_kernels.reference import nasa_attention_reference
@@ -56,12 +57,18 @@ def nasa_attention(
     Raises:
         ValueError: A shape, dtype, device, layout or number is not supported. The message names
             the tensor, what it must be and what it was.
-        RuntimeError: `backend` does not run here; the message says why, and what does. Or a
-            second derivative was asked of a fused back end: those have one derivative, only
-            `backend="reference"` has more.
+        RuntimeError: `backend` does not run here; the message says why, and what does. Or more
+            than a first reverse-mode derivative was asked of a fused back end: second
+            derivatives, forward mode and `torch.func.grad` are for `backend="reference"`.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k_pos, v_pos, k_neg, v_neg = _autocast(q, k_pos, v_pos, k_neg, v_neg)
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        cast = _autocast(q, k_pos, v_pos, k_neg, v_neg)
+        # off inside: it would round the fp32 intermediates of a back end made of PyTorch's parts
+        with torch.autocast(device, enabled=False):
+            return nasa_attention(
+                *cast, alpha, mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend
+            )
     _check_queries(q)
     k_pos, v_pos = _check_prompt(q, k_pos, v_pos, "pos")
     k_neg, v_neg = _check_prompt(q, k_neg, v_neg, "neg")
@@ -92,6 +99,7 @@ def nasa_attention(
         or v_neg.requires_grad
         or (alpha_map is not None and alpha_map.requires_grad)
     )
+    _check_transforms(q, k_pos, v_pos, k_neg, v_neg, differentiable)
     operator = (ops.ATTENTION if differentiable else ops.FORWARD)[backend]
     return operator(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha_number, scale
@@ -182,6 +190,10 @@ def _check_alpha(q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float
             raise ValueError(
                 f"nasa_attention: alpha must be a number or a tensor, got {type(alpha).__name__}"
             )
+        if torch.compiler.is_compiling():
+            # a number would be a constant of the graph, and each new one a recompilation
+            alpha = torch.full((), alpha, dtype=torch.float32, device=q.device)
+            return alpha.expand(q.shape[:3]), 0.0
         if not math.isfinite(alpha):
             raise ValueError(f"nasa_attention: alpha must be finite, got {alpha}")
         return None, float(alpha)
@@ -210,6 +222,24 @@ def _check_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"nasa_attention: scale must be finite and not 0, got {scale}")
     return (-q, -float(scale)) if scale < 0 else (q, float(scale))
+
+
+def _check_transforms(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor, differentiable: bool
+) -> None:
+    """Refuse what would lose a derivative in silence, or end in an error about something else."""
+    if differentiable and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "nasa_attention: the fused back ends do not take part in torch.func.grad and its "
+            "relatives; call .backward() or use backend='reference'"
+        )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (q, k_pos, v_pos, k_neg, v_neg)
+    ):
+        raise RuntimeError(
+            "nasa_attention: the fused back ends have no forward-mode derivative; use "
+            "backend='reference', which has"
+        )
 
 
 def _wrong_device(q: Tensor, name: str, x: Tensor) -> ValueError:

@@ -271,11 +271,12 @@ def backward(
 ):
     """The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg and the alpha map."""
     b, l, h, d = q.shape
-    nothing = q.new_empty(0)
     if do.stride(-1) != 1:
         do = do.contiguous()
     # [b, h, l]
-    lse_pos, lse_neg, u_pos, u_neg = torch.empty((4, b, h, l), dtype=torch.float32, device=q.device)
+    lse_pos, lse_neg, u_pos, u_neg = torch.empty(
+        (4, b, h, l), dtype=torch.float32, device=q.device
+    )
     dq = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device) if needs[0] else None
     align = alignment(do, q, k_pos, v_pos, k_neg, v_neg)
     if q.numel() > 0:
@@ -297,25 +298,26 @@ def backward(
             )  # fmt: skip
 
     def keys(k, v, mask, lse, u, negative):
-        return _key_gradients(
+        needed = needs[3:5] if negative else needs[1:3]
+        if not any(needed):
+            return q.new_empty(0), q.new_empty(0)
+        found = _key_gradients(
             do, q, k, v, mask, alpha_map if negative else None, lse, u, alpha, scale, negative, align
         )
+        return (x if wanted else q.new_empty(0) for x, wanted in zip(found, needed, strict=True))
 
-    dk_pos, dv_pos = dk_neg, dv_neg = nothing, nothing
-    if needs[1] or needs[2]:
-        dk_pos, dv_pos = keys(k_pos, v_pos, mask_pos, lse_pos, u_pos, negative=False)
-    if needs[3] or needs[4]:
-        dk_neg, dv_neg = keys(k_neg, v_neg, mask_neg, lse_neg, u_neg, negative=True)
+    dk_pos, dv_pos = keys(k_pos, v_pos, mask_pos, lse_pos, u_pos, negative=False)
+    dk_neg, dv_neg = keys(k_neg, v_neg, mask_neg, lse_neg, u_neg, negative=True)
     # [b, h, l] -> [b, l, h]
-    dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else nothing
-    return nothing if dq is None else dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha
+    dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else u_neg.new_empty(0)
+    return q.new_empty(0) if dq is None else dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha
 
 
 def _key_gradients(do, q, k, v, mask, alpha_map, lse, u, alpha, scale, negative, align):
     b, l, h, d = q.shape
     n = k.shape[1]
     if q.numel() == 0 or n == 0:
-        return k.new_zeros(k.shape), v.new_zeros(v.shape)
+        return q.new_zeros(k.shape), q.new_zeros(v.shape)
     config = backward_keys_config(d, q.dtype)
     keys = min(n, config.BLOCK_N)
     blocks = triton.cdiv(n, keys)
@@ -324,7 +326,7 @@ def _key_gradients(do, q, k, v, mask, alpha_map, lse, u, alpha, scale, negative,
         triton.cdiv(l, config.BLOCK_L), triton.cdiv(multiprocessors(q.device), b * h * blocks)
     )
     dtype = q.dtype if splits == 1 else torch.float32
-    dk, dv = torch.empty((2, splits, b, n, h, d), dtype=dtype, device=q.device)
+    dk, dv = (torch.empty((splits, b, n, h, d), dtype=dtype, device=q.device) for _ in range(2))
     with on_device(q):
         key_kernel[blocks, b * h, splits](
             do, q, k, v, mask, alpha_map, lse, u, dk, dv,

@@ -50,7 +50,7 @@ def backward_keys_config(d: int, dtype: torch.dtype) -> Config:
     """BLOCK_N is the most keys that one program owns."""
     if dtype == torch.float32:
         return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
-    if d <= 80:
+    if d <= 64:
         return Config(BLOCK_L=32, BLOCK_N=128, num_warps=8, num_stages=1, occupancy=1)
     if d <= 128:
         return Config(BLOCK_L=32, BLOCK_N=64, num_warps=8, num_stages=1, occupancy=1)

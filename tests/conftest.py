@@ -1,0 +1,41 @@
+"""Where there is no GPU, Triton kernels run in Triton's interpreter, on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # read by Triton when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    if not GPU:
+        from interpreter import repair_bf16
+
+        repair_bf16()
+
+
+def pytest_collection_modifyitems(config, items):
+    if GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: run `make gpu` on one"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not GPU:
+        skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
+        terminalreporter.write_line(f"{len(skipped)} tests need a GPU and did not run here.")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` returns NaN, so an element that a kernel forgets to write cannot look right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
