@@ -1,0 +1,30 @@
+"""A PTX interpreter in numpy: runs the text that nvcc and Triton compile, without a GPU.
+
+    kernel = ptx.load(text, "forward")
+    memory = ptx.Memory()
+    q, o = memory.upload(q_tensor), memory.upload(o_tensor)
+    report = kernel.launch(grid=(4, 2), block=128, args=[q, o, 77], memory=memory, shared_bytes=n)
+    o_tensor = memory.download(o, like=o_tensor)
+
+`parser` reads the text, `machine` schedules threads, and one file per class of instructions says
+what they do. What the hardware leaves open is decided against the kernel: asynchronous copies and
+tensor core results arrive at the last moment allowed, and until then there is poison.
+"""
+
+from .errors import (
+    BarrierMisuse,
+    Deadlock,
+    Divergence,
+    Fault,
+    Hazard,
+    Misaligned,
+    OutOfBounds,
+    Unsupported,
+)
+from .launch import LoadedKernel, Report, load
+from .memory import Memory
+
+__all__ = [
+    "BarrierMisuse", "Deadlock", "Divergence", "Fault", "Hazard", "LoadedKernel", "Memory",
+    "Misaligned", "OutOfBounds", "Report", "Unsupported", "load",
+]  # fmt: skip
