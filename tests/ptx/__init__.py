@@ -23,8 +23,9 @@ from .errors import (
 )
 from .launch import LoadedKernel, Report, load
 from .memory import Memory
+from .tensor_map import tensor_map
 
 __all__ = [
     "BarrierMisuse", "Deadlock", "Divergence", "Fault", "Hazard", "LoadedKernel", "Memory",
-    "Misaligned", "OutOfBounds", "Report", "Unsupported", "load",
+    "Misaligned", "OutOfBounds", "Report", "Unsupported", "load", "tensor_map",
 ]  # fmt: skip

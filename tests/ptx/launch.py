@@ -7,8 +7,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# importing a file registers its instructions
-from . import arithmetic, bits, control, copies, loadstore, mma, moves, parser, warp  # noqa: F401
+from . import (  # noqa: F401  # importing a file registers its instructions
+    arithmetic,
+    bits,
+    control,
+    copies,
+    loadstore,
+    mbarrier,
+    mma,
+    moves,
+    parser,
+    tma,
+    warp,
+    wgmma,
+)
 from .formats import FORMATS
 from .machine import WARP, Machine
 from .memory import Memory
@@ -72,6 +84,9 @@ class LoadedKernel:
                 kernel, grid, block, ctas, parameters, memory, shared_bytes, max_steps
             )
             machine.symbols |= constants
+            if any(code.opcode.startswith("wgmma") for code in kernel.instructions):
+                # its checks must be in place before the first instruction is bound
+                machine.unit(wgmma.TensorCores)
             machine.run()
             for code, n in zip(kernel.instructions, machine.executed, strict=True):
                 if n:

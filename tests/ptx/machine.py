@@ -88,6 +88,11 @@ class Machine:
         # one line per unfinished barrier, for the deadlock report
         self.reporters: list[Callable[[], list[str]]] = []
         self.units: dict[type, object] = {}
+        # called when all threads have exited
+        self.finishers: list[Callable[[], None]] = []
+        # register -> check(active), called before a read or a write by an ordinary instruction
+        self.read_hooks: dict[str, Callable] = {}
+        self.write_hooks: dict[str, Callable] = {}
         self.watch = None
 
     def _place(self, variables, base: int) -> int:
@@ -151,9 +156,18 @@ class Machine:
             array = self.registers[operand.name] = np.zeros(self.count, dtype)
         return array
 
-    def read(self, operand, kind: str) -> Callable:
+    def read(self, operand, kind: str, hooked: bool = True) -> Callable:
         """``active -> values``; an array ``[active]`` (packed: ``[active, 2]``) or a scalar."""
         fmt = FORMATS[kind]
+        check = self.read_hooks.get(operand.name) if isinstance(operand, Register) else None
+        if check and hooked:
+            plain = self.read(operand, kind, hooked=False)
+
+            def checked(active):
+                check(active)
+                return plain(active)
+
+            return checked
         if isinstance(operand, Special):
             view = self.special(operand.name).astype(fmt.dtype)
         elif isinstance(operand, Register):
@@ -167,19 +181,28 @@ class Machine:
             return lambda active: ~view[active]
         return view.__getitem__
 
-    def read_array(self, operand, kind: str) -> Callable:
+    def read_array(self, operand, kind: str, hooked: bool = True) -> Callable:
         """As ``read``, with constants spread over the threads."""
-        read = self.read(operand, kind)
+        read = self.read(operand, kind, hooked)
         if isinstance(operand, Register | Special):
             return read
         return lambda active: np.broadcast_to(read(active), self.size(active))
 
-    def write(self, operand, kind: str) -> Callable:
+    def write(self, operand, kind: str, hooked: bool = True) -> Callable:
         """``(active, values) -> None``; a wider register is sign- or zero-extended."""
         if operand == SINK:
             return lambda active, values: None
         if not isinstance(operand, Register):
             raise Unsupported(f"{operand} is not a register")
+        check = self.write_hooks.get(operand.name)
+        if check and hooked:
+            plain = self.write(operand, kind, hooked=False)
+
+            def checked(active, values):
+                check(active)
+                plain(active, values)
+
+            return checked
         fmt, array = FORMATS[kind], self.register(operand)
         if array.dtype == np.bool_ or array.dtype.itemsize == fmt.bytes:
             view = low_part(array, fmt)
@@ -239,6 +262,8 @@ class Machine:
             while self.groups or self._wake():
                 pc = min(self.groups)
                 left -= self._run_group(pc, self.groups.pop(pc), left)
+        for finish in self.finishers:
+            finish()
 
     def join(self, pc: int, threads: np.ndarray) -> None:
         """Let ``threads`` run at ``pc``."""
@@ -263,11 +288,11 @@ class Machine:
         if self.deferred:
             self.groups, self.deferred = self.deferred, {}
             return True
+        if not self.parked and not self.gathering:
+            return False
         for engine in self.engines:
             if engine() and self.groups:
                 return True
-        if not self.parked and not self.gathering:
-            return False
         lines = [line for report in self.reporters for line in report()]
         for pc, threads in self.gathering.items():
             lines.append(

@@ -126,35 +126,32 @@ def to_c_fragment(matrix: np.ndarray) -> np.ndarray:
     return f.transpose(0, 2, 4, 3, 1, 5).reshape(w, WARP, n // 2)
 
 
-def _accumulators(m, operand, kind: str):
-    """Readers of fp32 values, one per element: f16 accumulators come in pairs."""
-    if kind == "f32":
-        return [m.read_array(r, "f32") for r in m.vector(operand)]
-    reads = [m.read_array(r, "f16x2") for r in m.vector(operand)]
-    return [
-        (lambda active, read=read, i=i: read(active)[:, i].astype(np.float32))
-        for read in reads
-        for i in range(2)
-    ]
+def accumulator_reader(m, operand, kind: str, hooked: bool = True):
+    """``active -> fp32 [threads, elements]``: f16 accumulators come in pairs."""
+    packed = "f16x2" if kind == "f16" else kind
+    reads = [m.read_array(r, packed, hooked) for r in m.vector(operand)]
+
+    def read(active):
+        values = np.empty((m.size(active), len(reads), FORMATS[packed].lanes), np.float32)
+        for i, get in enumerate(reads):
+            values[:, i] = get(active).reshape(-1, values.shape[2])
+        return values.reshape(len(values), -1)
+
+    return read
 
 
-def accumulator_writer(m, operand, kind: str):
-    """``(active, [threads, elements] fp32) -> None``."""
-    if kind == "f32":
-        puts = [m.write(r, "f32") for r in m.vector(operand)]
+def accumulator_writer(m, operand, kind: str, hooked: bool = True):
+    """``(active, fp32 [threads, elements]) -> None``."""
+    packed = "f16x2" if kind == "f16" else kind
+    puts = [m.write(r, packed, hooked) for r in m.vector(operand)]
 
-        def write(active, values):
-            for i, put in enumerate(puts):
-                put(active, values[:, i])
-
-        return write
-    puts = [m.write(r, "f16x2") for r in m.vector(operand)]
-
-    def write_pairs(active, values):
+    def write(active, values):
+        if packed == "f16x2":
+            values = values.astype(np.float16).reshape(len(values), -1, 2)
         for i, put in enumerate(puts):
-            put(active, values[:, 2 * i : 2 * i + 2].astype(np.float16))
+            put(active, values[:, i])
 
-    return write_pairs
+    return write
 
 
 @instruction("mma.sync.aligned", together="warp")
@@ -172,14 +169,13 @@ def multiply_matrices(m, code, modifiers):
         raise Unsupported(f"{len(m.vector(a))} registers for A of k = {k}")
     a_reads = [m.read_array(r, "b32") for r in m.vector(a)]
     b_reads = [m.read_array(r, "b32") for r in m.vector(b)]
-    c_reads = _accumulators(m, c, c_kind)
+    sums = accumulator_reader(m, c, c_kind)
     write = accumulator_writer(m, destination, d_kind)
 
     def step(active):
         left = a_matrix(decode(gather_registers(a_reads, active, WARP)))
         right = b_matrix(decode(gather_registers(b_reads, active, WARP)))
         product = to_c_fragment(left @ right)
-        sums = gather_registers(c_reads, active, WARP) + product
-        write(active, sums.reshape(-1, product.shape[-1]))
+        write(active, sums(active) + product.reshape(-1, product.shape[-1]))
 
     return step

@@ -7,7 +7,8 @@ from .errors import Unsupported
 from .formats import FORMATS, f32_to_bf16
 from .isa import instruction
 from .memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
-from .parser import Vector
+from .parser import Register, Vector
+from .wgmma import TensorCores
 
 
 @instruction("mov")
@@ -20,7 +21,22 @@ def move(m, code, modifiers):
     if isinstance(source, Vector):
         return _pack(m, destination, source.items, kind)
     get, put = m.read(source, kind), m.write(destination, kind)
+    if isinstance(source, Register) and source.name in m.read_hooks:
+        return _move_accumulator(m, destination, source, kind)
     return lambda active: put(active, get(active))
+
+
+def _move_accumulator(m, destination, source, kind):
+    """A compiler may rename a wgmma accumulator that is still in flight."""
+    get, put = m.read(source, kind, hooked=False), m.write(destination, kind, hooked=False)
+    cores, check = m.unit(TensorCores), m.write_hooks[destination.name]
+
+    def step(active):
+        check(active)
+        cores.copy(source.name, destination.name, active)
+        put(active, get(active))
+
+    return step
 
 
 def _part(kind: str, count: int) -> str:

@@ -1,0 +1,117 @@
+"""Run a Triton kernel on CPU tensors: compile its PTX for a GPU that is not there and execute it.
+
+    report = ptx.run_triton(kernel, grid, {"Q": q, "O": o, "n": 77}, {"BLOCK": 64}, num_warps=4)
+
+The arguments are specialized as Triton's own launcher does: tensors and integers that divide by 16
+are marked, the integer 1 and None become constants. Results are written into the tensors.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import LoadedKernel, Report, load
+from .memory import Memory
+
+_POINTER = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.bool: "*i1", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+_compiled: dict[tuple, tuple] = {}
+
+
+def compile_triton(
+    fn, args: dict, constexprs: dict, num_warps: int = 4, num_stages: int = 3, arch: int = 90
+) -> tuple[LoadedKernel, object, list[str]]:
+    """``(kernel, Triton's compiled kernel, names of the arguments it takes)``; cached."""
+    unknown = set(args) | set(constexprs)
+    unknown ^= set(fn.arg_names)
+    if unknown:
+        raise ValueError(f"{fn.__name__}: arguments missing or unknown: {sorted(unknown)}")
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(fn.params):
+        name = parameter.name
+        value = constexprs[name] if name in constexprs else args[name]
+        kind, divisible = _specialize(value, parameter)
+        if name in constexprs or kind == "constexpr":
+            signature[name], constants[i,] = "constexpr", value
+            continue
+        signature[name] = kind
+        if divisible:
+            attributes[i,] = [["tt.divisibility", 16]]
+    key = (
+        fn, tuple(signature.items()), tuple(map(str, constants.items())), tuple(attributes),
+        num_warps, num_stages, arch,
+    )  # fmt: skip
+    if key not in _compiled:
+        source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        names = [name for name, kind in signature.items() if kind != "constexpr"]
+        _compiled[key] = load(compiled.asm["ptx"]), compiled, names
+    return _compiled[key]
+
+
+def _specialize(value, parameter) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is known to divide by 16."""
+    free = not parameter.do_not_specialize
+    if isinstance(value, torch.Tensor):
+        # a tensor lies at its storage offset from an aligned address, see Memory.upload
+        offset = value.storage_offset() * value.element_size()
+        return _POINTER[value.dtype], offset % 16 == 0 and free
+    if value is None:
+        return "constexpr", False
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int):
+        if value == 1 and free:
+            return "constexpr", False
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return kind, value % 16 == 0 and free
+    if isinstance(value, float):
+        return "fp32", False
+    return "constexpr", False
+
+
+def run_triton(
+    fn,
+    grid: tuple[int, ...] | Callable,
+    args: dict,
+    constexprs: dict,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    arch: int = 90,
+    **launch_options,
+) -> Report:
+    """Compile, run, and write the results back into the tensors of ``args``."""
+    kernel, compiled, names = compile_triton(fn, args, constexprs, num_warps, num_stages, arch)
+    grid = grid(args | constexprs) if callable(grid) else grid
+    memory = Memory()
+    addresses = {n: memory.upload(v, n) for n, v in args.items() if isinstance(v, torch.Tensor)}
+    values = [addresses.get(name, args[name]) for name in names]
+    programs = 1
+    for n in grid:
+        programs *= n
+    # hidden parameters: scratch memory, one piece per program, where the kernel asked for it
+    metadata = compiled.metadata
+    for size in (metadata.global_scratch_size, getattr(metadata, "profile_scratch_size", 0)):
+        if len(values) < len(kernel.kernel.parameters):
+            values.append(memory.allocate(size * programs, "scratch") if size else 0)
+    block = kernel.kernel.required_block or (32 * num_warps,)
+    report = kernel.launch(grid, block, values, memory, metadata.shared, **launch_options)
+    for name, address in addresses.items():
+        result = memory.download(address, args[name])
+        if not torch.equal(_bits(result), _bits(args[name])):
+            args[name].copy_(result)
+    return report
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN equals itself as an integer."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
