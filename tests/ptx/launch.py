@@ -21,12 +21,17 @@ from . import (  # noqa: F401  # importing a file registers its instructions
     warp,
     wgmma,
 )
+from .banks import BankCounter
 from .formats import FORMATS
-from .machine import WARP, Machine
+from .hazards import HazardMonitor
+from .machine import Machine
 from .memory import Memory
+from .special import WARP
 
 # enough threads to fill numpy's vectors, few enough for the registers to stay in the cache
 THREADS_PER_WAVE = 16384
+# for the clocks of the hazard checks
+HAZARD_BYTES = 1 << 27
 
 _PACK = {"f32": "<f", "f64": "<d", "f16": "<e"}
 
@@ -38,6 +43,8 @@ class Report:
     seconds: float = 0.0
     steps: int = 0
     counts: Counter = field(default_factory=Counter)
+    # line -> shared memory wavefronts beyond the necessary; None if they were not counted
+    bank_conflicts: Counter | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,24 @@ class LoadedKernel:
         args: list,
         memory: Memory,
         shared_bytes: int = 0,
+        check_races: bool = False,
+        allow_uninitialized: bool = False,
+        proxy_fences: bool = True,
+        count_bank_conflicts: bool = False,
         max_steps: int = 20_000_000,
     ) -> Report:
-        """Run the grid.
+        """Run the grid. Out-of-bounds and misaligned accesses, deadlocks, and registers touched
+        while a wgmma owns them are always errors.
 
         Args:
             args: One value per kernel parameter: an int, a float, or ``bytes`` for a struct.
             shared_bytes: Dynamic shared memory; static shared memory is added to it.
+            check_races: Raise Hazard for accesses to shared memory that no barrier orders, for
+                reads of bytes in flight or never written, and for missing proxy fences.
+            allow_uninitialized: Let shared bytes be read that nobody wrote; they are NaN.
+            proxy_fences: False leaves fence.proxy.async out of the checks: Triton before 3.9 has
+                none between cp.async and wgmma.
+            count_bank_conflicts: Fill ``report.bank_conflicts``.
             max_steps: Instructions a wave of CTAs may issue before the launch is given up.
         """
         grid, block = _three(grid), _three(block)
@@ -76,6 +94,11 @@ class LoadedKernel:
         parameters = pack_arguments(kernel, args)
         total = grid[0] * grid[1] * grid[2]
         per_wave = max(1, THREADS_PER_WAVE // threads)
+        if check_races:
+            static = sum(v.bytes for v in kernel.shared)
+            each = HazardMonitor.bytes_per_cta(kernel, static + shared_bytes, threads // WARP)
+            per_wave = max(1, min(per_wave, HAZARD_BYTES // each))
+        banks = BankCounter() if count_bank_conflicts else None
         report, start = Report(), time.perf_counter()
         constants = {v.name: _upload_variable(memory, v) for v in kernel.constants}
         for first in range(0, total, per_wave):
@@ -84,6 +107,9 @@ class LoadedKernel:
                 kernel, grid, block, ctas, parameters, memory, shared_bytes, max_steps
             )
             machine.symbols |= constants
+            machine.banks = banks
+            if check_races:
+                machine.watch = HazardMonitor(machine, allow_uninitialized, proxy_fences)
             if any(code.opcode.startswith("wgmma") for code in kernel.instructions):
                 # its checks must be in place before the first instruction is bound
                 machine.unit(wgmma.TensorCores)
@@ -91,6 +117,7 @@ class LoadedKernel:
             for code, n in zip(kernel.instructions, machine.executed, strict=True):
                 if n:
                     report.counts[code.opcode] += n
+        report.bank_conflicts = banks and banks.extra
         report.steps = report.counts.total()
         report.seconds = time.perf_counter() - start
         return report

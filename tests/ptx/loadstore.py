@@ -42,6 +42,8 @@ def locate(m, code, space: str, threads, address, size: int, write: bool, atomic
         index = m.shared.index(m.cta[threads], address, size, threads)
         if m.watch:
             m.watch.generic(code, threads, address, size, write, atomic)
+        if m.banks:
+            m.banks.count(code, threads, address, size)
         return m.shared.words(size), index
     if space == "local":
         return m.local.words(size), m.local.index(threads, address, size, threads)
@@ -169,7 +171,10 @@ def store(m, code, modifiers):
         for i in range(words):
 
             def use(target, index, mask, i=i):
-                target[index] = data[slice(None) if mask is None else mask, i]
+                mine = data[slice(None) if mask is None else mask, i]
+                target[index] = mine
+                if m.watch:
+                    m.watch.confirm(target[index].tobytes() == mine.tobytes())
 
             reach(threads, at + word * i if i else at, use)
 

@@ -11,14 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .errors import Deadlock, Fault, Unsupported
-from .formats import FORMATS, WORD, Format, low_part
+from .errors import Deadlock, Fault
 from .isa import lookup
 from .memory import Memory, PrivateMemory
-from .parser import SINK, Address, Immediate, Instruction, Kernel, Register, Special, Symbol, Vector
-from .special import WARP, special_registers
+from .operands import EVERYONE, Operands
+from .parser import Instruction, Kernel
+from .special import WARP
 
-EVERYONE = slice(None)
 # CUDA keeps the first KiB of shared memory for itself, so a null shared address is never valid
 SHARED_BASE = 1024
 
@@ -38,7 +37,7 @@ class Step:
         self.schedules = schedules
 
 
-class Machine:
+class Machine(Operands):
     def __init__(
         self,
         kernel: Kernel,
@@ -50,6 +49,7 @@ class Machine:
         shared_bytes: int,
         max_steps: int = 20_000_000,
     ):
+        super().__init__()
         self.kernel, self.grid, self.block, self.memory = kernel, grid, block, memory
         self.cta_ids, self.ctas = ctas, len(ctas)
         self.block_size = block[0] * block[1] * block[2]
@@ -59,10 +59,7 @@ class Machine:
         self.cta = self.all_threads // self.block_size
         self.warp = self.all_threads // WARP
         self.lane = self.all_threads % WARP
-        self.registers: dict[str, np.ndarray] = {}
-        self.specials: dict[str, np.ndarray] = {}
         self.parameters = np.frombuffer(parameters.ljust(-(-len(parameters) // 16) * 16), np.uint8)
-        self.symbols: dict[str, int] = {}
         static = self._place(kernel.shared, SHARED_BASE)
         self.dynamic_shared = shared_bytes
         self.shared_size = static - SHARED_BASE + shared_bytes
@@ -90,10 +87,9 @@ class Machine:
         self.units: dict[type, object] = {}
         # called when all threads have exited
         self.finishers: list[Callable[[], None]] = []
-        # register -> check(active), called before a read or a write by an ordinary instruction
-        self.read_hooks: dict[str, Callable] = {}
-        self.write_hooks: dict[str, Callable] = {}
+        # observers: a HazardMonitor and a BankCounter, where asked for
         self.watch = None
+        self.banks = None
 
     def _place(self, variables, base: int) -> int:
         """Give every variable its address; dynamic shared memory (no size) comes last."""
@@ -111,12 +107,6 @@ class Machine:
         return self.units[kind]
 
     # ---- threads -----------------------------------------------------------------------------
-
-    def threads(self, active) -> np.ndarray:
-        return self.all_threads if active is EVERYONE else active
-
-    def size(self, active) -> int:
-        return self.count if active is EVERYONE else len(active)
 
     def name_of(self, thread: int) -> str:
         cta = int(self.cta_ids[self.cta[thread]])
@@ -145,113 +135,6 @@ class Machine:
         np.bitwise_or.at(present, self.warp[active], np.uint32(1) << self.lane[active].astype("u4"))
         ok = (mask(active) & ~present[self.warp[active]]) == 0
         return active[ok], (None if ok.all() else active[~ok])
-
-    # ---- operands ----------------------------------------------------------------------------
-
-    def register(self, operand: Register) -> np.ndarray:
-        array = self.registers.get(operand.name)
-        if array is None:
-            fmt = FORMATS[operand.type]
-            dtype = np.bool_ if operand.type == "pred" else WORD[fmt.bytes]
-            array = self.registers[operand.name] = np.zeros(self.count, dtype)
-        return array
-
-    def read(self, operand, kind: str, hooked: bool = True) -> Callable:
-        """``active -> values``; an array ``[active]`` (packed: ``[active, 2]``) or a scalar."""
-        fmt = FORMATS[kind]
-        check = self.read_hooks.get(operand.name) if isinstance(operand, Register) else None
-        if check and hooked:
-            plain = self.read(operand, kind, hooked=False)
-
-            def checked(active):
-                check(active)
-                return plain(active)
-
-            return checked
-        if isinstance(operand, Special):
-            view = self.special(operand.name).astype(fmt.dtype)
-        elif isinstance(operand, Register):
-            view = low_part(self.register(operand), fmt)
-        else:
-            value = self.constant(operand, fmt)
-            return lambda active: value
-        if fmt.decode:
-            return lambda active: fmt.decode(view[active])
-        if isinstance(operand, Register) and operand.negated:
-            return lambda active: ~view[active]
-        return view.__getitem__
-
-    def read_array(self, operand, kind: str, hooked: bool = True) -> Callable:
-        """As ``read``, with constants spread over the threads."""
-        read = self.read(operand, kind, hooked)
-        if isinstance(operand, Register | Special):
-            return read
-        return lambda active: np.broadcast_to(read(active), self.size(active))
-
-    def write(self, operand, kind: str, hooked: bool = True) -> Callable:
-        """``(active, values) -> None``; a wider register is sign- or zero-extended."""
-        if operand == SINK:
-            return lambda active, values: None
-        if not isinstance(operand, Register):
-            raise Unsupported(f"{operand} is not a register")
-        check = self.write_hooks.get(operand.name)
-        if check and hooked:
-            plain = self.write(operand, kind, hooked=False)
-
-            def checked(active, values):
-                check(active)
-                plain(active, values)
-
-            return checked
-        fmt, array = FORMATS[kind], self.register(operand)
-        if array.dtype == np.bool_ or array.dtype.itemsize == fmt.bytes:
-            view = low_part(array, fmt)
-        elif array.dtype.itemsize > fmt.bytes and not fmt.is_float:
-            view = array.view(f"{'i' if fmt.is_signed else 'u'}{array.dtype.itemsize}")
-        else:
-            raise Unsupported(f"cannot write {kind} to a .{operand.type} register")
-        if fmt.encode:
-            return lambda active, values: view.__setitem__(active, fmt.encode(values))
-        return view.__setitem__
-
-    def constant(self, operand, fmt: Format):
-        if isinstance(operand, Symbol):
-            return fmt.dtype(self.symbol(operand.name))
-        if not isinstance(operand, Immediate):
-            raise Unsupported(f"{operand} is not a value")
-        if fmt.dtype is np.bool_:
-            return np.bool_(operand.value)
-        bits = operand.bits if operand.bits is not None else operand.value
-        if isinstance(bits, float) or (fmt.dtype is np.float64 and operand.bits is not None):
-            return fmt.dtype(operand.value)
-        raw = np.array(int(bits) & (1 << 8 * fmt.bytes) - 1, f"u{fmt.bytes}")
-        value = raw.reshape(1).view(fmt.dtype)
-        value = value if fmt.lanes > 1 else value[0]
-        return fmt.decode(value) if fmt.decode else value
-
-    def symbol(self, name: str) -> int:
-        if name not in self.symbols:
-            raise Unsupported(f"unknown name {name}")
-        return self.symbols[name]
-
-    def address(self, operand: Address) -> Callable:
-        """``active -> int64 [active]``."""
-        base, offset = operand.base, np.int64(operand.offset)
-        if isinstance(base, Register):
-            view = self.register(base)
-            return lambda active: view[active].astype(np.int64) + offset
-        start = 0 if base is None else self.symbol(base.name)
-        return lambda active: np.full(self.size(active), start + operand.offset, np.int64)
-
-    def vector(self, operand) -> tuple:
-        return operand.items if isinstance(operand, Vector) else (operand,)
-
-    def special(self, name: str) -> np.ndarray:
-        if not self.specials:
-            self.specials = special_registers(self)
-        if name not in self.specials:
-            raise Unsupported(f"unknown special register {name}")
-        return self.specials[name]
 
     # ---- scheduling --------------------------------------------------------------------------
 

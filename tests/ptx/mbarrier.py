@@ -65,7 +65,7 @@ class Mbarriers:
             barrier.missing[done] = barrier.count[done]
             self.timeouts = 0
             if self.m.watch:
-                self.m.watch.complete_phase(address, done)
+                self.m.watch.complete_phase(address, done, barrier.phase)
             self.m.release(("mbarrier", address), done)
 
     def time_out(self) -> bool:
@@ -134,6 +134,9 @@ def initialise(m, code, modifiers):
     def step(active):
         threads, at = m.threads(active), address(active)
         m.shared.index(m.cta[threads], at, 8, threads)
+        if m.watch:
+            m.watch.generic(code, threads, at, 8, write=True)
+            m.watch.confirm(same_value=False)
         for place, mask in _by_address(at):
             barrier = unit.barriers.setdefault(place, Barrier(m.ctas))
             ctas = m.cta[threads[mask]]
@@ -155,6 +158,8 @@ def _arrival(m, code, arrivals: Callable, size: Callable, result=SINK):
     def step(active):
         threads, at = m.threads(active), address(active)
         count, expected = arrivals(active), size(active)
+        if m.watch:
+            m.watch.initialised(code, threads, at)
         token = np.empty(len(threads), np.uint64)
         for place, mask in _by_address(at):
             ctas = m.cta[threads[mask]]
@@ -232,6 +237,8 @@ def wait(m, code, modifiers):
         threads, at = m.threads(active), address(active)
         value = wanted(active).astype(np.int64)
         done = np.empty(len(threads), bool)
+        if m.watch:
+            m.watch.initialised(code, threads, at)
         for place, mask in _by_address(at):
             ctas = m.cta[threads[mask]]
             phase = unit.at(place, ctas).phase[ctas]

@@ -12,8 +12,7 @@ from .arithmetic import types_of
 from .errors import Unsupported
 from .formats import FORMATS
 from .isa import instruction
-from .machine import WARP
-from .memory import check_alignment
+from .special import WARP
 
 
 def matrix_count(modifiers) -> int:
@@ -24,9 +23,15 @@ def _row_index(m, threads, address, matrices: int):
     """Flat 16-byte indices ``[warps, 8 * matrices]``: lane i names row i % 8 of matrix i // 8."""
     used = (np.arange(len(threads)) % WARP) < 8 * matrices
     who, at = threads[used], address[used]
-    m.shared.offsets(at, 16, who)
-    check_alignment(at, 16, who)
     return m.shared.index(m.cta[who], at, 16, who).reshape(-1, 8 * matrices), who, at
+
+
+def observe_rows(m, code, who, at, write: bool) -> None:
+    if m.watch:
+        m.watch.generic(code, who, at, 16, write)
+        m.watch.confirm(same_value=False)
+    if m.banks:
+        m.banks.count(code, who, at, 16)
 
 
 @instruction("ldmatrix", together="warp")
@@ -40,8 +45,7 @@ def load_matrix(m, code, modifiers):
 
     def step(active):
         index, who, at = _row_index(m, m.threads(active), address(active), matrices)
-        if m.watch:
-            m.watch.generic(code, who, at, 16, write=False)
+        observe_rows(m, code, who, at, write=False)
         # [warps, matrices, row, column]
         rows = m.shared.words(16)[index].view(np.uint16).reshape(-1, matrices, 8, 8)
         if transpose:
@@ -65,8 +69,7 @@ def store_matrix(m, code, modifiers):
 
     def step(active):
         index, who, at = _row_index(m, m.threads(active), address(active), matrices)
-        if m.watch:
-            m.watch.generic(code, who, at, 16, write=True)
+        observe_rows(m, code, who, at, write=True)
         values = np.stack([get(active).reshape(-1, WARP) for get in gets], 1)
         rows = values.view(np.uint16).reshape(-1, matrices, 8, 8)
         if transpose:

@@ -67,9 +67,11 @@ class BulkCopies:
         loads, self.loads = self.loads, []
         for load in loads:
             data = load.fetch()
+            self.mbarriers.at(load.barrier, np.array([load.cta]))
             self.m.shared.bytes[load.cta, load.target - self.m.shared.base] = data
             if self.m.watch:
-                self.m.watch.bulk_landed(load.code, load.cta, load.target, load.barrier)
+                phase = int(self.mbarriers.barriers[load.barrier].phase[load.cta])
+                self.m.watch.bulk_landed(load.code, load.cta, load.target, load.barrier, phase)
             cta = np.array([load.cta])
             self.mbarriers.arrive(load.barrier, cta, np.array([0]), np.array([-len(data)]))
             if self.mbarriers.barriers[load.barrier].bytes[load.cta] < 0:

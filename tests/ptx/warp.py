@@ -5,8 +5,9 @@ import numpy as np
 from .arithmetic import types_of
 from .errors import Unsupported
 from .isa import instruction
-from .machine import EVERYONE, WARP
+from .operands import EVERYONE
 from .parser import SINK, Pair
+from .special import WARP
 
 
 @instruction("shfl.sync", together="members")

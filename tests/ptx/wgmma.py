@@ -14,7 +14,6 @@ from .arithmetic import types_of
 from .errors import Hazard, Unsupported
 from .formats import FORMATS
 from .isa import instruction
-from .machine import WARP
 from .mma import (
     a_matrix,
     accumulator_reader,
@@ -24,6 +23,7 @@ from .mma import (
     to_c_fragment,
 )
 from .parser import Register, Vector
+from .special import WARP
 
 GROUP = 4 * WARP
 IDLE = -1
@@ -50,7 +50,6 @@ class TensorCores:
         self.reading: dict[str, np.ndarray] = {}
         # register -> written since the last wgmma.fence
         self.unfenced: dict[str, np.ndarray] = {}
-        # [(group, warpgroups, shared ranges)] for the hazard checks
         accumulators, sources = _registers(m.kernel)
         for name in accumulators:
             self.writing[name] = np.full(m.count, IDLE)
@@ -159,8 +158,9 @@ def chunk_offsets(size: int, layout: int, leading: int, stride: int, mn_major: b
     return i % chunks * 16 + i // chunks * leading + k % 8 * row + k // 8 * stride
 
 
-def read_operand(m, code, threads, descriptor, size: int, mn_major: bool) -> np.ndarray:
+def read_operand(m, code, active, descriptor, size: int, mn_major: bool) -> np.ndarray:
     """A matrix in shared memory as bytes ``[w, size, 32]``: 32 bytes along k per row."""
+    threads = m.threads(active)
     leaders = threads.reshape(-1, GROUP)[:, 0]
     descriptor = descriptor.reshape(-1, GROUP)
     if (descriptor != descriptor[:, :1]).any():
@@ -182,7 +182,8 @@ def read_operand(m, code, threads, descriptor, size: int, mn_major: bool) -> np.
     who = np.broadcast_to(leaders[:, None], flat.shape).reshape(-1)
     index = m.shared.index(m.cta[who], flat.reshape(-1), 16, who)
     if m.watch:
-        m.watch.async_read(code, threads, flat, 16)
+        group = m.unit(TensorCores).committed[leaders]
+        m.watch.async_read(code, leaders, flat, 16, group)
     data = m.shared.words(16)[index].view(np.uint16).reshape(*address.shape, 8)
     if mn_major:
         # [w, chunk, k, 8] -> [w, chunk, 8, k]
@@ -223,7 +224,7 @@ def multiply(m, code, modifiers):
     write = accumulator_writer(m, destination, d_kind, hooked=False)
 
     def shared_matrix(active, descriptor, size, mn_major):
-        raw = read_operand(m, code, m.threads(active), descriptor, size, mn_major)
+        raw = read_operand(m, code, active, descriptor, size, mn_major)
         # [w, size, 8 words, per] -> [w, size, k]
         return decode(raw.view(np.uint32)).reshape(-1, size, k)
 
