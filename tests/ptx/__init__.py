@@ -23,9 +23,12 @@ from .errors import (
 )
 from .launch import LoadedKernel, Report, load
 from .memory import Memory
+from .snippet import evaluate, module
 from .tensor_map import tensor_map
+from .triton_kernels import compile_triton, run_triton
 
 __all__ = [
     "BarrierMisuse", "Deadlock", "Divergence", "Fault", "Hazard", "LoadedKernel", "Memory",
-    "Misaligned", "OutOfBounds", "Report", "Unsupported", "load", "tensor_map",
+    "Misaligned", "OutOfBounds", "Report", "Unsupported", "compile_triton", "evaluate", "load",
+    "module", "run_triton", "tensor_map",
 ]  # fmt: skip

@@ -9,9 +9,6 @@ are marked, the integer 1 and None become constants. Results are written into th
 from collections.abc import Callable
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from .launch import LoadedKernel, Report, load
 from .memory import Memory
@@ -29,6 +26,11 @@ def compile_triton(
     fn, args: dict, constexprs: dict, num_warps: int = 4, num_stages: int = 3, arch: int = 90
 ) -> tuple[LoadedKernel, object, list[str]]:
     """``(kernel, Triton's compiled kernel, names of the arguments it takes)``; cached."""
+    # imported here: the interpreter also serves where Triton is not installed
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     unknown = set(args) | set(constexprs)
     unknown ^= set(fn.arg_names)
     if unknown:
