@@ -25,10 +25,10 @@ from .launch import LoadedKernel, Report, load
 from .memory import Memory
 from .snippet import evaluate, module
 from .tensor_map import tensor_map
-from .triton_kernels import compile_triton, run_triton
+from .triton_kernels import compile_triton, run_triton, triton_on_cpu
 
 __all__ = [
     "BarrierMisuse", "Deadlock", "Divergence", "Fault", "Hazard", "LoadedKernel", "Memory",
     "Misaligned", "OutOfBounds", "Report", "Unsupported", "compile_triton", "evaluate", "load",
-    "module", "run_triton", "tensor_map",
+    "module", "run_triton", "tensor_map", "triton_on_cpu",
 ]  # fmt: skip

@@ -29,7 +29,6 @@ def _row_index(m, threads, address, matrices: int):
 def observe_rows(m, code, who, at, write: bool) -> None:
     if m.watch:
         m.watch.generic(code, who, at, 16, write)
-        m.watch.confirm(same_value=False)
     if m.banks:
         m.banks.count(code, who, at, 16)
 
@@ -75,7 +74,10 @@ def store_matrix(m, code, modifiers):
         if transpose:
             rows = rows.swapaxes(2, 3)
         rows = np.ascontiguousarray(rows).reshape(-1, matrices * 8, 8)
-        m.shared.words(16)[index] = rows.view(np.complex128)[:, :, 0]
+        words, rows = m.shared.words(16), rows.view(np.complex128)[:, :, 0]
+        words[index] = rows
+        if m.watch:
+            m.watch.confirm(words[index].tobytes() == rows.tobytes())
 
     return step
 

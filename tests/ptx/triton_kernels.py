@@ -2,11 +2,16 @@
 
     report = ptx.run_triton(kernel, grid, {"Q": q, "O": o, "n": 77}, {"BLOCK": 64}, num_warps=4)
 
+    with ptx.triton_on_cpu(arch=80):
+        launcher(q, o)
+
 The arguments are specialized as Triton's own launcher does: tensors and integers that divide by 16
 are marked, the integer 1 and None become constants. Results are written into the tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -117,3 +122,23 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """NaN equals itself as an integer."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()])
+
+
+@contextmanager
+def triton_on_cpu(arch: int = 90, **launch_options) -> Iterator[list[Report]]:
+    """Every ``kernel[grid](...)`` inside runs its PTX here, launchers and all.
+
+    Yields the list of reports, one per launch.
+    """
+    from triton.runtime.jit import JITFunction
+
+    reports: list[Report] = []
+
+    def run(fn, *values, grid, warmup, num_warps=4, num_stages=3, **named):
+        args = dict(zip(fn.arg_names, values, strict=False)) | named
+        constexprs = {p.name: args.pop(p.name) for p in fn.params if p.is_constexpr}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "arch": arch}
+        reports.append(run_triton(fn, grid, args, constexprs, **options, **launch_options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield reports
