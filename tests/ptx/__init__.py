@@ -23,12 +23,12 @@ from .errors import (
 )
 from .launch import LoadedKernel, Report, load
 from .memory import Memory
-from .snippet import evaluate, module
+from .snippet import evaluate, module, program
 from .tensor_map import tensor_map
 from .triton_kernels import compile_triton, run_triton, triton_on_cpu
 
 __all__ = [
     "BarrierMisuse", "Deadlock", "Divergence", "Fault", "Hazard", "LoadedKernel", "Memory",
     "Misaligned", "OutOfBounds", "Report", "Unsupported", "compile_triton", "evaluate", "load",
-    "module", "run_triton", "tensor_map", "triton_on_cpu",
+    "module", "program", "run_triton", "tensor_map", "triton_on_cpu",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .formats import FORMATS
-from .launch import load
+from .launch import LoadedKernel, load
 from .memory import Memory
 
 _HEADER = ".version 8.4\n.target sm_90a\n.address_size 64\n"
@@ -69,3 +69,22 @@ def evaluate(code: str, d: str, **inputs: tuple[str, np.ndarray]) -> np.ndarray:
     raw = memory.download(addresses[-1], result).numpy()
     packed = FORMATS[d].lanes > 1 or FORMATS[d].decode is not None
     return raw.view(f"u{FORMATS[d].bytes}" if packed else FORMATS[d].dtype)[:count]
+
+
+def program(body: str, *pointers: str, shared_bytes: int = 0) -> LoadedKernel:
+    """A kernel of one's own: ``%t`` is the thread, ``%name`` a pointer argument per name.
+
+    Free registers are ``%r`` (b32), ``%d`` (b64), ``%h`` (b16), ``%f`` (f32) and ``%p``; shared
+    memory, where asked for, is ``buffer``.
+    """
+    lines = [
+        ".reg .b32 %t, %r<64>; .reg .b64 %d<32>; .reg .b16 %h<16>; .reg .f32 %f<64>;",
+        ".reg .pred %p<16>;",
+        f".shared .align 1024 .b8 buffer[{shared_bytes}];" if shared_bytes else "",
+        *(f".reg .b64 %{name}; ld.param.u64 %{name}, [p_{name}];" for name in pointers),
+        "mov.u32 %t, %tid.x;",
+        body,
+        "ret;",
+    ]
+    parameters = ", ".join(f".param .u64 p_{name}" for name in pointers)
+    return load(module(f".visible .entry program({parameters})\n{{\n" + "\n".join(lines) + "\n}\n"))
