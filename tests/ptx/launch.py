@@ -4,6 +4,7 @@ import struct
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -123,6 +124,7 @@ class LoadedKernel:
         return report
 
 
+@lru_cache(maxsize=64)
 def load(text: str, name: str | None = None) -> LoadedKernel:
     """One kernel of a PTX text: the only one, or the only one whose name contains ``name``."""
     return LoadedKernel(parser.load(text, name))

@@ -17,6 +17,7 @@ import torch
 
 from .launch import LoadedKernel, Report, load
 from .memory import Memory
+from .tensor_map import tensor_map
 
 _POINTER = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -71,6 +72,9 @@ def _specialize(value, parameter) -> tuple[str, bool]:
         # a tensor lies at its storage offset from an aligned address, see Memory.upload
         offset = value.storage_offset() * value.element_size()
         return _POINTER[value.dtype], offset % 16 == 0 and free
+    if _is_descriptor(value):
+        item = _POINTER[value.base.dtype][1:]
+        return f"tensordesc<{item}[{', '.join(map(str, value.block_shape))}]>", False
     if value is None:
         return "constexpr", False
     if isinstance(value, bool):
@@ -83,6 +87,11 @@ def _specialize(value, parameter) -> tuple[str, bool]:
     if isinstance(value, float):
         return "fp32", False
     return "constexpr", False
+
+
+def _is_descriptor(value) -> bool:
+    """A triton.tools.tensor_descriptor.TensorDescriptor: a tensor that TMA loads and stores."""
+    return hasattr(value, "block_shape")
 
 
 def run_triton(
@@ -99,8 +108,16 @@ def run_triton(
     kernel, compiled, names = compile_triton(fn, args, constexprs, num_warps, num_stages, arch)
     grid = grid(args | constexprs) if callable(grid) else grid
     memory = Memory()
-    addresses = {n: memory.upload(v, n) for n, v in args.items() if isinstance(v, torch.Tensor)}
-    values = [addresses.get(name, args[name]) for name in names]
+    tensors = {n: v.base if _is_descriptor(v) else v for n, v in args.items()}
+    tensors = {n: v for n, v in tensors.items() if isinstance(v, torch.Tensor)}
+    addresses = {name: memory.upload(tensor, name) for name, tensor in tensors.items()}
+    maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    values = []
+    for name in names:
+        if _is_descriptor(args[name]):
+            values += _descriptor(memory, addresses[name], args[name], next(maps))
+        else:
+            values.append(addresses.get(name, args[name]))
     programs = 1
     for n in grid:
         programs *= n
@@ -111,11 +128,23 @@ def run_triton(
             values.append(memory.allocate(size * programs, "scratch") if size else 0)
     block = kernel.kernel.required_block or (32 * num_warps,)
     report = kernel.launch(grid, block, values, memory, metadata.shared, **launch_options)
-    for name, address in addresses.items():
-        result = memory.download(address, args[name])
-        if not torch.equal(_bits(result), _bits(args[name])):
-            args[name].copy_(result)
+    for name, tensor in tensors.items():
+        result = memory.download(addresses[name], tensor)
+        if not torch.equal(_bits(result), _bits(tensor)):
+            tensor.copy_(result)
     return report
+
+
+def _descriptor(memory: Memory, address: int, descriptor, layout: dict) -> list:
+    """The parameters Triton passes: the tensor map, the shape, the strides."""
+    tensor = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
+    # CUtensorMapSwizzle: none, 32, 64, 128 bytes
+    swizzle = (0, 32, 64, 128)[layout["swizzle"]]
+    box, nan = tuple(layout["block_size"]), descriptor.padding == "nan"
+    return [
+        tensor_map(memory, address, tensor, box, swizzle, nan),
+        *descriptor.shape, *descriptor.strides,
+    ]  # fmt: skip
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
