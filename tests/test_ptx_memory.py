@@ -156,6 +156,13 @@ def test_unread_shared_memory_is_nan():
     assert out.isnan().all()
 
 
+def test_unwritten_register_is_nan():
+    out, _ = run(
+        "add.f32 %f1, %f2, 0f3F800000;" + store() + "st.global.f32 [%d2], %f1;", torch.zeros(64)
+    )
+    assert out.isnan().all()
+
+
 # ---- atomics ---------------------------------------------------------------------------------
 
 

@@ -132,6 +132,16 @@ def test_stmatrix_undoes_ldmatrix(trans):
     assert torch.equal(out, matrices)
 
 
+def test_movmatrix_transposes():
+    matrix = torch.arange(64, dtype=torch.int16).reshape(8, 8)
+    body = """
+        mad.wide.u32 %d1, %t, 4, %a; ld.global.b32 %r1, [%d1];
+        movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;
+        mad.wide.u32 %d2, %t, 4, %out; st.global.b32 [%d2], %r2;
+    """
+    assert torch.equal(run(body, torch.zeros_like(matrix), matrix), matrix.T)
+
+
 # ---- mma.sync --------------------------------------------------------------------------------
 
 SHAPES = [

@@ -25,10 +25,6 @@ class Misaligned(Fault):
     """An address that is not a multiple of the access size."""
 
 
-class Divergence(Fault):
-    """A warp or a warpgroup had to execute an instruction together and did not."""
-
-
 class BarrierMisuse(Fault):
     """An mbarrier used before init, or with more arrivals than it expects."""
 

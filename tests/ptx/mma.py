@@ -82,6 +82,18 @@ def store_matrix(m, code, modifiers):
     return step
 
 
+@instruction("movmatrix.sync.aligned", together="warp")
+def transpose_matrix(m, code, modifiers):
+    """An 8x8 matrix of 16-bit elements, a row per 4 lanes, transposed in registers."""
+    get, put = m.read_array(code.operands[1], "b32"), m.write(code.operands[0], "b32")
+
+    def step(active):
+        rows = np.ascontiguousarray(get(active)).view(np.uint16).reshape(-1, 8, 8)
+        put(active, np.ascontiguousarray(rows.swapaxes(1, 2)).view(np.uint32).reshape(-1))
+
+    return step
+
+
 # ---- fragments and matrices ------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import Unsupported
 from .formats import FORMATS, WORD, Format, low_part
+from .memory import POISON
 from .parser import SINK, Address, Immediate, Register, Special, Symbol, Vector
 from .special import special_registers
 
@@ -39,9 +40,13 @@ class Operands:
     def register(self, operand: Register) -> np.ndarray:
         array = self.registers.get(operand.name)
         if array is None:
-            fmt = FORMATS[operand.type]
-            dtype = np.bool_ if operand.type == "pred" else WORD[fmt.bytes]
-            array = self.registers[operand.name] = np.zeros(self.count, dtype)
+            if operand.type == "pred":
+                array = np.zeros(self.count, np.bool_)
+            else:
+                # a NaN until something is written
+                size = FORMATS[operand.type].bytes
+                array = np.full(self.count * size, POISON, np.uint8).view(WORD[size])
+            self.registers[operand.name] = array
         return array
 
     def read(self, operand, kind: str, hooked: bool = True) -> Callable:
