@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-# Triton before 3.9 has no proxy fence between cp.async and wgmma
+# Triton 3.6 has no proxy fence between cp.async and wgmma, 3.9 has
 FENCES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 

@@ -14,7 +14,7 @@ from nasa_kernels.reference import nasa_attention_reference
 
 triton = pytest.importorskip("triton")
 
-# Triton before 3.9 has no proxy fence between cp.async and wgmma
+# Triton 3.6 has no proxy fence between cp.async and wgmma, 3.9 has
 FENCES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -80,8 +80,8 @@ class LoadedKernel:
             check_races: Raise Hazard for accesses to shared memory that no barrier orders, for
                 reads of bytes in flight or never written, and for missing proxy fences.
             allow_uninitialized: Let shared bytes be read that nobody wrote; they are NaN.
-            proxy_fences: False leaves fence.proxy.async out of the checks: Triton before 3.9 has
-                none between cp.async and wgmma.
+            proxy_fences: False leaves fence.proxy.async out of the checks: Triton 3.6 has none
+                between cp.async and wgmma, 3.9 has.
             count_bank_conflicts: Fill ``report.bank_conflicts``.
             max_steps: Instructions a wave of CTAs may issue before the launch is given up.
         """

@@ -8,6 +8,8 @@ complete, and when there are none either, it is a deadlock.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,19 +24,17 @@ from .special import WARP
 SHARED_BASE = 1024
 
 
+@dataclass(slots=True)
 class Step:
     """One bound instruction."""
 
-    __slots__ = ("run", "guard", "split", "schedules")
-
-    def __init__(self, run, guard, split, schedules):
-        self.run = run
-        # active -> bool per active thread
-        self.guard = guard
-        # active -> (threads that are complete, threads that wait for their warp)
-        self.split = split
-        # may block, redirect or wake threads: run() returns the threads that go on
-        self.schedules = schedules
+    run: Callable
+    # active -> bool per active thread
+    guard: Callable | None
+    # active -> (threads whose warp is complete, threads that wait for theirs)
+    split: Callable | None
+    # a branch or a barrier: run() returns (pc, threads), where who goes on
+    schedules: bool
 
 
 class Machine(Operands):
@@ -80,8 +80,9 @@ class Machine(Operands):
         self.gathering: dict[int, np.ndarray] = {}
         # what threads wait for -> [(pc to resume at, threads)]
         self.parked: dict[tuple, list[tuple[int, np.ndarray]]] = {}
-        # () -> bool: complete asynchronous work when nobody can run, else describe() it
-        self.engines: list[Callable[[], bool]] = []
+        # when nobody can run: asynchronous work that completes, then waits that give up
+        self.engines: list[Callable[[], None]] = []
+        self.time_limits: list[Callable[[], bool]] = []
         # one line per unfinished barrier, for the deadlock report
         self.reporters: list[Callable[[], list[str]]] = []
         self.units: dict[type, object] = {}
@@ -141,12 +142,17 @@ class Machine(Operands):
     def run(self) -> None:
         self.join(0, self.all_threads)
         left = self.max_steps
-        with np.errstate(all="ignore"):
-            while self.groups or self._wake():
-                pc = min(self.groups)
-                left -= self._run_group(pc, self.groups.pop(pc), left)
-        for finish in self.finishers:
-            finish()
+        try:
+            with np.errstate(all="ignore"):
+                while self.groups or self._wake():
+                    pc = min(self.groups)
+                    left -= self._run_group(pc, self.groups.pop(pc), left)
+            for finish in self.finishers:
+                finish()
+        except Fault as fault:
+            # what happens between instructions has no line of its own
+            fault.where = fault.where or f"{self.kernel.name}: "
+            raise
 
     def join(self, pc: int, threads: np.ndarray) -> None:
         """Let ``threads`` run at ``pc``."""
@@ -168,21 +174,22 @@ class Machine(Operands):
 
     def _wake(self) -> bool:
         """Nobody can run: find someone who can. False when all threads have exited."""
-        if self.deferred:
-            self.groups, self.deferred = self.deferred, {}
-            return True
-        if not self.parked and not self.gathering:
+        if not self.parked and not self.gathering and not self.deferred:
             return False
         for engine in self.engines:
-            if engine() and self.groups:
-                return True
+            engine()
+        for pc, threads in self.deferred.items():
+            self.join(pc, threads)
+        self.deferred = {}
+        if self.groups or any(give_up() for give_up in self.time_limits):
+            return True
         lines = [line for report in self.reporters for line in report()]
         for pc, threads in self.gathering.items():
             lines.append(
                 f"line {self.kernel.instructions[pc].line}: {self._crowd(threads)} waits for the "
                 f"rest of its warp"
             )
-        raise Deadlock("deadlock in " + self.kernel.name + ":\n  " + "\n  ".join(lines))
+        raise Deadlock("deadlock\n  " + "\n  ".join(lines))
 
     def waiting(self, key: tuple) -> str:
         """Who waits for ``key`` and where, for reports."""
@@ -278,12 +285,11 @@ class Machine(Operands):
         guard = self.read_array(code.guard, "pred") if code.guard else None
         split = None
         if entry.together == "warp":
-            split = lambda active: self.whole(active, WARP)  # noqa: E731
+            split = partial(self.whole, size=WARP)
         elif entry.together == "warpgroup":
-            split = lambda active: self.whole(active, 4 * WARP)  # noqa: E731
+            split = partial(self.whole, size=4 * WARP)
         elif entry.together == "members":
-            mask = self.read_array(code.operands[-1], "u32")
-            split = lambda active: self.members(active, mask)  # noqa: E731
+            split = partial(self.members, mask=self.read_array(code.operands[-1], "u32"))
         self.steps[pc] = step = Step(run, guard, split, entry.schedules)
         return step
 

@@ -38,7 +38,7 @@ class Mbarriers:
         # threads whose try_wait must return false: its time limit has passed
         self.expired = np.zeros(m.count, bool)
         self.timeouts = 0
-        m.engines.append(self.time_out)
+        m.time_limits.append(self.time_out)
         m.reporters.append(self.report)
 
     def at(self, address: int, ctas: np.ndarray) -> Barrier:

@@ -51,8 +51,7 @@ class BulkCopies:
         self.stores: list[Store] = []
         self.committed = np.zeros(m.count, np.int64)
         self.mbarriers = m.unit(Mbarriers)
-        # before the mbarriers' time limit: a load that is still flying is progress
-        m.engines.insert(0, self.deliver)
+        m.engines.append(self.deliver)
         m.finishers.append(self.finish)
 
     def load(self, load: Load) -> None:
@@ -62,7 +61,7 @@ class BulkCopies:
             self.m.watch.bulk_issue(load.code, load.thread, load.target)
         self.loads.append(load)
 
-    def deliver(self) -> bool:
+    def deliver(self) -> None:
         """All loads arrive."""
         loads, self.loads = self.loads, []
         for load in loads:
@@ -80,7 +79,6 @@ class BulkCopies:
                     f"{self.mbarriers.place(load.barrier)} than its phase expects",
                     load.thread,
                 )
-        return bool(loads)
 
     def wait(self, threads: np.ndarray, keep: int) -> None:
         """Complete all but the ``keep`` newest groups of ``threads``."""
