@@ -208,6 +208,17 @@ def test_a_spinning_thread_lets_the_others_run():
     run(body, torch.zeros(1, dtype=torch.int32), max_steps=1000)
 
 
+def test_a_lock_is_passed_on():
+    """Thread by thread: a lock taken by compare and swap guards an ordinary addition."""
+    body = """
+        TRY: atom.global.cas.b32 %r1, [%a], 0, 1; setp.ne.b32 %p1, %r1, 0; @%p1 bra TRY;
+        ld.volatile.global.b32 %r2, [%out]; add.s32 %r2, %r2, 1; st.volatile.global.b32 [%out], %r2;
+        atom.global.exch.b32 %r1, [%a], 0;
+    """
+    out, _ = run(body, torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    assert out.item() == 64
+
+
 # ---- cp.async --------------------------------------------------------------------------------
 
 COPY = load(16) + "mov.u32 %r10, buffer; mad.lo.u32 %r11, %t, 16, %r10;"

@@ -32,16 +32,16 @@ def flush(x):
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
+def _flushed(compute: Callable) -> Callable:
+    return lambda *values: flush(compute(*(flush(v) for v in values)))
+
+
 def elementwise(m, code, kinds: tuple[str, ...], compute: Callable, ftz: bool = False) -> Callable:
     """``dst = compute(*sources)``; ``kinds`` are the types of dst and of every source."""
     put = m.write(code.operands[0], kinds[0])
     sources = [m.read(op, k) for op, k in zip(code.operands[1:], kinds[1:], strict=True)]
     if ftz:
-        plain = compute
-
-        def compute(*values):
-            return flush(plain(*(flush(v) for v in values)))
-
+        compute = _flushed(compute)
     # unrolled: this is the interpreter's inner loop
     if len(sources) == 1:
         (a,) = sources

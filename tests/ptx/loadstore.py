@@ -93,6 +93,11 @@ def _width(modifiers) -> tuple[str, int]:
     return kind, next((n for name, n in _VECTOR.items() if name in modifiers), 1)
 
 
+def _moved(kind: str) -> str:
+    """Bits move unchanged: bf16 is not decoded."""
+    return "b16" if FORMATS[kind].decode else kind
+
+
 def _carrier(size: int) -> tuple[int, int]:
     """A 32-byte access is two 16-byte words."""
     return (size, 1) if size <= 16 else (16, size // 16)
@@ -102,13 +107,9 @@ def _carrier(size: int) -> tuple[int, int]:
 def load(m, code, modifiers):
     check_modifiers(modifiers, *_HINTS, *_VECTOR, *_plain_spaces(modifiers))
     space, (kind, count) = space_of(modifiers), _width(modifiers)
-    items = FORMATS[kind].bytes
-    size = items * count
-    puts = [m.write(op, kind) for op in m.vector(code.operands[0])]
-    fmt = FORMATS[kind]
-    # bits move unchanged, so bf16 is not decoded
-    if fmt.decode:
-        puts = [m.write(op, "b16") for op in m.vector(code.operands[0])]
+    fmt, moved = FORMATS[kind], _moved(kind)
+    size = fmt.bytes * count
+    puts = [m.write(op, moved) for op in m.vector(code.operands[0])]
     address = m.address(code.operands[1])
     word, words = _carrier(size)
     reach = access(m, code, space, word, write=False)
@@ -137,11 +138,7 @@ def poll(m, code, modifiers):
 
     def step(active):
         plain(active)
-        if not m.groups:
-            return after, active
-        threads, early = m.threads(active), m.deferred.get(after)
-        m.deferred[after] = threads if early is None else np.sort(np.concatenate([early, threads]))
-        return after, None
+        return after, m.let_others_go(active, after)
 
     return step
 
@@ -154,8 +151,7 @@ def _plain_spaces(modifiers):
 def store(m, code, modifiers):
     check_modifiers(modifiers, *_HINTS, *_VECTOR, *_plain_spaces(modifiers))
     space, (kind, count) = space_of(modifiers), _width(modifiers)
-    fmt = FORMATS[kind]
-    moved = "b16" if fmt.decode else kind
+    fmt, moved = FORMATS[kind], _moved(kind)
     size = fmt.bytes * count
     gets = [m.read(op, moved) for op in m.vector(code.operands[1])]
     address = m.address(code.operands[0])
@@ -255,12 +251,20 @@ def _atomic(m, code, modifiers, address_operand, value_operands, result) -> Call
     return step
 
 
-@instruction("atom")
+@instruction("atom", schedules=True)
 def atomic(m, code, modifiers):
     result, address, *values = code.operands
     if "L2::cache_hint" in modifiers:
         values.pop()
-    return _atomic(m, code, modifiers, address, values, result)
+    update, after = _atomic(m, code, modifiers, address, values, result), m.pc + 1
+    # a lock: who does not get it tries again until another thread lets go
+    may_poll = "cas" in modifiers or "exch" in modifiers
+
+    def step(active):
+        update(active)
+        return after, m.let_others_go(active, after) if may_poll else active
+
+    return step
 
 
 @instruction("red")

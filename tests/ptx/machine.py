@@ -160,6 +160,14 @@ class Machine(Operands):
             here = self.groups.get(pc)
             self.groups[pc] = threads if here is None else _merge(here, threads)
 
+    def let_others_go(self, active, pc: int):
+        """For a thread that may be polling: resume at ``pc`` after all others had their turn."""
+        if not self.groups:
+            return active
+        threads, early = self.threads(active), self.deferred.get(pc)
+        self.deferred[pc] = threads if early is None else _merge(early, threads)
+        return None
+
     def park(self, key: tuple, threads: np.ndarray, pc: int) -> None:
         self.parked.setdefault(key, []).append((pc, threads))
 
