@@ -63,8 +63,6 @@ class CtaBarriers:
         # [CTA, barrier]
         self.arrived = np.zeros((m.ctas, self.COUNT), np.int64)
         self.expected = np.zeros((m.ctas, self.COUNT), np.int64)
-        # what bar.red collects: [CTA, barrier]
-        self.popc = np.zeros((m.ctas, self.COUNT), np.int64)
         m.reporters.append(self.report)
 
     def arrive(self, number: int, active, expected: int) -> np.ndarray:
@@ -79,7 +77,7 @@ class CtaBarriers:
             )
         self.expected[here > 0, number] = expected
         self.arrived[:, number] += here
-        if (self.arrived[:, number] > expected).any():
+        if (self.arrived[here > 0, number] > expected).any():
             raise BarrierMisuse(f"barrier {number}: more than {expected} threads arrived")
         if m.watch:
             m.watch.arrive(("bar", number), active)

@@ -9,6 +9,7 @@ Inside a warp the lanes are taken to be in step: a missing bar.warp.sync is not 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .special import WARP
 _NOBODY = -1
 # state of shared bytes
 _UNWRITTEN, _VALID, _IN_FLIGHT = 0, 1, 2
+_NO_BARRIER = " by another warp, without a barrier in between"
 # mbarriers of a CTA that get a clock
 _MBARRIERS = 64
 
@@ -37,15 +39,31 @@ def granule_of(kernel) -> int:
     return smallest
 
 
+class Access(NamedTuple):
+    """What some threads touch. Arrays broadcast to ``[threads, granules]``."""
+
+    code: object
+    threads: np.ndarray
+    cta: np.ndarray
+    warp: np.ndarray
+    cells: np.ndarray
+
+    def of_warp(self, warp: np.ndarray) -> "Access":
+        return self._replace(warp=warp)
+
+
 @dataclass
 class AsyncRead:
     """Shared reads of a wgmma in flight: warpgroups ``leader``, in commit groups ``group``."""
 
-    code: object
+    access: Access
     leader: np.ndarray
     group: np.ndarray
-    # [warpgroups, granules]
-    granules: np.ndarray
+
+    def select(self, mask: np.ndarray) -> "AsyncRead":
+        a = self.access
+        rows = Access(a.code, a.threads[mask], a.cta[mask], a.warp[mask], a.cells[mask])
+        return AsyncRead(rows, self.leader[mask], self.group[mask])
 
 
 class HazardMonitor:
@@ -78,7 +96,7 @@ class HazardMonitor:
         self.reads_in_flight = np.zeros((ctas, cells), np.int16)
         self.flight_line = np.zeros((ctas, cells), np.int32)
         self.async_reads: list[AsyncRead] = []
-        # the last write met another warp's write of the same instruction: _complain's arguments
+        # where the last write met another warp's write of the same instruction
         self.clash: tuple | None = None
 
     @staticmethod
@@ -87,28 +105,27 @@ class HazardMonitor:
 
     # ---- ordinary accesses -------------------------------------------------------------------
 
-    def _cells(self, address: np.ndarray, size: int) -> np.ndarray:
-        """``[accesses, granules]`` of ``size`` bytes at ``address``."""
+    def _access(self, code, threads, address: np.ndarray, size: int) -> Access:
+        """``size`` bytes per thread at ``address``."""
         first = (address - self.m.shared.base) // self.granule
-        return first[:, None] + np.arange(max(size // self.granule, 1))
+        cells = first[:, None] + np.arange(max(size // self.granule, 1))
+        return Access(code, threads, self.m.cta[threads][:, None], self._warp(threads), cells)
 
     def _warp(self, threads: np.ndarray) -> np.ndarray:
-        return threads % self.m.block_size // WARP
+        return (threads % self.m.block_size // WARP)[:, None]
 
     def generic(self, code, threads, address, size: int, write: bool, atomic: bool = False) -> None:
-        cells = self._cells(address, size)
-        cta, warp = self.m.cta[threads][:, None], self._warp(threads)[:, None]
-        self._check_seen(code, threads, cta, warp, cells, write, atomic)
+        a = self._access(code, threads, address, size)
+        self._check_seen(a, write, atomic)
         if write:
-            self._check_readers(code, threads, cta, warp, cells)
-            self._record_write(code, cta, warp, cells, generic=True)
-            clash = self.writer[cta, cells] != warp
-            self.clash = (code, threads, cells, clash, cta) if clash.any() and not atomic else None
-            self.state[cta, cells] = _VALID
-            self.write_atomic[cta, cells] = atomic
+            self._check_readers(a)
+            self._record_write(a, generic=True)
+            clash = self.writer[a.cta, a.cells] != a.warp
+            self.clash = (a, clash) if clash.any() and not atomic else None
+            self.state[a.cta, a.cells] = _VALID
+            self.write_atomic[a.cta, a.cells] = atomic
         else:
-            self.read_clock[cta, cells, warp] = self.clock[cta, warp, warp]
-            self.read_line[cta, cells] = code.line
+            self._record_read(a)
 
     def confirm(self, same_value: bool) -> None:
         """After a write: warps that wrote the same bytes at once must have written one value.
@@ -121,89 +138,60 @@ class HazardMonitor:
 
     def initialised(self, code, threads, address) -> None:
         """mbarrier operations order themselves, but init must have happened before."""
-        cells = self._cells(address, 8)
-        cta, warp = self.m.cta[threads][:, None], self._warp(threads)[:, None]
-        self._check_seen(code, threads, cta, warp, cells, write=False)
+        self._check_seen(self._access(code, threads, address, 8), write=False)
 
-    def _check_seen(self, code, threads, cta, warp, cells, write, atomic=False) -> None:
+    def _check_seen(self, a: Access, write: bool, atomic: bool = False) -> None:
         """The last write must have happened before, and have arrived."""
-        state = self.state[cta, cells]
-        if (state == _IN_FLIGHT).any():
-            self._complain(
-                code,
-                threads,
-                cells,
-                state == _IN_FLIGHT,
-                cta,
-                "{verb} {place} while the copy of line {writer} is in flight",
-                write,
-            )
-        if not write and not self.allow_uninitialized and (state == _UNWRITTEN).any():
-            self._complain(
-                code, threads, cells, state == _UNWRITTEN, cta, "reads {place}, which nobody wrote"
-            )
-        writer = self.writer[cta, cells]
-        unseen = (writer != _NOBODY) & (
-            self.write_clock[cta, cells] > self.clock[cta, warp, writer]
-        )
-        if atomic:
-            unseen &= ~self.write_atomic[cta, cells]
-        if unseen.any():
-            self._complain(
-                code,
-                threads,
-                cells,
-                unseen,
-                cta,
-                "{verb} {place}, written at line {writer} by another warp, without a "
-                "barrier in between",
-                write,
-            )
-
-    def _check_readers(self, code, threads, cta, warp, cells) -> None:
-        """All earlier reads must have happened before this write."""
-        read = self.read_clock[cta, cells]
-        unseen = (read > self.clock[cta, warp, : self.warps]).any(-1)
-        if unseen.any():
-            self._complain(
-                code,
-                threads,
-                cells,
-                unseen,
-                cta,
-                "overwrites {place}, read at line {reader} by another warp, without a "
-                "barrier in between",
-            )
-        flying = self.reads_in_flight[cta, cells] > 0
+        verb = "overwrites" if write else "reads"
+        state = self.state[a.cta, a.cells]
+        flying = state == _IN_FLIGHT
         if flying.any():
             self._complain(
-                code,
-                threads,
-                cells,
-                flying,
-                cta,
-                "overwrites {place}, which the wgmma or bulk store of line {flight} may still read",
+                a, flying, verb + " {place} while the copy of line {writer} is in flight"
             )
+        unwritten = state == _UNWRITTEN
+        if not write and not self.allow_uninitialized and unwritten.any():
+            self._complain(a, unwritten, "reads {place}, which nobody wrote")
+        writer = self.writer[a.cta, a.cells]
+        known = self.clock[a.cta, a.warp, writer]
+        unseen = (writer != _NOBODY) & (self.write_clock[a.cta, a.cells] > known)
+        if atomic:
+            unseen &= ~self.write_atomic[a.cta, a.cells]
+        if unseen.any():
+            self._complain(a, unseen, verb + " {place}, written at line {writer}" + _NO_BARRIER)
 
-    def _record_write(self, code, cta, warp, cells, generic: bool) -> None:
-        self.writer[cta, cells] = warp
-        self.write_clock[cta, cells] = self.clock[cta, warp, warp]
-        self.write_line[cta, cells] = code.line
-        self.write_generic[cta, cells] = generic
+    def _check_readers(self, a: Access) -> None:
+        """All earlier reads must have happened before this write."""
+        read = self.read_clock[a.cta, a.cells]
+        unseen = (read > self.clock[a.cta, a.warp, : self.warps]).any(-1)
+        if unseen.any():
+            self._complain(a, unseen, "overwrites {place}, read at line {reader}" + _NO_BARRIER)
+        flying = self.reads_in_flight[a.cta, a.cells] > 0
+        if flying.any():
+            what = "which the wgmma or bulk store of line {flight} may still read"
+            self._complain(a, flying, "overwrites {place}, " + what)
 
-    def _complain(self, code, threads, cells, bad, cta, message, write=False) -> None:
+    def _record_write(self, a: Access, generic: bool) -> None:
+        self.writer[a.cta, a.cells] = a.warp
+        self.write_clock[a.cta, a.cells] = self.clock[a.cta, a.warp, a.warp]
+        self.write_line[a.cta, a.cells] = a.code.line
+        self.write_generic[a.cta, a.cells] = generic
+
+    def _record_read(self, a: Access) -> None:
+        self.read_clock[a.cta, a.cells, a.warp] = self.clock[a.cta, a.warp, a.warp]
+        self.read_line[a.cta, a.cells] = a.code.line
+
+    def _complain(self, a: Access, bad: np.ndarray, message: str) -> None:
         row, column = np.argwhere(bad)[0]
-        cell = int(np.broadcast_to(cells, bad.shape)[row, column])
-        where = int(np.broadcast_to(cta, bad.shape)[row, column]), cell
-        start = self.m.shared.base + cell * self.granule
+        where = int(a.cta[row, 0]), int(a.cells[row, column])
+        start = self.m.shared.base + where[1] * self.granule
         text = message.format(
             place=f"shared {start:#x}..{start + self.granule - 1:#x}",
-            verb="overwrites" if write else "reads",
             writer=self.write_line[where],
             reader=self.read_line[where],
             flight=self.flight_line[where],
         )
-        raise Hazard(f"line {code.line}: {text}", int(threads[row]))
+        raise Hazard(f"line {a.code.line}: {text}", int(a.threads[row]))
 
     # ---- barriers ----------------------------------------------------------------------------
 
@@ -255,51 +243,39 @@ class HazardMonitor:
     # ---- cp.async ----------------------------------------------------------------------------
 
     def in_flight(self, code, threads, address, size: int) -> None:
-        cells = self._cells(address, size)
-        cta, warp = self.m.cta[threads][:, None], self._warp(threads)[:, None]
-        self._check_seen(code, threads, cta, warp, cells, write=True)
-        self._check_readers(code, threads, cta, warp, cells)
-        self._record_write(code, cta, warp, cells, generic=True)
-        self.state[cta, cells] = _IN_FLIGHT
+        a = self._access(code, threads, address, size)
+        self._check_seen(a, write=True)
+        self._check_readers(a)
+        self._record_write(a, generic=True)
+        self.state[a.cta, a.cells] = _IN_FLIGHT
 
     def landed(self, code, threads, address, size: int) -> None:
         """The issuing thread has waited: the bytes count as written now."""
-        cells = self._cells(address, size)
-        cta, warp = self.m.cta[threads][:, None], self._warp(threads)[:, None]
-        self._record_write(code, cta, warp, cells, generic=True)
-        self.state[cta, cells] = _VALID
+        a = self._access(code, threads, address, size)
+        self._record_write(a, generic=True)
+        self.state[a.cta, a.cells] = _VALID
 
     # ---- the async proxy: wgmma and TMA ------------------------------------------------------
 
-    def _hidden(self, cta, warp, cells) -> np.ndarray:
-        """Ordinary writes that no proxy fence has shown to the async proxy."""
-        writer = self.writer[cta, cells]
-        unseen = self.write_clock[cta, cells] > self.fenced[cta, warp, writer]
-        return self.write_generic[cta, cells] & unseen & self.proxy_fences
-
-    def _check_async_read(self, code, threads, cta, warp, cells) -> None:
-        self._check_seen(code, threads, cta, warp, cells, write=False)
-        hidden = self._hidden(cta, warp, cells)
-        if hidden.any():
-            self._complain(
-                code,
-                threads,
-                cells,
-                hidden,
-                cta,
-                "reads {place}, written at line {writer}, through the async proxy "
-                "without fence.proxy.async",
-            )
+    def _check_proxy(self, a: Access, verb: str) -> None:
+        """Ordinary writes must have been shown to the async proxy."""
+        writer = self.writer[a.cta, a.cells]
+        hidden = self.write_clock[a.cta, a.cells] > self.fenced[a.cta, a.warp, writer]
+        hidden &= self.write_generic[a.cta, a.cells]
+        if self.proxy_fences and hidden.any():
+            what = "written at line {writer}, through the async proxy without fence.proxy.async"
+            self._complain(a, hidden, verb + " {place}, " + what)
 
     def async_read(self, code, leader, address: np.ndarray, size: int, group) -> None:
         """wgmma: ``address [warpgroups, n]``; every warp must have seen the data."""
-        cells = self._cells(address.reshape(-1), size).reshape(len(address), -1)
-        cta, first = self.m.cta[leader][:, None], self._warp(leader)[:, None]
+        a = self._access(code, leader, address.reshape(-1), size)
+        a = a._replace(cells=a.cells.reshape(len(leader), -1), cta=self.m.cta[leader][:, None])
         for i in range(4):
-            self._check_async_read(code, leader, cta, first + i, cells)
-        np.add.at(self.reads_in_flight, (cta, cells), 1)
-        self.flight_line[cta, cells] = code.line
-        self.async_reads.append(AsyncRead(code, leader, group, cells))
+            self._check_seen(a.of_warp(a.warp + i), write=False)
+            self._check_proxy(a.of_warp(a.warp + i), "reads")
+        np.add.at(self.reads_in_flight, (a.cta, a.cells), 1)
+        self.flight_line[a.cta, a.cells] = code.line
+        self.async_reads.append(AsyncRead(a, leader, group))
 
     def async_reads_done(self, active, limit: np.ndarray) -> None:
         """The warps waited for their commit groups below ``limit [active]``."""
@@ -309,43 +285,28 @@ class HazardMonitor:
         for read in self.async_reads:
             done = read.group < limits[read.leader]
             if done.any():
-                leader, cells = read.leader[done], read.granules[done]
-                cta, first = self.m.cta[leader][:, None], self._warp(leader)[:, None]
-                np.subtract.at(self.reads_in_flight, (cta, cells), 1)
-                self.read_line[cta, cells] = read.code.line
-                for warp in (first + i for i in range(4)):
-                    self.read_clock[cta, cells, warp] = self.clock[cta, warp, warp]
+                a = read.select(done).access
+                np.subtract.at(self.reads_in_flight, (a.cta, a.cells), 1)
+                for i in range(4):
+                    self._record_read(a.of_warp(a.warp + i))
             if not done.all():
-                rest = ~done
-                left.append(
-                    AsyncRead(read.code, read.leader[rest], read.group[rest], read.granules[rest])
-                )
+                left.append(read.select(~done))
         self.async_reads = left
 
-    def _bulk(self, thread: int, target: np.ndarray):
-        """``(threads, cta, warp, cells)`` of byte addresses, once per granule."""
-        cells = np.unique((target - self.m.shared.base) // self.granule)[None]
+    def _bulk(self, code, thread: int, place: np.ndarray) -> Access:
+        """One thread's bulk copy of the bytes at ``place``, once per granule."""
+        cells = np.unique((place - self.m.shared.base) // self.granule)[None]
         threads = np.array([thread])
-        return threads, self.m.cta[threads][:, None], self._warp(threads)[:, None], cells
+        return Access(code, threads, self.m.cta[threads][:, None], self._warp(threads), cells)
 
     def bulk_issue(self, code, thread: int, target: np.ndarray) -> None:
         """A TMA load may write from now on."""
-        threads, cta, warp, cells = self._bulk(thread, target)
-        self._check_seen(code, threads, cta, warp, cells, write=True)
-        self._check_readers(code, threads, cta, warp, cells)
-        hidden = self._hidden(cta, warp, cells)
-        if hidden.any():
-            self._complain(
-                code,
-                threads,
-                cells,
-                hidden,
-                cta,
-                "overwrites {place}, written at line {writer}, through the async proxy "
-                "without fence.proxy.async",
-            )
-        self._record_write(code, cta, warp, cells, generic=False)
-        self.state[cta, cells] = _IN_FLIGHT
+        a = self._bulk(code, thread, target)
+        self._check_seen(a, write=True)
+        self._check_readers(a)
+        self._check_proxy(a, "overwrites")
+        self._record_write(a, generic=False)
+        self.state[a.cta, a.cells] = _IN_FLIGHT
 
     def bulk_landed(self, code, cta: int, target: np.ndarray, barrier: int, phase: int) -> None:
         """The mbarrier's phase ``phase`` counts these bytes: its waiters will have seen them."""
@@ -358,13 +319,13 @@ class HazardMonitor:
 
     def bulk_read(self, code, thread: int, source: np.ndarray) -> None:
         """A bulk store reads from now on, until its thread waits."""
-        threads, cta, warp, cells = self._bulk(thread, source)
-        self._check_async_read(code, threads, cta, warp, cells)
-        self.reads_in_flight[cta, cells] += 1
-        self.flight_line[cta, cells] = code.line
+        a = self._bulk(code, thread, source)
+        self._check_seen(a, write=False)
+        self._check_proxy(a, "reads")
+        self.reads_in_flight[a.cta, a.cells] += 1
+        self.flight_line[a.cta, a.cells] = code.line
 
     def bulk_read_done(self, code, thread: int, source: np.ndarray) -> None:
-        _, cta, warp, cells = self._bulk(thread, source)
-        self.reads_in_flight[cta, cells] -= 1
-        self.read_clock[cta, cells, warp] = self.clock[cta, warp, warp]
-        self.read_line[cta, cells] = code.line
+        a = self._bulk(code, thread, source)
+        self.reads_in_flight[a.cta, a.cells] -= 1
+        self._record_read(a)

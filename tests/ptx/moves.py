@@ -32,7 +32,9 @@ def _move_accumulator(m, destination, source, kind):
     cores, check = m.unit(TensorCores), m.write_hooks[destination.name]
 
     def step(active):
-        check(active)
+        # a copy over a copy in flight only renames again
+        if not cores.in_flight(source.name, active):
+            check(active)
         cores.copy(source.name, destination.name, active)
         put(active, get(active))
 
@@ -58,14 +60,14 @@ def _unpack(m, destinations, source, kind):
 
 def _pack(m, destination, sources, kind):
     part = _part(kind, len(sources))
-    gets = [m.read(s, part) for s in sources]
-    # [T, parts]
-    parts = m.register(destination).view(FORMATS[part].dtype).reshape(m.count, -1)
+    gets, put = [m.read(s, part) for s in sources], m.write(destination, kind)
+    dtype, whole = FORMATS[part].dtype, FORMATS[kind].dtype
 
     def step(active):
-        # read all before the first write: the destination may be a source
-        for i, value in enumerate([np.array(get(active)) for get in gets]):
-            parts[active, i] = value
+        parts = np.empty((m.size(active), len(gets)), dtype)
+        for i, get in enumerate(gets):
+            parts[:, i] = get(active)
+        put(active, parts.view(whole)[:, 0])
 
     return step
 
@@ -212,14 +214,14 @@ def _convert_pair(m, code, kinds, modifiers):
     if target not in ("f16x2", "bf16x2") or source != "f32" or "rn" not in modifiers:
         raise Unsupported("this two-operand cvt")
     upper, lower = (m.read(op, "f32") for op in code.operands[1:3])
-    # [T, 2]
-    halves = m.register(code.operands[0]).view(np.uint16).reshape(m.count, 2)
+    put = m.write(code.operands[0], "b32")
     encode = f32_to_bf16 if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
     relu = "relu" in modifiers
 
     def step(active):
-        both = lower(active), upper(active)
-        for i, x in enumerate([np.maximum(x, 0) if relu else x for x in both]):
-            halves[active, i] = encode(x)
+        halves = np.empty((m.size(active), 2), np.uint16)
+        for i, x in enumerate((lower(active), upper(active))):
+            halves[:, i] = encode(np.maximum(x, 0) if relu else x)
+        put(active, halves.view(np.uint32)[:, 0])
 
     return step

@@ -87,6 +87,9 @@ class TensorCores:
 
         return check
 
+    def in_flight(self, name: str, active) -> bool:
+        return bool((self.writing[name][active] != IDLE).any())
+
     def copy(self, source: str, destination: str, active) -> None:
         """mov: what holds for the source holds for the copy."""
         self.writing[destination][active] = self.writing[source][active]
