@@ -216,6 +216,21 @@ def test_named_barriers_pass_values_between_warps():
     np.testing.assert_array_equal(out.numpy(), 3 * LANES)
 
 
+def test_warps_may_name_their_own_barrier():
+    """One instruction, four barriers of one pair of warps each."""
+    body = """
+        mov.u32 %r10, buffer; mad.lo.u32 %r11, %t, 4, %r10; xor.b32 %r12, %t, 32;
+        mad.lo.u32 %r13, %r12, 4, %r10;
+        st.shared.b32 [%r11], %t;
+        shr.u32 %r14, %t, 6; add.u32 %r14, %r14, 1; barrier.sync %r14, 64;
+        ld.shared.b32 %r1, [%r13];
+        mad.wide.u32 %d1, %t, 4, %out; st.global.b32 [%d1], %r1;
+    """
+    out = run(body, torch.zeros(256, dtype=torch.int32), threads=256, shared_bytes=1024,
+              check_races=True)  # fmt: skip
+    assert torch.equal(out, torch.arange(256, dtype=torch.int32) ^ 32)
+
+
 def test_barrier_reduction():
     body = """
         setp.lt.u32 %p1, %t, 50;

@@ -66,7 +66,10 @@ class CtaBarriers:
         m.reporters.append(self.report)
 
     def arrive(self, number: int, active, expected: int) -> np.ndarray:
-        """Count ``active`` in. Returns bool per CTA: whose barrier is complete now."""
+        """Count ``active`` in; where that completes the barrier, let those go who wait.
+
+        Returns bool per CTA: whose barrier is complete now.
+        """
         m = self.m
         here = np.bincount(m.cta[active], minlength=m.ctas)
         busy = (self.arrived[:, number] > 0) & (here > 0)
@@ -82,7 +85,13 @@ class CtaBarriers:
         if m.watch:
             m.watch.arrive(("bar", number), active)
         complete = (self.arrived[:, number] == expected) & (here > 0)
-        self.arrived[complete, number] = 0
+        if complete.any():
+            self.arrived[complete, number] = 0
+            key = ("bar", number)
+            if m.watch:
+                for _, waiting in m.parked.get(key, []):
+                    m.watch.acquire(key, waiting[complete[m.cta[waiting]]])
+            m.release(key, complete)
         return complete
 
     def report(self) -> list[str]:
@@ -98,63 +107,51 @@ class CtaBarriers:
         return lines
 
 
-def _number_and_count(m, code, first: int):
-    """The barrier's id and thread count; both must be the same for all threads that come."""
-    number = m.read_array(code.operands[first], "u32")
-    count = None
-    if len(code.operands) > first + 1:
-        count = m.read_array(code.operands[first + 1], "u32")
+def _by_barrier(m, code):
+    """``active -> [(barrier, expected threads, threads)]``: consumers may each name their own."""
+    number = m.read_array(code.operands[0], "u32")
+    count = m.read_array(code.operands[1], "u32") if len(code.operands) > 1 else None
 
-    def resolve(active) -> tuple[int, int]:
-        values = [number(active)] + ([count(active)] if count else [])
-        if any((v != v[0]).any() for v in values):
-            raise Unsupported("a barrier id or count that differs between threads")
-        return int(values[0][0]), int(values[1][0]) if count else m.block_size
+    def split(active):
+        numbers = number(active)
+        counts = count(active) if count else np.full(len(numbers), m.block_size)
+        if (numbers == numbers[0]).all() and (counts == counts[0]).all():
+            return [(int(numbers[0]), int(counts[0]), m.threads(active))]
+        pairs = np.unique(np.stack([numbers, counts], 1), axis=0).tolist()
+        threads = m.threads(active)
+        return [(n, c, threads[(numbers == n) & (counts == c)]) for n, c in pairs]
 
-    return resolve
-
-
-def _wait(m, barriers, resolve, active, after):
-    number, expected = resolve(active)
-    key = ("bar", number)
-    complete = barriers.arrive(number, active, expected)
-    threads = m.threads(active)
-    go = complete[m.cta[threads]]
-    if m.watch:
-        waiting = [t for _, t in m.parked.get(key, [])]
-        everybody = np.concatenate([threads, *waiting])
-        m.watch.acquire(key, everybody[complete[m.cta[everybody]]])
-    if complete.any():
-        m.release(key, complete)
-    if not go.all():
-        m.park(key, threads[~go], after)
-    return after, active if go.all() else threads[go]
+    return split
 
 
 @instruction("bar.sync", "bar.cta.sync", "barrier.sync", "barrier.cta.sync",
              together="warp", schedules=True)  # fmt: skip
 def barrier_sync(m, code, modifiers):
-    barriers, after = m.unit(CtaBarriers), m.pc + 1
-    resolve = _number_and_count(m, code, 0)
-    return lambda active: _wait(m, barriers, resolve, active, after)
+    barriers, after, split = m.unit(CtaBarriers), m.pc + 1, _by_barrier(m, code)
+
+    def step(active):
+        going = []
+        for number, expected, threads in split(active):
+            complete = barriers.arrive(number, threads, expected)[m.cta[threads]]
+            if m.watch:
+                m.watch.acquire(("bar", number), threads[complete])
+            if not complete.all():
+                m.park(("bar", number), threads[~complete], after)
+            going.append(threads[complete])
+        go = going[0] if len(going) == 1 else np.sort(np.concatenate(going))
+        return after, active if len(go) == m.size(active) else go
+
+    return step
 
 
 @instruction("bar.arrive", "bar.cta.arrive", "barrier.arrive", "barrier.cta.arrive",
              together="warp", schedules=True)  # fmt: skip
 def barrier_arrive(m, code, modifiers):
-    barriers, after = m.unit(CtaBarriers), m.pc + 1
-    resolve = _number_and_count(m, code, 0)
+    barriers, after, split = m.unit(CtaBarriers), m.pc + 1, _by_barrier(m, code)
 
     def step(active):
-        number, expected = resolve(active)
-        complete = barriers.arrive(number, active, expected)
-        if complete.any():
-            key = ("bar", number)
-            if m.watch:
-                waiting = [t for _, t in m.parked.get(key, [])] or [m.all_threads[:0]]
-                everybody = np.concatenate(waiting)
-                m.watch.acquire(key, everybody[complete[m.cta[everybody]]])
-            m.release(key, complete)
+        for number, expected, threads in split(active):
+            barriers.arrive(number, threads, expected)
         return after, active
 
     return step
@@ -164,25 +161,26 @@ def barrier_arrive(m, code, modifiers):
              together="warp", schedules=True)  # fmt: skip
 def barrier_reduce(m, code, modifiers):
     """All threads of the CTA at once: __syncthreads_and, _or, _count."""
+    if len(code.operands) == 4:
+        raise Unsupported("bar.red with a thread count")
     barriers, after = m.unit(CtaBarriers), m.pc + 1
-    resolve = _number_and_count(m, code, 1) if len(code.operands) == 4 else None
-    first = m.read_array(code.operands[1], "u32")
-    value = m.read_array(code.operands[-1], "pred")
+    number = m.read_array(code.operands[1], "u32")
+    value = m.read_array(code.operands[2], "pred")
     put = m.write(code.operands[0], types_of(modifiers)[-1])
     how = next(x for x in modifiers if x in ("popc", "and", "or"))
 
     def step(active):
         threads = m.threads(active)
         here = np.bincount(m.cta[threads], minlength=m.ctas)
-        if ((here > 0) & (here != m.block_size)).any() or resolve:
+        if ((here > 0) & (here != m.block_size)).any():
             raise Unsupported("bar.red that part of a CTA reaches alone")
-        complete = barriers.arrive(int(first(active)[0]), active, m.block_size)
+        barriers.arrive(int(number(active)[0]), active, m.block_size)
         if m.watch:
-            m.watch.acquire(("bar", int(first(active)[0])), threads)
+            m.watch.acquire(("bar", int(number(active)[0])), threads)
         total = np.bincount(m.cta[threads], value(active), m.ctas).astype(np.int64)
         total = total[m.cta[threads]]
         put(active, {"popc": total, "and": total == m.block_size, "or": total > 0}[how])
-        return after, active if complete.any() else None
+        return after, active
 
     return step
 
