@@ -4,6 +4,7 @@ True bf16, which Triton's own interpreter does not have, and the instructions of
 mma.sync on sm_80, wgmma on sm_90. Shared memory races are looked for in every launch.
 """
 
+import re
 from typing import NamedTuple
 
 import ptx
@@ -134,3 +135,41 @@ def test_equal_prompts_cancel_to_zero(arch):
     with ptx.triton_on_cpu(arch):
         o = torch.ops.nasa_kernels.forward_triton(q, k, v, k, v, None, None, None, 1.0, 0.125)
     assert o.count_nonzero() == 0
+
+
+# what is lost from the forward kernel's PTX, and what finds it; None: the comparison with fp64
+FAULTS = {
+    "barriers": (r"bar\.sync\s+0;", ";", ptx.Hazard),
+    "waits for copies": (r"cp\.async\.wait_group\s+\d+;", ";", ptx.Hazard),
+    "waits for wgmma": (r"wgmma\.wait_group\S*\s+0;", ";", ptx.Hazard),
+    "wgmma fences": (r"wgmma\.fence\S*;", ";", ptx.Hazard),
+    "masks": (r"selp\.f32(\s+%r\d+, %r\d+), 0fFF800000,", r"selp.f32\1, 0f00000000,", None),
+    "the minus sign": (r"neg\.f32", "mov.f32", None),
+    "bounds of loads": (r"(cp\.async\.cg[^;]*), %r\d+;", r"\1;", ptx.OutOfBounds),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_found(fault):
+    """Odd lengths leave rows and keys to mask, so every one of these matters."""
+    pattern, replacement, found = FAULTS[fault]
+    case = Case(90, BF16, 64)
+    tensors, masks, _, grad_o = make_inputs(case)
+    arguments = (*tensors, *masks, None, 0.7, 0.125)
+
+    def edit(text: str) -> str:
+        edited, count = re.subn(pattern, replacement, text)
+        assert count, "the fault was not planted"
+        return edited
+
+    def run():
+        options = {"check_races": found is not None, "proxy_fences": FENCES}
+        with ptx.triton_on_cpu(90, edit=edit, **options):
+            return torch.ops.nasa_kernels.forward_triton(*arguments)
+
+    if found:
+        with pytest.raises(found):
+            run()
+        return
+    with pytest.raises(AssertionError, match="max error|^o$"):
+        assert_close("o", run(), exact(tensors, masks, 0.7, grad_o)[0], BF16)

@@ -102,10 +102,17 @@ def run_triton(
     num_warps: int = 4,
     num_stages: int = 3,
     arch: int = 90,
+    edit: Callable[[str], str] | None = None,
     **launch_options,
 ) -> Report:
-    """Compile, run, and write the results back into the tensors of ``args``."""
+    """Compile, run, and write the results back into the tensors of ``args``.
+
+    ``edit`` changes the PTX before it runs, for planted faults. Tensors that share storage are
+    copied apart.
+    """
     kernel, compiled, names = compile_triton(fn, args, constexprs, num_warps, num_stages, arch)
+    if edit:
+        kernel = load(edit(compiled.asm["ptx"]))
     grid = grid(args | constexprs) if callable(grid) else grid
     memory = Memory()
     tensors = {n: v.base if _is_descriptor(v) else v for n, v in args.items()}
