@@ -1,0 +1,20 @@
+"""The model families, and which one a denoiser belongs to."""
+
+from torch import nn
+
+from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.unet import UNet
+
+FAMILIES: tuple[Family, ...] = (UNet(),)
+
+
+def family_of(denoiser: nn.Module) -> Family:
+    """The family of a denoiser, by its class or a base class of it."""
+    names = {cls.__name__ for cls in type(denoiser).__mro__}
+    for family in FAMILIES:
+        if names & set(family.denoisers):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.denoisers)
+    raise ValueError(
+        f"enable_nasa: no family knows the denoiser {type(denoiser).__name__}; known are {known}"
+    )

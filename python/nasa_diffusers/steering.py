@@ -1,0 +1,179 @@
+"""The hook on the denoiser: it decides, call by call, what is steered and how."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from nasa_diffusers.alpha import Alpha, LayerAlpha
+from nasa_diffusers.cache import Prompt, TextCache
+from nasa_diffusers.caller import Caller, find_caller, first_guided_row
+from nasa_diffusers.families import Family
+from nasa_diffusers.layer import CrossAttentionHook, TextHook, attach, detach
+from nasa_diffusers.negative import Negative, spread
+from nasa_diffusers.steered import Steered, Term
+from nasa_diffusers.window import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """Everything a call reads. Replaced as a whole, so a call in progress keeps what it saw."""
+
+    negative: Negative
+    alpha: Alpha
+    alpha_is_default: bool
+    window: Window
+    backend: str | None
+    cfg: bool | None
+
+
+class Steering:
+    """A forward-pre-hook on one denoiser, and the hooks on its layers.
+
+    Runs outside compiled code: a compiled denoiser receives its result as one more argument.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        denoiser: nn.Module,
+        family: Family,
+        settings: Settings,
+        guided: dict[str, bool],
+        cache: TextCache,
+    ):
+        self.pipe, self.denoiser, self.family = pipe, denoiser, family
+        self.settings = settings
+        self.cache = cache
+        self.parameters = list(inspect.signature(denoiser.forward).parameters)
+        self.alphas: dict[tuple, LayerAlpha] = {}
+        self.layers = {
+            name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
+            for name, attn in family.layers(denoiser)
+        }
+        self.text_modules = [denoiser.get_submodule(name) for name in family.text_modules]
+        self._handle: Any = None
+
+    @property
+    def guided_layers(self) -> dict[str, CrossAttentionHook]:
+        return {name: hook for name, (_, hook) in self.layers.items() if hook.guided}
+
+    def attach(self) -> None:
+        for attn, hook in self.layers.values():
+            attach(attn, hook)
+        for module in self.text_modules:
+            attach(module, TextHook(self.cache))
+        self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
+
+    def detach(self) -> None:
+        self._handle.remove()
+        for attn, _ in self.layers.values():
+            detach(attn)
+        for module in self.text_modules:
+            detach(module)
+        self.cache.clear()
+
+    @torch.compiler.disable
+    def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """Put a `Steered` in place of the text; None leaves the stock call as it is."""
+        settings = self.settings
+        if settings.alpha.is_zero:
+            return None
+        caller = find_caller()
+        if not self._is_guided_step(caller, settings.window):
+            return None
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
+        if not isinstance(text, Tensor):
+            raise ValueError(
+                "nasa_diffusers: encoder_hidden_states must be one tensor [b, n, c], got "
+                f"{type(text).__name__}; a deprecated IP-Adapter call passes images there, use "
+                "ip_adapter_image_embeds"
+            )
+        first = 0
+        if self.family.doubles_batch:
+            first = first_guided_row(caller, settings.cfg, sample)
+        elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
+            return None
+        prompts = None if caller is None else caller.prompts
+        kwargs["encoder_hidden_states"] = self._steer(settings, text, sample, first, prompts)
+        return (), kwargs
+
+    def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
+        if window.is_everything:
+            return True
+        if caller is None:
+            raise RuntimeError(
+                "nasa_diffusers: start and stop are read from the pipeline that calls the "
+                "denoiser, and none does; in a loop of your own set handle.alpha to 0 where the "
+                "negative prompt must not act"
+            )
+        return window.holds(*caller.step)
+
+    def _steer(
+        self, settings: Settings, text: Tensor, sample: Tensor, first: int, prompts: int | None
+    ) -> Steered:
+        negative = self._current_negative()
+        placed = [term.rows(text, first, prompts) for term in negative.terms]
+        for embeds, _ in placed:
+            if embeds.shape[2] != text.shape[2]:
+                raise ValueError(
+                    f"nasa_diffusers: the negative prompt has {embeds.shape[2]} channels, the "
+                    f"prompt has {text.shape[2]}; encode both with the encoders of this pipeline"
+                )
+        recognised: list[Prompt | None] = [None] * (1 + len(placed))
+        if not torch.is_grad_enabled():
+            recognised = [*self.cache.recognise([text, *(embeds for embeds, _ in placed)])]
+        terms = tuple(
+            Term(
+                embeds, mask, self._alpha(settings.alpha, i, term.weight, sample, first, prompts), p
+            )
+            for i, (term, (embeds, mask), p) in enumerate(
+                zip(negative.terms, placed, recognised[1:], strict=True)
+            )
+        )
+        return Steered(text, terms, recognised[0], settings.backend)
+
+    def _current_negative(self) -> Negative:
+        """Encodes again after a text encoder changed."""
+        settings = self.settings
+        negative = settings.negative.current(self.pipe, self.family)
+        if negative is not settings.negative:
+            self.settings = replace(settings, negative=negative)
+        return negative
+
+    def _alpha(
+        self,
+        alpha: Alpha,
+        term: int,
+        weight: float,
+        sample: Tensor,
+        first: int,
+        prompts: int | None,
+    ) -> LayerAlpha:
+        """One object for all steps of the same size: its tensors are made once."""
+        key = (alpha, term, weight, tuple(sample.shape), sample.device, first, prompts)
+        if key not in self.alphas or alpha.values.requires_grad:
+            if len(self.alphas) >= 16:
+                self.alphas.clear()
+            self.alphas[key] = self._make_alpha(alpha, weight, sample, first, prompts)
+        return self.alphas[key]
+
+    def _make_alpha(
+        self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
+    ) -> LayerAlpha:
+        rows = sample.shape[0]
+        values = alpha.values.to(sample.device) * weight
+        values = spread(values, rows, first, prompts, "alpha").expand(rows)
+        guided = torch.arange(rows, device=sample.device) >= first
+        # [b, 1, 1]
+        values = torch.where(guided, values, 0.0)[:, None, None]
+        if alpha.region is None:
+            return LayerAlpha(values)
+        grids = self.family.grids(self.denoiser, sample)
+        return LayerAlpha(values, alpha.region.to(sample.device), grids)
