@@ -28,15 +28,10 @@ class Caller:
     variables: Mapping[str, Any]
 
     @property
-    def uses_cfg(self) -> bool:
+    def uses_cfg(self) -> bool | None:
+        """None where the pipeline does not say, as Sana-Sprint, which has no such guidance."""
         name = "do_classifier_free_guidance"
-        answer = self.variables.get(name, getattr(self.pipe, name, None))
-        if answer is None:
-            raise RuntimeError(
-                f"nasa_diffusers: {type(self.pipe).__name__} does not say whether it uses "
-                "classifier-free guidance; pass cfg=True or cfg=False to enable_nasa"
-            )
-        return bool(answer)
+        return self.variables.get(name, getattr(self.pipe, name, None))
 
     @property
     def step(self) -> tuple[int, int]:
@@ -76,27 +71,26 @@ def find_caller() -> Caller | None:
 
 def first_guided_row(caller: Caller | None, cfg: bool | None, sample: Tensor) -> int:
     """0, or half the batch where it is `[unconditional | conditional]`."""
-    rows = sample.shape[0]
-    if cfg is None and caller is None:
-        if rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :]):
-            raise RuntimeError(
-                "nasa_diffusers: both halves of the batch have the same latents, so this may be "
-                "classifier-free guidance, and no diffusers pipeline is in the call stack to "
-                "tell; pass cfg=True (the first half is unconditional) or cfg=False to enable_nasa"
-            )
-        return 0
     if caller is not None and _has_other_rows(caller.pipe):
         raise RuntimeError(
             f"nasa_diffusers: {type(caller.pipe).__name__} batches more than [unconditional | "
             "conditional] rows; switch its extra guidance off, or call disable_nasa(pipe)"
         )
-    doubled = cfg if cfg is not None else caller.uses_cfg  # type: ignore[union-attr]
-    if doubled and rows % 2 == 1:
+    rows = sample.shape[0]
+    if cfg is None and caller is not None:
+        cfg = caller.uses_cfg
+    if cfg is None and rows % 2 == 0 and torch.equal(*sample.chunk(2)):
+        raise RuntimeError(
+            "nasa_diffusers: both halves of the batch have the same latents, so this may be "
+            "classifier-free guidance, and no diffusers pipeline is there to tell; pass cfg=True "
+            "(the first half is unconditional) or cfg=False to enable_nasa"
+        )
+    if cfg and rows % 2 == 1:
         raise RuntimeError(
             f"nasa_diffusers: with classifier-free guidance the batch must be even, it has {rows} "
             "rows; pass cfg=False to enable_nasa if it is not doubled"
         )
-    return rows // 2 if doubled else 0
+    return rows // 2 if cfg else 0
 
 
 def _has_other_rows(pipe: DiffusionPipeline) -> bool:

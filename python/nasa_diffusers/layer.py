@@ -96,7 +96,7 @@ class CrossAttentionHook(Hook):
 
     def _keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
         """K and V of the positive text, then of each negative one."""
-        if torch.compiler.is_compiling() or text.prompt is None:
+        if not text.is_cached:
             return self._project(attn, text.texts)
         made_by = Fingerprint(self.family.projections(attn), text.made_by)
         texts = [
@@ -135,7 +135,7 @@ class TextHook(Hook):
         def project(texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
             return [(self.stock(x, *args, **kwargs),) for x in texts]
 
-        if torch.compiler.is_compiling() or text.prompt is None:
+        if not text.is_cached:
             return text.projected([x for (x,) in project(text.texts)], None)
         made_by = Fingerprint([module], text.made_by)
         made = self.cache.through(module, made_by, text.prompts, text.texts, project)
@@ -186,5 +186,5 @@ def detach(module: Any) -> None:
     registry = module._diffusers_hook
     registry.remove_hook(HOOK_NAME, recurse=False)
     forward = vars(module).get("forward")
-    if not registry.hooks and getattr(forward, "__self__", None) is module:
+    if not registry.hooks and getattr(forward, "__self__", None) == module:
         del module.forward, module._diffusers_hook

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nasa_diffusers.alpha import LayerAlpha
@@ -41,6 +42,11 @@ class Steered:
     prompt: Prompt | None
     backend: str | None
     made_by: Fingerprint | None = None  # the text projections passed so far
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether projections may be kept: no gradient is recorded, and this is not a trace."""
+        return self.prompt is not None and not torch.compiler.is_compiling()
 
     @property
     def texts(self) -> list[Tensor]:

@@ -14,7 +14,7 @@ from nasa_diffusers.alpha import Alpha, LayerAlpha
 from nasa_diffusers.cache import Prompt, TextCache
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
-from nasa_diffusers.layer import CrossAttentionHook, TextHook, attach, detach
+from nasa_diffusers.layer import CrossAttentionHook, attach, detach
 from nasa_diffusers.negative import Negative, spread
 from nasa_diffusers.steered import Steered, Term
 from nasa_diffusers.window import Window
@@ -56,7 +56,7 @@ class Steering:
             name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
             for name, attn in family.layers(denoiser)
         }
-        self.text_modules = [denoiser.get_submodule(name) for name in family.text_modules]
+        self.text_hooks = family.text_hooks(denoiser, cache)
         self._handle: Any = None
 
     @property
@@ -66,15 +66,15 @@ class Steering:
     def attach(self) -> None:
         for attn, hook in self.layers.values():
             attach(attn, hook)
-        for module in self.text_modules:
-            attach(module, TextHook(self.cache))
+        for module, text_hook in self.text_hooks:
+            attach(module, text_hook)
         self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
 
     def detach(self) -> None:
         self._handle.remove()
         for attn, _ in self.layers.values():
             detach(attn)
-        for module in self.text_modules:
+        for module, _ in self.text_hooks:
             detach(module)
         self.cache.clear()
 

@@ -9,20 +9,40 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLWan,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
@@ -122,6 +142,142 @@ def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
         scheduler=DDPMScheduler(clip_sample=False, steps_offset=1),
         add_watermarker=False,
     )
+    return _ready(pipe)
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer as T5's and Gemma's: padded to the right, closed by </s>, one token a letter."""
+    tokens = ["<pad>", "</s>", "<unk>", *LETTERS, " "]
+    words = models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+T5_SIZE: dict[str, Any] = {
+    "vocab_size": len(LETTERS) + 4,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_heads": 4,
+}
+
+
+def pixart(sigma: bool = False, seed: int = 0) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+    """PixArt-alpha or -sigma in small: two blocks over 8x8 tokens."""
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        norm_elementwise_affine=False,
+    )
+    # the stock multistep scheduler cannot do one step with this pipeline
+    pipe = (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
+        tokenizer=letter_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**T5_SIZE)),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=DDPMScheduler(clip_sample=False),
+    )
+    return _ready(pipe)
+
+
+def sana(seed: int = 0, qk_norm: str | None = None) -> SanaPipeline:
+    """Sana in small: two blocks over 8x8 tokens, linear self-attention."""
+    torch.manual_seed(seed)
+    encoder = Gemma2Config(
+        vocab_size=len(LETTERS) + 4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+    )
+    transformer = SanaTransformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=32,
+        qk_norm=qk_norm,
+    )
+    autoencoder = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+    )
+    pipe = SanaPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=Gemma2Model(encoder),
+        vae=autoencoder,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    return _ready(pipe)
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
+def wan(two_transformers: bool = False, seed: int = 0) -> WanPipeline:
+    """Wan 2.1 in small, or Wan 2.2 with a second transformer for the later steps."""
+    torch.manual_seed(seed)
+    pipe = WanPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZE)),
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ),
+        transformer=wan_transformer(),
+        transformer_2=wan_transformer() if two_transformers else None,
+        boundary_ratio=0.9 if two_transformers else None,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    )  # fmt: skip
     return _ready(pipe)
 
 

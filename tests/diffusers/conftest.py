@@ -27,20 +27,32 @@ def sd():
     return testing.stable_diffusion()
 
 
+# what a call needs besides prompt, steps, guidance and generators
+OPTIONS = {
+    "PixArtAlphaPipeline": {"use_resolution_binning": False, "clean_caption": False},
+    "PixArtSigmaPipeline": {"use_resolution_binning": False, "clean_caption": False},
+    "SanaPipeline": {
+        "height": 32,
+        "width": 32,
+        "use_resolution_binning": False,
+        "complex_human_instruction": None,
+    },
+    "WanPipeline": {"height": 16, "width": 32, "num_frames": 5},
+}
+
+
 def draw(pipe, prompt="a cat", *, steps=1, guidance=0.0, seed=0, **options):
     """The final latents, the same for the same arguments."""
-    images = options.get("num_images_per_prompt", 1) * (
-        1 if isinstance(prompt, str) else len(prompt)
-    )
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(images)]
-    options.setdefault("output_type", "latent")
+    prompts = 1 if isinstance(prompt, str) else len(prompt)
+    images = prompts * options.get("num_images_per_prompt", 1)
+    options = OPTIONS.get(type(pipe).__name__, {}) | {"output_type": "latent"} | options
     return pipe(
         prompt,
-        generator=generators,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(images)],
         num_inference_steps=steps,
         guidance_scale=guidance,
         **options,
-    ).images
+    )[0]
 
 
 @pytest.fixture(name="draw")

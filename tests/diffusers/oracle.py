@@ -17,10 +17,12 @@ class Algorithm1:
         # (text [r, n, c], bool mask [r, n] or None, alpha broadcastable to [b, 1, l, 1])
         self.negatives = negatives
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ):
         if encoder_hidden_states is None:
             encoder_hidden_states = hidden_states
-        q = self.heads(attn, self.norm(attn.norm_q, attn.to_q(hidden_states), attn))
+        q = self.heads(attn, self.norm(attn.norm_q, attn.to_q(hidden_states)))
         if attention_mask is not None:
             attention_mask = attention_mask[:, None]
         z = self.attend(attn, q, encoder_hidden_states, attention_mask)
@@ -33,14 +35,14 @@ class Algorithm1:
         return attn.to_out[0](z.transpose(1, 2).flatten(2))
 
     def attend(self, attn, q, text, mask):
-        k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(text), attn))
+        k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(text)))
         v = self.heads(attn, attn.to_v(text))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def heads(self, attn, x):
         return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
-    def norm(self, norm, x, attn):
+    def norm(self, norm, x):
         return x if norm is None else norm(x)
 
 

@@ -3,9 +3,12 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.pixart import PixArt
+from nasa_diffusers.families.sana import Sana
 from nasa_diffusers.families.unet import UNet
+from nasa_diffusers.families.wan import Wan
 
-FAMILIES: tuple[Family, ...] = (UNet(),)
+FAMILIES: tuple[Family, ...] = (UNet(), PixArt(), Sana(), Wan())
 
 
 def family_of(denoiser: nn.Module) -> Family:

@@ -15,6 +15,8 @@ from diffusers.models import attention_processor as stock
 from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid
+from nasa_diffusers.cache import TextCache
+from nasa_diffusers.layer import Hook, TextHook
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -27,7 +29,7 @@ class Family:
     name: str
     denoisers: tuple[str, ...]  # class names
     rule = "nasa"
-    # modules, by name, that receive the text before the blocks do
+    # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
     # one doubled batch per step under classifier-free guidance, or two calls
     doubles_batch = True
@@ -52,6 +54,11 @@ class Family:
     def grids(self, denoiser: Denoiser, sample: Tensor) -> tuple[Grid, ...]:
         """Frames, height and width of the image tokens, for every size a layer may have."""
         raise NotImplementedError
+
+    def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, Hook]]:
+        """The modules that receive the text before the blocks do, each with a hook for it."""
+        modules = (getattr(denoiser, name) for name in self.text_modules)
+        return [(module, TextHook(cache)) for module in modules if module is not None]
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise if this denoiser mixes text tokens before its blocks, or counts their positions."""
@@ -98,7 +105,7 @@ class Family:
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
         return (k if attn.norm_k is None else attn.norm_k(k)), v
 
-    def scale(self, attn: Layer) -> float:
+    def scale(self, attn: Layer) -> float | None:
         return attn.scale
 
     def output(self, attn: Layer, o: Tensor) -> Tensor:
