@@ -35,6 +35,11 @@ class LayerAlpha:
             self.resized[queries] = self._resize(self.region, queries)
         return self.resized[queries]
 
+    def to(self, *args, **kwargs) -> LayerAlpha:
+        """The same alpha on another device."""
+        region = None if self.region is None else self.region.to(*args, **kwargs)
+        return LayerAlpha(self.rows.to(*args, **kwargs), region, self.grids)
+
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:
             if frames * height * width == queries:
@@ -76,13 +81,15 @@ class Alpha:
             return Alpha(alpha, torch.ones(1, device=values.device), values)
         return Alpha(alpha, values.reshape(-1))
 
+    @property
+    def is_learned(self) -> bool:
+        """True when a gradient flows into it: then it is used as it is in every call."""
+        return any(x is not None and x.requires_grad for x in (self.values, self.region))
+
     @functools.cached_property
     def is_zero(self) -> bool:
         """True when nothing would be subtracted anywhere: then the stock path runs."""
-        learned = self.values.requires_grad or (
-            self.region is not None and self.region.requires_grad
-        )
-        if learned:
+        if self.is_learned:
             return False
         region_is_zero = self.region is not None and not self.region.any()
         return region_is_zero or not self.values.any()

@@ -19,42 +19,63 @@ import torch
 from torch import Tensor, nn
 
 DEFAULT_LIMIT = 512 << 20
-MAX_OLDER_PROMPTS = 8
+MAX_OLDER_CALLS = 4
 
 
-class Prompt:
-    """One text, `[r, n, c]`, and what each layer made of it."""
+class Prompts:
+    """The texts of one denoiser call, the positive one first, and what each module made of them.
 
-    def __init__(self, text: Tensor):
-        self.text = text
-        self.version = _version(text)
+    They are kept together because they are projected together: what a call computes then depends
+    on its own prompts, and not on which prompts were seen before.
+    """
+
+    def __init__(self, texts: Sequence[Tensor]):
+        self.texts = tuple(texts)
+        self.versions = [_version(text) for text in texts]
         # in inference mode PyTorch does not count writes: the values themselves are the record
-        self.copy = text.clone() if text.is_inference() else None
+        self.copies = [text.clone() if text.is_inference() else None for text in texts]
         # every row the same, as for several images of one prompt: one row serves them all
-        self.is_uniform = not text.is_meta and bool((text == text[:1]).all())
+        self.are_uniform = [not text.is_meta and bool((text == text[:1]).all()) for text in texts]
         self.entries: dict[int, Entry] = {}
-        self.nbytes = text.numel() * text.element_size()
+        self.nbytes = sum(text.numel() * text.element_size() for text in texts)
 
-    def is_unchanged(self) -> bool:
-        if self.copy is not None:
-            return torch.equal(self.copy, self.text)
-        return self.version == _version(self.text)
+    def are_unchanged(self) -> bool:
+        return all(
+            _version(text) == version if copy is None else torch.equal(text, copy)
+            for text, version, copy in zip(self.texts, self.versions, self.copies, strict=True)
+        )
 
-    def has_values(self, text: Tensor) -> bool:
-        """True when `text` equals what this prompt was projected from, bit for bit."""
-        mine = self.text
-        same_kind = (mine.shape, mine.dtype, mine.device) == (text.shape, text.dtype, text.device)
-        return same_kind and not text.is_meta and self.is_unchanged() and torch.equal(text, mine)
+    def are(self, texts: Sequence[Tensor]) -> bool:
+        """True for the same objects, unchanged: no value is compared."""
+        same = len(texts) == len(self.texts) and all(
+            mine is text for mine, text in zip(self.texts, texts, strict=True)
+        )
+        return same and self.are_unchanged()
+
+    def equal(self, texts: Sequence[Tensor]) -> bool:
+        """True for the same values, bit for bit."""
+        return (
+            len(texts) == len(self.texts)
+            and all(map(_equal, self.texts, texts))
+            and self.are_unchanged()
+        )
+
+
+def _equal(mine: Tensor, text: Tensor) -> bool:
+    if mine is text:
+        return True
+    same_kind = (mine.shape, mine.dtype, mine.device) == (text.shape, text.dtype, text.device)
+    return same_kind and not text.is_meta and torch.equal(mine, text)
 
 
 @dataclass(frozen=True)
 class Entry:
     made_by: Fingerprint
-    tensors: tuple[Tensor, ...]
+    made: list[tuple[Tensor, ...]]  # one tuple per text
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.tensors)
+        return sum(x.numel() * x.element_size() for made in self.made for x in made)
 
 
 class Fingerprint:
@@ -65,7 +86,7 @@ class Fingerprint:
     is_random: bool  # a dropout is active: nothing it makes may be kept
 
     def __init__(self, modules: Iterable[nn.Module | None], earlier: Fingerprint | None = None):
-        key = [] if earlier is None else list(earlier.key)
+        key = [_autocast_dtype()] if earlier is None else list(earlier.key)
         self.alive = [] if earlier is None else list(earlier.alive)
         self.is_random = earlier is not None and earlier.is_random
         for root in modules:
@@ -90,6 +111,14 @@ class Fingerprint:
         return self.key == other.key and all(ref() is not None for ref in self.alive)
 
 
+def _autocast_dtype() -> tuple:
+    """Autocast to another dtype makes other keys of the same weights."""
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    )
+
+
 def _adapters(layer) -> tuple:
     """The state of a PEFT layer that its weights do not show."""
     return (
@@ -109,67 +138,58 @@ class TextCache:
 
     def __init__(self, limit: int = DEFAULT_LIMIT):
         self.limit = limit
-        self._prompts: list[Prompt] = []
+        self._calls: list[Prompts] = []
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Bytes held now, over all prompts and layers."""
-        return sum(prompt.nbytes for prompt in tuple(self._prompts))
+        return sum(prompts.nbytes for prompts in tuple(self._calls))
 
     def clear(self) -> None:
         with self._lock:
-            self._prompts = []
+            self._calls = []
 
-    def recognise(self, texts: list[Tensor]) -> list[Prompt]:
-        """The prompts of one denoiser call, known ones where the values are known."""
+    def recognise(self, texts: Sequence[Tensor]) -> Prompts:
+        """The prompts of a denoiser call: known ones where their values are known."""
         with self._lock:
-            found = [self._find(text) or Prompt(text) for text in texts]
-            older = [prompt for prompt in self._prompts if prompt not in found]
-            self._prompts = [*older[-MAX_OLDER_PROMPTS:], *found]
-            return found
+            prompts = self._find(texts) or Prompts(texts)
+            older = [other for other in self._calls if other is not prompts]
+            self._calls = [*older[-MAX_OLDER_CALLS:], prompts]
+            return prompts
 
-    def _find(self, text: Tensor) -> Prompt | None:
-        for prompt in self._prompts:
-            # the object of the last step: its values need no comparison
-            if prompt.text is text and prompt.is_unchanged():
-                return prompt
-        for prompt in reversed(self._prompts):
-            if prompt.has_values(text):
-                return prompt
+    def _find(self, texts: Sequence[Tensor]) -> Prompts | None:
+        # the objects of the last step first
+        for same in (Prompts.are, Prompts.equal):
+            for prompts in reversed(self._calls):
+                if same(prompts, texts):
+                    return prompts
         return None
 
     def through(
         self,
         owner: nn.Module,
         made_by: Fingerprint,
-        prompts: Sequence[Prompt | None],
-        texts: list[Tensor],
-        project: Callable[[list[Tensor]], list[tuple[Tensor, ...]]],
+        prompts: Prompts,
+        project: Callable[[], list[tuple[Tensor, ...]]],
     ) -> list[tuple[Tensor, ...]]:
-        """What `owner` makes of each prompt: kept, or projected now, all of them at once."""
-        known = [prompt for prompt in prompts if prompt is not None]
-        if made_by.is_random or len(known) < len(texts):
-            return project(texts)
-        kept: dict[int, tuple[Tensor, ...]] = {}
-        for i, prompt in enumerate(known):
-            entry = prompt.entries.get(id(owner))
-            if entry is not None and entry.made_by.matches(made_by):
-                kept[i] = entry.tensors
-        missing = [i for i in range(len(texts)) if i not in kept]
-        for i, made in zip(missing, project([texts[i] for i in missing]), strict=True):
-            kept[i] = made
-            self._put(known[i], owner, Entry(made_by, made))
-        return [kept[i] for i in range(len(texts))]
+        """What `owner` makes of the prompts: kept from an earlier call, or projected now."""
+        entry = prompts.entries.get(id(owner))
+        if entry is not None and entry.made_by.matches(made_by):
+            return entry.made
+        made = project()
+        if not made_by.is_random:
+            self._keep(prompts, owner, Entry(made_by, made))
+        return made
 
-    def _put(self, prompt: Prompt, owner: nn.Module, entry: Entry) -> None:
+    def _keep(self, prompts: Prompts, owner: nn.Module, entry: Entry) -> None:
         """Keep `entry` if it fits, at the price of prompts used less recently."""
         with self._lock:
-            replaced = prompt.entries.pop(id(owner), None)
-            prompt.nbytes += entry.nbytes - (replaced.nbytes if replaced else 0)
-            while self.nbytes > self.limit and self._prompts and self._prompts[0] is not prompt:
-                self._prompts.pop(0)
+            replaced = prompts.entries.pop(id(owner), None)
+            prompts.nbytes += entry.nbytes - (replaced.nbytes if replaced else 0)
+            while self.nbytes > self.limit and self._calls and self._calls[0] is not prompts:
+                self._calls.pop(0)
             if self.nbytes > self.limit:
-                prompt.nbytes -= entry.nbytes
+                prompts.nbytes -= entry.nbytes
             else:
-                prompt.entries[id(owner)] = entry
+                prompts.entries[id(owner)] = entry

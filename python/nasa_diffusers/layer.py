@@ -88,28 +88,25 @@ class CrossAttentionHook(Hook):
             raise RuntimeError(
                 f"nasa_diffusers: layer {self.name!r} has the processor "
                 f"{type(attn.processor).__name__}, whose computation NASA does not know and would "
-                "replace. Restore the stock one with set_default_attn_processor(), or leave the "
-                "layer out with enable_nasa(..., layers=...)"
+                f"replace. Restore a stock one, set_attn_processor({known[-1].__name__}()), or "
+                "leave the layer out with enable_nasa(..., layers=...)"
             )
 
     # ---- keys and values ---------------------------------------------------------------------
 
     def _keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
         """K and V of the positive text, then of each negative one."""
-        if not text.is_cached:
+        if text.prompts is None or not text.is_cached:
             return self._project(attn, text.texts)
+        are_uniform = text.prompts.are_uniform
+        texts = [x[:1] if same else x for x, same in zip(text.texts, are_uniform, strict=True)]
         made_by = Fingerprint(self.family.projections(attn), text.made_by)
-        texts = [
-            x[:1] if prompt is not None and prompt.is_uniform else x
-            for x, prompt in zip(text.texts, text.prompts, strict=True)
-        ]
-        project = functools.partial(self._project, attn)
-        return self.cache.through(attn, made_by, text.prompts, texts, project)
+        return self.cache.through(
+            attn, made_by, text.prompts, functools.partial(self._project, attn, texts)
+        )
 
     def _project(self, attn: Any, texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """One projection for all prompts, their tokens side by side: `[1, sum of r * n, c]`."""
-        if len(texts) < 2:
-            return [self.family.keys_values(attn, text) for text in texts]
         sizes = [text.shape[:2] for text in texts]
         tokens = torch.cat([text.flatten(0, 1) for text in texts])[None]
         # [sum of r * n, h, d]
@@ -132,13 +129,13 @@ class TextHook(Hook):
         if not isinstance(text, Steered):
             return self.stock(text, *args, **kwargs)
 
-        def project(texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
-            return [(self.stock(x, *args, **kwargs),) for x in texts]
+        def project() -> list[tuple[Tensor, ...]]:
+            return [(self.stock(x, *args, **kwargs),) for x in text.texts]
 
-        if not text.is_cached:
-            return text.projected([x for (x,) in project(text.texts)], None)
+        if text.prompts is None or not text.is_cached:
+            return text.projected([x for (x,) in project()], None)
         made_by = Fingerprint([module], text.made_by)
-        made = self.cache.through(module, made_by, text.prompts, text.texts, project)
+        made = self.cache.through(module, made_by, text.prompts, project)
         return text.projected([x for (x,) in made], made_by)
 
 

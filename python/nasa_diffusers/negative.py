@@ -106,7 +106,8 @@ def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
 
 def _parse(negative_prompt: NegativePrompt) -> tuple[Terms, bool]:
     """Every form as terms, and whether they are pairs with an alpha of their own."""
-    items: list = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+    is_list = isinstance(negative_prompt, Sequence) and not isinstance(negative_prompt, str)
+    items: list = list(negative_prompt) if is_list else [negative_prompt]
     are_pairs = [isinstance(item, tuple) and len(item) == 2 for item in items]
     pairs = items if all(are_pairs) else [(item, 1.0) for item in items]
     if not items or not all(isinstance(prompt, str) for prompt, _ in pairs):

@@ -20,7 +20,7 @@ from torch import Tensor
 from nasa_diffusers.alpha import LayerAlpha
 
 if TYPE_CHECKING:
-    from nasa_diffusers.cache import Fingerprint, Prompt
+    from nasa_diffusers.cache import Fingerprint, Prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,6 @@ class Term:
     text: Tensor  # [r, n_neg, c]
     mask: Tensor | None  # [r, n_neg] bool, True = attend
     alpha: LayerAlpha
-    prompt: Prompt | None  # where its keys and values are kept; None: they are not
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +38,18 @@ class Steered:
 
     text: Tensor  # [b, n_pos, c]
     terms: tuple[Term, ...]
-    prompt: Prompt | None
     backend: str | None
+    prompts: Prompts | None  # where their keys and values are kept; None: nowhere
     made_by: Fingerprint | None = None  # the text projections passed so far
 
     @property
     def is_cached(self) -> bool:
         """Whether projections may be kept: no gradient is recorded, and this is not a trace."""
-        return self.prompt is not None and not torch.compiler.is_compiling()
+        return self.prompts is not None and not torch.compiler.is_compiling()
 
     @property
     def texts(self) -> list[Tensor]:
         return [self.text, *(term.text for term in self.terms)]
-
-    @property
-    def prompts(self) -> list[Prompt | None]:
-        return [self.prompt, *(term.prompt for term in self.terms)]
 
     def projected(self, texts: Sequence[Tensor], made_by: Fingerprint | None) -> Steered:
         """The same prompts after one of the model's own text projections."""
@@ -66,8 +61,20 @@ class Steered:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""
         return replace(self, text=self.text.view(*shape))
 
+    def to(self, *args, **kwargs) -> Steered:
+        """Follows a model that offloading or sharding keeps on another device than its caller."""
+        terms = tuple(
+            Term(
+                term.text.to(*args, **kwargs),
+                None if term.mask is None else term.mask.to(*args, **kwargs),
+                term.alpha.to(*args, **kwargs),
+            )
+            for term in self.terms
+        )
+        return replace(self, text=self.text.to(*args, **kwargs), terms=terms)
+
     def __getattr__(self, name: str):
-        raise RuntimeError(
+        raise AttributeError(
             f"nasa_diffusers: a module asked the steered text for {name!r}, so it is not one that "
             "enable_nasa prepared: its forward was replaced, or it was added later. Call "
             "disable_nasa(pipe), make that change, then call enable_nasa again."

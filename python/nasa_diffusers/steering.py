@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Alpha, LayerAlpha
-from nasa_diffusers.cache import Prompt, TextCache
+from nasa_diffusers.cache import TextCache
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach
@@ -126,18 +126,17 @@ class Steering:
                     f"nasa_diffusers: the negative prompt has {embeds.shape[2]} channels, the "
                     f"prompt has {text.shape[2]}; encode both with the encoders of this pipeline"
                 )
-        recognised: list[Prompt | None] = [None] * (1 + len(placed))
+        prompts_seen = None
         if not torch.is_grad_enabled():
-            recognised = [*self.cache.recognise([text, *(embeds for embeds, _ in placed)])]
-        terms = tuple(
-            Term(
-                embeds, mask, self._alpha(settings.alpha, i, term.weight, sample, first, prompts), p
-            )
-            for i, (term, (embeds, mask), p) in enumerate(
-                zip(negative.terms, placed, recognised[1:], strict=True)
-            )
+            prompts_seen = self.cache.recognise([text, *(embeds for embeds, _ in placed)])
+        alphas = (
+            self._alpha(settings.alpha, term.weight, sample, first, prompts)
+            for term in negative.terms
         )
-        return Steered(text, terms, recognised[0], settings.backend)
+        terms = tuple(
+            Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
+        )
+        return Steered(text, terms, settings.backend, prompts_seen)
 
     def _current_negative(self) -> Negative:
         """Encodes again after a text encoder changed."""
@@ -148,17 +147,13 @@ class Steering:
         return negative
 
     def _alpha(
-        self,
-        alpha: Alpha,
-        term: int,
-        weight: float,
-        sample: Tensor,
-        first: int,
-        prompts: int | None,
+        self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
     ) -> LayerAlpha:
         """One object for all steps of the same size: its tensors are made once."""
-        key = (alpha, term, weight, tuple(sample.shape), sample.device, first, prompts)
-        if key not in self.alphas or alpha.values.requires_grad:
+        key = (alpha, weight, tuple(sample.shape), sample.device, first, prompts)
+        if alpha.is_learned:
+            return self._make_alpha(alpha, weight, sample, first, prompts)
+        if key not in self.alphas:
             if len(self.alphas) >= 16:
                 self.alphas.clear()
             self.alphas[key] = self._make_alpha(alpha, weight, sample, first, prompts)

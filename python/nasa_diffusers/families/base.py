@@ -36,10 +36,10 @@ class Family:
     # processors whose computation `queries`, `keys_values` and `output` reproduce
     processors: tuple[type, ...] = (
         stock.AttnProcessor,
-        stock.AttnProcessor2_0,
         stock.FusedAttnProcessor2_0,
         stock.SlicedAttnProcessor,
         stock.XFormersAttnProcessor,
+        stock.AttnProcessor2_0,
     )
 
     def default_alpha(self, denoiser: Denoiser) -> float:

@@ -84,15 +84,13 @@ class WanTextHook(Hook):
             return self.stock(timestep, text, *args, **kwargs)
         temb, timestep_proj, projected, images = self.stock(timestep, text.text, *args, **kwargs)
 
-        def project(texts):
-            return [(module.text_embedder(x),) for x in texts]
+        def project():
+            return [(module.text_embedder(term.text),) for term in text.terms]
 
-        negatives = [term.text for term in text.terms]
         if text.is_cached:
             made_by = Fingerprint([module.text_embedder], text.made_by)
-            prompts = [term.prompt for term in text.terms]
-            made = self.cache.through(module, made_by, prompts, negatives, project)
+            made = self.cache.through(module, made_by, text.prompts, project)
         else:
-            made_by, made = None, project(negatives)
+            made_by, made = None, project()
         steered = text.projected([projected, *(x for (x,) in made)], made_by)
         return temb, timestep_proj, steered, images
