@@ -15,6 +15,7 @@ from conftest import assert_same_image, relative_error
 from diffusers.models import attention_processor as stock
 from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
 from oracle import algorithm_1
+from packaging.version import Version
 from test_exactness import negative_embeds
 
 
@@ -75,6 +76,9 @@ CHANGES = [
 @pytest.mark.parametrize("apply", CHANGES, ids=lambda f: f.__name__[6:])
 def test_change(draw, apply, order):
     """Two calls in a row: some changes act only when a first call has ended."""
+    needs_accelerator = Version(diffusers.__version__) < Version("0.36")
+    if "group" in apply.__name__ and needs_accelerator and not torch.accelerator.is_available():
+        pytest.skip("group offloading of diffusers 0.35 needs an accelerator")
     # the oracle replaces processors, so it meets the change's weights but not its processors
     oracle = testing.stable_diffusion()
     negative = negative_embeds(oracle)
@@ -176,19 +180,16 @@ def test_a_replaced_forward_is_an_error(sd, draw):
 
 
 def test_to_another_dtype_and_back(sd, draw):
-    with nasa(sd, "blurry", alpha=0.5) as handle:
-        expected = draw(sd)
-        sd.to(torch.bfloat16)
-        half = draw(sd)
-        assert half.dtype == torch.bfloat16
-        sd.to(torch.float64)
-        handle.set_negative_prompt("blurry")
-        double = draw(sd)
-        assert double.dtype == torch.float64
+    with nasa(sd, "blurry", alpha=0.5):
+        draw(sd)
+        half = draw(sd.to(torch.bfloat16))
+        back = draw(sd.to(torch.float32))
     fresh = testing.stable_diffusion().to(torch.bfloat16)
     with nasa(fresh, "blurry", alpha=0.5):
         assert torch.equal(draw(fresh), half)
-    assert not torch.equal(half, expected.to(torch.bfloat16))
+    # the weights are rounded now, and the negative prompt is encoded by rounded weights
+    with nasa(fresh.to(torch.float32), "blurry", alpha=0.5):
+        assert torch.equal(draw(fresh), back)
 
 
 def test_autocast(sd, draw):
