@@ -64,13 +64,13 @@ class CrossAttentionHook(Hook):
         (k_pos, v_pos), *negatives = self._keys_values(attn, text)
         if not torch.compiler.is_compiling():
             self.last_call = LayerCall(q.shape, [x.shape for x in text.texts])
-        queries, scale = q.shape[1], self.family.scale(attn)
+        queries = q.shape[1]
         mask_pos = _key_mask(self.name, attention_mask, k_pos.shape[1])
         o: Tensor | None = None
         for term, (k_neg, v_neg) in zip(text.terms, negatives, strict=True):
             z = nasa_attention(
                 q, k_pos, v_pos, k_neg, v_neg, term.alpha.at(queries),
-                mask_pos=mask_pos, mask_neg=term.mask, scale=scale, backend=text.backend,
+                mask_pos=mask_pos, mask_neg=term.mask, backend=text.backend,
             )  # fmt: skip
             o = z if o is None else o + z
             # Z+ counts once: a prompt without keys contributes 0 to the terms that follow

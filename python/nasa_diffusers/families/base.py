@@ -76,6 +76,7 @@ class Family:
             "group_norm": attn.group_norm is not None,
             "added_kv_proj_dim": attn.added_kv_proj_dim is not None,
             "kv_heads": attn.inner_kv_dim != attn.inner_dim,
+            "scale_qk": not attn.scale_qk,
             "residual_connection": attn.residual_connection,
             "rescale_output_factor": attn.rescale_output_factor != 1,
         }
@@ -104,9 +105,6 @@ class Family:
         k, v = project_keys_values(attn, text)
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
         return (k if attn.norm_k is None else attn.norm_k(k)), v
-
-    def scale(self, attn: Layer) -> float | None:
-        return attn.scale
 
     def output(self, attn: Layer, o: Tensor) -> Tensor:
         """`[b, l, h * d]` through the output projection and its dropout."""

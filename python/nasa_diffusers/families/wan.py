@@ -68,9 +68,6 @@ class Wan(Family):
         k, v = project_keys_values(attn, text)
         return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
 
-    def scale(self, attn):
-        return None
-
 
 class WanTextHook(Hook):
     """The condition embedder takes timestep and text together: only the text is doubled."""
