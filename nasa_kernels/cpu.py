@@ -7,6 +7,7 @@ log-sum-exp of each prompt from the inputs; nothing else is saved.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nasa_kernels.reference import additive_bias
@@ -36,9 +37,10 @@ def _prompt(k: Tensor, v: Tensor, mask: Tensor | None) -> _Prompt:
     return _Prompt(torch.where(present, k, 0.0), torch.where(present, v, 0.0), bias, present)
 
 
-def _attend(q: Tensor, x: _Prompt, scale: float) -> tuple[Tensor, Tensor]:
-    """Z [b, h, l, d] of one prompt, and its log-sum-exp."""
-    return _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Z [b, h, l, d] of one prompt, in fp32."""
+    x = _prompt(k, v, mask)
+    return F.scaled_dot_product_attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
 
 
 def forward(
@@ -49,9 +51,9 @@ def forward(
     if q.numel() == 0 or k_pos.shape[1] == 0:
         o = torch.zeros(q.shape).transpose(1, 2)
     else:
-        o, _ = _attend(queries, _prompt(k_pos, v_pos, mask_pos), scale)
+        o = _attend(queries, k_pos, v_pos, mask_pos, scale)
     if q.numel() > 0 and k_neg.shape[1] > 0 and (alpha_map is not None or alpha != 0):
-        z_neg, _ = _attend(queries, _prompt(k_neg, v_neg, mask_neg), scale)
+        z_neg = _attend(queries, k_neg, v_neg, mask_neg, scale)
         if alpha_map is None:
             o.sub_(z_neg, alpha=alpha)
         else:
@@ -84,7 +86,7 @@ def _gradients(
     x = _prompt(k, v, mask)
     if q.numel() == 0 or k.shape[1] == 0:
         return (*(torch.zeros_like(y) for y in (q, x.k, x.v)), torch.zeros_like(q))
-    z, lse = _attend(q, x, scale)
+    z, lse = _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
     dq, dk, dv = _attention_backward(
         dz, q, x.k, x.v, z, lse, 0.0, False, attn_mask=x.bias, scale=scale
     )

@@ -1,4 +1,11 @@
-"""Registered operators: per back end one forward and one backward, one schema, and the gradient.
+"""Registered operators. Per back end:
+
+    forward_NAME     O, without a gradient: what inference calls
+    backward_NAME    the gradients that are asked for
+    attention_NAME   forward_NAME with backward_NAME as its gradient: what training calls
+
+Inference has an operator of its own because a registered gradient costs microseconds of host time
+in every call, used or not.
 
 Torch only. A back end is imported when its operator first runs, so importing the package, tracing
 and counting need neither Triton nor a GPU. A call crosses the operator boundary once.
@@ -128,32 +135,37 @@ def _ignore_inputs(ctx, inputs, output) -> None:
     """Nothing is kept for a second derivative, which is refused."""
 
 
-def _register(backend: str) -> Callable:
-    """Define the two operators of a back end; return the forward one."""
-    forward, backward = f"nasa_kernels::forward_{backend}", f"nasa_kernels::backward_{backend}"
+def _register(backend: str) -> tuple[Callable, Callable]:
+    """Define the operators of a back end; return `forward_NAME` and `attention_NAME`."""
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-    # define/impl, not custom_op: the eager call costs microseconds, and so do these kernels
-    torch.library.define(forward, FORWARD_SCHEMA, tags=tags)
-    torch.library.define(backward, BACKWARD_SCHEMA, tags=tags)
+    packets = []
+    for kind, schema, fake, flops in (
+        ("forward", FORWARD_SCHEMA, _forward_fake, _forward_flops),
+        ("backward", BACKWARD_SCHEMA, _backward_fake, _backward_flops),
+        ("attention", FORWARD_SCHEMA, _forward_fake, _forward_flops),
+    ):
+        name = f"nasa_kernels::{kind}_{backend}"
+        # define/impl, not custom_op: the eager call costs microseconds, and so do these kernels
+        torch.library.define(name, schema, tags=tags)
+        torch.library.register_fake(name, fake)
+        packets.append(getattr(torch.ops.nasa_kernels, f"{kind}_{backend}"))
+        register_flop_formula(packets[-1])(flops)
+    forward, backward, attention = (packet.default for packet in packets)
+
     if backend in _IMPLEMENTATIONS:
         run_forward, run_backward, devices = _IMPLEMENTATIONS[backend]
-        torch.library.impl(forward, devices, run_forward)
-        torch.library.impl(backward, devices, run_backward)
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-
-    packets = torch.ops.nasa_kernels
-    forward_packet = getattr(packets, f"forward_{backend}")
-    backward_packet = getattr(packets, f"backward_{backend}")
+        torch.library.impl(forward.name(), devices, run_forward)
+        torch.library.impl(backward.name(), devices, run_backward)
+    torch.library.impl(attention.name(), "CompositeExplicitAutograd", forward)
     torch.library.register_autograd(
-        forward, _differentiate(backward_packet.default), setup_context=_save_inputs
+        attention.name(), _differentiate(backward), setup_context=_save_inputs
     )
     torch.library.register_autograd(
-        backward, _refuse_second_derivative, setup_context=_ignore_inputs
+        backward.name(), _refuse_second_derivative, setup_context=_ignore_inputs
     )
-    register_flop_formula(forward_packet)(_forward_flops)
-    register_flop_formula(backward_packet)(_backward_flops)
-    return forward_packet.default
+    return forward, attention
 
 
-FORWARD = {backend: _register(backend) for backend in BACKENDS}
+_OPERATORS = {backend: _register(backend) for backend in BACKENDS}
+FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
+ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
