@@ -17,7 +17,11 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as stock
 from torch import Tensor
 
-PROCESSORS = (stock.IPAdapterAttnProcessor, stock.IPAdapterAttnProcessor2_0)
+PROCESSORS = (
+    stock.IPAdapterAttnProcessor,
+    stock.IPAdapterXFormersAttnProcessor,
+    stock.IPAdapterAttnProcessor2_0,
+)
 
 
 def image_terms(

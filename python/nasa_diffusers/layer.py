@@ -6,7 +6,6 @@ attention slicing, fused projections). A call that brings plain text is passed o
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +24,22 @@ if TYPE_CHECKING:
 HOOK_NAME = "nasa"
 
 
+def refuse_copy(self, memo: dict):
+    """A hooked forward is bound to its module: a copy would run with the original's weights."""
+    raise RuntimeError(
+        "nasa_diffusers: a denoiser cannot be copied while NASA is on; call disable_nasa(pipe), "
+        "copy it, then call enable_nasa again"
+    )
+
+
 class Hook(ModelHook):
     """A `ModelHook` that decides whether the module's own computation runs."""
 
     def stock(self, *args, **kwargs) -> Any:
         """What the module computes without NASA."""
         return self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]
+
+    __deepcopy__ = refuse_copy
 
 
 class CrossAttentionHook(Hook):
@@ -99,11 +108,13 @@ class CrossAttentionHook(Hook):
         if text.prompts is None or not text.is_cached:
             return self._project(attn, text.texts)
         are_uniform = text.prompts.are_uniform
-        texts = [x[:1] if same else x for x, same in zip(text.texts, are_uniform, strict=True)]
+
+        def project() -> list[tuple[Tensor, ...]]:
+            pairs = zip(text.texts, are_uniform, strict=True)
+            return self._project(attn, [x[:1] if same else x for x, same in pairs])
+
         made_by = Fingerprint(self.family.projections(attn), text.made_by)
-        return self.cache.through(
-            attn, made_by, text.prompts, functools.partial(self._project, attn, texts)
-        )
+        return self.cache.through(attn, made_by, text.prompts, project)
 
     def _project(self, attn: Any, texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """One projection for all prompts, their tokens side by side: `[1, sum of r * n, c]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from nasa_diffusers.alpha import Alpha, LayerAlpha
 from nasa_diffusers.cache import TextCache
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
-from nasa_diffusers.layer import CrossAttentionHook, attach, detach
+from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
 from nasa_diffusers.negative import Negative, spread
 from nasa_diffusers.steered import Steered, Term
 from nasa_diffusers.window import Window
@@ -52,6 +53,7 @@ class Steering:
         self.cache = cache
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.alphas: dict[tuple, LayerAlpha] = {}
+        self.last_text: weakref.ref | None = None
         self.layers = {
             name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
             for name, attn in family.layers(denoiser)
@@ -77,6 +79,8 @@ class Steering:
         for module, _ in self.text_hooks:
             detach(module)
         self.cache.clear()
+
+    __deepcopy__ = refuse_copy
 
     @torch.compiler.disable
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -118,7 +122,7 @@ class Steering:
     def _steer(
         self, settings: Settings, text: Tensor, sample: Tensor, first: int, prompts: int | None
     ) -> Steered:
-        negative = self._current_negative()
+        negative = self._current_negative(text)
         placed = [term.rows(text, first, prompts) for term in negative.terms]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
@@ -138,9 +142,12 @@ class Steering:
         )
         return Steered(text, terms, settings.backend, prompts_seen)
 
-    def _current_negative(self) -> Negative:
-        """Encodes again after a text encoder changed."""
+    def _current_negative(self, text: Tensor) -> Negative:
+        """Encodes again after a text encoder changed; looks only when a prompt is new."""
         settings = self.settings
+        if self.last_text is not None and self.last_text() is text:
+            return settings.negative
+        self.last_text = weakref.ref(text)
         negative = settings.negative.current(self.pipe, self.family)
         if negative is not settings.negative:
             self.settings = replace(settings, negative=negative)

@@ -114,8 +114,10 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
     return _ready(pipe)
 
 
-def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
-    """SDXL in small: two text encoders, and two transformer blocks in each attention."""
+def stable_diffusion_xl(
+    seed: int = 0, time_cond_proj_dim: int | None = None
+) -> StableDiffusionXLPipeline:
+    """SDXL in small, with two text encoders; LCM's distilled guidance is `time_cond_proj_dim`."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -127,6 +129,7 @@ def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
         transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
+        time_cond_proj_dim=time_cond_proj_dim,
         projection_class_embeddings_input_dim=32 + 6 * 8,
         cross_attention_dim=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -351,6 +351,13 @@ def test_a_unet_that_mixes_its_text(sd):
         enable_nasa(sd, "blurry")
 
 
+def test_a_unet_whose_self_attention_reads_text(sd):
+    block = sd.unet.mid_block.attentions[0].transformer_blocks[0]
+    block.attn1.is_cross_attention = True
+    with pytest.raises(ValueError, match="attn1' of this UNet attends to the text as well"):
+        enable_nasa(sd, "blurry")
+
+
 def test_a_layer_that_does_more(sd):
     sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2.rescale_output_factor = 2.0
     with pytest.raises(ValueError, match="uses rescale_output_factor"):

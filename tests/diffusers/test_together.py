@@ -342,3 +342,40 @@ def test_rows_nasa_does_not_know(sd, draw):
     pipe = PerturbedPipeline(**sd.components, requires_safety_checker=False)
     with nasa(pipe, "blurry"), pytest.raises(RuntimeError, match="batches more than"):
         draw(pipe)
+
+
+def test_a_copy_would_run_with_the_weights_of_the_original(sd, draw):
+    with nasa(sd, "blurry"), pytest.raises(RuntimeError, match="cannot be copied while NASA is on"):
+        copy.deepcopy(sd.unet)
+    sd.unet = copy.deepcopy(sd.unet)
+    draw(sd)
+
+
+# ---- few-step recipes of SDXL --------------------------------------------------------------------
+
+RECIPES = {
+    "turbo-1": {"scheduler": diffusers.EulerAncestralDiscreteScheduler, "steps": 1},
+    "turbo-4": {"scheduler": diffusers.EulerAncestralDiscreteScheduler, "steps": 4},
+    "dmd2-1": {"scheduler": diffusers.LCMScheduler, "steps": 1, "timesteps": [399]},
+    "dmd2-4": {"scheduler": diffusers.LCMScheduler, "steps": 4, "timesteps": [999, 749, 499, 249]},
+    "lcm-4": {"scheduler": diffusers.LCMScheduler, "steps": 4, "guidance": 8.0},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_few_step_recipes(recipe, draw):
+    options = dict(RECIPES[recipe])
+    scheduler = options.pop("scheduler")
+
+    def build():
+        pipe = testing.stable_diffusion_xl(time_cond_proj_dim=8 if recipe == "lcm-4" else None)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        return pipe
+
+    pipe, oracle = build(), build()
+    stock_image = draw(pipe, **options)
+    with nasa(pipe, "blurry", alpha=0.5):
+        ours = draw(pipe, **options)
+    with algorithm_1(oracle.unet, [(negative_embeds(oracle), None, 0.5)]):
+        assert_same_image(ours, draw(oracle, **options))
+    assert not torch.allclose(ours, stock_image)

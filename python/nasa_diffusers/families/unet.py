@@ -4,6 +4,8 @@ Text reaches the `attn2` layers as it is. SDXL's pooled embedding stays the posi
 acts on cross-attention only.
 """
 
+from diffusers.models import attention_processor as stock
+
 from nasa_diffusers.families.base import Family, config, on_device
 
 
@@ -42,18 +44,21 @@ class UNet(Family):
         return tuple(grids)
 
     def check(self, denoiser):
-        kinds = {
-            "encoder_hid_dim_type": (None, "ip_image_proj"),
-            "addition_embed_type": (None, "text_time"),
-        }
-        for key, known in kinds.items():
-            if config(denoiser, key) not in known or _projects_text(denoiser):
+        mixes_text = (
+            config(denoiser, "encoder_hid_dim_type") not in (None, "ip_image_proj")
+            or config(denoiser, "addition_embed_type") not in (None, "text_time")
+            or getattr(denoiser, "text_encoder_hid_proj", None) is not None
+        )
+        if mixes_text:
+            raise ValueError(
+                "enable_nasa: this UNet mixes its text tokens before the blocks, so a negative "
+                "prompt cannot travel beside them; supported are the UNets of Stable Diffusion "
+                "1.5, 2.1 and SDXL"
+            )
+        for name, module in denoiser.named_modules():
+            is_text_layer = isinstance(module, stock.Attention) and module.is_cross_attention
+            if is_text_layer and not name.endswith(".attn2"):
                 raise ValueError(
-                    f"enable_nasa: this UNet mixes its text tokens before the blocks ({key}="
-                    f"{config(denoiser, key)!r}), so a negative prompt cannot travel beside them; "
-                    "supported are the UNets of Stable Diffusion 1.5, 2.1 and SDXL"
+                    f"enable_nasa: layer {name!r} of this UNet attends to the text as well, which "
+                    "those of Stable Diffusion 1.5, 2.1 and SDXL do not; it is not supported"
                 )
-
-
-def _projects_text(denoiser) -> bool:
-    return getattr(denoiser, "text_encoder_hid_proj", None) is not None
