@@ -71,7 +71,8 @@ class Alpha:
         if not isinstance(alpha, Tensor):
             numbers = alpha if isinstance(alpha, Sequence) else [alpha]
             return Alpha(alpha, torch.tensor([_number(value) for value in numbers]))
-        values = alpha.float()
+        # the values as they are now; an alpha that learns is used as it is in each call
+        values = alpha.float() if alpha.requires_grad else alpha.detach().float().clone()
         if values.dim() > 2 or values.numel() == 0 or not values.isfinite().all():
             raise ValueError(
                 "enable_nasa: a tensor alpha must be one finite number, one per image [m], or a "

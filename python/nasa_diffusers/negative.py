@@ -33,18 +33,22 @@ class Encoded:
 
     def rows(self, like: Tensor, first: int, prompts: int | None) -> tuple[Tensor, Tensor | None]:
         """`embeds` and `mask` for the batch of `like`, whose guided rows begin at `first`."""
-        key = (like.dtype, like.device, like.shape[0], first, prompts)
+        if self.embeds.requires_grad:
+            return self._place(like, first, prompts)
+        inference = torch.is_inference_mode_enabled()
+        key = (like.dtype, like.device, like.shape[0], first, prompts, inference)
         if key not in self.placed:
-            rows = like.shape[0]
-            embeds = self.embeds.to(like.device, like.dtype)
-            embeds = spread(embeds, rows, first, prompts, "negative prompt")
-            mask = self.mask
-            if mask is not None:
-                mask = spread(mask.to(like.device), rows, first, prompts, "negative prompt")
             if len(self.placed) >= 8:
                 self.placed.clear()
-            self.placed[key] = embeds, mask
+            self.placed[key] = self._place(like, first, prompts)
         return self.placed[key]
+
+    def _place(self, like: Tensor, first: int, prompts: int | None) -> tuple[Tensor, Tensor | None]:
+        rows, what = like.shape[0], "negative prompt"
+        embeds = spread(self.embeds.to(like.device, like.dtype), rows, first, prompts, what)
+        if self.mask is None:
+            return embeds, None
+        return embeds, spread(self.mask.to(like.device), rows, first, prompts, what)
 
 
 def spread(x: Tensor, rows: int, first: int, prompts: int | None, what: str) -> Tensor:
@@ -86,10 +90,12 @@ class Negative:
 
     @staticmethod
     def from_embeds(embeds: Tensor, mask: Tensor | None) -> Negative:
+        """The values as they are now; embeddings that learn are used as they are in each call."""
         _check_embeds(embeds, mask)
         mask = None if mask is None else mask.bool()
-        term = Encoded("embeddings", 1.0, *_trim(embeds, mask))
-        return Negative((term,), (), False, None, None)
+        if not embeds.requires_grad:
+            embeds, mask = _trim(embeds.clone(), mask)
+        return Negative((Encoded("embeddings", 1.0, embeds, mask),), (), False, None, None)
 
     def current(self, pipe: DiffusionPipeline, family: Family) -> Negative:
         """The same prompts, encoded again if a text encoder has changed (a LoRA, say)."""

@@ -122,7 +122,7 @@ class Steering:
     def _steer(
         self, settings: Settings, text: Tensor, sample: Tensor, first: int, prompts: int | None
     ) -> Steered:
-        negative = self._current_negative(text)
+        negative = self._current_negative(settings, text)
         placed = [term.rows(text, first, prompts) for term in negative.terms]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
@@ -142,22 +142,22 @@ class Steering:
         )
         return Steered(text, terms, settings.backend, prompts_seen)
 
-    def _current_negative(self, text: Tensor) -> Negative:
+    def _current_negative(self, settings: Settings, text: Tensor) -> Negative:
         """Encodes again after a text encoder changed; looks only when a prompt is new."""
-        settings = self.settings
         if self.last_text is not None and self.last_text() is text:
             return settings.negative
-        self.last_text = weakref.ref(text)
         negative = settings.negative.current(self.pipe, self.family)
-        if negative is not settings.negative:
+        if self.settings is settings:
             self.settings = replace(settings, negative=negative)
+            self.last_text = weakref.ref(text)
         return negative
 
     def _alpha(
         self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
     ) -> LayerAlpha:
         """One object for all steps of the same size: its tensors are made once."""
-        key = (alpha, weight, tuple(sample.shape), sample.device, first, prompts)
+        inference = torch.is_inference_mode_enabled()
+        key = (alpha, weight, tuple(sample.shape), sample.device, first, prompts, inference)
         if alpha.is_learned:
             return self._make_alpha(alpha, weight, sample, first, prompts)
         if key not in self.alphas:

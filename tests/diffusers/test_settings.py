@@ -168,6 +168,17 @@ def test_a_map_on_an_odd_size(sd):
         assert_same_image(sd.unet(sample, 500, text).sample, whole)
 
 
+def test_settings_are_values_not_references(sd, draw):
+    """Writing into a tensor after it was handed over changes nothing."""
+    region, embeds = torch.full((16, 16), 0.5), negative_embeds(sd).clone()
+    with nasa(sd, negative_prompt_embeds=embeds, alpha=region):
+        before = draw(sd)
+        region.zero_()
+        embeds.zero_()
+        assert torch.equal(draw(sd), before)
+        assert torch.equal(draw(sd, "a cat", height=32, width=32), before)
+
+
 # ---- steps ---------------------------------------------------------------------------------------
 
 

@@ -123,3 +123,31 @@ def test_alpha_learns(sd):
     sd.unet.train().enable_gradient_checkpointing()
     sd.unet(sample, 500, text).sample.square().mean().backward()
     assert torch.equal(alpha.grad, plain)
+
+
+def test_embeddings_learn(sd):
+    """As textual inversion of a negative prompt; each step sees what the optimiser wrote."""
+    embeds = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 9, 32)
+    optimiser = torch.optim.SGD([embeds], lr=10.0)
+    enable_nasa(sd, negative_prompt_embeds=embeds, alpha=0.5)
+    losses = []
+    for _ in range(3):
+        loss = sd.unet(sample, 500, text).sample.square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    with torch.no_grad():
+        assert sd.unet(sample, 500, text).sample.square().mean() < losses[2]
+
+
+def test_training_after_drawing_in_inference_mode(sd, draw):
+    """What was prepared for a call in inference mode is not used where gradients flow."""
+    sd.unet.requires_grad_(True)
+    sample, text = torch.randn(2, 4, 16, 16), negative_embeds(sd, ["a cat", "a dog"])
+    enable_nasa(sd, ["blurry", "red"], alpha=[0.3, 0.6])
+    with torch.inference_mode():
+        sd.unet(sample, 500, text.clone())
+    sd.unet(sample, 500, text).sample.square().mean().backward()
