@@ -19,6 +19,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+# their guidance is an input of the model
+WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -29,7 +32,9 @@ class Caller:
 
     @property
     def uses_cfg(self) -> bool | None:
-        """None where the pipeline does not say, as Sana-Sprint, which has no such guidance."""
+        """None where the pipeline does not say."""
+        if type(self.pipe).__name__ in WITHOUT_CFG:
+            return False
         name = "do_classifier_free_guidance"
         return self.variables.get(name, getattr(self.pipe, name, None))
 
@@ -82,8 +87,8 @@ def first_guided_row(caller: Caller | None, cfg: bool | None, sample: Tensor) ->
     if cfg is None and rows % 2 == 0 and torch.equal(*sample.chunk(2)):
         raise RuntimeError(
             "nasa_diffusers: both halves of the batch have the same latents, so this may be "
-            "classifier-free guidance, and no diffusers pipeline is there to tell; pass cfg=True "
-            "(the first half is unconditional) or cfg=False to enable_nasa"
+            "classifier-free guidance, and no pipeline in the call stack says; pass cfg=True (the "
+            "first half is unconditional) or cfg=False to enable_nasa"
         )
     if cfg and rows % 2 == 1:
         raise RuntimeError(

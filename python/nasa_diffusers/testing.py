@@ -22,7 +22,9 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -198,8 +200,10 @@ def pixart(sigma: bool = False, seed: int = 0) -> PixArtAlphaPipeline | PixArtSi
     return _ready(pipe)
 
 
-def sana(seed: int = 0, qk_norm: str | None = None) -> SanaPipeline:
-    """Sana in small: two blocks over 8x8 tokens, linear self-attention."""
+def sana(
+    seed: int = 0, qk_norm: str | None = None, sprint: bool = False
+) -> SanaPipeline | SanaSprintPipeline:
+    """Sana or Sana-Sprint in small: two blocks over 16x16 tokens, linear self-attention."""
     torch.manual_seed(seed)
     encoder = Gemma2Config(
         vocab_size=len(LETTERS) + 4,
@@ -223,6 +227,7 @@ def sana(seed: int = 0, qk_norm: str | None = None) -> SanaPipeline:
         cross_attention_dim=32,
         caption_channels=32,
         qk_norm=qk_norm,
+        guidance_embeds=sprint,
     )
     autoencoder = AutoencoderDC(
         in_channels=3,
@@ -241,14 +246,16 @@ def sana(seed: int = 0, qk_norm: str | None = None) -> SanaPipeline:
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
     )
-    pipe = SanaPipeline(
-        tokenizer=letter_tokenizer(),
-        text_encoder=Gemma2Model(encoder),
-        vae=autoencoder,
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
-    return _ready(pipe)
+    parts = {
+        "tokenizer": letter_tokenizer(),
+        "text_encoder": Gemma2Model(encoder),
+        "vae": autoencoder,
+        "transformer": transformer,
+    }
+    if sprint:
+        scheduler = SCMScheduler(prediction_type="trigflow", sigma_data=0.5)
+        return _ready(SanaSprintPipeline(**parts, scheduler=scheduler))
+    return _ready(SanaPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler()))
 
 
 def wan_transformer() -> WanTransformer3DModel:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import assert_same_image
+from conftest import OPTIONS, assert_same_image
 from diffusers.pipelines.wan import pipeline_wan
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
@@ -41,11 +41,16 @@ def projected_negative(pipe, transformer, prompt):
             prompt, do_classifier_free_guidance=False, max_sequence_length=512
         )
         return transformer.condition_embedder.text_embedder(embeds), None
-    embeds, mask, *_ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    options = {} if is_sprint(pipe) else {"do_classifier_free_guidance": False}
+    embeds, mask, *_ = pipe.encode_prompt(prompt, **options)
     text = transformer.caption_projection(embeds)
-    if isinstance(pipe, diffusers.SanaPipeline):
+    if isinstance(pipe, diffusers.SanaPipeline | diffusers.SanaSprintPipeline):
         text = transformer.caption_norm(text)
     return text, mask.bool()
+
+
+def is_sprint(pipe):
+    return isinstance(pipe, diffusers.SanaSprintPipeline)
 
 
 class Outputs:
@@ -127,6 +132,31 @@ def test_region_follows_the_tokens(pipe, draw):
         assert_same_image(draw(pipe), whole)
         handle.alpha = torch.cat([torch.zeros(32, 64), torch.full((32, 64), 0.5)])
         assert not torch.allclose(draw(pipe), whole)
+
+
+def test_sana_sprint_never_doubles_its_batch():
+    """Two prompts with one seed are two rows to steer: its guidance is an input of the model."""
+    pipe = testing.sana(sprint=True, qk_norm="rms_norm_across_heads")
+
+    def draw(prompts):
+        return pipe(
+            prompts,
+            generator=[torch.Generator().manual_seed(0) for _ in prompts],
+            num_inference_steps=1,
+            intermediate_timesteps=None,
+            **OPTIONS["SanaPipeline"],
+            output_type="latent",
+        )[0]
+
+    stock = draw(["a cat", "a dog"])
+    with nasa(pipe, "blurry", alpha=0.5):
+        both = draw(["a cat", "a dog"])
+        assert not any(torch.allclose(both[i], stock[i]) for i in range(2))
+        assert_same_image(both[:1], draw(["a cat"]))
+    with algorithm_1(
+        pipe.transformer, [(*projected_negative(pipe, pipe.transformer, "blurry"), 0.5)]
+    ):
+        assert_same_image(both, draw(["a cat", "a dog"]))
 
 
 def test_image_to_video_is_refused():
