@@ -83,12 +83,12 @@ class Fingerprint:
 
     key: tuple
     alive: list[weakref.ref]  # an id says nothing once its object is gone
-    is_random: bool  # a dropout is active: nothing it makes may be kept
+    is_complete: bool  # False: a dropout draws, or a weight's writes are not counted
 
     def __init__(self, modules: Iterable[nn.Module | None], earlier: Fingerprint | None = None):
         key = [_autocast_dtype()] if earlier is None else list(earlier.key)
         self.alive = [] if earlier is None else list(earlier.alive)
-        self.is_random = earlier is not None and earlier.is_random
+        self.is_complete = earlier is None or earlier.is_complete
         for root in modules:
             for module in root.modules() if root is not None else ():
                 key.append(id(module))
@@ -98,13 +98,14 @@ class Fingerprint:
                         continue
                     # an offloaded weight rests on meta and is another object after each use
                     is_meta = tensor.is_meta
+                    self.is_complete &= not tensor.is_inference()
                     key += (_version(tensor), tensor.dtype, 0 if is_meta else id(tensor))
                     if not is_meta:
                         self.alive.append(weakref.ref(tensor))
                 if hasattr(module, "merged_adapters"):
                     key.append(_adapters(module))
                 elif isinstance(module, nn.Dropout) and module.training and module.p > 0:
-                    self.is_random = True
+                    self.is_complete = False
         self.key = tuple(key)
 
     def matches(self, other: Fingerprint) -> bool:
@@ -175,10 +176,10 @@ class TextCache:
     ) -> list[tuple[Tensor, ...]]:
         """What `owner` makes of the prompts: kept from an earlier call, or projected now."""
         entry = prompts.entries.get(id(owner))
-        if entry is not None and entry.made_by.matches(made_by):
+        if entry is not None and made_by.is_complete and entry.made_by.matches(made_by):
             return entry.made
         made = project()
-        if not made_by.is_random:
+        if made_by.is_complete:
             self._keep(prompts, owner, Entry(made_by, made))
         return made
 

@@ -100,7 +100,7 @@ class Negative:
     def current(self, pipe: DiffusionPipeline, family: Family) -> Negative:
         """The same prompts, encoded again if a text encoder has changed (a LoRA, say)."""
         modules = text_encoders(pipe)
-        if self.encoders is None or not modules or Fingerprint(modules).matches(self.encoders):
+        if self.encoders is None or not modules or self.encoders.matches(Fingerprint(modules)):
             return self
         return _encode(pipe, family, self.prompts, self.has_own_alphas, self.max_sequence_length)
 

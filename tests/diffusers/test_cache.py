@@ -166,6 +166,20 @@ def test_a_write_through_data_needs_clear_cache(sd, draw):
         assert not torch.equal(draw(sd), before)
 
 
+def test_weights_made_in_inference_mode_are_not_cached(sd, draw, count):
+    """PyTorch counts no writes to them, so nothing they make is kept."""
+    with torch.inference_mode():
+        weight = torch.nn.Parameter(attn(sd).to_k.weight.clone(), requires_grad=False)
+    attn(sd).to_k.weight = weight
+    with nasa(sd, "blurry", alpha=0.5):
+        before = draw(sd)
+        count.take()
+        with torch.inference_mode():
+            weight.mul_(2)
+        assert not torch.allclose(draw(sd), before)
+        assert count.take() == 1
+
+
 def test_gradients_go_around_the_cache(sd, draw, count):
     sample, text = torch.randn(1, 4, 16, 16), negative_embeds(sd, "a cat")
     with nasa(sd, "blurry", alpha=0.5):
