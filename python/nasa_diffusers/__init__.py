@@ -1,1 +1,13 @@
-"""NASA on stock diffusers pipelines."""
+"""Negative prompts on stock diffusers pipelines, in one or a few steps and at any guidance scale.
+
+from nasa_diffusers import enable_nasa
+
+handle = enable_nasa(pipe, "blurry", alpha=0.2)
+image = pipe("a cat", num_inference_steps=1, guidance_scale=0).images[0]
+handle.disable()
+"""
+
+from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
+from nasa_diffusers.report import Report
+
+__all__ = ["Handle", "Report", "disable_nasa", "enable_nasa", "nasa"]

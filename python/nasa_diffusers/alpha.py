@@ -1,0 +1,118 @@
+"""Alpha: a number, one number per image, or a map over the image."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# frames, height, width of the image tokens of a layer; l is their product
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAlpha:
+    """Alpha of one denoiser call, for layers of any number of queries."""
+
+    rows: Tensor  # [b, 1, 1] fp32; 0 for rows that are not guided
+    region: Tensor | None = None  # [height, width] fp32, a factor over the image
+    grids: tuple[Grid, ...] = ()
+    resized: dict[int, Tensor] = field(default_factory=dict)
+
+    def at(self, queries: int) -> Tensor:
+        """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""
+        if self.region is None:
+            return self.rows
+        if torch.compiler.is_compiling():
+            return self._resize(self.region, queries)
+        if queries not in self.resized:
+            self.resized[queries] = self._resize(self.region, queries)
+        return self.resized[queries]
+
+    def to(self, *args, **kwargs) -> LayerAlpha:
+        """The same alpha on another device."""
+        region = None if self.region is None else self.region.to(*args, **kwargs)
+        return LayerAlpha(self.rows.to(*args, **kwargs), region, self.grids)
+
+    def _resize(self, region: Tensor, queries: int) -> Tensor:
+        for frames, height, width in self.grids:
+            if frames * height * width == queries:
+                # [1, 1, height, width]
+                region = F.adaptive_avg_pool2d(region[None, None], (height, width))
+                # [b, l, 1]: tokens are frame by frame, row by row
+                return self.rows * region.flatten(1).repeat(1, frames)[..., None]
+        raise ValueError(
+            f"nasa_diffusers: a layer has {queries} image tokens, which is none of the grids "
+            f"(frames, height, width) {self.grids} of this call; use one alpha per image"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Alpha:
+    """What the user asked for, checked: `values` per image, times `region` over the image."""
+
+    given: float | Sequence[float] | Tensor  # as it was set, a mask as its map
+    values: Tensor  # [m] fp32: m = 1 for all images
+    region: Tensor | None = None  # [height, width] fp32
+
+    @staticmethod
+    def parse(alpha: Any, default: float) -> Alpha:
+        """Read the `alpha` of `enable_nasa`. A PIL mask is white where `default` holds."""
+        if alpha is None:
+            alpha = default
+        if hasattr(alpha, "convert"):
+            alpha = _mask_values(alpha) * default
+        if not isinstance(alpha, Tensor):
+            numbers = alpha if isinstance(alpha, Sequence) else [alpha]
+            return Alpha(alpha, torch.tensor([_number(value) for value in numbers]))
+        # the values as they are now; an alpha that learns is used as it is in each call
+        values = alpha.float() if alpha.requires_grad else alpha.detach().float().clone()
+        if values.dim() > 2 or values.numel() == 0 or not values.isfinite().all():
+            raise ValueError(
+                "enable_nasa: a tensor alpha must be one finite number, one per image [m], or a "
+                f"map over the image [height, width]; got shape {list(alpha.shape)}"
+            )
+        if values.dim() == 2:
+            return Alpha(alpha, torch.ones(1, device=values.device), values)
+        return Alpha(alpha, values.reshape(-1))
+
+    @property
+    def is_learned(self) -> bool:
+        """True when a gradient flows into it: then it is used as it is in every call."""
+        return any(x is not None and x.requires_grad for x in (self.values, self.region))
+
+    @functools.cached_property
+    def is_zero(self) -> bool:
+        """True when nothing would be subtracted anywhere: then the stock path runs."""
+        if self.is_learned:
+            return False
+        region_is_zero = self.region is not None and not self.region.any()
+        return region_is_zero or not self.values.any()
+
+    def __str__(self) -> str:
+        if self.region is not None:
+            low, high = self.region.min().item(), self.region.max().item()
+            return f"map {list(self.region.shape)} from {low:g} to {high:g}"
+        return ", ".join(f"{value:g}" for value in self.values.tolist())
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(
+            "enable_nasa: alpha must be a finite number, one per image, a 2-D tensor or a PIL "
+            f"mask; got {value!r}"
+        )
+    return float(value)
+
+
+def _mask_values(mask: Any) -> Tensor:
+    """A PIL image as `[height, width]` in 0 to 1."""
+    width, height = mask.size
+    pixels = torch.frombuffer(bytearray(mask.convert("L").tobytes()), dtype=torch.uint8)
+    return pixels.reshape(height, width).float() / 255

@@ -1,0 +1,282 @@
+"""`enable_nasa`, `disable_nasa` and `nasa`: negative prompts on a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from nasa_diffusers.alpha import Alpha
+from nasa_diffusers.cache import TextCache
+from nasa_diffusers.families import Family, family_of
+from nasa_diffusers.negative import Negative, NegativePrompt
+from nasa_diffusers.report import Report, make_report
+from nasa_diffusers.steering import Settings, Steering
+from nasa_diffusers.window import Window
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+
+
+def enable_nasa(
+    pipe: DiffusionPipeline,
+    negative_prompt: NegativePrompt | None = None,
+    *,
+    alpha: float | Sequence[float] | Tensor | Any | None = None,
+    negative_prompt_embeds: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
+    max_sequence_length: int | None = None,
+    start: int | float = 0,
+    stop: int | float | None = None,
+    layers: str | Sequence[str] | None = None,
+    backend: str | None = None,
+    cfg: bool | None = None,
+) -> Handle:
+    """Steer every image of a stock pipeline away from a negative prompt, at any guidance scale.
+
+        O = softmax(Q K+^T) V+ - alpha * softmax(Q K-^T) V-        in its text cross-attention
+
+    The pipeline object stays what it is; call it as before. Under classifier-free guidance only
+    the conditional rows are steered.
+
+    Args:
+        pipe: A loaded pipeline of one of the families in `nasa_diffusers.families`.
+        negative_prompt: A string for all images; a list of strings, one per prompt of the call;
+            or a list of `(string, alpha)` pairs, all of them subtracted, each under its own
+            softmax. A further pair costs one more attention call per layer.
+        alpha: Strength: a number, one per image, or a map over the image (a 2-D tensor of alphas,
+            or a PIL mask, white where the family's default holds). `None` takes the family's
+            default; with pairs alpha is a common factor, 1 unless given. At 0 the stock code runs.
+        negative_prompt_embeds: Text embeddings `[1 or one per prompt, n, c]` instead of a prompt.
+        negative_prompt_attention_mask: Their mask `[1 or one per prompt, n]`, 1 keeps a token.
+        max_sequence_length: Tokens the negative prompt is cut or padded to, where the pipeline
+            has such an option. `None` takes the pipeline's default.
+        start, stop: Steps guided, from `start` up to and without `stop`: ints are steps, floats
+            fractions of the steps. `None` is the end.
+        layers: Names of cross-attention layers, shell patterns (`"up_blocks.*"`). `None`: all.
+        backend: A back end of `nasa_kernels.nasa_attention`. `None` takes the best that runs.
+        cfg: Whether the batch is doubled for classifier-free guidance. `None` asks the pipeline
+            that calls; a loop of your own has to say.
+
+    Returns:
+        A handle: `handle.alpha`, `handle.set_negative_prompt`, `handle.report`, `handle.disable`.
+
+    Raises:
+        ValueError: The pipeline, a prompt or a setting cannot be used. The message says what can.
+        RuntimeError: NASA is on already.
+    """
+    denoisers = find_denoisers(pipe)
+    if any(find_steering(denoiser) for denoiser in denoisers):
+        raise RuntimeError(
+            f"enable_nasa: NASA is on already for the denoiser of this {type(pipe).__name__} "
+            "(pipelines made with from_pipe share it); use handle.set_negative_prompt and "
+            "handle.alpha, or call disable_nasa(pipe) first"
+        )
+    family = family_of(denoisers[0])
+    guided = [_choose_layers(denoiser, family, layers) for denoiser in denoisers]
+    negative = _read_negative(
+        pipe, family, negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask,
+        max_sequence_length,
+    )  # fmt: skip
+    settings = Settings(
+        negative,
+        Alpha.parse(alpha, _default_alpha(family, denoisers[0], negative)),
+        alpha_is_default=alpha is None,
+        window=Window(start, stop),
+        backend=backend,
+        cfg=cfg,
+    )
+    cache = TextCache()
+    steerings = [
+        Steering(pipe, denoiser, family, settings, chosen, cache)
+        for denoiser, chosen in zip(denoisers, guided, strict=True)
+    ]
+    for steering in steerings:
+        steering.attach()
+    return Handle(steerings)
+
+
+def disable_nasa(pipe: DiffusionPipeline) -> None:
+    """Take NASA off the denoisers of `pipe`; they compute what they computed before, exactly."""
+    steerings = [s for d in find_denoisers(pipe) if (s := find_steering(d)) is not None]
+    if not steerings:
+        raise RuntimeError(f"disable_nasa: NASA is not on for this {type(pipe).__name__}")
+    for steering in steerings:
+        steering.detach()
+
+
+@contextlib.contextmanager
+def nasa(pipe: DiffusionPipeline, negative_prompt: NegativePrompt | None = None, **options: Any):
+    """`with nasa(pipe, "blurry", alpha=0.2) as handle:`, with the options of `enable_nasa`."""
+    handle = enable_nasa(pipe, negative_prompt, **options)
+    try:
+        yield handle
+    finally:
+        if handle.is_enabled:
+            handle.disable()
+
+
+class Handle:
+    """What `enable_nasa` returns. Settings hold from the next denoiser call on."""
+
+    def __init__(self, steerings: list[Steering]):
+        self._steerings = steerings
+
+    def __repr__(self) -> str:
+        return f"<nasa_diffusers.Handle {'on' if self.is_enabled else 'off'}>\n{self.report()}"
+
+    @property
+    def is_enabled(self) -> bool:
+        return all(find_steering(s.denoiser) is s for s in self._steerings)
+
+    @property
+    def alpha(self) -> float | Sequence[float] | Tensor:
+        """Strength of the removal, as it was set; a mask as the map it stands for."""
+        return self._settings.alpha.given
+
+    @alpha.setter
+    def alpha(self, alpha: float | Sequence[float] | Tensor | Any) -> None:
+        self._change(
+            alpha=Alpha.parse(alpha, self._default_alpha(self._settings.negative)),
+            alpha_is_default=alpha is None,
+        )
+
+    @property
+    def cache_limit(self) -> int:
+        """Bytes that the keys and values of text may take; 0 keeps none."""
+        return self._steerings[0].cache.limit
+
+    @cache_limit.setter
+    def cache_limit(self, limit: int) -> None:
+        self._steerings[0].cache.limit = limit
+
+    def clear_cache(self) -> None:
+        """Forget all keys and values, as after weights were written through `.data`."""
+        self._steerings[0].cache.clear()
+
+    def set_negative_prompt(
+        self,
+        negative_prompt: NegativePrompt | None = None,
+        *,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        """Steer away from something else; the arguments are those of `enable_nasa`.
+
+        An alpha that was set stays; a default is that of the new prompt.
+        """
+        steering = self._steerings[0]
+        negative = _read_negative(
+            steering.pipe, steering.family, negative_prompt, negative_prompt_embeds,
+            negative_prompt_attention_mask, max_sequence_length,
+        )  # fmt: skip
+        changes: dict[str, Any] = {"negative": negative}
+        if self._settings.alpha_is_default:
+            changes["alpha"] = Alpha.parse(None, self._default_alpha(negative))
+        self._change(**changes)
+
+    def report(self) -> Report:
+        """Layers guided, rule, alpha, keys, back end, FLOPs added, bytes of the cache."""
+        return make_report(self._steerings)
+
+    def disable(self) -> None:
+        """Take NASA off; the pipeline computes what it computed before, exactly."""
+        if not self.is_enabled:
+            raise RuntimeError("disable: NASA is off already; enable_nasa returns a new handle")
+        for steering in self._steerings:
+            steering.detach()
+
+    @property
+    def _settings(self) -> Settings:
+        return self._steerings[0].settings
+
+    def _default_alpha(self, negative: Negative) -> float:
+        steering = self._steerings[0]
+        return _default_alpha(steering.family, steering.denoiser, negative)
+
+    def _change(self, **changes: Any) -> None:
+        for steering in self._steerings:
+            steering.settings = replace(steering.settings, **changes)
+
+
+def find_denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """The networks that a pipeline calls once per step, without the wrapper of torch.compile."""
+    modules = [getattr(pipe, name, None) for name in DENOISERS]
+    denoisers = [getattr(m, "_orig_mod", m) for m in modules if m is not None]
+    if not denoisers:
+        raise ValueError(
+            f"enable_nasa: {type(pipe).__name__} has no {', '.join(DENOISERS)}; NASA needs a "
+            "pipeline with a text-conditioned denoiser"
+        )
+    return denoisers
+
+
+def find_steering(denoiser: nn.Module) -> Steering | None:
+    hooks = denoiser._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, Steering)), None)
+
+
+def _default_alpha(family: Family, denoiser: nn.Module, negative: Negative) -> float:
+    """Prompts with alphas of their own need no other."""
+    return 1.0 if negative.has_own_alphas else family.default_alpha(denoiser)
+
+
+def _choose_layers(
+    denoiser: nn.Module, family: Family, patterns: str | Sequence[str] | None
+) -> dict[str, bool]:
+    """For each text cross-attention layer, by name, whether it is guided."""
+    family.check(denoiser)
+    layers = dict(family.layers(denoiser))
+    if not layers:
+        raise ValueError(
+            f"enable_nasa: this {type(denoiser).__name__} has no text cross-attention layers"
+        )
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    for pattern in patterns or ():
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(
+                f"enable_nasa: layers={pattern!r} matches none of the {len(layers)} layers, from "
+                f"{min(layers)!r} to {max(layers)!r}; patterns match whole names, as 'up_blocks.*'"
+            )
+    guided = {
+        name: patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        for name in layers
+    }
+    for name, attn in layers.items():
+        if guided[name]:
+            family.check_layer(name, attn)
+    return guided
+
+
+def _read_negative(
+    pipe: DiffusionPipeline,
+    family: Family,
+    negative_prompt: NegativePrompt | None,
+    embeds: Tensor | None,
+    mask: Tensor | None,
+    max_sequence_length: int | None,
+) -> Negative:
+    if (negative_prompt is None) == (embeds is None):
+        given = "none" if embeds is None else "both"
+        raise ValueError(
+            f"enable_nasa: give either negative_prompt or negative_prompt_embeds, got {given}"
+        )
+    if negative_prompt is not None:
+        if mask is not None:
+            raise ValueError(
+                "enable_nasa: negative_prompt_attention_mask goes with negative_prompt_embeds; a "
+                "negative_prompt brings its own mask"
+            )
+        return Negative.from_prompts(pipe, family, negative_prompt, max_sequence_length)
+    if max_sequence_length is not None:
+        raise ValueError(
+            "enable_nasa: max_sequence_length is for a negative_prompt; embeddings have a length"
+        )
+    assert embeds is not None
+    return Negative.from_embeds(embeds, mask)

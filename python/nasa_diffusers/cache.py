@@ -1,0 +1,196 @@
+"""Keys and values of the text, projected once and kept until something they depend on changes.
+
+A prompt is recognised by its values, so the same prompt encoded again is the same prompt. A
+kept projection is used again only if every module, weight version, dtype, adapter, adapter
+scale and merge that made it is still the same, and only where no gradient is recorded.
+
+The one change PyTorch does not count is a write through `.data`, such as an EMA copied into the
+weights in the middle of a run: call `handle.clear_cache()` after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DEFAULT_LIMIT = 512 << 20
+MAX_OLDER_CALLS = 4
+
+
+class Prompts:
+    """The texts of one denoiser call, the positive one first, and what each module made of them.
+
+    They are kept together because they are projected together: what a call computes then depends
+    on its own prompts, and not on which prompts were seen before.
+    """
+
+    def __init__(self, texts: Sequence[Tensor]):
+        self.texts = tuple(texts)
+        self.versions = [_version(text) for text in texts]
+        # in inference mode PyTorch does not count writes: the values themselves are the record
+        self.copies = [text.clone() if text.is_inference() else None for text in texts]
+        # every row the same, as for several images of one prompt: one row serves them all
+        self.are_uniform = [not text.is_meta and bool((text == text[:1]).all()) for text in texts]
+        self.entries: dict[int, Entry] = {}
+        self.nbytes = sum(text.numel() * text.element_size() for text in texts)
+
+    def are_unchanged(self) -> bool:
+        return all(
+            _version(text) == version if copy is None else torch.equal(text, copy)
+            for text, version, copy in zip(self.texts, self.versions, self.copies, strict=True)
+        )
+
+    def are(self, texts: Sequence[Tensor]) -> bool:
+        """True for the same objects, unchanged: no value is compared."""
+        same = len(texts) == len(self.texts) and all(
+            mine is text for mine, text in zip(self.texts, texts, strict=True)
+        )
+        return same and self.are_unchanged()
+
+    def equal(self, texts: Sequence[Tensor]) -> bool:
+        """True for the same values, bit for bit."""
+        return (
+            len(texts) == len(self.texts)
+            and all(map(_equal, self.texts, texts))
+            and self.are_unchanged()
+        )
+
+
+def _equal(mine: Tensor, text: Tensor) -> bool:
+    if mine is text:
+        return True
+    same_kind = (mine.shape, mine.dtype, mine.device) == (text.shape, text.dtype, text.device)
+    return same_kind and not text.is_meta and torch.equal(mine, text)
+
+
+@dataclass(frozen=True)
+class Entry:
+    made_by: Fingerprint
+    made: list[tuple[Tensor, ...]]  # one tuple per text
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for made in self.made for x in made)
+
+
+class Fingerprint:
+    """Everything a projection's result depends on besides its input, cheap to compare."""
+
+    key: tuple
+    alive: list[weakref.ref]  # an id says nothing once its object is gone
+    is_complete: bool  # False: a dropout draws, or a weight's writes are not counted
+
+    def __init__(self, modules: Iterable[nn.Module | None], earlier: Fingerprint | None = None):
+        key = [_autocast_dtype()] if earlier is None else list(earlier.key)
+        self.alive = [] if earlier is None else list(earlier.alive)
+        self.is_complete = earlier is None or earlier.is_complete
+        for root in modules:
+            for module in root.modules() if root is not None else ():
+                key.append(id(module))
+                self.alive.append(weakref.ref(module))
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is None:
+                        continue
+                    # an offloaded weight rests on meta and is another object after each use
+                    is_meta = tensor.is_meta
+                    self.is_complete &= not tensor.is_inference()
+                    key += (_version(tensor), tensor.dtype, 0 if is_meta else id(tensor))
+                    if not is_meta:
+                        self.alive.append(weakref.ref(tensor))
+                if hasattr(module, "merged_adapters"):
+                    key.append(_adapters(module))
+                elif isinstance(module, nn.Dropout) and module.training and module.p > 0:
+                    self.is_complete = False
+        self.key = tuple(key)
+
+    def matches(self, other: Fingerprint) -> bool:
+        return self.key == other.key and all(ref() is not None for ref in self.alive)
+
+
+def _autocast_dtype() -> tuple:
+    """Autocast to another dtype makes other keys of the same weights."""
+    return tuple(
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    )
+
+
+def _adapters(layer) -> tuple:
+    """The state of a PEFT layer that its weights do not show."""
+    return (
+        tuple(layer.active_adapters),
+        layer.disable_adapters,
+        tuple(layer.merged_adapters),
+        tuple(getattr(layer, "scaling", {}).items()),
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class TextCache:
+    """The prompts one denoiser has seen lately, least recent first, within a limit of bytes."""
+
+    def __init__(self, limit: int = DEFAULT_LIMIT):
+        self.limit = limit
+        self._calls: list[Prompts] = []
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, over all prompts and layers."""
+        return sum(prompts.nbytes for prompts in tuple(self._calls))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._calls = []
+
+    def recognise(self, texts: Sequence[Tensor]) -> Prompts:
+        """The prompts of a denoiser call: known ones where their values are known."""
+        with self._lock:
+            prompts = self._find(texts) or Prompts(texts)
+            older = [other for other in self._calls if other is not prompts]
+            self._calls = [*older[-MAX_OLDER_CALLS:], prompts]
+            return prompts
+
+    def _find(self, texts: Sequence[Tensor]) -> Prompts | None:
+        # the objects of the last step first
+        for same in (Prompts.are, Prompts.equal):
+            for prompts in reversed(self._calls):
+                if same(prompts, texts):
+                    return prompts
+        return None
+
+    def through(
+        self,
+        owner: nn.Module,
+        made_by: Fingerprint,
+        prompts: Prompts,
+        project: Callable[[], list[tuple[Tensor, ...]]],
+    ) -> list[tuple[Tensor, ...]]:
+        """What `owner` makes of the prompts: kept from an earlier call, or projected now."""
+        entry = prompts.entries.get(id(owner))
+        if entry is not None and made_by.is_complete and entry.made_by.matches(made_by):
+            return entry.made
+        made = project()
+        if made_by.is_complete:
+            self._keep(prompts, owner, Entry(made_by, made))
+        return made
+
+    def _keep(self, prompts: Prompts, owner: nn.Module, entry: Entry) -> None:
+        """Keep `entry` if it fits, at the price of prompts used less recently."""
+        with self._lock:
+            replaced = prompts.entries.pop(id(owner), None)
+            prompts.nbytes += entry.nbytes - (replaced.nbytes if replaced else 0)
+            while self.nbytes > self.limit and self._calls and self._calls[0] is not prompts:
+                self._calls.pop(0)
+            if self.nbytes > self.limit:
+                prompts.nbytes -= entry.nbytes
+            else:
+                prompts.entries[id(owner)] = entry

@@ -1,0 +1,23 @@
+"""The model families, and which one a denoiser belongs to."""
+
+from torch import nn
+
+from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.pixart import PixArt
+from nasa_diffusers.families.sana import Sana
+from nasa_diffusers.families.unet import UNet
+from nasa_diffusers.families.wan import Wan
+
+FAMILIES: tuple[Family, ...] = (UNet(), PixArt(), Sana(), Wan())
+
+
+def family_of(denoiser: nn.Module) -> Family:
+    """The family of a denoiser, by its class or a base class of it."""
+    names = {cls.__name__ for cls in type(denoiser).__mro__}
+    for family in FAMILIES:
+        if names & set(family.denoisers):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.denoisers)
+    raise ValueError(
+        f"enable_nasa: no family knows the denoiser {type(denoiser).__name__}; known are {known}"
+    )

@@ -1,0 +1,139 @@
+"""What differs between model families, in one place: a family overrides what it does otherwise.
+
+A new family is one file with one subclass, listed in `families/__init__.py`. The class says how
+the negative prompt is encoded, which modules the text passes on its way to the blocks, which
+layers are its text cross-attention, and how such a layer makes Q, K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor as stock
+from torch import Tensor, nn
+
+from nasa_diffusers.alpha import Grid
+from nasa_diffusers.cache import TextCache
+from nasa_diffusers.layer import Hook, TextHook
+
+# duck-typed: diffusers' attention classes and denoisers share names, not a base class
+Layer = Any
+Denoiser = Any
+
+
+class Family:
+    """The answers for diffusers' `Attention` layers called `attn2`."""
+
+    name: str
+    denoisers: tuple[str, ...]  # class names
+    rule = "nasa"
+    # attributes of the denoiser: modules whose first argument is the text
+    text_modules: tuple[str, ...] = ()
+    # one doubled batch per step under classifier-free guidance, or two calls
+    doubles_batch = True
+    # processors whose computation `queries`, `keys_values` and `output` reproduce
+    processors: tuple[type, ...] = (
+        stock.AttnProcessor,
+        stock.FusedAttnProcessor2_0,
+        stock.SlicedAttnProcessor,
+        stock.XFormersAttnProcessor,
+        stock.AttnProcessor2_0,
+    )
+
+    def default_alpha(self, denoiser: Denoiser) -> float:
+        raise NotImplementedError
+
+    def encode(
+        self, pipe: Any, prompts: list[str], max_sequence_length: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[m, n, c]` and, where the family masks its text, `[m, n]`."""
+        raise NotImplementedError
+
+    def grids(self, denoiser: Denoiser, sample: Tensor) -> tuple[Grid, ...]:
+        """Frames, height and width of the image tokens, for every size a layer may have."""
+        raise NotImplementedError
+
+    def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, Hook]]:
+        """The modules that receive the text before the blocks do, each with a hook for it."""
+        modules = (getattr(denoiser, name) for name in self.text_modules)
+        return [(module, TextHook(cache)) for module in modules if module is not None]
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise if this denoiser mixes text tokens before its blocks, or counts their positions."""
+
+    def layers(self, denoiser: Denoiser) -> Iterator[tuple[str, nn.Module]]:
+        """The text cross-attention layers, all of them, by name."""
+        for name, module in denoiser.named_modules():
+            if name.endswith(".attn2") and isinstance(module, stock.Attention):
+                yield name, module
+
+    def check_layer(self, name: str, attn: Layer) -> None:
+        """Raise if the layer does something that the computation here does not."""
+        unusual = {
+            "spatial_norm": attn.spatial_norm is not None,
+            "group_norm": attn.group_norm is not None,
+            "added_kv_proj_dim": attn.added_kv_proj_dim is not None,
+            "kv_heads": attn.inner_kv_dim != attn.inner_dim,
+            "scale_qk": not attn.scale_qk,
+            "residual_connection": attn.residual_connection,
+            "rescale_output_factor": attn.rescale_output_factor != 1,
+        }
+        if any(unusual.values()):
+            which = ", ".join(key for key, is_set in unusual.items() if is_set)
+            raise ValueError(
+                f"enable_nasa: layer {name!r} uses {which}, which text cross-attention of "
+                f"{self.name} does not have; leave it out with layers=..."
+            )
+
+    # ---- one layer ---------------------------------------------------------------------------
+
+    def projections(self, attn: Layer) -> tuple[nn.Module | None, ...]:
+        """Everything K and V depend on besides the text."""
+        fused = attn.to_kv if _uses_fused_projection(attn) else None
+        kv = (attn.to_k, attn.to_v) if fused is None else (fused,)
+        return (*kv, attn.norm_k, getattr(attn, "norm_cross", None))
+
+    def queries(self, attn: Layer, hidden_states: Tensor) -> Tensor:
+        """`[b, l, c]` to `[b, l, h, d]`."""
+        q = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))
+        return q if attn.norm_q is None else attn.norm_q(q)
+
+    def keys_values(self, attn: Layer, text: Tensor) -> tuple[Tensor, Tensor]:
+        """`[r, n, c]` to K and V, each `[r, n, h, d]`."""
+        k, v = project_keys_values(attn, text)
+        k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
+        return (k if attn.norm_k is None else attn.norm_k(k)), v
+
+    def output(self, attn: Layer, o: Tensor) -> Tensor:
+        """`[b, l, h * d]` through the output projection and its dropout."""
+        return attn.to_out[1](attn.to_out[0](o))
+
+
+def project_keys_values(attn: Layer, text: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V before the heads are split; modules are called, so LoRA, offload and quantised
+    linears do their part."""
+    if _uses_fused_projection(attn):
+        k, v = attn.to_kv(text).chunk(2, dim=-1)
+        return k, v
+    return attn.to_k(text), attn.to_v(text)
+
+
+def _uses_fused_projection(attn: Layer) -> bool:
+    return attn.fused_projections and hasattr(attn, "to_kv")
+
+
+def token_grid(sample: Tensor, patch: int) -> Grid:
+    """The one grid of a transformer over `[b, c, height, width]` latents."""
+    height, width = sample.shape[-2:]
+    return 1, height // patch, width // patch
+
+
+def config(denoiser: Denoiser, name: str):
+    """A config value, None where this version of the model does not have it."""
+    return getattr(denoiser.config, name, None)
+
+
+def on_device(pipe: Any) -> torch.device:
+    return pipe._execution_device

@@ -1,0 +1,49 @@
+"""Sana and Sana-Sprint: Gemma text, masked, projected and normalised before the blocks.
+
+Self-attention is linear there and stays as it is; `attn2` is ordinary cross-attention whose
+optional query and key norms act before the heads are split.
+"""
+
+import inspect
+from typing import Any
+
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+
+from nasa_diffusers.families.base import Family, on_device, project_keys_values, token_grid
+
+
+class Sana(Family):
+    name = "Sana"
+    denoisers = ("SanaTransformer2DModel",)
+    text_modules = ("caption_projection", "caption_norm")
+    processors = (SanaAttnProcessor2_0,)
+
+    def default_alpha(self, denoiser) -> float:
+        """The paper has none: PixArt's, the model whose text path Sana's is built on."""
+        return 0.5
+
+    def encode(self, pipe, prompts, max_sequence_length):
+        options: dict[str, Any] = {"device": on_device(pipe)}
+        if max_sequence_length is not None:
+            options["max_sequence_length"] = max_sequence_length
+        # Sana-Sprint has no classifier-free guidance and no argument for it
+        if "do_classifier_free_guidance" in inspect.signature(pipe.encode_prompt).parameters:
+            options["do_classifier_free_guidance"] = False
+        embeds, mask, *_ = pipe.encode_prompt(prompts, **options)
+        return embeds, mask
+
+    def grids(self, denoiser, sample):
+        return (token_grid(sample, denoiser.config.patch_size),)
+
+    def queries(self, attn, hidden_states):
+        q = attn.to_q(hidden_states)
+        return norm_then_heads(attn, attn.norm_q, q)
+
+    def keys_values(self, attn, text):
+        k, v = project_keys_values(attn, text)
+        return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
+
+
+def norm_then_heads(attn, norm, x):
+    """`[b, n, h * d]` to `[b, n, h, d]`, normalised over all heads at once."""
+    return (x if norm is None else norm(x)).unflatten(2, (attn.heads, -1))

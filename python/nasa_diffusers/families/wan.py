@@ -1,0 +1,93 @@
+"""Wan 2.1 and 2.2, text to video: UMT5 text, zero-padded and not masked.
+
+Classifier-free guidance is two calls a step; the one with the pipeline's own negative prompt is
+left alone. Wan 2.2 has two transformers, for early and for late steps: both are steered.
+"""
+
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+
+from nasa_diffusers.cache import Fingerprint
+from nasa_diffusers.families.base import Family, on_device, project_keys_values
+from nasa_diffusers.families.sana import norm_then_heads
+from nasa_diffusers.layer import Hook
+from nasa_diffusers.steered import Steered
+
+
+class Wan(Family):
+    name = "Wan"
+    denoisers = ("WanTransformer3DModel",)
+    doubles_batch = False
+    processors = (WanAttnProcessor,)
+
+    def default_alpha(self, denoiser) -> float:
+        """The paper has none for video: PixArt's, the transformer it does name."""
+        return 0.5
+
+    def encode(self, pipe, prompts, max_sequence_length):
+        embeds, _ = pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            # the length that the pipeline itself encodes its prompts to
+            max_sequence_length=512 if max_sequence_length is None else max_sequence_length,
+            device=on_device(pipe),
+        )
+        return embeds, None
+
+    def grids(self, denoiser, sample):
+        size = zip(sample.shape[-3:], denoiser.config.patch_size, strict=True)
+        frames, height, width = (tokens // patch for tokens, patch in size)
+        return ((frames, height, width),)
+
+    def text_hooks(self, denoiser, cache):
+        return [(denoiser.condition_embedder, WanTextHook(cache))]
+
+    def layers(self, denoiser):
+        for name, module in denoiser.named_modules():
+            if name.endswith(".attn2") and isinstance(module, WanAttention):
+                yield name, module
+
+    def check_layer(self, name, attn):
+        if attn.add_k_proj is not None:
+            raise ValueError(
+                f"enable_nasa: layer {name!r} attends to an image besides the text; of the Wan "
+                "models text-to-video is supported, image-to-video is not"
+            )
+        if getattr(attn.processor, "_parallel_config", None) is not None:
+            raise ValueError(
+                "enable_nasa: context parallelism is on for this transformer, and NASA does not "
+                "split its attention; load the model without enable_parallelism"
+            )
+
+    def projections(self, attn):
+        return attn.to_k, attn.to_v, getattr(attn, "to_kv", None), attn.norm_k
+
+    def queries(self, attn, hidden_states):
+        return norm_then_heads(attn, attn.norm_q, attn.to_q(hidden_states))
+
+    def keys_values(self, attn, text):
+        k, v = project_keys_values(attn, text)
+        return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
+
+
+class WanTextHook(Hook):
+    """The condition embedder takes timestep and text together: only the text is doubled."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+
+    def new_forward(self, module, timestep, text, *args, **kwargs):
+        if not isinstance(text, Steered):
+            return self.stock(timestep, text, *args, **kwargs)
+        temb, timestep_proj, projected, images = self.stock(timestep, text.text, *args, **kwargs)
+
+        def project():
+            return [(module.text_embedder(term.text),) for term in text.terms]
+
+        if text.is_cached:
+            made_by = Fingerprint([module.text_embedder], text.made_by)
+            made = self.cache.through(module, made_by, text.prompts, project)
+        else:
+            made_by, made = None, project()
+        steered = text.projected([projected, *(x for (x,) in made)], made_by)
+        return temb, timestep_proj, steered, images

@@ -1,0 +1,177 @@
+"""What NASA adds to a denoiser call, counted on the real architectures on the meta device.
+
+Nothing is computed and no weight is loaded: `FlopCounterMode` counts the operations of a stock
+call, of the first steered call and of a later one, whose text keys and values are cached. The
+positive prompt's are cached too, so a later call leaves out work that the stock call repeats.
+Encoding the negative prompt is not part of a denoiser call and is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import (
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from nasa_diffusers.api import enable_nasa
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser's real configuration, and the sizes of one call at batch 1."""
+
+    build: Any  # a denoiser class
+    config: dict[str, Any]
+    latents: tuple[int, ...]  # [c, height, width], video [c, frames, height, width]
+    tokens: int
+    channels: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+SDXL_INPUTS = {
+    "added_cond_kwargs": {
+        "text_embeds": torch.empty(1, 1280, device="meta"),
+        "time_ids": torch.empty(1, 6, device="meta"),
+    }
+}
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+PIXART_INPUTS = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+MODELS = {
+    "SD 1.5, 512 px": Model(
+        UNet2DConditionModel, {"cross_attention_dim": 768}, (4, 64, 64), 77, 768
+    ),
+    "SD 2.1-base, 512 px": Model(
+        UNet2DConditionModel,
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        (4, 64, 64),
+        77,
+        1024,
+    ),
+    "SDXL, 512 px": Model(UNet2DConditionModel, SDXL, (4, 64, 64), 77, 2048, SDXL_INPUTS),
+    "SDXL, 1024 px": Model(UNet2DConditionModel, SDXL, (4, 128, 128), 77, 2048, SDXL_INPUTS),
+    "PixArt-alpha, 512 px": Model(
+        PixArtTransformer2DModel,
+        {"sample_size": 64, "caption_channels": 4096},
+        (4, 64, 64),
+        120,
+        4096,
+        PIXART_INPUTS,
+    ),
+    "PixArt-sigma, 1024 px": Model(
+        PixArtTransformer2DModel,
+        {
+            "sample_size": 128,
+            "caption_channels": 4096,
+            "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+        (4, 128, 128),
+        300,
+        4096,
+        PIXART_INPUTS,
+    ),
+    "Sana 0.6B, 1024 px": Model(
+        SanaTransformer2DModel,
+        {
+            "num_layers": 28,
+            "num_attention_heads": 36,
+            "attention_head_dim": 32,
+            "num_cross_attention_heads": 16,
+            "cross_attention_head_dim": 72,
+            "cross_attention_dim": 1152,
+            "caption_channels": 2304,
+        },
+        (32, 32, 32),
+        300,
+        2304,
+    ),
+    "Wan 2.1 1.3B, 480p, 81 frames": Model(
+        WanTransformer3DModel,
+        {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+        (16, 21, 60, 104),
+        512,
+        4096,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """FLOPs of one denoiser call, a multiply-add counted as 2."""
+
+    model: str
+    tokens: int
+    stock: int
+    first: int  # the negative prompt's first call
+    later: int  # every call after it
+
+    @property
+    def added_first(self) -> float:
+        return (self.first - self.stock) / self.stock
+
+    @property
+    def added_later(self) -> float:
+        return (self.later - self.stock) / self.stock
+
+
+def count(name: str) -> Count:
+    """Count one of `MODELS`, with a negative prompt as long as the positive one."""
+    model = MODELS[name]
+    with torch.device("meta"):
+        denoiser = model.build(**model.config).eval()
+        sample = torch.empty(1, *model.latents)
+        text = torch.empty(1, model.tokens, model.channels)
+        negative = torch.empty(1, model.tokens, model.channels)
+        timestep = torch.ones(1)
+
+    @torch.no_grad()
+    def call() -> int:
+        with FlopCounterMode(display=False) as counter:
+            denoiser(
+                sample, timestep=timestep, encoder_hidden_states=text, return_dict=False,
+                **model.inputs,
+            )  # fmt: skip
+        return counter.get_total_flops()
+
+    stock = call()
+    pipe: Any = SimpleNamespace(transformer=denoiser)
+    enable_nasa(pipe, negative_prompt_embeds=negative, alpha=0.5)
+    return Count(name, model.tokens, stock, first=call(), later=call())
+
+
+def markdown(counts: list[Count]) -> str:
+    """The table of the documentation."""
+    lines = [
+        "| model, batch 1 | text tokens | stock call, TFLOP | first steered call | later calls |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {c.model} | {c.tokens} + {c.tokens} | {c.stock / 1e12:.3f} "
+        f"| {c.added_first:+.2%} | {c.added_later:+.2%} |"
+        for c in counts
+    ]
+    return "\n".join(lines)

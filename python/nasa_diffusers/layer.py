@@ -1,0 +1,198 @@
+"""The hooks on a denoiser's modules: text cross-attention, and what the text passes before it.
+
+Both are diffusers `ModelHook`s, so they outlive what replaces attention processors (IP-Adapter,
+attention slicing, fused projections). A call that brings plain text is passed on untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from nasa_diffusers import ip_adapter
+from nasa_diffusers.cache import Fingerprint, TextCache
+from nasa_diffusers.steered import Steered
+from nasa_kernels import nasa_attention
+
+if TYPE_CHECKING:
+    from nasa_diffusers.families.base import Family
+
+HOOK_NAME = "nasa"
+
+
+def refuse_copy(self, memo: dict):
+    """A hooked forward is bound to its module: a copy would run with the original's weights."""
+    raise RuntimeError(
+        "nasa_diffusers: a denoiser cannot be copied while NASA is on; call disable_nasa(pipe), "
+        "copy it, then call enable_nasa again"
+    )
+
+
+class Hook(ModelHook):
+    """A `ModelHook` that decides whether the module's own computation runs."""
+
+    def stock(self, *args, **kwargs) -> Any:
+        """What the module computes without NASA."""
+        return self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[misc]
+
+    __deepcopy__ = refuse_copy
+
+
+class CrossAttentionHook(Hook):
+    """Computes `Z+ - alpha * Z-` in place of a layer's own text cross-attention."""
+
+    def __init__(self, name: str, family: Family, cache: TextCache, guided: bool):
+        super().__init__()
+        self.name, self.family, self.cache, self.guided = name, family, cache, guided
+        self.last_call: LayerCall | None = None
+
+    def new_forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,  # [b, l, c]
+        encoder_hidden_states: Any = None,  # text, or (text, [images]) with an IP-Adapter
+        attention_mask: Tensor | None = None,  # additive [b, 1, n_pos], over the positive text
+        *args,
+        **kwargs,
+    ) -> Tensor:
+        text, images = encoder_hidden_states, None
+        if isinstance(text, tuple):
+            text, images = text
+        if not isinstance(text, Steered):
+            return self.stock(hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        if not self.guided:
+            text = text.text if images is None else (text.text, images)
+            return self.stock(hidden_states, text, attention_mask, *args, **kwargs)
+        self._check_processor(attn, images)
+
+        q = self.family.queries(attn, hidden_states)
+        (k_pos, v_pos), *negatives = self._keys_values(attn, text)
+        if not torch.compiler.is_compiling():
+            self.last_call = LayerCall(q.shape, [x.shape for x in text.texts])
+        queries = q.shape[1]
+        mask_pos = _key_mask(self.name, attention_mask, k_pos.shape[1])
+        o: Tensor | None = None
+        for term, (k_neg, v_neg) in zip(text.terms, negatives, strict=True):
+            z = nasa_attention(
+                q, k_pos, v_pos, k_neg, v_neg, term.alpha.at(queries),
+                mask_pos=mask_pos, mask_neg=term.mask, backend=text.backend,
+            )  # fmt: skip
+            o = z if o is None else o + z
+            # Z+ counts once: a prompt without keys contributes 0 to the terms that follow
+            k_pos, v_pos, mask_pos = k_pos[:, :0], v_pos[:, :0], None
+        assert o is not None, "enable_nasa refuses an empty list of negative prompts"
+        # [b, l, h, d] -> [b, l, h * d], a view
+        o = o.flatten(2)
+        if images is not None:
+            o = o + ip_adapter.image_terms(attn, q, images, kwargs.get("ip_adapter_masks"))
+        return self.family.output(attn, o)
+
+    def _check_processor(self, attn: Any, images: Any) -> None:
+        known = self.family.processors if images is None else ip_adapter.PROCESSORS
+        if type(attn.processor) not in known:
+            raise RuntimeError(
+                f"nasa_diffusers: layer {self.name!r} has the processor "
+                f"{type(attn.processor).__name__}, whose computation NASA does not know and would "
+                f"replace. Restore a stock one, set_attn_processor({known[-1].__name__}()), or "
+                "leave the layer out with enable_nasa(..., layers=...)"
+            )
+
+    # ---- keys and values ---------------------------------------------------------------------
+
+    def _keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
+        """K and V of the positive text, then of each negative one."""
+        if text.prompts is None or not text.is_cached:
+            return self._project(attn, text.texts)
+        are_uniform = text.prompts.are_uniform
+
+        def project() -> list[tuple[Tensor, ...]]:
+            pairs = zip(text.texts, are_uniform, strict=True)
+            return self._project(attn, [x[:1] if same else x for x, same in pairs])
+
+        made_by = Fingerprint(self.family.projections(attn), text.made_by)
+        return self.cache.through(attn, made_by, text.prompts, project)
+
+    def _project(self, attn: Any, texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """One projection for all prompts, their tokens side by side: `[1, sum of r * n, c]`."""
+        sizes = [text.shape[:2] for text in texts]
+        tokens = torch.cat([text.flatten(0, 1) for text in texts])[None]
+        # [sum of r * n, h, d]
+        k, v = (x[0] for x in self.family.keys_values(attn, tokens))
+        lengths = [r * n for r, n in sizes]
+        return [
+            (k_part.unflatten(0, size), v_part.unflatten(0, size))
+            for k_part, v_part, size in zip(k.split(lengths), v.split(lengths), sizes, strict=True)
+        ]
+
+
+class TextHook(Hook):
+    """Sends the negative prompts, too, through a module that the text passes before the blocks."""
+
+    def __init__(self, cache: TextCache):
+        super().__init__()
+        self.cache = cache
+
+    def new_forward(self, module: nn.Module, text: Any, *args, **kwargs):
+        if not isinstance(text, Steered):
+            return self.stock(text, *args, **kwargs)
+
+        def project() -> list[tuple[Tensor, ...]]:
+            return [(self.stock(x, *args, **kwargs),) for x in text.texts]
+
+        if text.prompts is None or not text.is_cached:
+            return text.projected([x for (x,) in project()], None)
+        made_by = Fingerprint([module], text.made_by)
+        made = self.cache.through(module, made_by, text.prompts, project)
+        return text.projected([x for (x,) in made], made_by)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The sizes of a layer's last call, for the report. FLOPs count a multiply-add as 2."""
+
+    q: torch.Size  # [b, l, h, d]
+    texts: list[torch.Size]  # [r, n, c], the positive one first
+
+    @property
+    def attention_flops(self) -> int:
+        """Q K-^T and P- V-, over every row of the batch."""
+        b, queries, h, d = self.q
+        return sum(4 * b * h * queries * n * d for _, n, _ in self.texts[1:])
+
+    @property
+    def projection_flops(self) -> int:
+        """to_k and to_v of the negative texts."""
+        _, _, h, d = self.q
+        return sum(4 * r * n * c * h * d for r, n, c in self.texts[1:])
+
+
+def _key_mask(layer: str, mask: Tensor | None, keys: int) -> Tensor | None:
+    """diffusers' additive mask `[b, 1, n]` as one bias per key, `[b, n]`."""
+    if mask is None:
+        return None
+    if mask.dim() != 3 or mask.shape[1] != 1 or mask.shape[2] != keys:
+        raise ValueError(
+            f"nasa_diffusers: the text mask of layer {layer!r} must be [b, 1, {keys}], one value "
+            f"per text token, got {list(mask.shape)}"
+        )
+    return mask[:, 0]
+
+
+# ---- putting hooks on and taking them off --------------------------------------------------------
+
+
+def attach(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
+
+
+def detach(module: Any) -> None:
+    """Take the hook off and leave the module as if it had never been there."""
+    registry = module._diffusers_hook
+    registry.remove_hook(HOOK_NAME, recurse=False)
+    forward = vars(module).get("forward")
+    if not registry.hooks and getattr(forward, "__self__", None) == module:
+        del module.forward, module._diffusers_hook

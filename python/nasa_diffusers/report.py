@@ -1,0 +1,91 @@
+"""What was guided, and what it cost: the answer of `handle.report()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from nasa_kernels import backends
+
+if TYPE_CHECKING:
+    from nasa_diffusers.steering import Steering
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts are those of the last denoiser call; None where none has been made."""
+
+    family: str
+    rule: str
+    alpha: str
+    negatives: tuple[str, ...]  # prompt, its tokens, its own alpha
+    steps: str
+    layers: int
+    layers_guided: int
+    keys_pos: int | None
+    keys_neg: int
+    backend: str
+    attention_flops: int | None  # added to every denoiser call
+    projection_flops: int | None  # added once per negative prompt, then cached
+    cache_bytes: int
+    cache_limit: int
+
+    def __str__(self) -> str:
+        rows = {
+            "family": f"{self.family}, rule {self.rule}",
+            "negative": "; ".join(self.negatives),
+            "alpha": f"{self.alpha}, {self.steps}",
+            "layers": f"{self.layers_guided} of {self.layers} text cross-attention layers guided",
+            "keys": f"{'?' if self.keys_pos is None else self.keys_pos} + {self.keys_neg}",
+            "back end": self.backend,
+            "added": _flops(self.attention_flops, self.projection_flops),
+            "K/V cache": f"{self.cache_bytes / 2**20:.1f} of {self.cache_limit / 2**20:.0f} MiB",
+        }
+        return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+
+
+def _flops(attention: int | None, projection: int | None) -> str:
+    if attention is None or projection is None:
+        return "not known before the pipeline has run"
+    return (
+        f"{attention / 1e9:.3f} GFLOP per denoiser call, {projection / 1e9:.3f} GFLOP once per "
+        "negative prompt"
+    )
+
+
+def make_report(steerings: list[Steering]) -> Report:
+    """One report for all denoisers of a pipeline."""
+    first = steerings[0]
+    settings = first.settings
+    hooks = [hook for steering in steerings for hook in steering.guided_layers.values()]
+    calls = [hook.last_call for hook in hooks if hook.last_call is not None]
+    negatives = tuple(
+        f"{term.label!r} ({term.embeds.shape[1]} tokens"
+        + (f", alpha {term.weight:g})" if settings.negative.has_own_alphas else ")")
+        for term in settings.negative.terms
+    )
+    return Report(
+        family=first.family.name,
+        rule=first.family.rule,
+        alpha=str(settings.alpha),
+        negatives=negatives,
+        steps=str(settings.window),
+        layers=sum(len(steering.layers) for steering in steerings),
+        layers_guided=len(hooks),
+        keys_pos=calls[0].texts[0][1] if calls else None,
+        keys_neg=sum(term.embeds.shape[1] for term in settings.negative.terms),
+        backend=settings.backend or _chosen_backend(first.denoiser),
+        attention_flops=sum(call.attention_flops for call in calls) if calls else None,
+        projection_flops=sum(call.projection_flops for call in calls) if calls else None,
+        cache_bytes=first.cache.nbytes,
+        cache_limit=first.cache.limit,
+    )
+
+
+def _chosen_backend(denoiser) -> str:
+    """What `backend=None` takes for tensors of this denoiser."""
+    parameter = next(denoiser.parameters())
+    dtype = getattr(denoiser, "dtype", parameter.dtype)
+    return backends.choose(torch.device(parameter.device), dtype)

@@ -1,0 +1,81 @@
+"""What travels through the denoiser in place of `encoder_hidden_states`.
+
+A guided forward pass replaces the text by one `Steered` object, and every text cross-attention
+layer takes it apart again. So the negative prompt, its alpha and its mask are arguments of each
+block: a block that gradient checkpointing runs a second time sees what it saw the first time,
+and two threads, or two pipelines that share a denoiser, never share a setting.
+
+Names: b batch, l image queries, n text tokens, c channels, r rows of a prompt (b, or 1 for all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nasa_diffusers.alpha import LayerAlpha
+
+if TYPE_CHECKING:
+    from nasa_diffusers.cache import Fingerprint, Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One negative prompt: the `alpha * Z-` that is subtracted."""
+
+    text: Tensor  # [r, n_neg, c]
+    mask: Tensor | None  # [r, n_neg] bool, True = attend
+    alpha: LayerAlpha
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """The positive text and the negative ones, on their way to the cross-attention layers."""
+
+    text: Tensor  # [b, n_pos, c]
+    terms: tuple[Term, ...]
+    backend: str | None
+    prompts: Prompts | None  # where their keys and values are kept; None: nowhere
+    made_by: Fingerprint | None = None  # the text projections passed so far
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether projections may be kept: no gradient is recorded, and this is not a trace."""
+        return self.prompts is not None and not torch.compiler.is_compiling()
+
+    @property
+    def texts(self) -> list[Tensor]:
+        return [self.text, *(term.text for term in self.terms)]
+
+    def projected(self, texts: Sequence[Tensor], made_by: Fingerprint | None) -> Steered:
+        """The same prompts after one of the model's own text projections."""
+        text, *negatives = texts
+        terms = tuple(replace(t, text=x) for t, x in zip(self.terms, negatives, strict=True))
+        return replace(self, text=text, terms=terms, made_by=made_by)
+
+    def view(self, *shape: int) -> Steered:
+        """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""
+        return replace(self, text=self.text.view(*shape))
+
+    def to(self, *args, **kwargs) -> Steered:
+        """Follows a model that offloading or sharding keeps on another device than its caller."""
+        terms = tuple(
+            Term(
+                term.text.to(*args, **kwargs),
+                None if term.mask is None else term.mask.to(*args, **kwargs),
+                term.alpha.to(*args, **kwargs),
+            )
+            for term in self.terms
+        )
+        return replace(self, text=self.text.to(*args, **kwargs), terms=terms)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"nasa_diffusers: a module asked the steered text for {name!r}, so it is not one that "
+            "enable_nasa prepared: its forward was replaced, or it was added later. Call "
+            "disable_nasa(pipe), make that change, then call enable_nasa again."
+        )

@@ -1,0 +1,181 @@
+"""The hook on the denoiser: it decides, call by call, what is steered and how."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from nasa_diffusers.alpha import Alpha, LayerAlpha
+from nasa_diffusers.cache import TextCache
+from nasa_diffusers.caller import Caller, find_caller, first_guided_row
+from nasa_diffusers.families import Family
+from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
+from nasa_diffusers.negative import Negative, spread
+from nasa_diffusers.steered import Steered, Term
+from nasa_diffusers.window import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """Everything a call reads. Replaced as a whole, so a call in progress keeps what it saw."""
+
+    negative: Negative
+    alpha: Alpha
+    alpha_is_default: bool
+    window: Window
+    backend: str | None
+    cfg: bool | None
+
+
+class Steering:
+    """A forward-pre-hook on one denoiser, and the hooks on its layers.
+
+    Runs outside compiled code: a compiled denoiser receives its result as one more argument.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        denoiser: nn.Module,
+        family: Family,
+        settings: Settings,
+        guided: dict[str, bool],
+        cache: TextCache,
+    ):
+        self.pipe, self.denoiser, self.family = pipe, denoiser, family
+        self.settings = settings
+        self.cache = cache
+        self.parameters = list(inspect.signature(denoiser.forward).parameters)
+        self.alphas: dict[tuple, LayerAlpha] = {}
+        self.last_text: weakref.ref | None = None
+        self.layers = {
+            name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
+            for name, attn in family.layers(denoiser)
+        }
+        self.text_hooks = family.text_hooks(denoiser, cache)
+        self._handle: Any = None
+
+    @property
+    def guided_layers(self) -> dict[str, CrossAttentionHook]:
+        return {name: hook for name, (_, hook) in self.layers.items() if hook.guided}
+
+    def attach(self) -> None:
+        for attn, hook in self.layers.values():
+            attach(attn, hook)
+        for module, text_hook in self.text_hooks:
+            attach(module, text_hook)
+        self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
+
+    def detach(self) -> None:
+        self._handle.remove()
+        for attn, _ in self.layers.values():
+            detach(attn)
+        for module, _ in self.text_hooks:
+            detach(module)
+        self.cache.clear()
+
+    __deepcopy__ = refuse_copy
+
+    @torch.compiler.disable
+    def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        """Put a `Steered` in place of the text; None leaves the stock call as it is."""
+        settings = self.settings
+        if settings.alpha.is_zero:
+            return None
+        caller = find_caller()
+        if not self._is_guided_step(caller, settings.window):
+            return None
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
+        if not isinstance(text, Tensor):
+            raise ValueError(
+                "nasa_diffusers: encoder_hidden_states must be one tensor [b, n, c], got "
+                f"{type(text).__name__}; a deprecated IP-Adapter call passes images there, use "
+                "ip_adapter_image_embeds"
+            )
+        first = 0
+        if self.family.doubles_batch:
+            first = first_guided_row(caller, settings.cfg, sample)
+        elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
+            return None
+        prompts = None if caller is None else caller.prompts
+        kwargs["encoder_hidden_states"] = self._steer(settings, text, sample, first, prompts)
+        return (), kwargs
+
+    def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
+        if window.is_everything:
+            return True
+        if caller is None:
+            raise RuntimeError(
+                "nasa_diffusers: start and stop are read from the pipeline that calls the "
+                "denoiser, and none does; in a loop of your own set handle.alpha to 0 where the "
+                "negative prompt must not act"
+            )
+        return window.holds(*caller.step)
+
+    def _steer(
+        self, settings: Settings, text: Tensor, sample: Tensor, first: int, prompts: int | None
+    ) -> Steered:
+        negative = self._current_negative(settings, text)
+        placed = [term.rows(text, first, prompts) for term in negative.terms]
+        for embeds, _ in placed:
+            if embeds.shape[2] != text.shape[2]:
+                raise ValueError(
+                    f"nasa_diffusers: the negative prompt has {embeds.shape[2]} channels, the "
+                    f"prompt has {text.shape[2]}; encode both with the encoders of this pipeline"
+                )
+        prompts_seen = None
+        if not torch.is_grad_enabled():
+            prompts_seen = self.cache.recognise([text, *(embeds for embeds, _ in placed)])
+        alphas = (
+            self._alpha(settings.alpha, term.weight, sample, first, prompts)
+            for term in negative.terms
+        )
+        terms = tuple(
+            Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
+        )
+        return Steered(text, terms, settings.backend, prompts_seen)
+
+    def _current_negative(self, settings: Settings, text: Tensor) -> Negative:
+        """Encodes again after a text encoder changed; looks only when a prompt is new."""
+        if self.last_text is not None and self.last_text() is text:
+            return settings.negative
+        negative = settings.negative.current(self.pipe, self.family)
+        if self.settings is settings:
+            self.settings = replace(settings, negative=negative)
+            self.last_text = weakref.ref(text)
+        return negative
+
+    def _alpha(
+        self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
+    ) -> LayerAlpha:
+        """One object for all steps of the same size: its tensors are made once."""
+        inference = torch.is_inference_mode_enabled()
+        key = (alpha, weight, tuple(sample.shape), sample.device, first, prompts, inference)
+        if alpha.is_learned:
+            return self._make_alpha(alpha, weight, sample, first, prompts)
+        if key not in self.alphas:
+            if len(self.alphas) >= 16:
+                self.alphas.clear()
+            self.alphas[key] = self._make_alpha(alpha, weight, sample, first, prompts)
+        return self.alphas[key]
+
+    def _make_alpha(
+        self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
+    ) -> LayerAlpha:
+        rows = sample.shape[0]
+        values = alpha.values.to(sample.device) * weight
+        values = spread(values, rows, first, prompts, "alpha").expand(rows)
+        guided = torch.arange(rows, device=sample.device) >= first
+        # [b, 1, 1]
+        values = torch.where(guided, values, 0.0)[:, None, None]
+        if alpha.region is None:
+            return LayerAlpha(values)
+        grids = self.family.grids(self.denoiser, sample)
+        return LayerAlpha(values, alpha.region.to(sample.device), grids)

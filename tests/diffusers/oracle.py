@@ -1,0 +1,62 @@
+"""NASA the plain way: Algorithm 1 of the paper as a diffusers processor, its printed bugs fixed.
+
+Independent of `nasa_diffusers`: two calls of PyTorch's attention and a subtraction, the negative
+text handed to the processor, installed with diffusers' own `set_attn_processor`.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+
+class Algorithm1:
+    """`to_out(Z+ - sum of alpha_i * Z-_i)` for one text cross-attention layer."""
+
+    def __init__(self, negatives):
+        # (text [r, n, c], bool mask [r, n] or None, alpha broadcastable to [b, 1, l, 1])
+        self.negatives = negatives
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ):
+        if encoder_hidden_states is None:
+            encoder_hidden_states = hidden_states
+        q = self.heads(attn, self.norm(attn.norm_q, attn.to_q(hidden_states)))
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None]
+        z = self.attend(attn, q, encoder_hidden_states, attention_mask)
+        for text, mask, alpha in self.negatives:
+            text = text.to(z.dtype).expand(len(q), -1, -1)
+            mask = None if mask is None else mask[:, None, None, :].expand(len(q), 1, 1, -1)
+            alpha = torch.as_tensor(alpha(q.shape[2]) if callable(alpha) else alpha).to(z.dtype)
+            z = z - alpha * self.attend(attn, q, text, mask)
+        # [b, h, l, d] -> [b, l, h * d]
+        return attn.to_out[0](z.transpose(1, 2).flatten(2))
+
+    def attend(self, attn, q, text, mask):
+        k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(text)))
+        v = self.heads(attn, attn.to_v(text))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def heads(self, attn, x):
+        return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+    def norm(self, norm, x):
+        return x if norm is None else norm(x)
+
+
+@contextlib.contextmanager
+def algorithm_1(denoiser, negatives, layers=lambda name: True):
+    """The denoiser with Algorithm 1 in its `attn2` layers; `negatives` in the layers' channels."""
+    stock = dict(denoiser.attn_processors)
+    denoiser.set_attn_processor(
+        {
+            name: Algorithm1(negatives) if ".attn2." in name and layers(name) else processor
+            for name, processor in stock.items()
+        }
+    )
+    try:
+        yield denoiser
+    finally:
+        denoiser.set_attn_processor(stock)

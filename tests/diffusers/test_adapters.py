@@ -1,0 +1,238 @@
+"""LoRA and IP-Adapter, loaded, switched, rescaled and unloaded while NASA is on."""
+
+import pytest
+import torch
+from conftest import assert_same_image
+from nasa_diffusers import nasa, testing
+from oracle import Algorithm1, algorithm_1
+from peft import LoraConfig
+from test_exactness import negative_embeds
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+
+def add_lora(module, name, seed, targets=("to_k", "to_v", "to_q")):
+    torch.manual_seed(seed)
+    module.add_adapter(
+        LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False), adapter_name=name
+    )
+    module.requires_grad_(False)
+
+
+@pytest.fixture
+def compare(draw):
+    """Draw with NASA on, then the same with Algorithm 1 on a pipeline changed the same way."""
+    history = []
+
+    def change_and_compare(pipe, oracle, change, **options):
+        for each in (pipe, oracle):
+            change(each)
+        ours = draw(pipe, steps=2, **options)
+        with algorithm_1(oracle.unet, [(negative_embeds(oracle), None, 0.5)]):
+            assert_same_image(ours, draw(oracle, steps=2, **options))
+        # every change was a change
+        assert not any(torch.allclose(ours, earlier) for earlier in history)
+        history.append(ours)
+
+    return change_and_compare
+
+
+def test_lora_switched_and_rescaled_between_calls(sd, compare):
+    oracle = testing.stable_diffusion()
+    with nasa(sd, "blurry", alpha=0.5):
+        compare(sd, oracle, lambda pipe: None)
+        compare(sd, oracle, lambda pipe: add_lora(pipe.unet, "first", 1))
+        compare(sd, oracle, lambda pipe: add_lora(pipe.unet, "second", 2))
+        compare(sd, oracle, lambda pipe: pipe.set_adapters(["first", "second"], [0.5, 2.0]))
+        compare(sd, oracle, lambda pipe: pipe.set_adapters(["first"], [0.25]))
+        # the scale that a call brings acts inside the denoiser
+        compare(sd, oracle, lambda pipe: None, cross_attention_kwargs={"scale": 0.1})
+        compare(sd, oracle, lambda pipe: pipe.set_adapters(["second"], [0.3]))
+
+
+def test_lora_fused_and_disabled(sd, draw):
+    with nasa(sd, "blurry", alpha=0.5):
+        plain = draw(sd)
+        add_lora(sd.unet, "first", 1)
+        adapted = draw(sd)
+        assert not torch.allclose(adapted, plain)
+        sd.fuse_lora()
+        assert_same_image(draw(sd), adapted)
+        sd.unfuse_lora()
+        assert_same_image(draw(sd), adapted)
+        sd.disable_lora()
+        assert_same_image(draw(sd), plain)
+        sd.enable_lora()
+        assert_same_image(draw(sd), adapted)
+        sd.unload_lora_weights()
+        assert_same_image(draw(sd), plain)
+
+
+def test_lora_before_nasa(sd, draw, compare):
+    oracle = testing.stable_diffusion()
+    for pipe in (sd, oracle):
+        add_lora(pipe.unet, "first", 1)
+    with nasa(sd, "blurry", alpha=0.5):
+        compare(sd, oracle, lambda pipe: None)
+
+
+def test_lora_of_the_text_encoder(sd, draw, compare):
+    """The negative prompt is encoded again when its encoder has changed."""
+    oracle = testing.stable_diffusion()
+    targets = ("q_proj", "v_proj")
+    with nasa(sd, "blurry", alpha=0.5):
+        compare(sd, oracle, lambda pipe: None)
+        compare(sd, oracle, lambda pipe: add_lora(pipe.text_encoder, "first", 1, targets))
+        compare(sd, oracle, lambda pipe: pipe.set_adapters(["first"], [0.2]))
+
+
+def test_lora_dropout_is_not_cached(sd, draw):
+    """In training mode each call draws its own dropout, as the stock layers do."""
+    torch.manual_seed(0)
+    sd.unet.add_adapter(
+        LoraConfig(r=4, target_modules=["to_k"], init_lora_weights=False, lora_dropout=0.5)
+    )
+    sd.unet.train()
+    with nasa(sd, "blurry", alpha=0.5):
+        assert not torch.equal(draw(sd), draw(sd))
+
+
+# ---- IP-Adapter ----------------------------------------------------------------------------------
+
+
+def load_ip_adapter(pipe, seed=3, tokens=4, dim=16):
+    """A small adapter in the checkpoint's own format, for images of `dim` channels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape):
+        return torch.randn(shape, generator=generator) * 0.3
+
+    width = pipe.unet.config.cross_attention_dim
+    projection = {
+        "proj.weight": weight(tokens * width, dim),
+        "proj.bias": weight(tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    layers, index = {}, 1
+    for name in pipe.unet.attn_processors:
+        if ".attn2." in name:
+            attn = pipe.unet.get_submodule(name.removesuffix(".processor"))
+            inner = attn.to_k.out_features
+            layers[f"{index}.to_k_ip.weight"] = weight(inner, width)
+            layers[f"{index}.to_v_ip.weight"] = weight(inner, width)
+            index += 2
+    pipe.load_ip_adapter(
+        {"image_proj": projection, "ip_adapter": layers},
+        subfolder="",
+        weight_name="",
+        image_encoder_folder=None,
+    )
+
+
+IMAGE = torch.linspace(-1, 1, 16).view(1, 1, 16)
+IMAGE_WITH_CFG = torch.cat([torch.zeros_like(IMAGE), IMAGE])
+
+
+class WithImages(Algorithm1):
+    """Algorithm 1 plus what diffusers' own IP-Adapter processor adds at its scale."""
+
+    def __init__(self, negatives, ip_processor):
+        super().__init__(negatives)
+        self.ip_processor = ip_processor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks=None, **kwargs):
+        text = encoder_hidden_states[0]
+        steered = super().__call__(attn, hidden_states, text)
+        scale = self.ip_processor.scale
+        outputs = []
+        for self.ip_processor.scale in (scale, [0.0] * len(scale)):
+            outputs.append(
+                self.ip_processor(
+                    attn, hidden_states, encoder_hidden_states, ip_adapter_masks=ip_adapter_masks
+                )
+            )
+        self.ip_processor.scale = scale
+        return steered + outputs[0] - outputs[1]
+
+
+def draw_with_oracle(pipe, draw, alpha, **options):
+    """NASA must be off: a layer whose processor is not stock would be refused."""
+    negative = [(negative_embeds(pipe), None, alpha)]
+    processors = dict(pipe.unet.attn_processors)
+    pipe.unet.set_attn_processor(
+        {
+            name: WithImages(negative, processor) if ".attn2." in name else processor
+            for name, processor in processors.items()
+        }
+    )
+    image = draw(pipe, **options)
+    pipe.unet.set_attn_processor(processors)
+    return image
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("guidance", [0.0, 5.0], ids=["no-cfg", "cfg"])
+def test_ip_adapter(sd, draw, order, guidance):
+    alpha = torch.tensor([0.0, 0.5] if guidance else [0.5]).view(-1, 1, 1, 1)
+    options = {"guidance": guidance, "steps": 2}
+    image = {"ip_adapter_image_embeds": [IMAGE_WITH_CFG if guidance else IMAGE]}
+    oracle = testing.stable_diffusion()
+    load_ip_adapter(oracle)
+
+    if order == "before":
+        load_ip_adapter(sd)
+    with nasa(sd, "blurry", alpha=0.5):
+        if order == "after":
+            plain = draw(sd, **options)
+            load_ip_adapter(sd)
+        for scale in (1.0, 0.3):
+            sd.set_ip_adapter_scale(scale)
+            oracle.set_ip_adapter_scale(scale)
+            expected = draw_with_oracle(oracle, draw, alpha, **options, **image)
+            assert_same_image(draw(sd, **options, **image), expected)
+        if order == "after":
+            assert not torch.allclose(expected, plain)
+            sd.unload_ip_adapter()
+            assert_same_image(draw(sd, **options), plain)
+
+
+def test_ip_adapter_with_masks(sd, draw):
+    """Two images of one adapter, each in its half of the picture."""
+    masks = torch.zeros(1, 2, 32, 32)
+    masks[:, 0, :, :16], masks[:, 1, :, 16:] = 1, 1
+    options = {
+        "ip_adapter_image_embeds": [torch.cat([IMAGE, -IMAGE], dim=1)],
+        "cross_attention_kwargs": {"ip_adapter_masks": [masks]},
+    }
+    oracle = testing.stable_diffusion()
+    for pipe in (sd, oracle):
+        load_ip_adapter(pipe)
+        pipe.set_ip_adapter_scale([[0.7, 0.4]])
+    with nasa(sd, "blurry", alpha=0.5):
+        ours = draw(sd, **options)
+    assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, **options))
+
+
+def test_ip_adapter_alpha_0_and_layers(sd, draw):
+    load_ip_adapter(sd)
+    options = {"ip_adapter_image_embeds": [IMAGE]}
+    stock = draw(sd, **options)
+    with nasa(sd, "blurry", alpha=0) as handle:
+        assert torch.equal(draw(sd, **options), stock)
+        handle.alpha = 0.5
+        assert not torch.allclose(draw(sd, **options), stock)
+    with nasa(sd, "blurry", alpha=0.5, layers="mid_block.*"):
+        assert not torch.allclose(draw(sd, **options), stock)
+    assert torch.equal(draw(sd, **options), stock)
+
+
+def test_ip_adapter_with_the_wrong_number_of_masks(sd, draw):
+    load_ip_adapter(sd)
+    masks = [torch.ones(1, 1, 32, 32)] * 2
+    with nasa(sd, "blurry"), pytest.raises(ValueError, match="2 ip_adapter_masks"):
+        draw(
+            sd,
+            ip_adapter_image_embeds=[IMAGE],
+            cross_attention_kwargs={"ip_adapter_masks": masks},
+        )

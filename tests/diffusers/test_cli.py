@@ -1,0 +1,117 @@
+"""The command line, on small checkpoints saved by the test."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.pipelines.wan import pipeline_wan
+from nasa_diffusers import nasa, testing
+from nasa_diffusers.cli import main
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd")
+    testing.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def generate(checkpoint, out, *more):
+    return main(
+        ["generate", "--model", str(checkpoint), "--prompt", "a cat", "--steps", "1"]
+        + ["--out", str(out), *more]
+    )
+
+
+def pixels(path):
+    return Image.open(path).tobytes()
+
+
+def test_one_image(checkpoint, tmp_path, capsys):
+    assert generate(checkpoint, tmp_path, "--negative", "blurry", "--alpha", "0.5") == 0
+    out = capsys.readouterr().out
+    assert "seed0-alpha0.5.png" in out
+    assert "7 of 7 text cross-attention layers guided" in out
+    assert Image.open(tmp_path / "seed0-alpha0.5.png").size == (32, 32)
+
+
+def test_the_image_is_the_one_of_the_library(checkpoint, tmp_path):
+    pipe = testing.stable_diffusion()
+    generate(checkpoint, tmp_path, "--negative", "blurry", "--sweep", "0,0.5", "--seed", "3")
+    call = {"num_inference_steps": 1, "guidance_scale": 0.0}
+    for alpha in (0, 0.5):
+        with nasa(pipe, "blurry", alpha=alpha):
+            expected = pipe("a cat", generator=torch.Generator().manual_seed(3), **call).images[0]
+        assert pixels(tmp_path / f"seed3-alpha{alpha:g}.png") == expected.tobytes()
+
+
+def test_sweep_makes_a_grid(checkpoint, tmp_path, capsys):
+    assert generate(checkpoint, tmp_path, "--negative", "blurry", "--sweep", "0,0.25,0.5,1") == 0
+    grid = Image.open(tmp_path / "seed0-sweep.png")
+    assert grid.size == (4 * 32, 32 + 16)
+    parts = [Image.open(tmp_path / f"seed0-alpha{alpha}.png") for alpha in (0, 0.25, 0.5, 1)]
+    for i, part in enumerate(parts):
+        assert grid.crop((32 * i, 0, 32 * (i + 1), 32)).tobytes() == part.tobytes()
+    assert pixels(tmp_path / "seed0-alpha0.png") != pixels(tmp_path / "seed0-alpha1.png")
+
+
+def test_several_negatives_layers_and_steps(checkpoint, tmp_path, capsys):
+    negatives = ["--negative", "blurry", "0.3", "--negative", "red", "0.8"]
+    more = ["--layers", "up_blocks.*", "--start", "0", "--stop", "0.5", "--guidance", "5"]
+    more += ["--height", "64", "--width", "32"]
+    assert generate(checkpoint, tmp_path, *negatives, *more) == 0
+    out = capsys.readouterr().out
+    assert "'red' (77 tokens, alpha 0.8)" in out
+    assert "4 of 7" in out
+    assert "steps 0 to 0.5" in out
+    assert Image.open(tmp_path / "seed0-alpha1.png").size == (32, 64)
+
+
+def test_other_families(tmp_path):
+    """SDXL at its own default alpha, and a video as one file of frames."""
+    testing.stable_diffusion_xl().save_pretrained(tmp_path / "sdxl")
+    assert generate(tmp_path / "sdxl", tmp_path, "--negative", "blurry") == 0
+    assert (tmp_path / "seed0-alpha0.2.png").exists()
+
+
+def test_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline_wan, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    testing.wan().save_pretrained(tmp_path / "wan")
+    size = ["--height", "16", "--width", "32"]
+    assert generate(tmp_path / "wan", tmp_path, "--negative", "blurry", *size) == 0
+    video = Image.open(tmp_path / "seed0-alpha0.5.gif")
+    assert video.size == (32, 16)
+    assert video.n_frames > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--negative", ""], "the negative prompt is empty"),
+        (["--negative", "a", "--negative", "b"], "a prompt and its alpha"),
+        (["--negative", "a", "b", "c"], "a prompt and its alpha"),
+        (["--negative", "a", "--layers", "x"], "matches none of the 7 layers"),
+        (["--negative", "a", "--start", "1"], "leave none of the 1 steps guided"),
+        (["--negative", "a", "--backend", "x"], "backend must be None or one of"),
+        (["--negative", "a", "--width", "64"], "--height and --width go together"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_are_those_of_the_library(checkpoint, tmp_path, capsys, arguments, message):
+    assert generate(checkpoint, tmp_path, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_no_such_checkpoint(tmp_path, capsys):
+    assert generate(tmp_path / "nothing", tmp_path, "--negative", "a") == 1
+    assert "error:" in capsys.readouterr().err
+
+
+def test_flops_table(capsys):
+    assert main(["flops", "--model", "SD 1.5, 512 px"]) == 0
+    assert "| SD 1.5, 512 px | 77 + 77 | 0.803 | +0.81% | +0.08% |" in capsys.readouterr().out
+    assert main(["flops", "--model", "SD 9"]) == 1
+    assert "no model 'SD 9'" in capsys.readouterr().err
