@@ -11,12 +11,11 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from conftest import assert_same_image, relative_error
 from diffusers.models import attention_processor as stock
+from drawing import assert_same_image, negative_embeds, relative_error
 from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
 from oracle import algorithm_1
 from packaging.version import Version
-from test_exactness import negative_embeds
 
 
 def apply_nothing(pipe):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_image
+from drawing import assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
 from torch._dynamo.utils import counters
 
