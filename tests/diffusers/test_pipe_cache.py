@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_same_image
+from drawing import assert_same_image, negative_embeds
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
-from test_exactness import negative_embeds
 
 
 class Projections:

@@ -11,12 +11,11 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from conftest import assert_same_image, relative_error
 from diffusers.models import attention_processor as stock
+from drawing import assert_same_image, negative_embeds, relative_error
 from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
 from oracle import algorithm_1
 from packaging.version import Version
-from test_exactness import negative_embeds
 
 
 def apply_nothing(pipe):
@@ -193,14 +192,29 @@ def test_to_another_dtype_and_back(sd, draw):
 
 
 def test_autocast(sd, draw):
-    with nasa(sd, "blurry", alpha=0.5), torch.autocast("cpu", torch.bfloat16):
-        ours = draw(sd)
+    with nasa(sd, "blurry", alpha=0.5):
+        ours = draw_in_bf16(sd, draw)
     oracle = testing.stable_diffusion()
     with algorithm_1(oracle.unet, [(negative_embeds(oracle), None, 0.5)]):
-        exact = draw(oracle)
+        exact, eager = draw(oracle), draw_in_bf16(oracle, draw)
+    assert relative_error(ours, exact) <= 1.5 * relative_error(eager, exact)
+
+
+def draw_in_bf16(pipe, draw):
+    with torch.autocast("cpu", torch.bfloat16):
+        return draw(pipe)
+
+
+def test_autocast_between_calls_with_the_same_text(sd):
+    """Keys that were kept in fp32 are not those of an autocast call."""
+    sample, text = torch.randn(1, 4, 16, 16), negative_embeds(sd, "a cat")
+    with torch.no_grad(), nasa(sd, "blurry", alpha=0.5) as handle:
+        plain = sd.unet(sample, 500, text).sample
         with torch.autocast("cpu", torch.bfloat16):
-            eager = draw(oracle)
-    assert (ours - exact).norm() <= 1.5 * (eager - exact).norm()
+            half = sd.unet(sample, 500, text).sample
+            handle.clear_cache()
+            assert torch.equal(sd.unet(sample, 500, text).sample, half)
+        assert torch.equal(sd.unet(sample, 500, text).sample, plain)
 
 
 def test_inference_mode(sd, draw):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import assert_same_image
+from drawing import assert_same_image, negative_embeds
 from nasa_diffusers import nasa, testing
 from oracle import Algorithm1, algorithm_1
 from peft import LoraConfig
-from test_exactness import negative_embeds
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 

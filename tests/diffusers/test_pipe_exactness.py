@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from conftest import assert_same_image, relative_error
+from drawing import assert_same_image, denoise, negative_embeds, relative_error
 from nasa_diffusers import disable_nasa, enable_nasa, nasa
 from oracle import algorithm_1
 
 NEGATIVE = "blurry"
-
-
-def negative_embeds(pipe, prompt=NEGATIVE):
-    return pipe.encode_prompt(
-        prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-    )[0]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 5.0], ids=["no-cfg", "cfg"])
@@ -47,17 +41,6 @@ def test_disable_nasa_finds_the_pipeline(pipe, draw):
     assert torch.equal(draw(pipe), stock)
     with pytest.raises(RuntimeError, match="not on"):
         disable_nasa(pipe)
-
-
-def denoise(pipe, text, rows=2, seed=0):
-    """One call of the denoiser, the smallest thing in which every layer takes part."""
-    generator = torch.Generator().manual_seed(seed)
-    # drawn in fp64, so that every dtype and device starts from the same numbers
-    sample = torch.randn(rows, 4, 16, 16, generator=generator, dtype=torch.float64).to(text)
-    added = None
-    if pipe.unet.config.addition_embed_type == "text_time":
-        added = {"text_embeds": text.new_ones(rows, 32), "time_ids": text.new_ones(rows, 6)}
-    return pipe.unet(sample, 500, text.expand(rows, -1, -1), added_cond_kwargs=added).sample
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, -0.5])

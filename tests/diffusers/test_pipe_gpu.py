@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_same_image, relative_error
+from drawing import assert_same_image, denoise, negative_embeds, relative_error
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
-from test_exactness import denoise, negative_embeds
 
 pytestmark = [
     pytest.mark.gpu,

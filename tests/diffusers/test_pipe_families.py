@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import OPTIONS, assert_same_image
 from diffusers.pipelines.wan import pipeline_wan
+from drawing import OPTIONS, assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import assert_same_image
+from drawing import assert_same_image, negative_embeds
 from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
 from oracle import algorithm_1
 from PIL import Image
-from test_exactness import negative_embeds
 
 # ---- negative prompts ----------------------------------------------------------------------------
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import relative_error
+from drawing import negative_embeds, relative_error
 from nasa_diffusers import enable_nasa, testing
 from oracle import algorithm_1
-from test_exactness import negative_embeds
 
 
 @pytest.fixture(params=["sd", "pixart", "sana", "wan"])

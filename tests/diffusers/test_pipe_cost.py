@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from drawing import negative_embeds
 from nasa_diffusers import enable_nasa, flops, nasa, testing
 from nasa_diffusers.families import family_of
-from test_exactness import negative_embeds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
