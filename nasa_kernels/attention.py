@@ -63,12 +63,13 @@ def nasa_attention(
     """
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        cast = _autocast(q, k_pos, v_pos, k_neg, v_neg)
+        q, k_pos, v_pos, k_neg, v_neg = _autocast(q, k_pos, v_pos, k_neg, v_neg)
         # off inside: it would round the fp32 intermediates of a back end made of PyTorch's parts
         with torch.autocast(device, enabled=False):
             return nasa_attention(
-                *cast, alpha, mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend
-            )
+                q, k_pos, v_pos, k_neg, v_neg, alpha,
+                mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend,
+            )  # fmt: skip
     _check_queries(q)
     k_pos, v_pos = _check_prompt(q, k_pos, v_pos, "pos")
     k_neg, v_neg = _check_prompt(q, k_neg, v_neg, "neg")
@@ -151,9 +152,7 @@ def _check_prompt(q: Tensor, k: Tensor, v: Tensor, side: str) -> tuple[Tensor, T
             _check_last_dimension(f"{letter}_{side}", x)
     n = k.shape[1]
     if v.shape[1] != n:
-        raise ValueError(
-            f"nasa_attention: k_{side} has {n} tokens but v_{side} has {v.shape[1]}"
-        )
+        raise ValueError(f"nasa_attention: k_{side} has {n} tokens but v_{side} has {v.shape[1]}")
     return (
         k if k.shape[0] == b and k.shape[2] == h else k.expand(b, n, h, d),
         v if v.shape[0] == b and v.shape[2] == h else v.expand(b, n, h, d),
@@ -164,8 +163,7 @@ def _check_mask(q: Tensor, k: Tensor, mask: Tensor, name: str) -> Tensor:
     b, n = k.shape[:2]
     if mask.dim() != 2 or mask.shape[0] not in (1, b) or mask.shape[1] != n:
         raise ValueError(
-            f"nasa_attention: {name} must be [{b} or 1, {n}], one value per key, got "
-            f"{_shape(mask)}"
+            f"nasa_attention: {name} must be [{b} or 1, {n}], one value per key, got {_shape(mask)}"
         )
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise ValueError(
@@ -203,8 +201,7 @@ def _check_alpha(q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float
             f"nasa_attention: a tensor alpha must be fp32, got {alpha.dtype}; call alpha.float()"
         )
     if alpha.dim() > 3 or any(
-        size not in (1, row)
-        for size, row in zip(alpha.shape, rows[3 - alpha.dim() :], strict=True)
+        size not in (1, row) for size, row in zip(alpha.shape, rows[3 - alpha.dim() :], strict=True)
     ):
         raise ValueError(
             f"nasa_attention: alpha must broadcast to [b, l, h] {list(rows)}, got {_shape(alpha)}; "

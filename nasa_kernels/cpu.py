@@ -43,22 +43,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     return F.scaled_dot_product_attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
 
 
-def forward(
-    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale
-) -> Tensor:
+def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale) -> Tensor:
     # [b, h, l, d], a view where q is fp32
     queries = q.float().transpose(1, 2)
     if q.numel() == 0 or k_pos.shape[1] == 0:
-        o = torch.zeros(q.shape).transpose(1, 2)
+        z_pos = torch.zeros(q.shape).transpose(1, 2)
     else:
-        o = _attend(queries, k_pos, v_pos, mask_pos, scale)
-    if q.numel() > 0 and k_neg.shape[1] > 0 and (alpha_map is not None or alpha != 0):
-        z_neg = _attend(queries, k_neg, v_neg, mask_neg, scale)
-        if alpha_map is None:
-            o.sub_(z_neg, alpha=alpha)
-        else:
-            o.addcmul_(z_neg, _per_row(alpha_map), value=-1)
-    return o.transpose(1, 2).to(q.dtype).contiguous()
+        z_pos = _attend(queries, k_pos, v_pos, mask_pos, scale)
+    if q.numel() == 0 or k_neg.shape[1] == 0 or (alpha_map is None and alpha == 0):
+        return z_pos.transpose(1, 2).to(q.dtype).contiguous()
+    z_neg = _attend(queries, k_neg, v_neg, mask_neg, scale)
+    # one pass subtracts in fp32 and rounds; fp32 needs no memory of its own
+    o = z_pos if q.dtype == torch.float32 else torch.empty(q.shape, dtype=q.dtype).transpose(1, 2)
+    if alpha_map is None:
+        torch.sub(z_pos, z_neg, alpha=alpha, out=o)
+    else:
+        torch.addcmul(z_pos, z_neg, _per_row(alpha_map), value=-1, out=o)
+    return o.transpose(1, 2).contiguous()
 
 
 def backward(
@@ -68,9 +69,7 @@ def backward(
     do, queries = (x.float().transpose(1, 2) for x in (grad_o, q))
     weight = alpha if alpha_map is None else _per_row(alpha_map)
     dq_pos, dk_pos, dv_pos, _ = _gradients(do, queries, k_pos, v_pos, mask_pos, scale)
-    dq_neg, dk_neg, dv_neg, z_neg = _gradients(
-        do * -weight, queries, k_neg, v_neg, mask_neg, scale
-    )
+    dq_neg, dk_neg, dv_neg, z_neg = _gradients(do * -weight, queries, k_neg, v_neg, mask_neg, scale)
     dalpha = -(do * z_neg).sum(-1).transpose(1, 2).contiguous() if needs[5] else torch.empty(0)
     gradients = (dq_pos + dq_neg, dk_pos, dv_pos, dk_neg, dv_neg)
     return *(
@@ -85,7 +84,8 @@ def _gradients(
     """dQ, dK, dV of one prompt from dz, the gradient of its Z; and that Z."""
     x = _prompt(k, v, mask)
     if q.numel() == 0 or k.shape[1] == 0:
-        return (*(torch.zeros_like(y) for y in (q, x.k, x.v)), torch.zeros_like(q))
+        z = torch.zeros_like(q)
+        return z, torch.zeros_like(x.k), torch.zeros_like(x.v), z
     z, lse = _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
     dq, dk, dv = _attention_backward(
         dz, q, x.k, x.v, z, lse, 0.0, False, attn_mask=x.bias, scale=scale

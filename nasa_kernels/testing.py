@@ -5,7 +5,7 @@ dtype, 1.0x in relative L2 and 1.5x in the largest error. Where eager is exact b
 equal weights) the floor is what the format itself costs; `budget` derives it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ MODEL_SHAPES = {
 
 def make_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """q, k_pos, v_pos, k_neg, v_neg of one layer, normal."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -123,10 +123,10 @@ def budget(
 
 
 def exact_and_budget(
-    inputs: dict[str, Tensor], alpha: float | Tensor, **options
+    inputs: dict[str, Any], alpha: float | Tensor, **options
 ) -> tuple[Tensor, Budget]:
     """fp64 result of the reference and the error allowed to a back end on these inputs."""
-    doubles = {name: x.double() for name, x in inputs.items()}
+    doubles: dict[str, Any] = {name: x.double() for name, x in inputs.items()}
     exact_alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
     exact = nasa_attention_reference(**doubles, alpha=exact_alpha, **options)
     eager = algorithm_1(**without_nan(inputs), alpha=alpha, **options).nan_to_num(0.0)
@@ -145,6 +145,6 @@ def largest_score(inputs: dict[str, Tensor], scale: float | None = None) -> floa
     return abs(scale) * longest(clean["q"]) * max(longest(clean["k_pos"]), longest(clean["k_neg"]))
 
 
-def without_nan(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_nan(inputs: dict[str, Any]) -> dict[str, Any]:
     """Eager attention spreads a NaN of a masked key; it is judged on inputs that have none."""
     return {name: x.nan_to_num(0.0) for name, x in inputs.items()}

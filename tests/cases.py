@@ -58,4 +58,14 @@ def mask_of(kind: str, b: int, n: int, seed: int = 1) -> Tensor:
     return torch.where(keep, bias, float("-inf")).to(DEVICE)
 
 
-__all__ = ["BACKENDS", "DEVICE", "DTYPES", "EDGES", "FUSED", "MODELS", "make_inputs", "mask_of", "strided"]
+__all__ = [
+    "BACKENDS",
+    "DEVICE",
+    "DTYPES",
+    "EDGES",
+    "FUSED",
+    "MODELS",
+    "make_inputs",
+    "mask_of",
+    "strided",
+]

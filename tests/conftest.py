@@ -1,4 +1,8 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter, on the CPU."""
+"""Where there is no GPU, Triton kernels run in Triton's interpreter, on the CPU.
+
+Tests that compile them instead (`test_ptx_*`) run in a process of their own, with
+TRITON_INTERPRET=0: Triton reads the variable once.
+"""
 
 import os
 
@@ -7,12 +11,12 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    # read by Triton when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config):
-    if not GPU:
+    if INTERPRETED:
         from interpreter import repair_bf16
 
         repair_bf16()

@@ -22,9 +22,7 @@ def repair_bf16() -> None:
         return interpreter.TensorHandle(wide, tl.float32)
 
     def dot(self, a, b, accumulator, input_precision, max_imprecise_acc):
-        return create_dot(
-            self, widen(a), widen(b), accumulator, input_precision, max_imprecise_acc
-        )
+        return create_dot(self, widen(a), widen(b), accumulator, input_precision, max_imprecise_acc)
 
     def convert(x, source, target, rounding_mode):
         if (source, target) != (tl.float32, tl.bfloat16):

@@ -70,6 +70,6 @@ def test_forward(backend, **call):
 @given(**CALLS)
 def test_backward(backend, shape, shared, strides, **call):
     # leaves are contiguous and whole: views of them are other tests' business
-    shape = shape._replace(l=min(shape.l, 20), b=1)
+    shape = shape._replace(l=min(shape.l, 9), b=1, h=1)
     inputs, alpha, options = build(shape, shared=False, strides=False, **call)
     check_gradients(backend, inputs, alpha, **options)

@@ -32,9 +32,7 @@ def arguments(dtype=torch.float32, alpha_map=True, masks=True, requires_grad=Tru
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend, plain):
-    torch.library.opcheck(
-        ops.ATTENTION[backend], arguments(alpha_map=not plain, masks=not plain)
-    )
+    torch.library.opcheck(ops.ATTENTION[backend], arguments(alpha_map=not plain, masks=not plain))
     without = arguments(alpha_map=not plain, masks=not plain, requires_grad=False)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.FORWARD[backend], without, test_utils=utilities)
@@ -98,6 +96,7 @@ def test_compiled_gradients(backend):
 
 def test_inductor():
     """The compiler that people use, on the back end that this machine chooses."""
+
     def layer(q, k_pos, v_pos, k_neg, v_neg, alpha):
         return nasa_attention(q * 2, k_pos, v_pos, k_neg, v_neg, alpha).flatten(2).relu()
 

@@ -63,7 +63,7 @@ def test_alpha_zero_ignores_a_negative_prompt_of_nan(backend):
 @EVERY_DTYPE
 @EVERY_BACKEND
 def test_one_negative_key_is_subtracted_whole(backend, dtype):
-    """Softmax over one key is 1 whatever q is, so Z- is v_neg itself. Whole numbers: no rounding."""
+    """Softmax over one key is 1 whatever q is: Z- is v_neg itself. Small integers: no rounding."""
     inputs = make_inputs(RESIDENT._replace(n_pos=1, n_neg=1), dtype, DEVICE)
     inputs |= {name: inputs[name].mul(4).round() for name in ("v_pos", "v_neg")}
     o = nasa_attention(**inputs, alpha=0.5, backend=backend)

@@ -266,17 +266,13 @@ def store_gradients(
     store_rows(DV, dv, key, key < n, stride, D, D_CUT)
 
 
-def backward(
-    do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs
-):
+def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs):
     """The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg and the alpha map."""
     b, l, h, d = q.shape
     if do.stride(-1) != 1:
         do = do.contiguous()
     # [b, h, l]
-    lse_pos, lse_neg, u_pos, u_neg = torch.empty(
-        (4, b, h, l), dtype=torch.float32, device=q.device
-    )
+    lse_pos, lse_neg, u_pos, u_neg = torch.empty((4, b, h, l), dtype=torch.float32, device=q.device)
     dq = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device) if needs[0] else None
     align = alignment(do, q, k_pos, v_pos, k_neg, v_neg)
     if q.numel() > 0:
@@ -302,7 +298,18 @@ def backward(
         if not any(needed):
             return q.new_empty(0), q.new_empty(0)
         found = _key_gradients(
-            do, q, k, v, mask, alpha_map if negative else None, lse, u, alpha, scale, negative, align
+            do,
+            q,
+            k,
+            v,
+            mask,
+            alpha_map if negative else None,
+            lse,
+            u,
+            alpha,
+            scale,
+            negative,
+            align,
         )
         return (x if wanted else q.new_empty(0) for x, wanted in zip(found, needed, strict=True))
 

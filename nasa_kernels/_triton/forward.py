@@ -45,9 +45,7 @@ def scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT: tl.constexpr):
     for j in tl.static_range(len(N_CUT)):
         key = start + tl.arange(0, N_CUT[j])
         # only the last block can reach past the end
-        s = mask_scores(
-            dot(q, k[j]), MASK, stride_mn, key, n, qk_scale, RAGGED=j == len(N_CUT) - 1
-        )
+        s = mask_scores(dot(q, k[j]), MASK, stride_mn, key, n, qk_scale, RAGGED=j == len(N_CUT) - 1)
         scores = scores + (s,)
         start += N_CUT[j]
     return scores
@@ -77,40 +75,32 @@ def column(weights, v, i: tl.constexpr):
 
 
 @triton.jit
-def attend_block(
-    q, m, l, z, K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, qk_scale,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
-    RAGGED: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: m is the largest score so far, l and z are relative to it."""
-    k, v = load_keys(
-        K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
-    )
-    key = start + tl.arange(0, BLOCK_N)
-    # [BLOCK_L, BLOCK_N]
-    s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED)
-    m_new = tl.maximum(m, tl.max(s, 1))
-    shift = finite(m_new) * qk_scale
-    p = tl.exp2(s * qk_scale - shift[:, None])
-    decay = tl.exp2(m * qk_scale - shift)
-    return m_new, l * decay + tl.sum(p, 1), add_dot(scale_rows(z, decay), p, v)
-
-
-@triton.jit
 def attend_streamed(
     q, K, V, MASK, stride_kn, stride_vn, stride_mn, n, qk_scale,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """z and l over keys that pass in blocks: the full blocks, then the ragged end if there is."""
+    """z = p V (not normalised) and l = rowsum(p) over keys that pass in blocks.
+
+    m is the largest score so far; z and l are relative to it.
+    """
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)
     z = zeros(BLOCK_L, D_CUT)
     for start in range(0, n, BLOCK_N):
-        m, l, z = attend_block(
-            q, m, l, z, K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, qk_scale,
-            BLOCK_N, D, D_CUT, ALIGN, RAGGED=True,
-        )  # fmt: skip
+        k, v = load_keys(
+            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
+        )
+        key = start + tl.arange(0, BLOCK_N)
+        # [BLOCK_L, BLOCK_N]
+        s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        shift = finite(m_new) * qk_scale
+        p = tl.exp2(s * qk_scale - shift[:, None])
+        decay = tl.exp2(m * qk_scale - shift)
+        l = l * decay + tl.sum(p, 1)
+        z = add_dot(scale_rows(z, decay), p, v)
+        m = m_new
     return z, l
 
 

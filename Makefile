@@ -1,0 +1,60 @@
+# make demo      a negative prompt on a stock pipeline, its parity and its cost
+# make test      everything that needs no GPU
+# make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
+# make format    rewrite the sources in the project's format
+#
+# demo and test set up what they need by themselves, once, in .venv.
+
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+PYTHON ?= python3
+OLDEST := $(VENV)/oldest
+JOBS ?= $(shell nproc)
+# a CPU build where there is no GPU to use; some indexes have it only under its local version
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.10,<2.16" || echo "torch==2.13.0")
+
+.PHONY: demo test gpu format lint
+
+demo: $(VENV)/ready
+	$(PY) -m nasa_diffusers.demo
+
+test: $(VENV)/ready $(VENV)/ready-test lint
+	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PY) -m pytest -n $(JOBS) --ignore-glob='*/test_ptx_*'
+	TRITON_INTERPRET=0 $(PY) -m pytest -n $(JOBS) tests/ptx tests/test_ptx_*.py
+	PYTHONPATH=$(abspath $(OLDEST)) $(PY) -m pytest -n $(JOBS) -q \
+	    tests/diffusers tests/test_properties.py
+
+lint: $(VENV)/ready-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+gpu:
+	$(PY) -m nasa_kernels
+	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
+	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py
+
+format: $(VENV)/ready-test
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+$(VENV)/ready: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "nasa-kernels needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { [ "$$(id -u)" = 0 ] && apt-get install -y -qq python3-venv; } || \
+	    { echo "this Python has no venv module; on Debian: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(VENV)/bin/python -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
+	    $(VENV)/bin/python -m pip install -q "$(TORCH)"
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
+	@touch $@
+
+# the newest supported versions in the environment, the oldest ones in a folder beside them
+$(VENV)/ready-test: $(VENV)/ready setup.py
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
+	    triton==3.6.0 diffusers==0.35.2 transformers==4.57.6 tokenizers==0.22.2 \
+	    huggingface-hub==0.36.2
+	@touch $@
