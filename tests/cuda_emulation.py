@@ -1,0 +1,240 @@
+"""Runs the CUDA C++ kernels on the CPU: the PTX of the build, through the interpreter in tests/ptx.
+
+`forward` takes tensors as the op does, fills the params struct and launches what the launchers in
+csrc would launch. The PTX is made by the build's own target, with its flags, once per session.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ptx
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
+LOG2E = 1.4426950408889634
+WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
+HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
+POS, NEG = 0, 1
+
+
+def nvcc() -> str | None:
+    """The compiler that setup.py would take."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    return next((str(p) for p in found if p.is_file()), shutil.which("nvcc"))
+
+
+@functools.cache
+def build_ptx() -> Path:
+    """The folder with one .ptx per kernel source. A second call in a session costs nothing."""
+    torch_dir = Path(torch.__file__).parent
+    if not (BUILD / "build.ninja").exists():
+        subprocess.run(
+            ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DNASA_TORCH_DIR={torch_dir}",
+             f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DPython3_EXECUTABLE={sys.executable}"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    subprocess.run(["cmake", "--build", BUILD, "--target", "ptx"], check=True, capture_output=True)
+    return BUILD / "ptx"
+
+
+@functools.cache
+def source(name: str) -> str:
+    return (build_ptx() / f"{name}.ptx").read_text()
+
+
+@functools.cache
+def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int) -> ptx.LoadedKernel:
+    kind = {torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}[dtype]
+    numbers = "".join(f"Li{size}E" for size in sizes)
+    return ptx.load(source(file), f"{name}I{kind}{numbers}E")
+
+
+# ---- csrc/nasa.h -------------------------------------------------------------------------------
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_uint64),
+        ("strides", ctypes.c_int64 * 2),
+        ("type", ctypes.c_int),
+    ]
+
+
+class Prompt(ctypes.Structure):
+    _fields_ = [
+        ("k", ctypes.c_uint64),
+        ("v", ctypes.c_uint64),
+        ("k_strides", ctypes.c_int64 * 3),
+        ("v_strides", ctypes.c_int64 * 3),
+        ("mask", Mask),
+        ("n", ctypes.c_int),
+    ]
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_uint64),
+        ("o", ctypes.c_uint64),
+        ("q_strides", ctypes.c_int64 * 3),
+        ("prompt", Prompt * 2),
+        ("alpha_map", ctypes.c_uint64),
+        ("alpha_strides", ctypes.c_int64 * 3),
+        ("b", ctypes.c_int),
+        ("l", ctypes.c_int),
+        ("h", ctypes.c_int),
+        ("d", ctypes.c_int),
+        ("alpha", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("aligned", ctypes.c_bool),
+        ("type", ctypes.c_int),
+    ]
+
+
+MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
+
+def padded(d: int) -> int:
+    return next(size for size in HEAD_DIMS if d <= size)
+
+
+def tile_bytes(rows: int, d: int) -> int:
+    return rows * 2 * (d + 8)
+
+
+def short_shared_bytes(d: int, keys: int) -> int:
+    return 4 * tile_bytes(keys, d) + WARPS * 2 * tile_bytes(WARP_ROWS, d) + 2 * keys * 4
+
+
+def long_columns(d: int) -> int:
+    return d if d <= 96 else d // 2 if d <= 192 else d // 4
+
+
+def long_shared_bytes(d: int) -> int:
+    tiles = tile_bytes(BLOCK_KEYS, d) + tile_bytes(BLOCK_KEYS, long_columns(d))
+    return tiles + tile_bytes(WARPS * WARP_ROWS, d) + BLOCK_KEYS * 4
+
+
+def has_short(d: int, keys: int) -> bool:
+    return d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
+
+
+def path_of(d: int, n_pos: int, n_neg: int) -> str:
+    """forward_short or forward_long, where shared memory is no limit."""
+    keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+    return "short" if max(n_pos, n_neg) <= BLOCK_KEYS and has_short(padded(d), keys) else "long"
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    return tensors[0].shape[-1] % 8 == 0 and all(
+        x.storage_offset() % 8 == 0
+        and all(s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+        for x in tensors
+    )
+
+
+class Call:
+    """One call of the op: its tensors in the interpreter's memory, its params struct."""
+
+    def __init__(
+        self, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale
+    ):
+        self.memory = ptx.Memory()
+        p = self.params = ForwardParams()
+        p.q, p.q_strides[:] = self.memory.upload(q, "q"), q.stride()[:3]
+        self.o = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        p.o = self.memory.upload(self.o, "o")
+        sides = ((k_pos, v_pos, mask_pos, "pos"), (k_neg, v_neg, mask_neg, "neg"))
+        for side, (k, v, mask, name) in enumerate(sides):
+            prompt = p.prompt[side]
+            prompt.k, prompt.k_strides[:] = self.memory.upload(k, f"k_{name}"), k.stride()[:3]
+            prompt.v, prompt.v_strides[:] = self.memory.upload(v, f"v_{name}"), v.stride()[:3]
+            prompt.n = k.shape[1]
+            if mask is not None:
+                prompt.mask.data = self.memory.upload(mask, f"mask_{name}")
+                prompt.mask.strides[:] = mask.stride()
+                prompt.mask.type = MASK_TYPES[mask.dtype]
+        if alpha_map is not None:
+            p.alpha_map = self.memory.upload(alpha_map, "alpha")
+            p.alpha_strides[:] = alpha_map.stride()
+        elif alpha == 0:
+            p.prompt[NEG].n = 0
+        p.b, p.l, p.h, p.d = q.shape
+        p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
+        p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
+
+    def launch(self, loaded: ptx.LoadedKernel, blocks: int, shared: int, *args: int) -> ptx.Report:
+        return loaded.launch(
+            grid=blocks, block=WARPS * 32, args=[bytes(self.params), *args], memory=self.memory,
+            shared_bytes=shared,
+        )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+) -> Tensor:  # fmt: skip
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
+
+    path: "short" or "long" where both take the call; None is the launcher's choice.
+    blocks_per_head: Blocks that share the rows of a head in forward_short.
+    """
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    call = Call(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+        0.0 if alpha_map is not None else alpha, scale,
+    )  # fmt: skip
+    n_pos, n_neg = (call.params.prompt[side].n for side in (POS, NEG))
+    if q.numel() == 0:
+        return call.o
+    size = padded(d)
+    if (path or path_of(d, n_pos, n_neg)) == "short":
+        keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+        loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys)
+        blocks = b * h * blocks_per_head
+        call.launch(loaded, blocks, short_shared_bytes(size, keys), blocks_per_head)
+    else:
+        loaded = kernel("forward_long", "forward_long_kernel", q.dtype, size)
+        tiles = -(-l // (WARPS * WARP_ROWS))
+        blocks = b * h * tiles * (size // long_columns(size))
+        call.launch(loaded, blocks, long_shared_bytes(size))
+    return call.memory.download(call.params.o, like=call.o)
+
+
+# ---- the accuracy rule ---------------------------------------------------------------------------
+
+
+def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, scale=None) -> Tensor:
+    """Algorithm 1 in PyTorch in the dtype of the inputs: two attentions, a product, a difference."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # [b, h, l, n]
+        scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+            scores = scores + mask[:, None, None, :].to(q.dtype)
+        return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
+
+    weight = alpha[..., None].to(q.dtype) if isinstance(alpha, Tensor) else alpha
+    return attend(k_pos, v_pos, mask_pos) - weight * attend(k_neg, v_neg, mask_neg)
+
+
+def assert_as_accurate_as_eager(actual: Tensor, exact: Tensor, low: Tensor) -> None:
+    """Against fp64: relative L2 error at most that of eager PyTorch, max error at most 1.5 times."""
+    assert torch.isfinite(actual).all(), f"{(~actual.isfinite()).sum()} values are not finite"
+    error, budget = actual.double() - exact, low.double() - exact
+    assert error.norm() <= budget.norm(), f"L2: {error.norm():.2e}, eager {budget.norm():.2e}"
+    top, limit = error.abs().max(), 1.5 * budget.abs().max()
+    assert top <= limit, f"max: {top:.2e}, 1.5 times eager {limit:.2e}"
