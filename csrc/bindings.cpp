@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "nasa.h"
@@ -162,14 +163,75 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
     return o;
 }
 
+// The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor grad_o, const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+    const Tensor v_neg, const std::optional<Tensor> mask_pos, const std::optional<Tensor> mask_neg,
+    const std::optional<Tensor> alpha_map, double alpha, double scale,
+    const std::vector<bool> needs) {
+    STD_TORCH_CHECK(needs.size() == 6, "nasa_kernels: needs must be 6 flags, got ", needs.size());
+    BackwardParams p;
+    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    // the gradient of a sum is one number with strides of 0
+    const bool contiguous = grad_o.numel() == 0 || grad_o.size(3) == 1 || grad_o.stride(3) == 1;
+    const Tensor grad = contiguous ? grad_o : torch::stable::contiguous(grad_o);
+    check_rows(grad, "grad_o", q);
+    STD_TORCH_CHECK(grad.size(1) == q.size(1), "nasa_kernels: grad_o must have the shape of q");
+    p.grad_o = grad.const_data_ptr();
+    p.grad_stride_b = grad.stride(0);
+    p.grad_stride_l = grad.stride(1);
+    p.grad_stride_h = grad.stride(2);
+    p.call.aligned = p.call.aligned && starts_on_16_bytes(grad);
+
+    const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
+        return torch::stable::new_empty(q, sizes, std::make_optional(type));
+    };
+    const auto gradient = [&](size_t i, const Tensor& like) {
+        if (!needs[i]) return empty({0}, like.scalar_type());
+        return empty({like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type());
+    };
+    const auto pointer = [&](size_t i, const Tensor& x) -> void* {
+        return needs[i] && x.numel() > 0 ? x.mutable_data_ptr() : nullptr;
+    };
+    const Tensor dq = gradient(0, q);
+    const Tensor dk_pos = gradient(1, k_pos), dv_pos = gradient(2, v_pos);
+    const Tensor dk_neg = gradient(3, k_neg), dv_neg = gradient(4, v_neg);
+    const Tensor dalpha = needs[5] ? empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float)
+                                   : empty({0}, ScalarType::Float);
+    p.dq = pointer(0, dq);
+    p.dk[kPos] = pointer(1, dk_pos);
+    p.dv[kPos] = pointer(2, dv_pos);
+    p.dk[kNeg] = pointer(3, dk_neg);
+    p.dv[kNeg] = pointer(4, dv_neg);
+    p.dalpha = static_cast<float*>(pointer(5, dalpha));
+
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    const Tensor rows = empty({2, 2, p.call.b, p.call.h, p.call.l}, ScalarType::Float);
+    p.lse = static_cast<float*>(rows.mutable_data_ptr());
+    p.u = p.lse + rows.numel() / 2;
+    p.partial = nullptr;
+    p.splits = 1;
+    Tensor partial;
+    if (q.numel() > 0) check(backward_splits(p, p.splits), q);
+    if (p.splits > 1) {
+        partial = empty({p.splits, partial_elements(p)}, ScalarType::Float);
+        p.partial = static_cast<float*>(partial.mutable_data_ptr());
+    }
+    check(backward(p, current_stream(q)), q);
+    return {dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha};
+}
+
 }  // namespace
 }  // namespace nasa
 
 STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
     m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
+    m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
 }
 
 // For nasa_kernels/_cuda.py, which asks before a call: the shared memory a head_dim needs at least.
-extern "C" __attribute__((visibility("default"))) int nasa_kernels_shared_bytes(int head_dim) {
-    return nasa::long_shared_bytes(nasa::padded_head_dim(head_dim));
+extern "C" __attribute__((visibility("default"))) int nasa_kernels_shared_bytes(int head_dim,
+                                                                               bool backward) {
+    const int d = nasa::padded_head_dim(head_dim);
+    return backward ? nasa::backward_shared_bytes(d) : nasa::long_shared_bytes(d);
 }

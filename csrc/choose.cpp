@@ -18,4 +18,14 @@ cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     return forward_long(p, device, stream);
 }
 
+cudaError_t backward(const BackwardParams& p, cudaStream_t stream) {
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    if (const cudaError_t error = backward_queries(p, device, stream)) return error;
+    for (int side : {kPos, kNeg}) {
+        if (p.dk[side] != nullptr || p.dv[side] != nullptr) return backward_keys(p, device, stream);
+    }
+    return cudaSuccess;
+}
+
 }  // namespace nasa

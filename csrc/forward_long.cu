@@ -25,7 +25,7 @@ struct LongLayout {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     forward_long_kernel(const __grid_constant__ ForwardParams p) {
     using Layout = LongLayout<kD>;
     constexpr int kColumns = Layout::kColumns;

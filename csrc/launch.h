@@ -19,6 +19,7 @@ cudaError_t launch(const Device& device, int64_t blocks, int threads, int bytes,
                    cudaStream_t stream, const Args&... args) {
     static std::atomic<uint64_t> allowed{0};  // one bit per device
     const uint64_t bit = uint64_t{1} << device.index;
+    if (blocks == 0) return cudaSuccess;
     if (bytes > device.shared_per_block || blocks > INT32_MAX) return cudaErrorInvalidValue;
     if (!(allowed.load(std::memory_order_relaxed) & bit)) {
         if (const cudaError_t error = cudaFuncSetAttribute(

@@ -53,6 +53,25 @@ struct ForwardParams {
     Type type;
 };
 
+// The gradients of O, given dO. With P+- = softmax(..) and w+ = 1, w- = -alpha, per query row:
+//     u+- = rowsum(P+- * (dO V+-^T))          dS+- = w+- P+- * (dO V+-^T - u+-)
+//     dQ = scale * (dS+ K+ + dS- K-)          dalpha = -u-
+//     dK+- = scale * dS+-^T Q                 dV+- = (w+- P+-)^T dO
+// A null pointer is a gradient that nobody asked for.
+struct BackwardParams {
+    ForwardParams call;  // its o is not used; `aligned` speaks for grad_o too
+    const void* grad_o;  // [b, l, h, d]
+    int64_t grad_stride_b, grad_stride_l, grad_stride_h;
+    void* dq;       // [b, l, h, d], contiguous
+    float* dalpha;  // [b, l, h], contiguous
+    void* dk[2];    // [b, n, h, d], contiguous; kPos, kNeg
+    void* dv[2];    // [b, n, h, d], contiguous; kPos, kNeg
+    float* lse;     // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
+    float* u;       // [2, b, h, l] scratch
+    float* partial;  // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
+    int splits;      // of the query rows, among the blocks that make one tile of dK and dV
+};
+
 // A head_dim is padded with zeros up to the next of these; 0 when it is larger than all of them.
 // Each costs kernels: they are the head_dims of the models (40, 64, 72, 80, 128, 160) and enough
 // others that no head_dim pays more than half.
@@ -93,6 +112,29 @@ constexpr int long_shared_bytes(int d) {
            kBlockKeys * 4;
 }
 
+// Keys and query rows of a tile of the backward kernels
+constexpr int kBackwardKeys = 80;
+constexpr int kBackwardRows = 64;
+// Columns of dQ, or of dK and dV, that a block makes: the others are another block's.
+constexpr int backward_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
+
+// backward_queries: Q, dO [64, d], K, V [80, d]; the bias in fp32
+constexpr int queries_shared_bytes(int d) {
+    return 2 * tile_bytes(kBackwardRows, d) + 2 * tile_bytes(kBackwardKeys, d) + kBackwardKeys * 4;
+}
+
+// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, u, w [64] in fp32
+constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
+constexpr int keys_shared_bytes(int d) {
+    return 2 * tile_bytes(kBackwardKeys, d) +
+           keys_stages(d) * (2 * tile_bytes(kBackwardRows, d) + 3 * kBackwardRows * 4);
+}
+constexpr int backward_shared_bytes(int d) {
+    const int queries = queries_shared_bytes(d);
+    const int keys = keys_shared_bytes(d);
+    return queries > keys ? queries : keys;
+}
+
 struct Device;
 
 constexpr int short_keys(const ForwardParams& p) {
@@ -103,5 +145,14 @@ constexpr int short_keys(const ForwardParams& p) {
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream);
 cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
+
+// How many blocks should share the query rows: enough to fill the GPU when there are few keys.
+cudaError_t backward_splits(const BackwardParams& p, int& splits);
+// Elements of one split of `partial`
+int64_t partial_elements(const BackwardParams& p);
+
+cudaError_t backward(const BackwardParams& p, cudaStream_t stream);
+cudaError_t backward_queries(const BackwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t backward_keys(const BackwardParams& p, const Device& device, cudaStream_t stream);
 
 }  // namespace nasa

@@ -46,21 +46,21 @@ def why_not(device: torch.device) -> str | None:
 
 
 @functools.cache
-def supports(device: torch.device, head_dim: int) -> str | None:
+def supports(device: torch.device, head_dim: int, backward: bool = False) -> str | None:
     """None when the kernels take this head_dim on `device`, otherwise one sentence why not."""
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"its kernels take a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}"
-    need = _shared_bytes(head_dim)
+    need = _shared_bytes(head_dim, backward)
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     if need > limit:
         return (
-            f"it needs {need} bytes of shared memory for head_dim {head_dim}, a block on this GPU "
-            f"has {limit}"
+            f"its {'backward' if backward else 'forward'} needs {need} bytes of shared memory for "
+            f"head_dim {head_dim}, a block on this GPU has {limit}"
         )
     return None
 
 
 @functools.cache
-def _shared_bytes(head_dim: int) -> int:
+def _shared_bytes(head_dim: int, backward: bool) -> int:
     library = ctypes.CDLL(str(LIBRARY))
-    return library.nasa_kernels_shared_bytes(ctypes.c_int(head_dim))
+    return library.nasa_kernels_shared_bytes(ctypes.c_int(head_dim), ctypes.c_bool(backward))

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
 LOG2E = 1.4426950408889634
 WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
+BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
 
@@ -98,6 +99,22 @@ class ForwardParams(ctypes.Structure):
     ]
 
 
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        ("call", ForwardParams),
+        ("grad_o", ctypes.c_uint64),
+        ("grad_strides", ctypes.c_int64 * 3),
+        ("dq", ctypes.c_uint64),
+        ("dalpha", ctypes.c_uint64),
+        ("dk", ctypes.c_uint64 * 2),
+        ("dv", ctypes.c_uint64 * 2),
+        ("lse", ctypes.c_uint64),
+        ("u", ctypes.c_uint64),
+        ("partial", ctypes.c_uint64),
+        ("splits", ctypes.c_int),
+    ]
+
+
 MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
@@ -120,6 +137,20 @@ def long_columns(d: int) -> int:
 def long_shared_bytes(d: int) -> int:
     tiles = tile_bytes(BLOCK_KEYS, d) + tile_bytes(BLOCK_KEYS, long_columns(d))
     return tiles + tile_bytes(WARPS * WARP_ROWS, d) + BLOCK_KEYS * 4
+
+
+def backward_columns(d: int) -> int:
+    return d if d <= 128 else d // 2 if d <= 192 else d // 4
+
+
+def queries_shared_bytes(d: int) -> int:
+    tiles = 2 * tile_bytes(BACKWARD_ROWS, d) + 2 * tile_bytes(BACKWARD_KEYS, d)
+    return tiles + BACKWARD_KEYS * 4
+
+
+def keys_shared_bytes(d: int) -> int:
+    stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
+    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
 
 
 def has_short(d: int, keys: int) -> bool:
@@ -176,6 +207,11 @@ class Call:
             shared_bytes=shared,
         )  # fmt: skip
 
+    def output(self, *shape: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """The address of a new tensor, full of NaN, and its host copy."""
+        host = torch.full(shape, float("nan"), dtype=dtype)
+        return self.memory.upload(host), host
+
 
 def forward(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
@@ -209,6 +245,58 @@ def forward(
         blocks = b * h * tiles * (size // long_columns(size))
         call.launch(loaded, blocks, long_shared_bytes(size))
     return call.memory.download(call.params.o, like=call.o)
+
+
+def backward(
+    grad_o: Tensor, q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, splits: int = 1, needs: tuple[bool, ...] = (True,) * 6,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients that `needs` asks for, as the CUDA back end computes them on sm_80."""
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    number = 0.0 if alpha_map is not None else alpha
+    # the number 0 is no reason here to leave the negative prompt out: its gradients are asked for
+    call = Call(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number or 1.0, scale
+    )
+    call.params.alpha = number
+    call.params.aligned = is_aligned(grad_o, q, k_pos, v_pos, k_neg, v_neg)
+    p = BackwardParams(call=call.params)
+    p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+    outputs = {}
+    likes = {"q": q, "k_pos": k_pos, "v_pos": v_pos, "k_neg": k_neg, "v_neg": v_neg}
+    likes["alpha"] = torch.empty(b, l, h)
+    for need, (name, like) in zip(needs, likes.items(), strict=True):
+        if need and like.numel():
+            outputs[name] = call.output(*like.shape, dtype=like.dtype)
+    address = {name: outputs[name][0] if name in outputs else 0 for name in likes}
+    p.dq, p.dalpha = address["q"], address["alpha"]
+    p.dk[:] = address["k_pos"], address["k_neg"]
+    p.dv[:] = address["v_pos"], address["v_neg"]
+    p.lse = call.output(2, b, h, l, dtype=torch.float32)[0]
+    p.u = call.output(2, b, h, l, dtype=torch.float32)[0]
+    elements = 2 * sum(b * p.call.prompt[side].n * h * d for side in (POS, NEG))
+    p.partial = call.output(splits, elements, dtype=torch.float32)[0] if splits > 1 else 0
+    p.splits = splits
+
+    size = padded(d)
+    shares = size // backward_columns(size)
+    call.params = p
+    queries = kernel("backward_queries", "backward_queries_kernel", q.dtype, size)
+    call.launch(queries, b * h * shares * -(-l // BACKWARD_ROWS), queries_shared_bytes(size))
+    if any(p.dk) or any(p.dv):
+        key_blocks = sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+        kernel("backward_keys", "backward_keys_kernel", q.dtype, size).launch(
+            grid=b * h * shares * key_blocks * splits, block=BACKWARD_KEYS * 2,
+            args=[bytes(p)], memory=call.memory, shared_bytes=keys_shared_bytes(size),
+        )  # fmt: skip
+        if splits > 1:
+            kernel("backward_keys", "sum_splits_kernel", q.dtype).launch(
+                grid=(3, 4), block=256, args=[bytes(p)], memory=call.memory
+            )
+    return {name: call.memory.download(at, like=host) for name, (at, host) in outputs.items()}
 
 
 # ---- the accuracy rule ---------------------------------------------------------------------------
