@@ -5,10 +5,34 @@
 #include "nasa.h"
 
 namespace nasa {
+namespace {
+
+// TMA wants rows on 16 bytes that move from one to the next.
+bool sm90_takes(const ForwardParams& p, const Device& device) {
+#ifdef NASA_WITH_SM90
+    const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
+    if (device.major != 9 || !p.aligned || !has_sm90(p.d, short_keys(p))) return false;
+    if (!moves(p.l, p.q_stride_l)) return false;
+    for (const Prompt& prompt : p.prompt) {
+        if (prompt.n > kBlockKeys || !moves(prompt.n, prompt.k_stride_n) ||
+            !moves(prompt.n, prompt.v_stride_n)) {
+            return false;
+        }
+    }
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
 
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
+#ifdef NASA_WITH_SM90
+    if (sm90_takes(p, device)) return forward_sm90(p, device, stream);
+#endif
     const int d = padded_head_dim(p.d);
     const int keys = short_keys(p);
     if (std::max(p.prompt[kPos].n, p.prompt[kNeg].n) <= kBlockKeys && has_short(d, keys) &&

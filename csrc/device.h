@@ -9,6 +9,7 @@ namespace nasa {
 
 struct Device {
     int index;
+    int major;  // of the compute capability
     int sms;
     int shared_per_block;  // bytes that a kernel may opt in to
     int shared_per_sm;
@@ -24,10 +25,11 @@ inline cudaError_t current_device(Device& device) {
     if (const cudaError_t error = cudaGetDevice(&index)) return error;
     if (index >= kMaxDevices) return cudaErrorInvalidDevice;
     if (!known[index].load(std::memory_order_acquire)) {
-        Device d{index, 0, 0, 0};
+        Device d{index, 0, 0, 0, 0};
         const auto ask = [&](int& value, cudaDeviceAttr attribute) {
             return cudaDeviceGetAttribute(&value, attribute, index);
         };
+        if (const cudaError_t error = ask(d.major, cudaDevAttrComputeCapabilityMajor)) return error;
         if (const cudaError_t error = ask(d.sms, cudaDevAttrMultiProcessorCount)) return error;
         if (const cudaError_t error =
                 ask(d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin)) {

@@ -102,6 +102,12 @@ constexpr bool has_short(int d, int keys) {
     return keys == kClipKeys ? d <= 160 : d == 64 || d == 80 || d == 128;
 }
 
+// Kernels of forward_sm90 that exist: the head_dims of the models, exactly.
+constexpr bool has_sm90(int d, int keys) {
+    if (d == 64 || d == 72 || d == 128) return true;
+    return keys == kClipKeys && (d == 40 || d == 80 || d == 160);
+}
+
 // Columns of O that a block of forward_long makes. A head_dim above 96 is shared by two blocks or
 // four: beside a block of scores, two accumulators of all its columns would not fit the registers.
 constexpr int long_columns(int d) { return d <= 96 ? d : d <= 192 ? d / 2 : d / 4; }
@@ -144,6 +150,7 @@ constexpr int short_keys(const ForwardParams& p) {
 // Launch on `stream` of the current device; nothing waits for the GPU.
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream);
 cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_sm90(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
 
 // How many blocks should share the query rows: enough to fill the GPU when there are few keys.

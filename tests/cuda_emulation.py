@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,53 @@ def forward(
         blocks = b * h * tiles * (size // long_columns(size))
         call.launch(loaded, blocks, long_shared_bytes(size))
     return call.memory.download(call.params.o, like=call.o)
+
+
+def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
+    """A `Mapped` of csrc/forward_sm90.cu: a tensor map of x as [b, h, rows, d], and its steps."""
+    b, _, h, _ = x.shape
+    step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
+    # [b or 1, h or 1, rows, d]
+    view = x[: b if step_b else 1, :, : h if step_h else 1].transpose(1, 2)
+    tensor_map = ptx.tensor_map(call.memory, address, view, (1, 1, box_rows, 64), swizzle=128)
+    steps = struct.pack("<3i", step_h, step_b, first_row)
+    return (tensor_map + steps).ljust(256, b"\0")
+
+
+def forward_sm90(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, blocks_per_head: int = 1,
+) -> Tensor:  # fmt: skip
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a."""
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    call = Call(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+        0.0 if alpha_map is not None else alpha, scale,
+    )  # fmt: skip
+    p = call.params
+    keys = CLIP_KEYS if max(k_pos.shape[1], k_neg.shape[1]) <= CLIP_KEYS else BLOCK_KEYS
+    groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
+    maps = [mapped(call, p.q, q, 64), mapped(call, p.o, call.o, 64)]
+    for tensors, field in (((k_pos, k_neg), "k"), ((v_pos, v_neg), "v")):
+        for side in (POS, NEG):
+            prompt = p.prompt[side]
+            if prompt.n:
+                maps.append(mapped(call, getattr(prompt, field), tensors[side], keys))
+            else:
+                maps.append(mapped(call, p.q, q[:1, :, :1].expand_as(q), keys, first_row=l))
+    params = b"".join(maps) + bytes(p)
+    loaded = kernel("forward_sm90", "forward_sm90_kernel", q.dtype, d, keys)
+    atoms = -(-d // 64)
+    shared = 4 * atoms * keys * 128 + groups * 2 * atoms * 64 * 128 + 8 * keys + 8 * (2 + 2 * groups)
+    params = params.ljust(-(-len(params) // 128) * 128, b"\0")
+    loaded.launch(
+        grid=b * h * blocks_per_head, block=128 * groups, args=[params, blocks_per_head],
+        memory=call.memory, shared_bytes=shared,
+    )  # fmt: skip
+    return call.memory.download(p.o, like=call.o)
 
 
 def backward(
