@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import ptx
@@ -24,6 +25,8 @@ WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
 BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
+# what the last launches did
+REPORTS: deque = deque(maxlen=4)
 
 
 def nvcc() -> str | None:
@@ -202,11 +205,15 @@ class Call:
         p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
         p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
 
-    def launch(self, loaded: ptx.LoadedKernel, blocks: int, shared: int, *args: int) -> ptx.Report:
-        return loaded.launch(
-            grid=blocks, block=WARPS * 32, args=[bytes(self.params), *args], memory=self.memory,
-            shared_bytes=shared,
+    def launch(
+        self, loaded: ptx.LoadedKernel, grid: int | tuple[int, ...], block: int, shared: int, *args
+    ) -> None:
+        """Run a kernel; a race in shared memory, or a read of what nobody wrote, is an error."""
+        report = loaded.launch(
+            grid, block, list(args), self.memory, shared, check_races=True,
+            count_bank_conflicts=True,
         )  # fmt: skip
+        REPORTS.append((loaded, report))
 
     def output(self, *shape: int, dtype: torch.dtype) -> tuple[int, Tensor]:
         """The address of a new tensor, full of NaN, and its host copy."""
@@ -238,13 +245,14 @@ def forward(
     if (path or path_of(d, n_pos, n_neg)) == "short":
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
         loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys)
+        shared = short_shared_bytes(size, keys)
         blocks = b * h * blocks_per_head
-        call.launch(loaded, blocks, short_shared_bytes(size, keys), blocks_per_head)
+        call.launch(loaded, blocks, WARPS * 32, shared, bytes(call.params), blocks_per_head)
     else:
         loaded = kernel("forward_long", "forward_long_kernel", q.dtype, size)
         tiles = -(-l // (WARPS * WARP_ROWS))
         blocks = b * h * tiles * (size // long_columns(size))
-        call.launch(loaded, blocks, long_shared_bytes(size))
+        call.launch(loaded, blocks, WARPS * 32, long_shared_bytes(size), bytes(call.params))
     return call.memory.download(call.params.o, like=call.o)
 
 
@@ -288,10 +296,7 @@ def forward_sm90(
     atoms = -(-d // 64)
     shared = 4 * atoms * keys * 128 + groups * 2 * atoms * 64 * 128 + 8 * keys + 8 * (2 + 2 * groups)
     params = params.ljust(-(-len(params) // 128) * 128, b"\0")
-    loaded.launch(
-        grid=b * h * blocks_per_head, block=128 * groups, args=[params, blocks_per_head],
-        memory=call.memory, shared_bytes=shared,
-    )  # fmt: skip
+    call.launch(loaded, b * h * blocks_per_head, 128 * groups, shared, params, blocks_per_head)
     return call.memory.download(p.o, like=call.o)
 
 
@@ -331,19 +336,16 @@ def backward(
 
     size = padded(d)
     shares = size // backward_columns(size)
-    call.params = p
     queries = kernel("backward_queries", "backward_queries_kernel", q.dtype, size)
-    call.launch(queries, b * h * shares * -(-l // BACKWARD_ROWS), queries_shared_bytes(size))
+    blocks = b * h * shares * -(-l // BACKWARD_ROWS)
+    call.launch(queries, blocks, WARPS * 32, queries_shared_bytes(size), bytes(p))
     if any(p.dk) or any(p.dv):
         key_blocks = sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
-        kernel("backward_keys", "backward_keys_kernel", q.dtype, size).launch(
-            grid=b * h * shares * key_blocks * splits, block=BACKWARD_KEYS * 2,
-            args=[bytes(p)], memory=call.memory, shared_bytes=keys_shared_bytes(size),
-        )  # fmt: skip
+        keys = kernel("backward_keys", "backward_keys_kernel", q.dtype, size)
+        blocks = b * h * shares * key_blocks * splits
+        call.launch(keys, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
         if splits > 1:
-            kernel("backward_keys", "sum_splits_kernel", q.dtype).launch(
-                grid=(3, 4), block=256, args=[bytes(p)], memory=call.memory
-            )
+            call.launch(kernel("backward_keys", "sum_splits_kernel", q.dtype), (3, 4), 256, 0, bytes(p))
     return {name: call.memory.download(at, like=host) for name, (at, host) in outputs.items()}
 
 
@@ -368,9 +370,14 @@ def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, sc
 
 
 def assert_as_accurate_as_eager(actual: Tensor, exact: Tensor, low: Tensor) -> None:
-    """Against fp64: relative L2 error at most that of eager PyTorch, max error at most 1.5 times."""
+    """Against fp64: relative L2 error at most that of eager PyTorch, max error at most 1.5 times.
+
+    The largest error of a small tensor is one element's luck: eager's counts as no less than what
+    rounding the exact result once would lose.
+    """
     assert torch.isfinite(actual).all(), f"{(~actual.isfinite()).sum()} values are not finite"
     error, budget = actual.double() - exact, low.double() - exact
     assert error.norm() <= budget.norm(), f"L2: {error.norm():.2e}, eager {budget.norm():.2e}"
-    top, limit = error.abs().max(), 1.5 * budget.abs().max()
+    rounding = (exact.to(actual.dtype).double() - exact).abs().max()
+    top, limit = error.abs().max(), 1.5 * max(budget.abs().max(), rounding)
     assert top <= limit, f"max: {top:.2e}, 1.5 times eager {limit:.2e}"

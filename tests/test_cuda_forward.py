@@ -10,7 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cuda_emulation import assert_as_accurate_as_eager, eager, forward, nvcc, path_of
+from cuda_emulation import (
+    REPORTS,
+    assert_as_accurate_as_eager,
+    eager,
+    forward,
+    nvcc,
+    path_of,
+)
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -246,3 +253,14 @@ def test_a_prompt_for_the_whole_batch_is_read_where_it_is(path):
 def test_large_scores_do_not_overflow():
     inputs = make(MODELS[0], torch.bfloat16)
     check(inputs | {"q": inputs["q"] * 100}, 0.5)
+
+
+@pytest.mark.parametrize("path", ["short", "long"])
+def test_fragments_are_read_without_bank_conflicts(path):
+    """Rows of a tile are padded so that the eight rows of an 8x8 matrix lie in distinct banks."""
+    for d in (40, 64, 72, 80, 128, 160):
+        REPORTS.clear()
+        forward(**make(Shape("banks", 1, 16, 1, 77, 77, d), torch.bfloat16), path=path)
+        loaded, report = REPORTS[-1]
+        lines = {c.line for c in loaded.kernel.instructions if c.opcode.startswith("ldmatrix")}
+        assert lines and not lines & {line for line, extra in report.bank_conflicts.items() if extra}
