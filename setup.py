@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -75,9 +76,14 @@ class CMakeBuild(build_ext):
         if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
             cmake.append(f"-DNASA_CUDA_ARCHS={archs.replace(' ', ';')}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.run(cmake, check=True)
-        subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", target], check=True)
+        # cmake and ninja may come from PyPI, beside this Python
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        for command in (
+            cmake,
+            ["cmake", "--build", build, "-j", jobs],
+            ["cmake", "--install", build, "--prefix", target],
+        ):
+            subprocess.run(command, check=True, env=os.environ | {"PATH": path})
 
 
 class Wheel(bdist_wheel):
