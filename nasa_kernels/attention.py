@@ -63,15 +63,17 @@ def nasa_attention(
     if torch.is_autocast_enabled(q.device.type):
         q, k_pos, v_pos, k_neg, v_neg = _autocast(q, k_pos, v_pos, k_neg, v_neg)
     _check_queries(q)
-    k_pos, v_pos = _check_prompt(q, k_pos, v_pos, "k_pos", "v_pos")
-    k_neg, v_neg = _check_prompt(q, k_neg, v_neg, "k_neg", "v_neg")
-    mask_pos = _check_mask(q, k_pos, mask_pos, "mask_pos")
-    mask_neg = _check_mask(q, k_neg, mask_neg, "mask_neg")
+    k_pos, v_pos = _check_prompt(q, k_pos, v_pos, "pos")
+    k_neg, v_neg = _check_prompt(q, k_neg, v_neg, "neg")
+    if mask_pos is not None:
+        mask_pos = _check_mask(q, k_pos, mask_pos, "mask_pos")
+    if mask_neg is not None:
+        mask_neg = _check_mask(q, k_neg, mask_neg, "mask_neg")
     alpha_map, alpha_number = _check_alpha(q, alpha)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"nasa_attention: scale must be finite, got {scale}")
+        scale = q.shape[3] ** -0.5
+    else:
+        q, scale = _check_scale(q, scale)
 
     if backend is None:
         backend = backends.choose(q.device, q.dtype)
@@ -82,7 +84,16 @@ def nasa_attention(
             q, k_pos, v_pos, k_neg, v_neg, alpha_number if alpha_map is None else alpha_map,
             mask_pos=mask_pos, mask_neg=mask_neg, scale=scale,
         )  # fmt: skip
-    return ops.FORWARD[backend](
+    differentiable = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k_pos.requires_grad
+        or v_pos.requires_grad
+        or k_neg.requires_grad
+        or v_neg.requires_grad
+        or (alpha_map is not None and alpha_map.requires_grad)
+    )
+    operator = (ops.ATTENTION if differentiable else ops.FORWARD)[backend]
+    return operator(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha_number, scale
     )
 
@@ -107,37 +118,41 @@ def _check_queries(q: Tensor) -> None:
             f"nasa_attention: head_dim d of q must be 1 to {backends.MAX_HEAD_DIM}, "
             f"got {_shape(q)}; the layout is [b, l, h, d]"
         )
-    _check_last_dimension("q", q)
+    if q.stride(3) != 1:
+        _check_last_dimension("q", q)
 
 
-def _check_prompt(
-    q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str
-) -> tuple[Tensor, Tensor]:
+def _check_prompt(q: Tensor, k: Tensor, v: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """Check one prompt and return it expanded to the batch and the heads of `q`, as views."""
     b, _, h, d = q.shape
-    for name, x in ((k_name, k), (v_name, v)):
-        if x.dim() != 4 or x.shape[3] != d or x.shape[0] not in (1, b) or x.shape[2] not in (1, h):
+    for letter, x in (("k", k), ("v", v)):
+        shape = x.shape
+        if len(shape) != 4 or shape[3] != d or shape[0] not in (1, b) or shape[2] not in (1, h):
             raise ValueError(
-                f"nasa_attention: {name} must be [{b} or 1, n, {h} or 1, {d}] to match q "
+                f"nasa_attention: {letter}_{side} must be [{b} or 1, n, {h} or 1, {d}] to match q "
                 f"{_shape(q)}, got {_shape(x)}"
             )
         if x.dtype != q.dtype:
             raise ValueError(
-                f"nasa_attention: {name} must have the dtype of q, {q.dtype}, got {x.dtype}; "
-                f"call {name}.to(q.dtype)"
+                f"nasa_attention: {letter}_{side} must have the dtype of q, {q.dtype}, got "
+                f"{x.dtype}; call {letter}_{side}.to(q.dtype)"
             )
-        _check_device(q, name, x)
-        _check_last_dimension(name, x)
-    if k.shape[1] != v.shape[1]:
+        if x.device != q.device:
+            raise _wrong_device(q, f"{letter}_{side}", x)
+        if x.stride(3) != 1:
+            _check_last_dimension(f"{letter}_{side}", x)
+    n = k.shape[1]
+    if v.shape[1] != n:
         raise ValueError(
-            f"nasa_attention: {k_name} has {k.shape[1]} tokens but {v_name} has {v.shape[1]}"
+            f"nasa_attention: k_{side} has {n} tokens but v_{side} has {v.shape[1]}"
         )
-    return k.expand(b, -1, h, -1), v.expand(b, -1, h, -1)
+    return (
+        k if k.shape[0] == b and k.shape[2] == h else k.expand(b, n, h, d),
+        v if v.shape[0] == b and v.shape[2] == h else v.expand(b, n, h, d),
+    )
 
 
-def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, name: str) -> Tensor | None:
-    if mask is None:
-        return None
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor, name: str) -> Tensor:
     b, n = k.shape[:2]
     if mask.dim() != 2 or mask.shape[0] not in (1, b) or mask.shape[1] != n:
         raise ValueError(
@@ -147,21 +162,23 @@ def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, name: str) -> Tensor 
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise ValueError(
             f"nasa_attention: {name} must be bool (True = attend) or an additive bias in fp32 or "
-            f"{q.dtype}, got {mask.dtype}; for a mask of 0 and 1 call {name}.bool()"
+            f"in the dtype of q, {q.dtype}, got {mask.dtype}; for a mask of 0 and 1 call "
+            f"{name}.bool()"
         )
     if mask.requires_grad:
         raise ValueError(
             f"nasa_attention: {name} must not require a gradient, there is none for masks; call "
             f"{name}.detach()"
         )
-    _check_device(q, name, mask)
-    return mask.expand(b, -1)
+    if mask.device != q.device:
+        raise _wrong_device(q, name, mask)
+    return mask.expand(b, n)
 
 
 def _check_alpha(q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
     """Return alpha as a map `[b, l, h]` or as a number; the other one is None or 0."""
     if not isinstance(alpha, Tensor):
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat)):
+        if isinstance(alpha, bool) or not isinstance(alpha, (float, int, torch.SymFloat)):
             raise ValueError(
                 f"nasa_attention: alpha must be a number or a tensor, got {type(alpha).__name__}"
             )
@@ -169,7 +186,7 @@ def _check_alpha(q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float
             raise ValueError(f"nasa_attention: alpha must be finite, got {alpha}")
         return None, float(alpha)
     rows = q.shape[:3]
-    if alpha.dtype != torch.float32 and alpha.dtype != q.dtype:
+    if alpha.dtype != torch.float32 and not alpha.dtype == q.dtype == torch.float64:
         raise ValueError(
             f"nasa_attention: a tensor alpha must be fp32, got {alpha.dtype}; call alpha.float()"
         )
@@ -181,20 +198,29 @@ def _check_alpha(q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float
             f"nasa_attention: alpha must broadcast to [b, l, h] {list(rows)}, got {_shape(alpha)}; "
             "one value per sample is [b, 1, 1], one per head is [h]"
         )
-    _check_device(q, "alpha", alpha)
-    return alpha.float().expand(rows) if q.dtype != torch.float64 else alpha.expand(rows), 0.0
+    if alpha.device != q.device:
+        raise _wrong_device(q, "alpha", alpha)
+    return alpha.expand(rows), 0.0
 
 
-def _check_device(q: Tensor, name: str, x: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(
-            f"nasa_attention: {name} must be on the device of q, {q.device}, got {x.device}; call "
-            f"{name}.to(q.device)"
-        )
+def _check_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take positive scales only: a negative one moves its sign into q, exactly."""
+    if isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat)):
+        raise ValueError(f"nasa_attention: scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"nasa_attention: scale must be finite and not 0, got {scale}")
+    return (-q, -float(scale)) if scale < 0 else (q, float(scale))
+
+
+def _wrong_device(q: Tensor, name: str, x: Tensor) -> ValueError:
+    return ValueError(
+        f"nasa_attention: {name} must be on the device of q, {q.device}, got {x.device}; call "
+        f"{name}.to(q.device)"
+    )
 
 
 def _check_last_dimension(name: str, x: Tensor) -> None:
-    if x.stride(3) != 1 and x.shape[3] != 1 and x.numel() > 0:
+    if x.shape[3] != 1 and x.numel() > 0:
         raise ValueError(
             f"nasa_attention: the last dimension of {name} must be contiguous, got strides "
             f"{list(x.stride())}; call {name}.contiguous()"

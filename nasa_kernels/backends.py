@@ -64,13 +64,21 @@ def available(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in NAMES if why_not(name, device) is None)
 
 
+_choices: dict[tuple[torch.device, torch.dtype], str] = {}
+
+
 @torch.compiler.assume_constant_result
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The back end that `backend=None` takes."""
-    for name in _PREFERENCE.get(device.type, ()):
-        if dtype in _DTYPES[name] and why_not(name, device) is None:
-            return name
-    return "reference"
+    # a dictionary and not functools.cache: the compiler does not look through the latter
+    choice = _choices.get((device, dtype))
+    if choice is None:
+        candidates = _PREFERENCE.get(device.type, ())
+        running = [
+            name for name in candidates if dtype in _DTYPES[name] and not why_not(name, device)
+        ]
+        choice = _choices[device, dtype] = running[0] if running else "reference"
+    return choice
 
 
 def require(function: str, name: str, q: Tensor) -> None:

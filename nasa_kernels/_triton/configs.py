@@ -1,0 +1,113 @@
+"""Block sizes, by head_dim and dtype, and which prompts stay on chip.
+
+No number here was timed on a GPU yet. They are the largest tiles that compile without a spill
+for sm_80, sm_90 and sm_100 under the oldest and the newest Triton (`tests/test_triton_compile.py`
+holds their registers and shared memory to ceilings).
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+from nasa_kernels._triton.tiles import cut
+
+
+class Config(NamedTuple):
+    BLOCK_L: int  # query rows of a program
+    BLOCK_N: int  # keys of a block, where a prompt is streamed
+    num_warps: int
+    num_stages: int
+    occupancy: int  # programs that share a multiprocessor
+
+
+def forward_config(d: int, dtype: torch.dtype, resident: bool) -> Config:
+    """By head_dim, and by whether the positive prompt stays on chip: it alone decides, so that
+    the bits of Z+ do not depend on the negative prompt.
+    """
+    if dtype == torch.float32:
+        return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
+    if resident:
+        stages = 2 if d <= 80 else 1
+        return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4, num_stages=stages, occupancy=3)
+    if d <= 64:
+        return Config(BLOCK_L=64, BLOCK_N=64, num_warps=4, num_stages=2, occupancy=2)
+    if d <= 80:
+        return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4, num_stages=2, occupancy=2)
+    if head_cut(d) == (128,):
+        return Config(BLOCK_L=64, BLOCK_N=64, num_warps=8, num_stages=2, occupancy=1)
+    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=8, num_stages=1, occupancy=1)
+
+
+def backward_queries_config(d: int, dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
+    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4 if d <= 128 else 8, num_stages=1, occupancy=1)
+
+
+def backward_keys_config(d: int, dtype: torch.dtype) -> Config:
+    """BLOCK_N is the most keys that one program owns."""
+    if dtype == torch.float32:
+        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
+    if d <= 80:
+        return Config(BLOCK_L=32, BLOCK_N=128, num_warps=8, num_stages=1, occupancy=1)
+    if d <= 128:
+        return Config(BLOCK_L=32, BLOCK_N=64, num_warps=8, num_stages=1, occupancy=1)
+    return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
+
+
+def head_cut(d: int) -> tuple[int, ...]:
+    """Widths of the head_dim: one accumulator of 160 or 256 columns would not fit registers."""
+    return cut(d, widest=64 if d > 128 else 128)
+
+
+def resident_cut(n: int, d: int, q: torch.Tensor, widest: int = 160) -> tuple[int, ...]:
+    """Widths of a prompt of n keys that stays on chip; () where it is streamed."""
+    # fp32 multiplies in registers, which a whole prompt does not fit
+    if q.dtype == torch.float32 or n > 128 or d > widest:
+        return ()
+    # Triton 3.6 compiles wider ones to nothing on Blackwell: they overrun its tensor memory
+    if d > 128 and architecture(q.device) >= 100:
+        return ()
+    widths = cut(max(n, 1))
+    size = 2 * sum(widths) * sum(head_cut(d)) * q.element_size()
+    # two prompts, and what is left for two tiles of queries
+    return widths if size <= 0.42 * shared_memory(q.device) else ()
+
+
+def programs_per_head(
+    l: int, heads: int, config: Config, device: torch.device, persistent: bool
+) -> int:
+    """Programs that share the query tiles of one head: one each, or as many as fill the GPU."""
+    tiles = triton.cdiv(l, config.BLOCK_L)
+    if not persistent:
+        return tiles
+    return min(tiles, triton.cdiv(multiprocessors(device) * config.occupancy, heads))
+
+
+# On a CPU the kernels run in Triton's interpreter, as on a Hopper GPU with one multiprocessor.
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
