@@ -28,6 +28,7 @@ bool sm90_takes(const ForwardParams& p, const Device& device) {
 }  // namespace
 
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
+    if (p.b == 0 || p.l == 0 || p.h == 0) return cudaSuccess;
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
 #ifdef NASA_WITH_SM90

@@ -5,6 +5,7 @@ csrc would launch. The PTX is made by the build's own target, with its flags, on
 """
 
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import ptx
 import torch
@@ -37,22 +39,30 @@ def nvcc() -> str | None:
 
 
 @functools.cache
-def build_ptx() -> Path:
-    """The folder with one .ptx per kernel source. A second call in a session costs nothing."""
+def build(target: str) -> Path:
+    """Build a target of CMakeLists.txt; returns the build folder."""
+    BUILD.mkdir(parents=True, exist_ok=True)
     torch_dir = Path(torch.__file__).parent
-    if not (BUILD / "build.ninja").exists():
-        subprocess.run(
-            ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DNASA_TORCH_DIR={torch_dir}",
-             f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DPython3_EXECUTABLE={sys.executable}"],
-            check=True, capture_output=True,
-        )  # fmt: skip
-    subprocess.run(["cmake", "--build", BUILD, "--target", "ptx"], check=True, capture_output=True)
-    return BUILD / "ptx"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    configure = [
+        *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"),
+        *(f"-DNASA_TORCH_DIR={torch_dir}", f"-DCMAKE_CUDA_COMPILER={nvcc()}"),
+    ]
+    # one test process builds, the others wait
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+            done = subprocess.run(
+                command, env=os.environ | {"PATH": path}, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{target} does not build:\n{done.stdout}\n{done.stderr}")
+    return BUILD
 
 
 @functools.cache
 def source(name: str) -> str:
-    return (build_ptx() / f"{name}.ptx").read_text()
+    return (build("ptx") / "ptx" / f"{name}.ptx").read_text()
 
 
 @functools.cache
@@ -175,6 +185,16 @@ def is_aligned(*tensors: Tensor) -> bool:
     )
 
 
+class Launch(NamedTuple):
+    kernel: ptx.LoadedKernel
+    grid: int | tuple[int, ...]
+    block: int
+    shared: int
+    args: tuple
+    report: ptx.Report
+    memory: ptx.Memory
+
+
 class Call:
     """One call of the op: its tensors in the interpreter's memory, its params struct."""
 
@@ -213,7 +233,7 @@ class Call:
             grid, block, list(args), self.memory, shared, check_races=True,
             count_bank_conflicts=True,
         )  # fmt: skip
-        REPORTS.append((loaded, report))
+        REPORTS.append(Launch(loaded, grid, block, shared, args, report, self.memory))
 
     def output(self, *shape: int, dtype: torch.dtype) -> tuple[int, Tensor]:
         """The address of a new tensor, full of NaN, and its host copy."""

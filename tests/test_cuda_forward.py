@@ -261,6 +261,7 @@ def test_fragments_are_read_without_bank_conflicts(path):
     for d in (40, 64, 72, 80, 128, 160):
         REPORTS.clear()
         forward(**make(Shape("banks", 1, 16, 1, 77, 77, d), torch.bfloat16), path=path)
-        loaded, report = REPORTS[-1]
-        lines = {c.line for c in loaded.kernel.instructions if c.opcode.startswith("ldmatrix")}
-        assert lines and not lines & {line for line, extra in report.bank_conflicts.items() if extra}
+        launch = REPORTS[-1]
+        lines = {c.line for c in launch.kernel.kernel.instructions if c.opcode.startswith("ldmatrix")}
+        conflicts = {line for line, extra in launch.report.bank_conflicts.items() if extra}
+        assert lines and not lines & conflicts
