@@ -97,7 +97,9 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     const Prompt& prompt = call.prompt[side];
     const int first_key = (side == kPos ? block : block - blocks_pos) * kBackwardKeys;
     // The row of an absent key may hold NaN. Its weights are 0, and so must its products be.
-    const auto present = [&](int key) { return key_bias(prompt.mask, b, key, prompt.n) != -INFINITY; };
+    const auto present = [&](int key) {
+        return key_bias(prompt.mask, b, key, prompt.n) != -INFINITY;
+    };
     load_tile<kD, kBackwardKeys, kKeyThreads>(
         shared,
         rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n, call.d,
@@ -109,10 +111,10 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
                 call.aligned),
         first_key, 0, threadIdx.x, present);
 
-    const int64_t row_values =
-        ((static_cast<int64_t>(side) * call.b + b) * call.h + h) * call.l;
+    const int64_t row_values = ((static_cast<int64_t>(side) * call.b + b) * call.h + h) * call.l;
     const auto load_rows = [&](int tile) {
-        unsigned char* stage = shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
+        unsigned char* stage =
+            shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
         const int first = tile * kBackwardRows;
         const auto exists = [&](int row) { return row < call.l; };
         load_tile<kD, kBackwardRows, kKeyThreads>(
@@ -133,8 +135,9 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
             // exp2(score - inf) is 0: rows that do not exist have no weights
             values[0] = valid ? p.lse[row_values + row] : INFINITY;
             values[kBackwardRows] = valid ? p.u[row_values + row] : 0.f;
-            values[2 * kBackwardRows] =
-                !valid ? 0.f : side == kPos ? 1.f : -alpha_of(call, b, row, h);
+            values[2 * kBackwardRows] = !valid         ? 0.f
+                                        : side == kPos ? 1.f
+                                                       : -alpha_of(call, b, row, h);
         }
     };
 
@@ -161,7 +164,8 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
             ptx::cp_async_wait<0>();
         }
         __syncthreads();
-        unsigned char* stage = shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
+        unsigned char* stage =
+            shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
         const uint32_t q = ptx::shared_address(stage);
         const uint32_t grad = q + Layout::kGrad;
         const float* values = reinterpret_cast<const float*>(stage + Layout::kRowValues);
@@ -178,7 +182,8 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
             for (int i = 0; i < 4; ++i) {
                 const int row = 8 * j + lane % 4 * 2 + i % 2;
                 const float score = fmaf(s[j][i], call.scale, bias[i / 2]);
-                const float weight = ptx::exp2(score - values[row]) * values[2 * kBackwardRows + row];
+                const float weight =
+                    ptx::exp2(score - values[row]) * values[2 * kBackwardRows + row];
                 s[j][i] = weight;
                 dp[j][i] = weight * (dp[j][i] - values[kBackwardRows + row]);
             }
@@ -203,20 +208,20 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     float* partial = nullptr;
     if (p.splits > 1) {
         const int64_t pos = prompt_elements(p, kPos);
-        partial = p.partial + split * 2 * (pos + prompt_elements(p, kNeg)) +
-                  (side == kPos ? 0 : 2 * pos);
+        partial =
+            p.partial + split * 2 * (pos + prompt_elements(p, kNeg)) + (side == kPos ? 0 : 2 * pos);
     }
     // this warp's rows of K are used up: they take dK, then dV
     constexpr int kOutPitch = Tile<kColumns>::kPitch;
     const int warp_key = first_key + warp * kWarpRows;
     if (p.dk[side] != nullptr) {
-        store_gradient<T, kOutPitch>(p, p.dk[side], partial, warp_keys, dk, b, warp_key, prompt.n, h,
-                                     column);
+        store_gradient<T, kOutPitch>(p, p.dk[side], partial, warp_keys, dk, b, warp_key, prompt.n,
+                                     h, column);
     }
     if (p.dv[side] != nullptr) {
         float* partial_dv = partial == nullptr ? nullptr : partial + prompt_elements(p, side);
-        store_gradient<T, kOutPitch>(p, p.dv[side], partial_dv, warp_keys, dv, b, warp_key, prompt.n,
-                                     h, column);
+        store_gradient<T, kOutPitch>(p, p.dv[side], partial_dv, warp_keys, dv, b, warp_key,
+                                     prompt.n, h, column);
     }
 }
 
@@ -246,16 +251,16 @@ int64_t key_blocks(const BackwardParams& p) {
 
 template <typename T, int kD>
 cudaError_t launch_keys(const BackwardParams& p, const Device& device, cudaStream_t stream) {
-    const int64_t blocks =
-        static_cast<int64_t>(p.call.b) * p.splits * key_blocks(p) * KeysLayout<kD>::kShares * p.call.h;
+    const int64_t blocks = static_cast<int64_t>(p.call.b) * p.splits * key_blocks(p) *
+                           KeysLayout<kD>::kShares * p.call.h;
     if (const cudaError_t error = launch<backward_keys_kernel<T, kD>>(
             device, blocks, kKeyThreads, KeysLayout<kD>::kBytes, stream, p)) {
         return error;
     }
     if (p.splits == 1) return cudaSuccess;
     const int64_t elements = std::max(prompt_elements(p, kPos), prompt_elements(p, kNeg));
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(ceil_div(elements, 256), 4 * device.sms)),
-                    4);
+    const dim3 grid(
+        static_cast<unsigned>(std::min<int64_t>(ceil_div(elements, 256), 4 * device.sms)), 4);
     sum_splits_kernel<T><<<grid, 256, 0, stream>>>(p);
     return cudaGetLastError();
 }
@@ -270,12 +275,11 @@ cudaError_t backward_splits(const BackwardParams& p, int& splits) {
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
     const int d = padded_head_dim(p.call.d);
-    const int64_t blocks = std::max<int64_t>(
-        1, p.call.b * p.call.h * key_blocks(p) * (d / backward_columns(d)));
+    const int64_t blocks =
+        std::max<int64_t>(1, p.call.b * p.call.h * key_blocks(p) * (d / backward_columns(d)));
     // two blocks per SM, and at least two tiles of rows for each
     const int64_t tiles = ceil_div(p.call.l, kBackwardRows);
-    splits = static_cast<int>(
-        std::max<int64_t>(1, std::min(2 * device.sms / blocks, tiles / 2)));
+    splits = static_cast<int>(std::max<int64_t>(1, std::min(2 * device.sms / blocks, tiles / 2)));
     return cudaSuccess;
 }
 

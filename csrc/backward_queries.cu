@@ -1,12 +1,13 @@
-// Backward over the queries: dQ, dalpha, and what backward_keys.cu needs of each row (sm_80 and up).
+// Backward over the queries: dQ, dalpha, and what backward_keys.cu needs of each row (sm_80 and
+// up).
 //
 //     u+- = rowsum(P+- * (dO V+-^T)),  dS+- = w+- P+- * (dO V+-^T - u+-),  w+ = 1, w- = -alpha
 //     dQ = scale * (dS+ K+ + dS- K-),  dalpha = -u-
 //
-// Nothing but the inputs comes from the forward pass. A block owns 64 query rows of one head, 16 per
-// warp. Per prompt it walks over the keys once for the softmax and u together, both online, and once
-// more for dS. The last block of keys is still on chip then: a prompt of up to 80 keys, which is
-// one block, is read once and its scores are made once. The columns of a head_dim above 128 are
+// Nothing but the inputs comes from the forward pass. A block owns 64 query rows of one head, 16
+// per warp. Per prompt it walks over the keys once for the softmax and u together, both online, and
+// once more for dS. The last block of keys is still on chip then: a prompt of up to 80 keys, which
+// is one block, is read once and its scores are made once. The columns of a head_dim above 128 are
 // shared by two blocks or four.
 #include "launch.h"
 #include "softmax.cuh"
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (side == kNeg) weight[r] = -alpha_of(call, b, rows[r], h);
             if (lane % 4 == 0 && column == 0) {
                 const int64_t head = static_cast<int64_t>(b) * call.h + h;
-                const int64_t i = (side * static_cast<int64_t>(call.b) * call.h + head) * call.l + rows[r];
+                const int64_t i =
+                    (side * static_cast<int64_t>(call.b) * call.h + head) * call.l + rows[r];
                 p.lse[i] = lse[r];
                 p.u[i] = u[r];
                 if (side == kNeg && p.dalpha != nullptr) {

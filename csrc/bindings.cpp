@@ -15,8 +15,8 @@
 #include "nasa.h"
 
 // In libtorch_cuda.so. Weak: null under a torch without CUDA, where this library still loads.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace nasa {
 namespace {
@@ -37,11 +37,13 @@ bool starts_on_16_bytes(const Tensor& x) {
 
 void check_rows(const Tensor& x, const char* name, const Tensor& q) {
     STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
-    STD_TORCH_CHECK(x.scalar_type() == q.scalar_type() && x.get_device_index() == q.get_device_index(),
-                    "nasa_kernels: ", name, " must have the dtype and the device of q");
+    STD_TORCH_CHECK(
+        x.scalar_type() == q.scalar_type() && x.get_device_index() == q.get_device_index(),
+        "nasa_kernels: ", name, " must have the dtype and the device of q");
     STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2) && x.size(3) == q.size(3),
                     "nasa_kernels: ", name, " must be expanded to the b, h and d of q");
-    STD_TORCH_CHECK(x.size(1) <= kMaxRows, "nasa_kernels: ", name, " has too many rows: ", x.size(1));
+    STD_TORCH_CHECK(x.size(1) <= kMaxRows, "nasa_kernels: ", name,
+                    " has too many rows: ", x.size(1));
     STD_TORCH_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1,
                     "nasa_kernels: the last dimension of ", name, " must be contiguous");
 }
@@ -65,7 +67,8 @@ Mask mask_of(const std::optional<Tensor>& mask, const Tensor& k) {
             case ScalarType::Float: return MaskType::kFloat;
             case ScalarType::Half: return MaskType::kHalf;
             case ScalarType::BFloat16: return MaskType::kBfloat16;
-            default: STD_TORCH_CHECK(false, "nasa_kernels: a mask must be bool, fp32, fp16 or bf16");
+            default:
+                STD_TORCH_CHECK(false, "nasa_kernels: a mask must be bool, fp32, fp16 or bf16");
         }
         return MaskType::kNone;
     }();
@@ -92,15 +95,16 @@ Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
 // Everything of a call but O.
 ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
                         const Tensor& k_neg, const Tensor& v_neg,
-                        const std::optional<Tensor>& mask_pos, const std::optional<Tensor>& mask_neg,
+                        const std::optional<Tensor>& mask_pos,
+                        const std::optional<Tensor>& mask_neg,
                         const std::optional<Tensor>& alpha_map, double alpha, double scale) {
     check_rows(q, "q", q);
     check_rows(k_pos, "k_pos", q);
     check_rows(v_pos, "v_pos", q);
     check_rows(k_neg, "k_neg", q);
     check_rows(v_neg, "v_neg", q);
-    STD_TORCH_CHECK(q.size(3) <= kMaxHeadDim, "nasa_kernels: head_dim must be at most ", kMaxHeadDim,
-                    ", got ", q.size(3));
+    STD_TORCH_CHECK(q.size(3) <= kMaxHeadDim, "nasa_kernels: head_dim must be at most ",
+                    kMaxHeadDim, ", got ", q.size(3));
     ForwardParams p;
     p.q = q.const_data_ptr();
     p.o = nullptr;
@@ -150,8 +154,8 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
                     const Tensor v_neg, const std::optional<Tensor> mask_pos,
                     const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
                     double alpha, double scale) {
-    ForwardParams p = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
-                                scale);
+    ForwardParams p =
+        params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
     Tensor o = torch::stable::new_empty(
         q, std::vector<int64_t>{q.size(0), q.size(1), q.size(2), q.size(3)});
     if (o.numel() == 0) return o;
@@ -163,7 +167,8 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
     return o;
 }
 
-// The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are empty.
+// The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are
+// empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const Tensor grad_o, const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
     const Tensor v_neg, const std::optional<Tensor> mask_pos, const std::optional<Tensor> mask_neg,
@@ -231,7 +236,7 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
 
 // For nasa_kernels/_cuda.py, which asks before a call: the shared memory a head_dim needs at least.
 extern "C" __attribute__((visibility("default"))) int nasa_kernels_shared_bytes(int head_dim,
-                                                                               bool backward) {
+                                                                                bool backward) {
     const int d = nasa::padded_head_dim(head_dim);
     return backward ? nasa::backward_shared_bytes(d) : nasa::long_shared_bytes(d);
 }

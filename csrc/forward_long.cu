@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         float s[kBlockKeys / 8][4];
         clear(s);
         multiply_transposed<T, kD>(s, ptx::shared_address(warp_rows), ptx::shared_address(k_tile));
-        const float left = finish_scores(s, is_plain(prompt, p.scale), p.scale, bias,
-                                         prompt.n - first);
+        const float left =
+            finish_scores(s, is_plain(prompt, p.scale), p.scale, bias, prompt.n - first);
         float rescale[2];
         softmax.push(s, left, rescale);
         uint32_t weights[kBlockKeys / 16][4];

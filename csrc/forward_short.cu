@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, kKeys == kClipKeys ? 3 : 2)
 
         uint32_t p_pos[kKeys / 16][4], p_neg[kKeys / 16][4];
         float inverse_pos[2], inverse_neg[2];
-        attend<T, kD, kKeys>(p.prompt[kPos], p.scale, ptx::shared_address(q_tile), prompts, bias, p_pos,
-                             inverse_pos);
+        attend<T, kD, kKeys>(p.prompt[kPos], p.scale, ptx::shared_address(q_tile), prompts, bias,
+                             p_pos, inverse_pos);
         attend<T, kD, kKeys>(p.prompt[kNeg], p.scale, ptx::shared_address(q_tile),
                              prompts + 2 * Layout::kPromptTile, bias + kKeys, p_neg, inverse_neg);
 
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, kKeys == kClipKeys ? 3 : 2)
             stage<T, kPitch>(q_tile, column, z_pos);
         }
         __syncwarp();
-        uint16_t* o = static_cast<uint16_t*>(p.o) +
-                      ((static_cast<int64_t>(b) * p.l + first) * p.h + h) * p.d;
+        uint16_t* o =
+            static_cast<uint16_t*>(p.o) + ((static_cast<int64_t>(b) * p.l + first) * p.h + h) * p.d;
         store_rows<kD>(o, static_cast<int64_t>(p.h) * p.d, q_tile, p.l - first, p.d, p.aligned);
         __syncwarp();
     }
@@ -147,8 +147,8 @@ cudaError_t launch_short(const ForwardParams& p, const Device& device, cudaStrea
     // enough blocks to fill the GPU once; each loads K and V once and walks over its rows
     const int64_t resident = std::max(1, device.shared_per_sm / kBytes);
     const int64_t heads = static_cast<int64_t>(p.b) * p.h;
-    const int64_t blocks_per_head = std::min(ceil_div(p.l, kWarps * kWarpRows),
-                                             ceil_div(device.sms * resident, heads));
+    const int64_t blocks_per_head =
+        std::min(ceil_div(p.l, kWarps * kWarpRows), ceil_div(device.sms * resident, heads));
     return launch<forward_short_kernel<T, kD, kKeys>>(device, heads * blocks_per_head, kThreads,
                                                       kBytes, stream, p,
                                                       static_cast<int>(blocks_per_head));

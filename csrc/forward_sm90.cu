@@ -239,8 +239,7 @@ __global__ void __launch_bounds__(kGroupThreads* Sm90Layout<kD, kKeys>::kGroups,
 #pragma unroll
         for (int j = 0; j < kD / 8; ++j) {
             // rows r and r + 8 have the same swizzle
-            unsigned char* target =
-                o_row + j / 8 * Layout::kRowAtom + ((j % 8) ^ (row % 8)) * 16;
+            unsigned char* target = o_row + j / 8 * Layout::kRowAtom + ((j % 8) ^ (row % 8)) * 16;
             *reinterpret_cast<uint32_t*>(target) = ptx::pack<T>(z_pos[j][0], z_pos[j][1]);
             *reinterpret_cast<uint32_t*>(target + 8 * kRowBytes) =
                 ptx::pack<T>(z_pos[j][2], z_pos[j][3]);
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(kGroupThreads* Sm90Layout<kD, kKeys>::kGroups,
     }
 }
 
-// ---- launch --------------------------------------------------------------------------------------
+// ---- launch ----------------------------------------------------------------------------------
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -284,7 +283,7 @@ cudaError_t find_encode(Encode& encode) {
 // A map of [b, rows, h, d] in memory, as [b, h, rows, d]. A dimension that does not move (one
 // element, or stride 0) is one element long, and its coordinate stays 0.
 cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const void* data, int64_t stride_b,
-                        int64_t stride_rows, int64_t stride_h, int rows, int box_rows) {
+                       int64_t stride_rows, int64_t stride_h, int rows, int box_rows) {
     Encode encode;
     if (const cudaError_t error = find_encode(encode)) return error;
     t.step_h = p.h > 1 && stride_h != 0;
@@ -315,11 +314,11 @@ cudaError_t launch_sm90(const ForwardParams& p, const Device& device, cudaStream
     params.call = p;
     const int64_t o_stride_l = static_cast<int64_t>(p.h) * p.d;
     if (const cudaError_t error = map_tensor(params.q, p, p.q, p.q_stride_b, p.q_stride_l,
-                                              p.q_stride_h, p.l, kGroupRows)) {
+                                             p.q_stride_h, p.l, kGroupRows)) {
         return error;
     }
-    if (const cudaError_t error = map_tensor(params.o, p, p.o, p.l * o_stride_l, o_stride_l, p.d,
-                                              p.l, kGroupRows)) {
+    if (const cudaError_t error =
+            map_tensor(params.o, p, p.o, p.l * o_stride_l, o_stride_l, p.d, p.l, kGroupRows)) {
         return error;
     }
     for (int side : {kPos, kNeg}) {
@@ -336,19 +335,19 @@ cudaError_t launch_sm90(const ForwardParams& p, const Device& device, cudaStream
         }
         if (const cudaError_t error =
                 map_tensor(params.k[side], p, prompt.k, prompt.k_stride_b, prompt.k_stride_n,
-                            prompt.k_stride_h, prompt.n, kKeys)) {
+                           prompt.k_stride_h, prompt.n, kKeys)) {
             return error;
         }
         if (const cudaError_t error =
                 map_tensor(params.v[side], p, prompt.v, prompt.v_stride_b, prompt.v_stride_n,
-                            prompt.v_stride_h, prompt.n, kKeys)) {
+                           prompt.v_stride_h, prompt.n, kKeys)) {
             return error;
         }
     }
     // one block per SM: it loads K and V once and walks over its rows
     const int64_t heads = static_cast<int64_t>(p.b) * p.h;
-    const int64_t blocks_per_head = std::min(ceil_div(p.l, Layout::kGroups * kGroupRows),
-                                             ceil_div(device.sms, heads));
+    const int64_t blocks_per_head =
+        std::min(ceil_div(p.l, Layout::kGroups * kGroupRows), ceil_div(device.sms, heads));
     return launch<forward_sm90_kernel<T, kD, kKeys>>(
         device, heads * blocks_per_head, kGroupThreads * Layout::kGroups, Layout::kBytes, stream,
         params, static_cast<int>(blocks_per_head));

@@ -22,8 +22,8 @@ cudaError_t launch(const Device& device, int64_t blocks, int threads, int bytes,
     if (blocks == 0) return cudaSuccess;
     if (bytes > device.shared_per_block || blocks > INT32_MAX) return cudaErrorInvalidValue;
     if (!(allowed.load(std::memory_order_relaxed) & bit)) {
-        if (const cudaError_t error = cudaFuncSetAttribute(
-                kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+        if (const cudaError_t error =
+                cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
             return error;
         }
         allowed.fetch_or(bit, std::memory_order_relaxed);

@@ -1,5 +1,5 @@
-// What the kernels take and the functions that launch them. No Torch, no CUDA C++ here: bindings.cpp
-// and the kernels meet in this file.
+// What the kernels take and the functions that launch them. No Torch, no CUDA C++ here:
+// bindings.cpp and the kernels meet in this file.
 //
 //     O = softmax(Q K+^T * scale + bias+) V+  -  alpha * softmax(Q K-^T * scale + bias-) V-
 //
@@ -43,7 +43,7 @@ struct ForwardParams {
     const void* q;  // [b, l, h, d]
     void* o;        // [b, l, h, d], contiguous
     int64_t q_stride_b, q_stride_l, q_stride_h;
-    Prompt prompt[2];  // kPos, kNeg
+    Prompt prompt[2];        // kPos, kNeg
     const float* alpha_map;  // [b, l, h], or null: then the number `alpha`
     int64_t alpha_stride_b, alpha_stride_l, alpha_stride_h;
     int b, l, h, d;
@@ -62,12 +62,12 @@ struct BackwardParams {
     ForwardParams call;  // its o is not used; `aligned` speaks for grad_o too
     const void* grad_o;  // [b, l, h, d]
     int64_t grad_stride_b, grad_stride_l, grad_stride_h;
-    void* dq;       // [b, l, h, d], contiguous
-    float* dalpha;  // [b, l, h], contiguous
-    void* dk[2];    // [b, n, h, d], contiguous; kPos, kNeg
-    void* dv[2];    // [b, n, h, d], contiguous; kPos, kNeg
-    float* lse;     // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
-    float* u;       // [2, b, h, l] scratch
+    void* dq;        // [b, l, h, d], contiguous
+    float* dalpha;   // [b, l, h], contiguous
+    void* dk[2];     // [b, n, h, d], contiguous; kPos, kNeg
+    void* dv[2];     // [b, n, h, d], contiguous; kPos, kNeg
+    float* lse;      // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
+    float* u;        // [2, b, h, l] scratch
     float* partial;  // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
     int splits;      // of the query rows, among the blocks that make one tile of dK and dV
 };

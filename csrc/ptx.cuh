@@ -33,7 +33,7 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- fragments and products of a warp (sm_80) --------------------------------------------------
+// ---- fragments and products of a warp (sm_80) ------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
@@ -75,7 +75,7 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- numbers -----------------------------------------------------------------------------------
+// ---- numbers ---------------------------------------------------------------------------------
 
 // Round two floats to T; `low` is the first in memory.
 template <typename T>
@@ -107,10 +107,11 @@ __device__ __forceinline__ float log2(float x) {
     return y;
 }
 
-// ---- barriers in shared memory, and copies that arrive at them (sm_90) -------------------------
+// ---- barriers in shared memory, and copies that arrive at them (sm_90) -----------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
 }
 
 // Make initialised mbarriers visible to the async proxy.
@@ -153,8 +154,8 @@ __device__ __forceinline__ void tma_load_4d(uint32_t shared, const void* map, ui
 __device__ __forceinline__ void tma_store_4d(const void* map, uint32_t shared, int c0, int c1,
                                              int c2, int c3) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
-            "l"(map),
+        "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], "
+        "[%1];" ::"l"(map),
         "r"(shared), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
@@ -178,7 +179,7 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- products of a warpgroup (sm_90a) ------------------------------------------------------------
+// ---- products of a warpgroup (sm_90a) --------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -204,19 +205,22 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma_values(float (&c)[kTiles][4], const uint32_t (&a)[4],
                                              uint64_t b, bool add);
 
-// Register lists, five and eight column tiles at a time
+// Register lists: one, five and eight column tiles
 #define NASA_C1(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define NASA_C5(j) NASA_C1(j), NASA_C1(j + 1), NASA_C1(j + 2), NASA_C1(j + 3), NASA_C1(j + 4)
 #define NASA_C8(j) NASA_C5(j), NASA_C1(j + 5), NASA_C1(j + 6), NASA_C1(j + 7)
 
+// clang-format off
 #define NASA_WGMMA_N80(T, type)                                                                   \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma<T, 10>(float (&c)[10][4], uint64_t a, uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma<T, 10>(                                                 \
+        float (&c)[10][4], uint64_t a, uint64_t b, bool add) {                                    \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %42, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39" \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"                                    \
             "}, %40, %41, add, 1, 1, 0, 0;\n}"                                                    \
             : NASA_C5(0), NASA_C5(5)                                                              \
             : "l"(a), "l"(b), "r"(int(add)));                                                     \
@@ -227,13 +231,15 @@ NASA_WGMMA_N80(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_N128(T, type)                                                                  \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma<T, 16>(float (&c)[16][4], uint64_t a, uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma<T, 16>(                                                 \
+        float (&c)[16][4], uint64_t a, uint64_t b, bool add) {                                    \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                     \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-            "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "         \
+            "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "         \
             "%60, %61, %62, %63"                                                                  \
             "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                    \
             : NASA_C8(0), NASA_C8(8)                                                              \
@@ -245,11 +251,13 @@ NASA_WGMMA_N128(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_VALUES_N40(T, type)                                                            \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 5>(float (&c)[5][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma_values<T, 5>(                                           \
+        float (&c)[5][4], const uint32_t (&a)[4], uint64_t b, bool add) {                         \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %25, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n40k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19" \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19"                                                             \
             "}, {%20, %21, %22, %23}, %24, add, 1, 1, 1;\n}"                                      \
             : NASA_C5(0)                                                                          \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
@@ -260,12 +268,14 @@ NASA_WGMMA_VALUES_N40(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_VALUES_N64(T, type)                                                            \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 8>(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma_values<T, 8>(                                           \
+        float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {                         \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                          \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31"                                                                            \
             "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"                                      \
             : NASA_C8(0)                                                                          \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
@@ -276,12 +286,14 @@ NASA_WGMMA_VALUES_N64(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_VALUES_N72(T, type)                                                            \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 9>(float (&c)[9][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma_values<T, 9>(                                           \
+        float (&c)[9][4], const uint32_t (&a)[4], uint64_t b, bool add) {                         \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %41, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n72k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35"      \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31, %32, %33, %34, %35"                                                        \
             "}, {%36, %37, %38, %39}, %40, add, 1, 1, 1;\n}"                                      \
             : NASA_C8(0), NASA_C1(8)                                                              \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
@@ -292,12 +304,14 @@ NASA_WGMMA_VALUES_N72(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_VALUES_N80(T, type)                                                            \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 10>(float (&c)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma_values<T, 10>(                                          \
+        float (&c)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {                        \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %45, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39" \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"                                    \
             "}, {%40, %41, %42, %43}, %44, add, 1, 1, 1;\n}"                                      \
             : NASA_C5(0), NASA_C5(5)                                                              \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
@@ -308,13 +322,15 @@ NASA_WGMMA_VALUES_N80(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_VALUES_N128(T, type)                                                           \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 16>(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma_values<T, 16>(                                          \
+        float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {                        \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                     \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-            "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "         \
+            "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "         \
             "%60, %61, %62, %63"                                                                  \
             "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"                                      \
             : NASA_C8(0), NASA_C8(8)                                                              \
@@ -326,14 +342,17 @@ NASA_WGMMA_VALUES_N128(__nv_bfloat16, "bf16")
 
 #define NASA_WGMMA_VALUES_N160(T, type)                                                           \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 20>(float (&c)[20][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    __device__ __forceinline__ void wgmma_values<T, 20>(                                          \
+        float (&c)[20][4], const uint32_t (&a)[4], uint64_t b, bool add) {                        \
         asm volatile(                                                                             \
             "{\n.reg .pred add;\nsetp.ne.b32 add, %85, 0;\n"                                      \
             "wgmma.mma_async.sync.aligned.m64n160k16.f32." type "." type " {"                     \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-            "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
-            "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
+            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
+            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "         \
+            "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "         \
+            "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, "         \
+            "%75, %76, %77, %78, %79"                                                             \
             "}, {%80, %81, %82, %83}, %84, add, 1, 1, 1;\n}"                                      \
             : NASA_C5(0), NASA_C5(5), NASA_C5(10), NASA_C5(15)                                    \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
@@ -341,6 +360,7 @@ NASA_WGMMA_VALUES_N128(__nv_bfloat16, "bf16")
 NASA_WGMMA_VALUES_N160(__half, "f16")
 NASA_WGMMA_VALUES_N160(__nv_bfloat16, "bf16")
 #undef NASA_WGMMA_VALUES_N160
+// clang-format on
 
 #undef NASA_C8
 #undef NASA_C5

@@ -25,12 +25,9 @@ __device__ __forceinline__ float key_bias(const Mask& mask, int b, int key, int 
     if (key >= n) return -INFINITY;
     const int64_t i = b * mask.stride_b + key * mask.stride_n;
     switch (mask.type) {
-        case MaskType::kNone:
-            return 0.f;
-        case MaskType::kBool:
-            return static_cast<const uint8_t*>(mask.data)[i] ? 0.f : -INFINITY;
-        case MaskType::kFloat:
-            return static_cast<const float*>(mask.data)[i] * kLog2E;
+        case MaskType::kNone: return 0.f;
+        case MaskType::kBool: return static_cast<const uint8_t*>(mask.data)[i] ? 0.f : -INFINITY;
+        case MaskType::kFloat: return static_cast<const float*>(mask.data)[i] * kLog2E;
         case MaskType::kHalf:
             return __half2float(static_cast<const __half*>(mask.data)[i]) * kLog2E;
         case MaskType::kBfloat16:

@@ -1,7 +1,7 @@
 // Tiles in shared memory and the two products that a warp takes of them.
 //
-// A tile is [rows, kD] of 16-bit elements, each row padded by 16 bytes: the row pitch is then an odd
-// number of 16-byte units, so the eight rows of an 8x8 matrix lie in distinct banks.
+// A tile is [rows, kD] of 16-bit elements, each row padded by 16 bytes: the row pitch is then an
+// odd number of 16-byte units, so the eight rows of an 8x8 matrix lie in distinct banks.
 #pragma once
 
 #include "nasa.h"
@@ -148,7 +148,8 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&a)[kTiles / 2][4],
 
 // Write c [16, 8 * kTiles] to a warp's rows of a tile, rounded to T, from column tile `column` on.
 template <typename T, int kPitch, int kTiles>
-__device__ __forceinline__ void stage(unsigned char* tile, int column, const float (&c)[kTiles][4]) {
+__device__ __forceinline__ void stage(unsigned char* tile, int column,
+                                      const float (&c)[kTiles][4]) {
     const int lane = threadIdx.x % kWarpSize;
     unsigned char* target = tile + lane / 4 * kPitch + 16 * column + lane % 4 * 4;
 #pragma unroll

@@ -198,9 +198,7 @@ class Launch(NamedTuple):
 class Call:
     """One call of the op: its tensors in the interpreter's memory, its params struct."""
 
-    def __init__(
-        self, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale
-    ):
+    def __init__(self, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
         self.memory = ptx.Memory()
         p = self.params = ForwardParams()
         p.q, p.q_strides[:] = self.memory.upload(q, "q"), q.stride()[:3]
@@ -314,7 +312,8 @@ def forward_sm90(
     params = b"".join(maps) + bytes(p)
     loaded = kernel("forward_sm90", "forward_sm90_kernel", q.dtype, d, keys)
     atoms = -(-d // 64)
-    shared = 4 * atoms * keys * 128 + groups * 2 * atoms * 64 * 128 + 8 * keys + 8 * (2 + 2 * groups)
+    tiles = 4 * atoms * keys * 128 + groups * 2 * atoms * 64 * 128
+    shared = tiles + 8 * keys + 8 * (2 + 2 * groups)
     params = params.ljust(-(-len(params) // 128) * 128, b"\0")
     call.launch(loaded, b * h * blocks_per_head, 128 * groups, shared, params, blocks_per_head)
     return call.memory.download(p.o, like=call.o)
@@ -331,9 +330,7 @@ def backward(
     alpha_map = alpha if isinstance(alpha, Tensor) else None
     number = 0.0 if alpha_map is not None else alpha
     # the number 0 is no reason here to leave the negative prompt out: its gradients are asked for
-    call = Call(
-        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number or 1.0, scale
-    )
+    call = Call(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number or 1.0, scale)
     call.params.alpha = number
     call.params.aligned = is_aligned(grad_o, q, k_pos, v_pos, k_neg, v_neg)
     p = BackwardParams(call=call.params)
@@ -365,7 +362,8 @@ def backward(
         blocks = b * h * shares * key_blocks * splits
         call.launch(keys, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
         if splits > 1:
-            call.launch(kernel("backward_keys", "sum_splits_kernel", q.dtype), (3, 4), 256, 0, bytes(p))
+            sums = kernel("backward_keys", "sum_splits_kernel", q.dtype)
+            call.launch(sums, (3, 4), 256, 0, bytes(p))
     return {name: call.memory.download(at, like=host) for name, (at, host) in outputs.items()}
 
 
@@ -373,7 +371,7 @@ def backward(
 
 
 def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, scale=None) -> Tensor:
-    """Algorithm 1 in PyTorch in the dtype of the inputs: two attentions, a product, a difference."""
+    """Algorithm 1 in PyTorch, in the dtype of the inputs: each step of it rounds."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
-// A CUDA runtime that writes down launches instead of making them, so that the launchers of csrc run
-// without a GPU: which kernel, how many blocks, how much shared memory, which arguments, which
+// A CUDA runtime that writes down launches instead of making them, so that the launchers of csrc
+// run without a GPU: which kernel, how many blocks, how much shared memory, which arguments, which
 // tensor maps. tests/test_cuda_launch.py links it with the sources in place of the runtime.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -40,7 +40,8 @@ struct {
 
 // Bytes of the first parameter of a kernel; an int may follow it.
 size_t parameter_bytes(const std::string& name) {
-    if (name.find("backward") != std::string::npos || name.find("sum_splits") != std::string::npos) {
+    if (name.find("backward") != std::string::npos ||
+        name.find("sum_splits") != std::string::npos) {
         return sizeof(nasa::BackwardParams);
     }
     if (name.find("sm90") == std::string::npos) return sizeof(nasa::ForwardParams);
@@ -69,7 +70,8 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* ad
         told.box[i] = box[i];
     }
     for (int i = 0; i < 3; ++i) {
-        if (strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return CUDA_ERROR_INVALID_VALUE;
+        if (strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40)
+            return CUDA_ERROR_INVALID_VALUE;
         told.strides[i] = strides[i];
     }
     std::memset(map, 0, sizeof(*map));
@@ -101,7 +103,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int byte
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
+                                             unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
     *function = reinterpret_cast<void*>(&encode);
     *result = cudaDriverEntryPointSuccess;
@@ -157,7 +160,7 @@ void __cudaRegisterFunction(void**, const char* kernel, char*, const char* name,
 }
 char __cudaInitModule(void**) { return 0; }
 
-// ---- for the test --------------------------------------------------------------------------------
+// ---- for the test ----------------------------------------------------------------------------
 
 // A new current device: the launchers remember what they asked of the others.
 void test_use_device(int major, int sms, int shared_per_block, int shared_per_sm) {

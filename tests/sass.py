@@ -114,9 +114,7 @@ def opcodes(library: Path, arch: str) -> dict[str, Counter]:
     for line in cuobjdump(library, "-sass", "-arch", arch).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             current = counts.setdefault(match[1], Counter())
-        elif match := re.match(
-            r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line
-        ):
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
             current[match[1]] += 1
     return counts
 

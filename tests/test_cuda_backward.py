@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cuda_emulation import assert_as_accurate_as_eager, backward, eager, nvcc
 from test_cuda_forward import ALPHAS, DTYPES, EDGES, MODELS, NAN, Shape, make, strided
 

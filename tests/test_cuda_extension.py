@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import nasa_kernels.ops  # noqa: F401, the schemas must be there before the kernels
 from cuda_emulation import (
     HEAD_DIMS,
     keys_shared_bytes,
@@ -22,6 +20,8 @@ from cuda_emulation import (
     padded,
     queries_shared_bytes,
 )
+
+import nasa_kernels.ops  # noqa: F401, the schemas must be there before the kernels
 from nasa_kernels import _cuda
 
 ROOT = Path(__file__).parents[1]

@@ -9,14 +9,13 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import cuda_emulation
 import ptx
 import pytest
 import torch
-
-import cuda_emulation
 from cuda_emulation import assert_as_accurate_as_eager, eager, nvcc
 from test_cuda_backward import autograd, make_grad
-from test_cuda_forward import Shape, make
+from test_cuda_forward import NAN, Shape, make
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -37,6 +36,8 @@ def swap_b(match: re.Match) -> str:
 
 
 MMA_B = r"(mma\.sync[^;]*?\}, )\{(%r\d+)\s*, ?(%r\d+)\}([^;]*;)"
+PACK = r"(cvt\.rn\.bf16x2\.f32 %r\d+, )(%\w+), (%\w+);"
+COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16), %r\d+;"
 SHUFFLE = r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+)[^;]*;"
 # matrix descriptors: swizzle 128B, 1024 bytes to the next 8 rows; for V 80 rows to the next atom
 QK = 1 << 62 | 64 << 32 | 1 << 16
@@ -47,11 +48,13 @@ FAULTS = (
     Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
     Fault("not-transposed", "forward_short", r"x4\.trans", "x4"),
     Fault("swapped-fragment", "forward_short", MMA_B, swap_b),
-    Fault("swapped-pair", "forward_short", r"(cvt\.rn\.bf16x2\.f32 %r\d+, )(%\w+), (%\w+);", r"\1\3, \2;"),
+    Fault("swapped-pair", "forward_short", PACK, r"\1\3, \2;"),
     Fault("lost-tail", "forward_short", r"0fFF800000", "0f00000000", None),
     Fault("lost-lane", "forward_short", SHUFFLE, r"mov.b32 \1, \2;", 1),
-    Fault("lost-row-guard", "forward_short", r"@%p\d+ (bra[^;]*;[^@]{0,2000}?st\.global\.v4)", r"\1"),
-    Fault("lost-zero-fill", "forward_short", r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16), %r\d+;", r"\1;", None),
+    Fault(
+        "lost-rows", "forward_short", r"@%p\d+ (bra[^;]*;[^@]{0,2000}?st\.global\.v4)", r"\1"
+    ),
+    Fault("lost-zero-fill", "forward_short", COPY, r"\1;", None),
     Fault("missing-barrier-for-v", "forward_long", r"bar\.sync\s+0;", "", 1),
     Fault("missing-barrier-for-k", "forward_long", r"bar\.sync\s+0;", "", 0),
     Fault("missing-wait", "forward_long", r"cp\.async\.wait_group 0;", "", 1),
@@ -76,14 +79,16 @@ FAULTS = (
 def plant(fault: Fault, text: str) -> str:
     """The PTX text of one kernel with the fault in it."""
     matches = list(re.finditer(fault.pattern, text))
-    assert matches, f"{fault}: nothing to edit"
+    if not matches:
+        raise ValueError(f"{fault}: nothing to edit")
     chosen = matches if fault.which is None else [matches[fault.which]]
     for match in reversed(chosen):
         if isinstance(fault.replacement, str):
             new = match.expand(fault.replacement)
         else:
             new = fault.replacement(match)
-        assert new != match[0]
+        if new == match[0]:
+            raise ValueError(f"{fault}: the edit changes nothing")
         text = text[: match.start()] + new + text[match.end() :]
     return text
 
@@ -92,39 +97,43 @@ SHAPES = {
     "forward_short": Shape("fault", 1, 150, 1, 77, 60, 64),
     "forward_long": Shape("fault", 1, 40, 1, 300, 200, 64),
     "forward_sm90": Shape("fault", 1, 64 * 7 + 5, 1, 77, 60, 72),
-    "backward_queries": Shape("fault", 1, 40, 1, 170, 60, 64),
+    "backward_queries": Shape("fault", 1, 40, 1, 60, 170, 64),
     "backward_keys": Shape("fault", 1, 200, 1, 100, 60, 64),
 }
 
 
 def run(file: str) -> None:
-    """A call of the kernels in `file`, held to the accuracy rule."""
+    """A call of the kernels in `file`, held to the accuracy rule; a masked key holds NaN."""
     inputs = make(SHAPES[file], torch.bfloat16, seed=1)
+    mask = {"mask_neg": (torch.arange(SHAPES[file].n_neg) > 0)[None]}
+    exact_inputs = {name: x.double() for name, x in inputs.items()}
+    poisoned = {name: x.clone() for name, x in inputs.items()}
+    for name in ("k_neg", "v_neg"):
+        poisoned[name][:, 0] = NAN
     if file.startswith("backward"):
         grad_o = make_grad(inputs)
-        actual = cuda_emulation.backward(grad_o, **inputs)
-        exact = autograd(inputs, grad_o, 0.5, torch.float64)
-        low = autograd(inputs, grad_o, 0.5, torch.bfloat16)
+        actual = cuda_emulation.backward(grad_o, **poisoned, **mask)
+        exact = autograd(exact_inputs, grad_o, 0.5, torch.float64, **mask)
+        low = autograd(inputs, grad_o, 0.5, torch.bfloat16, **mask)
         for name, gradient in actual.items():
             assert_as_accurate_as_eager(gradient, exact[name], low[name])
         return
     forwards: dict[str, Callable] = {
-        "forward_short": lambda: cuda_emulation.forward(**inputs, path="short"),
-        "forward_long": lambda: cuda_emulation.forward(**inputs, path="long"),
-        "forward_sm90": lambda: cuda_emulation.forward_sm90(**inputs),
+        "forward_short": lambda: cuda_emulation.forward(**poisoned, **mask, path="short"),
+        "forward_long": lambda: cuda_emulation.forward(**poisoned, **mask, path="long"),
+        "forward_sm90": lambda: cuda_emulation.forward_sm90(**poisoned, **mask),
     }
     o = forwards[file]()
-    exact = eager(**{k: x.double() for k, x in inputs.items()}, alpha=0.5)
-    assert_as_accurate_as_eager(o, exact, eager(**inputs, alpha=0.5))
+    exact = eager(**exact_inputs, alpha=0.5, **mask)
+    assert_as_accurate_as_eager(o, exact, eager(**inputs, alpha=0.5, **mask))
 
 
-def entry(file: str, loaded: ptx.LoadedKernel) -> str:
-    """The text of one kernel with what stands above all kernels."""
-    text = cuda_emulation.source(file)
-    head = text[: text.index(".visible .entry")] if ".visible .entry" in text else ""
-    start = text.index(f".entry {loaded.name}")
-    end = text.find(".entry ", start + 7)
-    return head + text[start : end if end > 0 else len(text)].rsplit("// .globl", 1)[0]
+def faulty_kernel(fault: Fault, sound: ptx.LoadedKernel) -> ptx.LoadedKernel:
+    text = cuda_emulation.source(fault.file)
+    start = text.index(f".entry {sound.name}")
+    end = text.find(".entry ", start + 1)
+    end = end if end > 0 else len(text)
+    return ptx.load(text[:start] + plant(fault, text[start:end]) + text[end:], sound.name)
 
 
 @pytest.mark.parametrize("file", SHAPES)
@@ -136,13 +145,13 @@ def test_without_a_fault_the_call_is_green(file):
 def test_a_fault_is_caught(fault, monkeypatch):
     sound = cuda_emulation.kernel
 
-    def faulty(file: str, name: str, *sizes) -> ptx.LoadedKernel:
+    def kernel(file: str, name: str, *sizes) -> ptx.LoadedKernel:
         loaded = sound(file, name, *sizes)
         if file != fault.file or name == "sum_splits_kernel":
             return loaded
-        return ptx.load(plant(fault, entry(file, loaded)), loaded.name)
+        return faulty_kernel(fault, loaded)
 
-    monkeypatch.setattr(cuda_emulation, "kernel", faulty)
+    monkeypatch.setattr(cuda_emulation, "kernel", kernel)
     with pytest.raises((ptx.Fault, AssertionError)) as caught:
         run(fault.file)
-    assert "nothing to edit" not in str(caught.value)
+    assert not isinstance(caught.value, ptx.Unsupported), "the edit is not PTX any more"

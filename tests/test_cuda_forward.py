@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-
 from cuda_emulation import (
     REPORTS,
     assert_as_accurate_as_eager,
@@ -127,7 +126,7 @@ def test_alpha_zero_is_the_positive_prompt_alone(shape):
 
 @pytest.mark.parametrize("shape", [MODELS[0], MODELS[4]], ids=str)
 def test_the_kernel_cannot_be_seen_in_the_result(shape):
-    """The launcher takes forward_short where shared memory allows: the bits must not depend on it."""
+    """The launcher takes forward_short where shared memory allows: the bits must not tell."""
     assert path_of(shape.d, shape.n_pos, shape.n_neg) == "short"
     inputs = make(shape, torch.bfloat16)
     short = forward(**inputs, path="short")
@@ -262,6 +261,7 @@ def test_fragments_are_read_without_bank_conflicts(path):
         REPORTS.clear()
         forward(**make(Shape("banks", 1, 16, 1, 77, 77, d), torch.bfloat16), path=path)
         launch = REPORTS[-1]
-        lines = {c.line for c in launch.kernel.kernel.instructions if c.opcode.startswith("ldmatrix")}
+        code = launch.kernel.kernel.instructions
+        lines = {c.line for c in code if c.opcode.startswith("ldmatrix")}
         conflicts = {line for line, extra in launch.report.bank_conflicts.items() if extra}
         assert lines and not lines & conflicts

@@ -8,10 +8,9 @@ import ctypes
 import re
 from typing import NamedTuple
 
+import cuda_emulation
 import pytest
 import torch
-
-import cuda_emulation
 from cuda_emulation import REPORTS, BackwardParams, ForwardParams, nvcc
 from test_cuda_backward import make_grad
 from test_cuda_forward import EDGES, MODELS, Shape, make
@@ -236,5 +235,3 @@ def test_nothing_to_do_launches_nothing(recorder):
     recorder.test_use_device(*A100)
     assert recorder.test_forward(ctypes.byref(params)) == 0
     assert recorder.test_launches() == 0
-
-

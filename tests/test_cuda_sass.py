@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-
 import sass
+
 from nasa_kernels import _cuda
 
 LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", _cuda.LIBRARY))

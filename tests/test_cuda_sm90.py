@@ -6,7 +6,6 @@ copies at the last moment that is allowed, and fails on a missing wait, fence or
 
 import pytest
 import torch
-
 from cuda_emulation import assert_as_accurate_as_eager, eager, forward_sm90, nvcc
 from test_cuda_forward import ALPHAS, DTYPES, NAN, Shape, make, strided
 
@@ -117,5 +116,3 @@ def test_a_prompt_for_the_whole_batch_is_read_where_it_is():
     one = {name: x[:1, :, :1].expand(3, -1, 2, -1) for name, x in inputs.items() if name != "q"}
     copies = {name: x.contiguous() for name, x in one.items()}
     assert torch.equal(forward_sm90(inputs["q"], **one), forward_sm90(inputs["q"], **copies))
-
-
