@@ -1,7 +1,8 @@
 """Package metadata, and a call of CMake for the CUDA C++ kernels where there is an nvcc.
 
 `pip install --no-build-isolation .` after torch. NASA_KERNELS_CUDA=1 makes a missing nvcc an error,
-0 leaves the kernels out; without the variable they are built where nvcc is found.
+0 leaves the kernels out; without the variable they are built where nvcc is found. NASA_CUDA_ARCHS
+("9.0a") builds for one's own GPU alone.
 """
 
 import importlib.util
@@ -73,7 +74,7 @@ class CMakeBuild(build_ext):
             f"-DNASA_TORCH_DIR={torch.submodule_search_locations[0]}",
             f"-DCMAKE_CUDA_COMPILER={chosen_nvcc()}",
         ]
-        if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        if archs := os.environ.get("NASA_CUDA_ARCHS"):
             cmake.append(f"-DNASA_CUDA_ARCHS={archs.replace(' ', ';')}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         # cmake and ninja may come from PyPI, beside this Python

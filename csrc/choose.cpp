@@ -1,4 +1,10 @@
 // Which kernel takes a call.
+//
+// forward_short and forward_long give the same bits, so on sm_80 alpha 0 is the positive prompt
+// alone whatever the negative one is. forward_sm90 adds up in the order of wgmma: on Hopper a
+// prompt of up to 128 keys beside one of more takes forward_long, alone forward_sm90, and the two
+// agree to the last rounding only. Alpha 0 as a number leaves the negative prompt out before this
+// choice.
 #include <algorithm>
 
 #include "device.h"
