@@ -1,6 +1,7 @@
 # make demo      a negative prompt on a stock pipeline, its parity and its cost
 # make test      everything that needs no GPU
 # make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
+# make wheel     one wheel for every Python and torch, with device code for every architecture
 # make format    rewrite the sources in the project's format
 #
 # demo and test set up what they need by themselves, once, in .venv.
@@ -13,7 +14,7 @@ JOBS ?= $(shell nproc)
 # a CPU build where there is no GPU to use; some indexes have it only under its local version
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.10,<2.16" || echo "torch==2.13.0")
 
-.PHONY: demo test gpu format lint
+.PHONY: demo test gpu format lint wheel
 
 demo: $(VENV)/ready
 	$(PY) -m nasa_diffusers.demo
@@ -33,6 +34,11 @@ gpu:
 	$(PY) -m nasa_kernels
 	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
 	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py
+
+wheel: $(VENV)/ready-test
+	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
+	rm -rf build/wheel && $(PY) -m zipfile -e dist/nasa_kernels-*.whl build/wheel
+	$(PY) tests/sass.py build/wheel/nasa_kernels/_C.so
 
 format: $(VENV)/ready-test
 	$(PY) -m ruff check --fix .

@@ -1,11 +1,23 @@
-"""Package metadata. `pip install --no-build-isolation .` after torch; no compiler is needed."""
+"""Package metadata, and a call of CMake for the CUDA C++ kernels where there is an nvcc.
 
+`pip install --no-build-isolation .` after torch. NASA_KERNELS_CUDA=1 makes a missing nvcc an error,
+0 leaves the kernels out; without the variable they are built where nvcc is found. NASA_CUDA_ARCHS
+("9.0a") builds for one's own GPU alone.
+"""
+
+import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nasa_kernels/__init__.py").read_text())[1]
 
 # Interpreter: Triton 3.6 fails with NumPy 2.4 in its interpreter, which the tests run kernels in.
@@ -16,6 +28,77 @@ TEST = [
     *("triton>=3.6,<3.10", "numpy<2.4", "ruff", "mypy", "ninja"),
 ]
 
+# One nvcc for all: `pip install nasa-kernels[cuda-build]` brings it without a CUDA toolkit.
+CUDA_BUILD = ["cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*", "cmake>=3.22", "ninja"]
+
+
+def find_nvcc() -> Path | None:
+    """$CUDA_HOME, then the toolkit, then the PyPI packages, then PATH."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    nvidia = importlib.util.find_spec("nvidia")
+    homes += [f"{p}/cu13" for p in (nvidia and nvidia.submodule_search_locations) or ()]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    found = shutil.which("nvcc")
+    candidates += [Path(found)] if found else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def chosen_nvcc() -> Path | None:
+    """The nvcc to build with, or None to install without the CUDA C++ kernels."""
+    mode = os.environ.get("NASA_KERNELS_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise ValueError(f"NASA_KERNELS_CUDA must be auto, 0 or 1, got {mode!r}")
+    nvcc = find_nvcc() if mode != "0" else None
+    if mode == "1" and nvcc is None:
+        raise RuntimeError(
+            "NASA_KERNELS_CUDA=1 but there is no nvcc: set CUDA_HOME, or pip install "
+            f"'{CUDA_BUILD[0]}'"
+        )
+    return nvcc
+
+
+class CMakeBuild(build_ext):
+    """`_C.so` is made by CMakeLists.txt; here are only the paths."""
+
+    def get_ext_filename(self, name: str) -> str:
+        return name.replace(".", "/") + ".so"  # no Python ABI in it, and none in its name
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = importlib.util.find_spec("torch")
+        if torch is None:
+            raise RuntimeError("the CUDA C++ kernels are built against torch: install torch first")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / "cuda"
+        cmake = [
+            *("cmake", "-S", ROOT, "-B", build, "-G", "Ninja"),
+            f"-DNASA_TORCH_DIR={torch.submodule_search_locations[0]}",
+            f"-DCMAKE_CUDA_COMPILER={chosen_nvcc()}",
+        ]
+        if archs := os.environ.get("NASA_CUDA_ARCHS"):
+            cmake.append(f"-DNASA_CUDA_ARCHS={archs.replace(' ', ';')}")
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        # cmake and ninja may come from PyPI, beside this Python
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        for command in (
+            cmake,
+            ["cmake", "--build", build, "-j", jobs],
+            ["cmake", "--install", build, "--prefix", target],
+        ):
+            subprocess.run(command, check=True, env=os.environ | {"PATH": path})
+
+
+class Wheel(bdist_wheel):
+    """The stable ABI of torch and no Python ABI: one wheel for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        return ("py3", "none", tag[2])
+
+
+extensions = [Extension("nasa_kernels._C", sources=[])] if chosen_nvcc() else []
+if not extensions:
+    print("nasa-kernels: no nvcc, or NASA_KERNELS_CUDA=0: without the CUDA C++ kernels")
+
 setup(
     name="nasa-kernels",
     version=VERSION,
@@ -24,14 +107,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["nasa_kernels", "nasa_kernels._triton", "nasa_diffusers"],
+    packages=[
+        *find_packages(include=["nasa_kernels", "nasa_kernels.*"]),
+        *find_packages("python"),
+    ],
     package_dir={
         "nasa_kernels": "nasa_kernels",
         "nasa_diffusers": "python/nasa_diffusers",
     },
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     install_requires=["torch>=2.10,<2.16"],
     extras_require={
         "triton": ["triton>=3.6,<3.10"],
+        "cuda-build": CUDA_BUILD,
         "diffusers": DIFFUSERS,
         "demo": [*DIFFUSERS, *DEMO],
         "test": [*DIFFUSERS, *DEMO, *TEST],

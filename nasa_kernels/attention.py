@@ -83,15 +83,6 @@ def nasa_attention(
     else:
         q, scale = _check_scale(q, scale)
 
-    if backend is None:
-        backend = backends.choose(q.device, q.dtype)
-    else:
-        backends.require("nasa_attention", backend, q)
-    if backend == "reference":
-        return nasa_attention_reference(
-            q, k_pos, v_pos, k_neg, v_neg, alpha_number if alpha_map is None else alpha_map,
-            mask_pos=mask_pos, mask_neg=mask_neg, scale=scale,
-        )  # fmt: skip
     differentiable = torch.is_grad_enabled() and (
         q.requires_grad
         or k_pos.requires_grad
@@ -100,6 +91,15 @@ def nasa_attention(
         or v_neg.requires_grad
         or (alpha_map is not None and alpha_map.requires_grad)
     )
+    if backend is None:
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
+    else:
+        backends.require("nasa_attention", backend, q, differentiable)
+    if backend == "reference":
+        return nasa_attention_reference(
+            q, k_pos, v_pos, k_neg, v_neg, alpha_number if alpha_map is None else alpha_map,
+            mask_pos=mask_pos, mask_neg=mask_neg, scale=scale,
+        )  # fmt: skip
     _check_transforms(q, k_pos, v_pos, k_neg, v_neg, differentiable)
     operator = (ops.ATTENTION if differentiable else ops.FORWARD)[backend]
     return operator(

@@ -15,11 +15,14 @@ import os
 import torch
 from torch import Tensor
 
+from nasa_kernels import _cuda
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 
-# Order of preference by device. On meta tensors nothing runs: a fused op gives shape and FLOPs.
+# Order of preference by device. The CUDA C++ kernels come before Triton when a benchmark row shows
+# that they win. On meta tensors nothing runs: a fused operator gives shape and FLOPs.
 _PREFERENCE = {
-    "cuda": ("cuda", "triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
     "cpu": ("cpu", "reference"),
     "meta": ("triton",),
 }
@@ -42,7 +45,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     if device.type == "meta":
         return None
     if name == "cuda":
-        return "this install was built without the CUDA C++ kernels"
+        return _cuda.why_not(device)
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'triton>=3.6'"
     if device.type == "cuda":
@@ -64,24 +67,31 @@ def available(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in NAMES if why_not(name, device) is None)
 
 
-_choices: dict[tuple[torch.device, torch.dtype], str] = {}
+_choices: dict[tuple, str] = {}
 
 
 @torch.compiler.assume_constant_result
-def choose(device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    device: torch.device, dtype: torch.dtype, head_dim: int = 64, differentiable: bool = False
+) -> str:
     """The back end that `backend=None` takes."""
     # a dictionary and not functools.cache: the compiler does not look through the latter
-    choice = _choices.get((device, dtype))
+    key = (device, dtype, head_dim, differentiable)
+    choice = _choices.get(key)
     if choice is None:
         candidates = _PREFERENCE.get(device.type, ())
         running = [
-            name for name in candidates if dtype in _DTYPES[name] and not why_not(name, device)
+            name
+            for name in candidates
+            if dtype in _DTYPES[name]
+            and not why_not(name, device)
+            and not (name == "cuda" and _cuda.supports(device, head_dim, differentiable))
         ]
-        choice = _choices[device, dtype] = running[0] if running else "reference"
+        choice = _choices[key] = running[0] if running else "reference"
     return choice
 
 
-def require(function: str, name: str, q: Tensor) -> None:
+def require(function: str, name: str, q: Tensor, differentiable: bool = False) -> None:
     """Raise unless back end `name` takes a call with this `q`."""
     if name not in NAMES:
         raise ValueError(f"{function}: backend must be None or one of {NAMES}, got {name!r}")
@@ -97,6 +107,15 @@ def require(function: str, name: str, q: Tensor) -> None:
             f"{function}: backend {name!r} takes {dtypes}, got q of {q.dtype}; "
             "cast the inputs or use backend='reference'"
         )
+    if name == "cuda" and q.device.type == "cuda":
+        reason = _shape_refusal(q.device, q.shape[3], differentiable)
+        if reason is not None:
+            raise ValueError(f"{function}: backend 'cuda' does not take this call: {reason}")
+
+
+@torch.compiler.assume_constant_result
+def _shape_refusal(device: torch.device, head_dim: int, backward: bool) -> str | None:
+    return _cuda.supports(device, head_dim, backward)
 
 
 @torch.compiler.assume_constant_result

@@ -1,0 +1,292 @@
+// Backward over the keys: dK+-, dV+- (sm_80 and up). Runs after backward_queries.cu.
+//
+//     dK = scale * dS^T Q,  dV = (w P)^T dO,  dS = w P * (dO V^T - u)
+//
+// A block owns 80 keys of one prompt and head, 16 per warp, and walks over the query rows in tiles
+// of 64. It works on transposed tiles, keys by rows: P^T and dS^T come out of one product as the A
+// operand of the next. Where there are few keys, several blocks share the rows of one tile of keys;
+// their partial sums are added in a fixed order by a second kernel, so no atomics, and the same
+// bits every time.
+#include "launch.h"
+#include "softmax.cuh"
+
+namespace nasa {
+namespace {
+
+constexpr int kKeyWarps = kBackwardKeys / kWarpRows;
+constexpr int kKeyThreads = kKeyWarps * kWarpSize;
+
+template <int kD>
+struct KeysLayout {
+    static constexpr int kColumns = backward_columns(kD);
+    static constexpr int kShares = kD / kColumns;
+    static constexpr int kStages = keys_stages(kD);
+    // K, V [80, kD]; per stage Q, dO [64, kD] and lse, u, w [64] in fp32
+    static constexpr int kV = tile_bytes(kBackwardKeys, kD);
+    static constexpr int kStage = 2 * kV;
+    static constexpr int kGrad = tile_bytes(kBackwardRows, kD);
+    static constexpr int kRowValues = 2 * kGrad;
+    static constexpr int kStageBytes =
+        kRowValues + 3 * kBackwardRows * static_cast<int>(sizeof(float));
+    static constexpr int kBytes = kStage + kStages * kStageBytes;
+    static_assert(kBytes == keys_shared_bytes(kD), "bindings refuse a head_dim by this size");
+};
+
+__host__ __device__ __forceinline__ int64_t prompt_elements(const BackwardParams& p, int side) {
+    return static_cast<int64_t>(p.call.b) * p.call.prompt[side].n * p.call.h * p.call.d;
+}
+
+// Write c [16, 8 * kTiles], rows = keys, columns from `column`: to `partial` in fp32 where blocks
+// share the rows, else rounded to `target`. Both are [b, n, h, d] here.
+template <typename T, int kPitch, int kTiles>
+__device__ __forceinline__ void store_gradient(const BackwardParams& p, void* target,
+                                               float* partial, unsigned char* warp_tile,
+                                               const float (&c)[kTiles][4], int b, int first_key,
+                                               int n, int h, int column) {
+    const int d = p.call.d;
+    const int64_t stride = static_cast<int64_t>(p.call.h) * d;
+    const int64_t offset = ((static_cast<int64_t>(b) * n + first_key) * p.call.h + h) * d + column;
+    if (partial == nullptr) {
+        __syncwarp();
+        stage<T, kPitch>(warp_tile, 0, c);
+        __syncwarp();
+        store_rows<8 * kTiles>(static_cast<uint16_t*>(target) + offset, stride, warp_tile,
+                               n - first_key, d - column, p.call.aligned);
+        return;
+    }
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8;
+            const int col = 8 * j + lane % 4 * 2 + i % 2;
+            if (first_key + row < n && column + col < d) {
+                partial[offset + row * stride + col] = c[j][i];
+            }
+        }
+    }
+}
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(kKeyThreads, 1)
+    backward_keys_kernel(const __grid_constant__ BackwardParams p) {
+    using Layout = KeysLayout<kD>;
+    constexpr int kColumns = Layout::kColumns;
+    constexpr int kPitch = Tile<kD>::kPitch;
+    constexpr int kTiles = kBackwardRows / 8;
+    const ForwardParams& call = p.call;
+    extern __shared__ __align__(16) unsigned char shared[];
+
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
+    const int blocks_pos = (call.prompt[kPos].n + kBackwardKeys - 1) / kBackwardKeys;
+    const int blocks = blocks_pos + (call.prompt[kNeg].n + kBackwardKeys - 1) / kBackwardKeys;
+    int index = blockIdx.x;
+    const int h = index % call.h;
+    index /= call.h;
+    const int column = index % Layout::kShares * kColumns;
+    index /= Layout::kShares;
+    const int block = index % blocks;
+    index /= blocks;
+    const int split = index % p.splits;
+    const int b = index / p.splits;
+
+    const int side = block < blocks_pos ? kPos : kNeg;
+    if (p.dk[side] == nullptr && p.dv[side] == nullptr) return;
+    const Prompt& prompt = call.prompt[side];
+    const int first_key = (side == kPos ? block : block - blocks_pos) * kBackwardKeys;
+    // The row of an absent key may hold NaN. Its weights are 0, and so must its products be.
+    const auto present = [&](int key) {
+        return key_bias(prompt.mask, b, key, prompt.n) != -INFINITY;
+    };
+    load_tile<kD, kBackwardKeys, kKeyThreads>(
+        shared,
+        rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n, call.d,
+                call.aligned),
+        first_key, 0, threadIdx.x, present);
+    load_tile<kD, kBackwardKeys, kKeyThreads>(
+        shared + Layout::kV,
+        rows_of(prompt.v, b * prompt.v_stride_b + h * prompt.v_stride_h, prompt.v_stride_n, call.d,
+                call.aligned),
+        first_key, 0, threadIdx.x, present);
+
+    const int64_t row_values = ((static_cast<int64_t>(side) * call.b + b) * call.h + h) * call.l;
+    const auto load_rows = [&](int tile) {
+        unsigned char* stage =
+            shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
+        const int first = tile * kBackwardRows;
+        const auto exists = [&](int row) { return row < call.l; };
+        load_tile<kD, kBackwardRows, kKeyThreads>(
+            stage,
+            rows_of(call.q, b * call.q_stride_b + h * call.q_stride_h, call.q_stride_l, call.d,
+                    call.aligned),
+            first, 0, threadIdx.x, exists);
+        load_tile<kD, kBackwardRows, kKeyThreads>(
+            stage + Layout::kGrad,
+            rows_of(p.grad_o, b * p.grad_stride_b + h * p.grad_stride_h, p.grad_stride_l, call.d,
+                    call.aligned),
+            first, 0, threadIdx.x, exists);
+        ptx::cp_async_commit();
+        if (threadIdx.x < kBackwardRows) {
+            float* values = reinterpret_cast<float*>(stage + Layout::kRowValues) + threadIdx.x;
+            const int row = first + threadIdx.x;
+            const bool valid = row < call.l;
+            // exp2(score - inf) is 0: rows that do not exist have no weights
+            values[0] = valid ? p.lse[row_values + row] : INFINITY;
+            values[kBackwardRows] = valid ? p.u[row_values + row] : 0.f;
+            values[2 * kBackwardRows] = !valid         ? 0.f
+                                        : side == kPos ? 1.f
+                                                       : -alpha_of(call, b, row, h);
+        }
+    };
+
+    const int tiles = (call.l + kBackwardRows - 1) / kBackwardRows;
+    const int per_split = (tiles + p.splits - 1) / p.splits;
+    const int first_tile = split * per_split;
+    const int last_tile = min(first_tile + per_split, tiles);
+    if (first_tile < last_tile) load_rows(first_tile);
+
+    unsigned char* warp_keys = shared + warp * kWarpRows * kPitch;
+    const uint32_t k = ptx::shared_address(warp_keys);
+    const int key = first_key + warp * kWarpRows + lane / 4;
+    const float bias[2] = {key_bias(prompt.mask, b, key, prompt.n),
+                           key_bias(prompt.mask, b, key + 8, prompt.n)};
+    // [16, kColumns] of this warp
+    float dk[kColumns / 8][4], dv[kColumns / 8][4];
+    clear(dk);
+    clear(dv);
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+        if (Layout::kStages == 2 && tile + 1 < last_tile) {
+            load_rows(tile + 1);
+            ptx::cp_async_wait<1>();
+        } else {
+            ptx::cp_async_wait<0>();
+        }
+        __syncthreads();
+        unsigned char* stage =
+            shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
+        const uint32_t q = ptx::shared_address(stage);
+        const uint32_t grad = q + Layout::kGrad;
+        const float* values = reinterpret_cast<const float*>(stage + Layout::kRowValues);
+
+        // S^T and dP^T [16 keys, 64 rows]
+        float s[kTiles][4], dp[kTiles][4];
+        clear(s);
+        clear(dp);
+        multiply_transposed<T, kD>(s, k, q);
+        multiply_transposed<T, kD>(dp, k + Layout::kV, grad);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = 8 * j + lane % 4 * 2 + i % 2;
+                const float score = fmaf(s[j][i], call.scale, bias[i / 2]);
+                const float weight =
+                    ptx::exp2(score - values[row]) * values[2 * kBackwardRows + row];
+                s[j][i] = weight;
+                dp[j][i] = weight * (dp[j][i] - values[kBackwardRows + row]);
+            }
+        }
+        uint32_t weights[kTiles / 2][4], ds[kTiles / 2][4];
+        pack_fragments<T>(weights, s);
+        pack_fragments<T>(ds, dp);
+        multiply<T, kPitch>(dv, weights, grad + 2 * column);
+        multiply<T, kPitch>(dk, ds, q + 2 * column);
+        __syncthreads();  // no warp reads this stage any more
+        if (Layout::kStages == 1 && tile + 1 < last_tile) load_rows(tile + 1);
+    }
+    ptx::cp_async_wait<0>();
+
+    // the softmax scale itself: the kernels carry it times log2(e)
+    const float scale = call.scale / kLog2E;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[j][i] *= scale;
+    }
+    float* partial = nullptr;
+    if (p.splits > 1) {
+        const int64_t pos = prompt_elements(p, kPos);
+        partial =
+            p.partial + split * 2 * (pos + prompt_elements(p, kNeg)) + (side == kPos ? 0 : 2 * pos);
+    }
+    // this warp's rows of K are used up: they take dK, then dV
+    constexpr int kOutPitch = Tile<kColumns>::kPitch;
+    const int warp_key = first_key + warp * kWarpRows;
+    if (p.dk[side] != nullptr) {
+        store_gradient<T, kOutPitch>(p, p.dk[side], partial, warp_keys, dk, b, warp_key, prompt.n,
+                                     h, column);
+    }
+    if (p.dv[side] != nullptr) {
+        float* partial_dv = partial == nullptr ? nullptr : partial + prompt_elements(p, side);
+        store_gradient<T, kOutPitch>(p, p.dv[side], partial_dv, warp_keys, dv, b, warp_key,
+                                     prompt.n, h, column);
+    }
+}
+
+// out [elements] = sum of the splits in their order, rounded once. blockIdx.y: dK+, dV+, dK-, dV-
+template <typename T>
+__global__ void __launch_bounds__(256) sum_splits_kernel(const __grid_constant__ BackwardParams p) {
+    const int side = blockIdx.y / 2;
+    T* out = static_cast<T*>(blockIdx.y % 2 == 0 ? p.dk[side] : p.dv[side]);
+    if (out == nullptr) return;
+    const int64_t pos = prompt_elements(p, kPos);
+    const int64_t neg = prompt_elements(p, kNeg);
+    const int64_t elements = side == kPos ? pos : neg;
+    const float* partial = p.partial + (side == kPos ? 0 : 2 * pos) + blockIdx.y % 2 * elements;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements;
+         i += step) {
+        float sum = 0.f;
+        for (int split = 0; split < p.splits; ++split) sum += partial[split * 2 * (pos + neg) + i];
+        out[i] = static_cast<T>(sum);
+    }
+}
+
+int64_t key_blocks(const BackwardParams& p) {
+    return ceil_div(p.call.prompt[kPos].n, kBackwardKeys) +
+           ceil_div(p.call.prompt[kNeg].n, kBackwardKeys);
+}
+
+template <typename T, int kD>
+cudaError_t launch_keys(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+    const int64_t blocks = static_cast<int64_t>(p.call.b) * p.splits * key_blocks(p) *
+                           KeysLayout<kD>::kShares * p.call.h;
+    if (const cudaError_t error = launch<backward_keys_kernel<T, kD>>(
+            device, blocks, kKeyThreads, KeysLayout<kD>::kBytes, stream, p)) {
+        return error;
+    }
+    if (p.splits == 1) return cudaSuccess;
+    const int64_t elements = std::max(prompt_elements(p, kPos), prompt_elements(p, kNeg));
+    const dim3 grid(
+        static_cast<unsigned>(std::min<int64_t>(ceil_div(elements, 256), 4 * device.sms)), 4);
+    sum_splits_kernel<T><<<grid, 256, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t partial_elements(const BackwardParams& p) {
+    return 2 * (prompt_elements(p, kPos) + prompt_elements(p, kNeg));
+}
+
+cudaError_t backward_splits(const BackwardParams& p, int& splits) {
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    const int d = padded_head_dim(p.call.d);
+    const int64_t blocks =
+        std::max<int64_t>(1, p.call.b * p.call.h * key_blocks(p) * (d / backward_columns(d)));
+    // two blocks per SM, and at least two tiles of rows for each
+    const int64_t tiles = ceil_div(p.call.l, kBackwardRows);
+    splits = static_cast<int>(std::max<int64_t>(1, std::min(2 * device.sms / blocks, tiles / 2)));
+    return cudaSuccess;
+}
+
+cudaError_t backward_keys(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+    return dispatch(p.call.type, p.call.d, [&](auto type, auto head_dim) {
+        return launch_keys<typename decltype(type)::type, head_dim>(p, device, stream);
+    });
+}
+
+}  // namespace nasa

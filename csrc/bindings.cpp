@@ -1,0 +1,242 @@
+// The only file that includes Torch: tensors in, params structs out. Stable ABI, so that one binary
+// loads under every torch from 2.10 on; the schemas are defined in Python (nasa_kernels/ops.py).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "nasa.h"
+
+// In libtorch_cuda.so. Weak: null under a torch without CUDA, where this library still loads.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace nasa {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Positions and counts of rows are int in the kernels, with room for one step beyond the end.
+constexpr int64_t kMaxRows = int64_t{1} << 30;
+
+bool starts_on_16_bytes(const Tensor& x) {
+    if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+        if (x.size(i) > 1 && x.stride(i) % 8 != 0) return false;
+    }
+    return true;
+}
+
+void check_rows(const Tensor& x, const char* name, const Tensor& q) {
+    STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
+    STD_TORCH_CHECK(
+        x.scalar_type() == q.scalar_type() && x.get_device_index() == q.get_device_index(),
+        "nasa_kernels: ", name, " must have the dtype and the device of q");
+    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2) && x.size(3) == q.size(3),
+                    "nasa_kernels: ", name, " must be expanded to the b, h and d of q");
+    STD_TORCH_CHECK(x.size(1) <= kMaxRows, "nasa_kernels: ", name,
+                    " has too many rows: ", x.size(1));
+    STD_TORCH_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1,
+                    "nasa_kernels: the last dimension of ", name, " must be contiguous");
+}
+
+Type type_of(const Tensor& q) {
+    switch (q.scalar_type()) {
+        case ScalarType::Half: return Type::kHalf;
+        case ScalarType::BFloat16: return Type::kBfloat16;
+        default: STD_TORCH_CHECK(false, "nasa_kernels: the CUDA kernels take fp16 and bf16");
+    }
+    return Type::kHalf;
+}
+
+Mask mask_of(const std::optional<Tensor>& mask, const Tensor& k) {
+    if (!mask.has_value()) return {nullptr, 0, 0, MaskType::kNone};
+    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(1),
+                    "nasa_kernels: a mask must be [b, n]");
+    const auto type = [&] {
+        switch (mask->scalar_type()) {
+            case ScalarType::Bool: return MaskType::kBool;
+            case ScalarType::Float: return MaskType::kFloat;
+            case ScalarType::Half: return MaskType::kHalf;
+            case ScalarType::BFloat16: return MaskType::kBfloat16;
+            default:
+                STD_TORCH_CHECK(false, "nasa_kernels: a mask must be bool, fp32, fp16 or bf16");
+        }
+        return MaskType::kNone;
+    }();
+    return {mask->const_data_ptr(), mask->stride(0), mask->stride(1), type};
+}
+
+Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
+    STD_TORCH_CHECK(k.size(1) == v.size(1), "nasa_kernels: k has ", k.size(1), " tokens but v has ",
+                    v.size(1));
+    Prompt prompt;
+    prompt.k = k.const_data_ptr();
+    prompt.v = v.const_data_ptr();
+    prompt.k_stride_b = k.stride(0);
+    prompt.k_stride_n = k.stride(1);
+    prompt.k_stride_h = k.stride(2);
+    prompt.v_stride_b = v.stride(0);
+    prompt.v_stride_n = v.stride(1);
+    prompt.v_stride_h = v.stride(2);
+    prompt.mask = mask_of(mask, k);
+    prompt.n = static_cast<int>(k.size(1));
+    return prompt;
+}
+
+// Everything of a call but O.
+ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
+                        const Tensor& k_neg, const Tensor& v_neg,
+                        const std::optional<Tensor>& mask_pos,
+                        const std::optional<Tensor>& mask_neg,
+                        const std::optional<Tensor>& alpha_map, double alpha, double scale) {
+    check_rows(q, "q", q);
+    check_rows(k_pos, "k_pos", q);
+    check_rows(v_pos, "v_pos", q);
+    check_rows(k_neg, "k_neg", q);
+    check_rows(v_neg, "v_neg", q);
+    STD_TORCH_CHECK(q.size(3) <= kMaxHeadDim, "nasa_kernels: head_dim must be at most ",
+                    kMaxHeadDim, ", got ", q.size(3));
+    ForwardParams p;
+    p.q = q.const_data_ptr();
+    p.o = nullptr;
+    p.q_stride_b = q.stride(0);
+    p.q_stride_l = q.stride(1);
+    p.q_stride_h = q.stride(2);
+    p.prompt[kPos] = prompt_of(k_pos, v_pos, mask_pos);
+    p.prompt[kNeg] = prompt_of(k_neg, v_neg, mask_neg);
+    p.b = static_cast<int>(q.size(0));
+    p.l = static_cast<int>(q.size(1));
+    p.h = static_cast<int>(q.size(2));
+    p.d = static_cast<int>(q.size(3));
+    p.alpha_map = nullptr;
+    p.alpha_stride_b = p.alpha_stride_l = p.alpha_stride_h = 0;
+    p.alpha = static_cast<float>(alpha);
+    if (alpha_map.has_value()) {
+        STD_TORCH_CHECK(alpha_map->dim() == 3 && alpha_map->size(0) == p.b &&
+                            alpha_map->size(1) == p.l && alpha_map->size(2) == p.h &&
+                            alpha_map->scalar_type() == ScalarType::Float,
+                        "nasa_kernels: alpha_map must be fp32 [b, l, h]");
+        p.alpha_map = static_cast<const float*>(alpha_map->const_data_ptr());
+        p.alpha_stride_b = alpha_map->stride(0);
+        p.alpha_stride_l = alpha_map->stride(1);
+        p.alpha_stride_h = alpha_map->stride(2);
+    }
+    p.scale = static_cast<float>(scale) * kLog2E;
+    p.type = type_of(q);
+    p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(k_pos) &&
+                starts_on_16_bytes(v_pos) && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
+    return p;
+}
+
+cudaStream_t current_stream(const Tensor& q) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "nasa_kernels: this torch has no CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+void check(cudaError_t error, const Tensor& q) {
+    STD_TORCH_CHECK(error == cudaSuccess, "nasa_kernels: ", cudaGetErrorString(error),
+                    " (head_dim ", q.size(3), ", device ", q.get_device_index(), ")");
+}
+
+Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+                    const Tensor v_neg, const std::optional<Tensor> mask_pos,
+                    const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
+                    double alpha, double scale) {
+    ForwardParams p =
+        params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    Tensor o = torch::stable::new_empty(
+        q, std::vector<int64_t>{q.size(0), q.size(1), q.size(2), q.size(3)});
+    if (o.numel() == 0) return o;
+    p.o = o.mutable_data_ptr();
+    // exactly the attention over the positive prompt, and at its price
+    if (p.alpha_map == nullptr && p.alpha == 0.f) p.prompt[kNeg].n = 0;
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    check(forward(p, current_stream(q)), q);
+    return o;
+}
+
+// The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are
+// empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor grad_o, const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+    const Tensor v_neg, const std::optional<Tensor> mask_pos, const std::optional<Tensor> mask_neg,
+    const std::optional<Tensor> alpha_map, double alpha, double scale,
+    const std::vector<bool> needs) {
+    STD_TORCH_CHECK(needs.size() == 6, "nasa_kernels: needs must be 6 flags, got ", needs.size());
+    BackwardParams p;
+    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    // the gradient of a sum is one number with strides of 0
+    const bool contiguous = grad_o.numel() == 0 || grad_o.size(3) == 1 || grad_o.stride(3) == 1;
+    const Tensor grad = contiguous ? grad_o : torch::stable::contiguous(grad_o);
+    check_rows(grad, "grad_o", q);
+    STD_TORCH_CHECK(grad.size(1) == q.size(1), "nasa_kernels: grad_o must have the shape of q");
+    p.grad_o = grad.const_data_ptr();
+    p.grad_stride_b = grad.stride(0);
+    p.grad_stride_l = grad.stride(1);
+    p.grad_stride_h = grad.stride(2);
+    p.call.aligned = p.call.aligned && starts_on_16_bytes(grad);
+
+    const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
+        return torch::stable::new_empty(q, sizes, std::make_optional(type));
+    };
+    const auto gradient = [&](size_t i, const Tensor& like) {
+        if (!needs[i]) return empty({0}, like.scalar_type());
+        return empty({like.size(0), like.size(1), like.size(2), like.size(3)}, like.scalar_type());
+    };
+    const auto pointer = [&](size_t i, const Tensor& x) -> void* {
+        return needs[i] && x.numel() > 0 ? x.mutable_data_ptr() : nullptr;
+    };
+    const Tensor dq = gradient(0, q);
+    const Tensor dk_pos = gradient(1, k_pos), dv_pos = gradient(2, v_pos);
+    const Tensor dk_neg = gradient(3, k_neg), dv_neg = gradient(4, v_neg);
+    const Tensor dalpha = needs[5] ? empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float)
+                                   : empty({0}, ScalarType::Float);
+    p.dq = pointer(0, dq);
+    p.dk[kPos] = pointer(1, dk_pos);
+    p.dv[kPos] = pointer(2, dv_pos);
+    p.dk[kNeg] = pointer(3, dk_neg);
+    p.dv[kNeg] = pointer(4, dv_neg);
+    p.dalpha = static_cast<float*>(pointer(5, dalpha));
+
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    const Tensor rows = empty({2, 2, p.call.b, p.call.h, p.call.l}, ScalarType::Float);
+    p.lse = static_cast<float*>(rows.mutable_data_ptr());
+    p.u = p.lse + rows.numel() / 2;
+    p.partial = nullptr;
+    p.splits = 1;
+    Tensor partial;
+    if (q.numel() > 0) check(backward_splits(p, p.splits), q);
+    if (p.splits > 1) {
+        partial = empty({p.splits, partial_elements(p)}, ScalarType::Float);
+        p.partial = static_cast<float*>(partial.mutable_data_ptr());
+    }
+    check(backward(p, current_stream(q)), q);
+    return {dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha};
+}
+
+}  // namespace
+}  // namespace nasa
+
+STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
+    m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
+    m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
+}
+
+// For nasa_kernels/_cuda.py, which asks before a call: the shared memory a head_dim needs at least.
+extern "C" __attribute__((visibility("default"))) int nasa_kernels_shared_bytes(int head_dim,
+                                                                                bool backward) {
+    const int d = nasa::padded_head_dim(head_dim);
+    return backward ? nasa::backward_shared_bytes(d) : nasa::long_shared_bytes(d);
+}

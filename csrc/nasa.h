@@ -1,0 +1,165 @@
+// What the kernels take and the functions that launch them. No Torch, no CUDA C++ here:
+// bindings.cpp and the kernels meet in this file.
+//
+//     O = softmax(Q K+^T * scale + bias+) V+  -  alpha * softmax(Q K-^T * scale + bias-) V-
+//
+// Names: b batch, h heads, l queries, n text tokens, d head_dim. Strides are in elements, and d is
+// contiguous; a stride of 0 reads one row for many. The kernels work in base 2: `scale` is the
+// softmax scale times log2(e), and a bias is multiplied by log2(e) where it is read.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace nasa {
+
+constexpr int kMaxHeadDim = 256;
+constexpr float kLog2E = 1.4426950408889634f;
+
+constexpr int kPos = 0;
+constexpr int kNeg = 1;
+
+enum class Type { kHalf, kBfloat16 };
+enum class MaskType { kNone, kBool, kFloat, kHalf, kBfloat16 };
+
+// Per key: bool (true = attend) or an additive bias. A key whose bias is -inf counts as absent.
+struct Mask {
+    const void* data;  // [b, n]
+    int64_t stride_b, stride_n;
+    MaskType type;
+};
+
+struct Prompt {
+    const void* k;  // [b, n, h, d]
+    const void* v;  // [b, n, h, d]
+    int64_t k_stride_b, k_stride_n, k_stride_h;
+    int64_t v_stride_b, v_stride_n, v_stride_h;
+    Mask mask;
+    int n;  // tokens, 0 included
+};
+
+struct ForwardParams {
+    const void* q;  // [b, l, h, d]
+    void* o;        // [b, l, h, d], contiguous
+    int64_t q_stride_b, q_stride_l, q_stride_h;
+    Prompt prompt[2];        // kPos, kNeg
+    const float* alpha_map;  // [b, l, h], or null: then the number `alpha`
+    int64_t alpha_stride_b, alpha_stride_l, alpha_stride_h;
+    int b, l, h, d;
+    float alpha;
+    float scale;
+    bool aligned;  // every row of every tensor starts on 16 bytes, and d is a multiple of 8
+    Type type;
+};
+
+// The gradients of O, given dO. With P+- = softmax(..) and w+ = 1, w- = -alpha, per query row:
+//     u+- = rowsum(P+- * (dO V+-^T))          dS+- = w+- P+- * (dO V+-^T - u+-)
+//     dQ = scale * (dS+ K+ + dS- K-)          dalpha = -u-
+//     dK+- = scale * dS+-^T Q                 dV+- = (w+- P+-)^T dO
+// A null pointer is a gradient that nobody asked for.
+struct BackwardParams {
+    ForwardParams call;  // its o is not used; `aligned` speaks for grad_o too
+    const void* grad_o;  // [b, l, h, d]
+    int64_t grad_stride_b, grad_stride_l, grad_stride_h;
+    void* dq;        // [b, l, h, d], contiguous
+    float* dalpha;   // [b, l, h], contiguous
+    void* dk[2];     // [b, n, h, d], contiguous; kPos, kNeg
+    void* dv[2];     // [b, n, h, d], contiguous; kPos, kNeg
+    float* lse;      // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
+    float* u;        // [2, b, h, l] scratch
+    float* partial;  // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
+    int splits;      // of the query rows, among the blocks that make one tile of dK and dV
+};
+
+// A head_dim is padded with zeros up to the next of these; 0 when it is larger than all of them.
+// Each costs kernels: they are the head_dims of the models (40, 64, 72, 80, 128, 160) and enough
+// others that no head_dim pays more than half.
+constexpr int padded_head_dim(int d) {
+    constexpr int kSizes[] = {32, 48, 64, 80, 96, 128, 160, 192, 256};
+    for (int size : kSizes) {
+        if (d <= size) return size;
+    }
+    return 0;
+}
+
+// Keys that a pass over K and V holds at once. A prompt up to here needs no online softmax.
+constexpr int kBlockKeys = 128;
+// 77 CLIP tokens, padded to the k of one mma
+constexpr int kClipKeys = 80;
+
+// Shared memory in bytes; rows of a tile are 16 bytes longer than d.
+constexpr int tile_bytes(int rows, int d) { return rows * 2 * (d + 8); }
+
+// forward_short: K+-, V+- [keys, d]; per warp two tiles of Q [16, d]; the biases in fp32
+constexpr int short_shared_bytes(int d, int keys) {
+    return 4 * tile_bytes(keys, d) + 4 * 2 * tile_bytes(16, d) + 2 * keys * 4;
+}
+
+// Kernels of forward_short that exist: 77 CLIP tokens for the models up to head_dim 160, and up to
+// 128 keys for PixArt (72), SDXL and SD 2.1 (64) and Wan (128). Every other call is forward_long's.
+constexpr bool has_short(int d, int keys) {
+    return keys == kClipKeys ? d <= 160 : d == 64 || d == 80 || d == 128;
+}
+
+// Kernels of forward_sm90 that exist: the head_dims of the models, exactly.
+constexpr bool has_sm90(int d, int keys) {
+    if (d == 64 || d == 72 || d == 128) return true;
+    return keys == kClipKeys && (d == 40 || d == 80 || d == 160);
+}
+
+// Columns of O that a block of forward_long makes. A head_dim above 96 is shared by two blocks or
+// four: beside a block of scores, two accumulators of all its columns would not fit the registers.
+constexpr int long_columns(int d) { return d <= 96 ? d : d <= 192 ? d / 2 : d / 4; }
+
+// forward_long: K [128, d], V [128, columns], Q [64, d]; the bias in fp32
+constexpr int long_shared_bytes(int d) {
+    return tile_bytes(kBlockKeys, d) + tile_bytes(kBlockKeys, long_columns(d)) + tile_bytes(64, d) +
+           kBlockKeys * 4;
+}
+
+// Keys and query rows of a tile of the backward kernels
+constexpr int kBackwardKeys = 80;
+constexpr int kBackwardRows = 64;
+// Columns of dQ, or of dK and dV, that a block makes: the others are another block's.
+constexpr int backward_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
+
+// backward_queries: Q, dO [64, d], K, V [80, d]; the bias in fp32
+constexpr int queries_shared_bytes(int d) {
+    return 2 * tile_bytes(kBackwardRows, d) + 2 * tile_bytes(kBackwardKeys, d) + kBackwardKeys * 4;
+}
+
+// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, u, w [64] in fp32
+constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
+constexpr int keys_shared_bytes(int d) {
+    return 2 * tile_bytes(kBackwardKeys, d) +
+           keys_stages(d) * (2 * tile_bytes(kBackwardRows, d) + 3 * kBackwardRows * 4);
+}
+constexpr int backward_shared_bytes(int d) {
+    const int queries = queries_shared_bytes(d);
+    const int keys = keys_shared_bytes(d);
+    return queries > keys ? queries : keys;
+}
+
+struct Device;
+
+constexpr int short_keys(const ForwardParams& p) {
+    return p.prompt[kPos].n <= kClipKeys && p.prompt[kNeg].n <= kClipKeys ? kClipKeys : kBlockKeys;
+}
+
+// Launch on `stream` of the current device; nothing waits for the GPU.
+cudaError_t forward(const ForwardParams& p, cudaStream_t stream);
+cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_sm90(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
+
+// How many blocks should share the query rows: enough to fill the GPU when there are few keys.
+cudaError_t backward_splits(const BackwardParams& p, int& splits);
+// Elements of one split of `partial`
+int64_t partial_elements(const BackwardParams& p);
+
+cudaError_t backward(const BackwardParams& p, cudaStream_t stream);
+cudaError_t backward_queries(const BackwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t backward_keys(const BackwardParams& p, const Device& device, cudaStream_t stream);
+
+}  // namespace nasa

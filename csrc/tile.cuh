@@ -1,0 +1,192 @@
+// Tiles in shared memory and the two products that a warp takes of them.
+//
+// A tile is [rows, kD] of 16-bit elements, each row padded by 16 bytes: the row pitch is then an
+// odd number of 16-byte units, so the eight rows of an 8x8 matrix lie in distinct banks.
+#pragma once
+
+#include "nasa.h"
+#include "ptx.cuh"
+
+namespace nasa {
+
+constexpr int kWarpSize = 32;
+constexpr int kWarps = 4;  // of a block
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpRows = 16;  // the m of mma.m16n8k16
+
+template <int kD>
+struct Tile {
+    static_assert(kD % 16 == 0, "mma.m16n8k16 takes head_dim in steps of 16");
+    static constexpr int kPitch = tile_bytes(1, kD);
+};
+
+// One head of a [b, rows, h, d] tensor.
+struct Rows {
+    const uint16_t* data;
+    int64_t stride;
+    int d;
+    bool aligned;
+};
+
+__device__ __forceinline__ Rows rows_of(const void* data, int64_t offset, int64_t stride, int d,
+                                        bool aligned) {
+    return {static_cast<const uint16_t*>(data) + offset, stride, d, aligned};
+}
+
+// Start the copy of rows [first, first + kRows), kColumns wide from column `column`, to a tile.
+// `thread` is one of kCopiers. Rows that are not present(row), and columns past d, become zeros.
+// Rows at any address are copied element by element, at once.
+template <int kColumns, int kRows, int kCopiers, typename Present>
+__device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows, int first,
+                                          int column, int thread, Present present) {
+    if (!rows.aligned) {
+        uint16_t* target = reinterpret_cast<uint16_t*>(tile);
+#pragma unroll 1
+        for (int i = thread; i < kRows * kColumns; i += kCopiers) {
+            const int row = i / kColumns;
+            const int c = i % kColumns;
+            const bool valid = column + c < rows.d && present(first + row);
+            target[row * (Tile<kColumns>::kPitch / 2) + c] =
+                valid ? rows.data[(first + row) * rows.stride + column + c] : 0;
+        }
+        return;
+    }
+    constexpr int kChunks = kColumns / 8;  // of 16 bytes
+    const uint32_t base = ptx::shared_address(tile);
+#pragma unroll 2
+    for (int i = thread; i < kRows * kChunks; i += kCopiers) {
+        const int row = i / kChunks;
+        const int c = i % kChunks * 8;
+        const bool valid = column + c < rows.d && present(first + row);
+        ptx::cp_async_16(base + row * Tile<kColumns>::kPitch + 2 * c,
+                         rows.data + (valid ? (first + row) * rows.stride + column + c : 0), valid);
+    }
+}
+
+// Addresses that a lane gives to ldmatrix, relative to the first element of the fragment.
+// [16, 16] of a row-major A
+template <int kPitch>
+__device__ __forceinline__ uint32_t lane_of_a() {
+    const int lane = threadIdx.x % kWarpSize;
+    return lane % 16 * kPitch + lane / 16 * 16;
+}
+
+// two [16, 8] of B, whose columns are the rows of a tile: B = tile^T
+template <int kPitch>
+__device__ __forceinline__ uint32_t lane_of_b_transposed() {
+    const int lane = threadIdx.x % kWarpSize;
+    return (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
+}
+
+// two [16, 8] of B, whose rows are the rows of a tile (ldmatrix.trans)
+template <int kPitch>
+__device__ __forceinline__ uint32_t lane_of_b() {
+    const int lane = threadIdx.x % kWarpSize;
+    return lane % 16 * kPitch + lane / 16 * 16;
+}
+
+// c [16, 8 * kTiles] += a [16, kD] b^T, b [8 * kTiles, kD]; a and b are addresses of tiles
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], uint32_t a, uint32_t b) {
+    static_assert(kTiles % 2 == 0, "ldmatrix.x4 brings two column tiles of B");
+    constexpr int kPitch = Tile<kD>::kPitch;
+    a += lane_of_a<kPitch>();
+    b += lane_of_b_transposed<kPitch>();
+    // not to the end: a longer body only takes longer to compile
+#pragma unroll 4
+    for (int k = 0; k < kD / 16; ++k) {
+        uint32_t fa[4], fb[4];
+        ptx::ldmatrix_x4(fa, a + 32 * k);
+#pragma unroll
+        for (int j = 0; j < kTiles; j += 2) {
+            ptx::ldmatrix_x4(fb, b + 8 * j * kPitch + 32 * k);
+            ptx::mma_m16n8k16<T>(c[j], fa, fb[0], fb[1]);
+            ptx::mma_m16n8k16<T>(c[j + 1], fa, fb[2], fb[3]);
+        }
+    }
+}
+
+// c [16, 8 * kTiles] += a [16, 16 * kSteps] b, b [16 * kSteps, 8 * kTiles]; a in registers
+template <typename T, int kPitch, int kSteps, int kTiles>
+__device__ __forceinline__ void multiply(float (&c)[kTiles][4], const uint32_t (&a)[kSteps][4],
+                                         uint32_t b) {
+    static_assert(kTiles % 2 == 0, "ldmatrix.x4 brings two column tiles of B");
+    b += lane_of_b<kPitch>();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+        for (int j = 0; j < kTiles; j += 2) {
+            uint32_t fb[4];
+            ptx::ldmatrix_x4_trans(fb, b + 16 * k * kPitch + 16 * j);
+            ptx::mma_m16n8k16<T>(c[j], a[k], fb[0], fb[1]);
+            ptx::mma_m16n8k16<T>(c[j + 1], a[k], fb[2], fb[3]);
+        }
+    }
+}
+
+template <int kTiles>
+__device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[j][i] = 0.f;
+    }
+}
+
+// The accumulators of two column tiles are the A fragment of one k step, once rounded to T.
+template <typename T, int kTiles>
+__device__ __forceinline__ void pack_fragments(uint32_t (&a)[kTiles / 2][4],
+                                               const float (&c)[kTiles][4]) {
+#pragma unroll
+    for (int k = 0; k < kTiles / 2; ++k) {
+        a[k][0] = ptx::pack<T>(c[2 * k][0], c[2 * k][1]);
+        a[k][1] = ptx::pack<T>(c[2 * k][2], c[2 * k][3]);
+        a[k][2] = ptx::pack<T>(c[2 * k + 1][0], c[2 * k + 1][1]);
+        a[k][3] = ptx::pack<T>(c[2 * k + 1][2], c[2 * k + 1][3]);
+    }
+}
+
+// Write c [16, 8 * kTiles] to a warp's rows of a tile, rounded to T, from column tile `column` on.
+template <typename T, int kPitch, int kTiles>
+__device__ __forceinline__ void stage(unsigned char* tile, int column,
+                                      const float (&c)[kTiles][4]) {
+    const int lane = threadIdx.x % kWarpSize;
+    unsigned char* target = tile + lane / 4 * kPitch + 16 * column + lane % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+        *reinterpret_cast<uint32_t*>(target + 16 * j) = ptx::pack<T>(c[j][0], c[j][1]);
+        *reinterpret_cast<uint32_t*>(target + 16 * j + 8 * kPitch) = ptx::pack<T>(c[j][2], c[j][3]);
+    }
+}
+
+// Write `count` rows of a warp's staged tile, kColumns wide, to rows of `stride` elements in global
+// memory; `d` columns of them exist.
+template <int kColumns>
+__device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
+                                           const unsigned char* tile, int count, int d,
+                                           bool aligned) {
+    const int lane = threadIdx.x % kWarpSize;
+    if (!aligned) {
+        const uint16_t* source = reinterpret_cast<const uint16_t*>(tile);
+#pragma unroll 1
+        for (int i = lane; i < kWarpRows * kColumns; i += kWarpSize) {
+            const int row = i / kColumns;
+            const int c = i % kColumns;
+            if (row < count && c < d) {
+                target[row * stride + c] = source[row * (Tile<kColumns>::kPitch / 2) + c];
+            }
+        }
+        return;
+    }
+    constexpr int kChunks = kColumns / 8;
+    for (int i = lane; i < kWarpRows * kChunks; i += kWarpSize) {
+        const int row = i / kChunks;
+        const int c = i % kChunks * 8;
+        if (row < count && c < d) {
+            *reinterpret_cast<uint4*>(target + row * stride + c) =
+                *reinterpret_cast<const uint4*>(tile + row * Tile<kColumns>::kPitch + 2 * c);
+        }
+    }
+}
+
+}  // namespace nasa

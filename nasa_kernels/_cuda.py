@@ -1,0 +1,66 @@
+"""The CUDA C++ extension `_C.so`: loads it, says why it is not here, and what it does not take.
+
+The kernels are implementations only; `nasa_kernels/ops.py` defines the schemas and must do so
+before `load` is called.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_C.so")
+NOT_BUILT = (
+    "this install was built without the CUDA C++ kernels; install again where nvcc is, with "
+    "NASA_KERNELS_CUDA=1 to make a missing nvcc an error"
+)
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def load() -> str | None:
+    """Register the kernels. None when they are there, otherwise one sentence why not."""
+    if not LIBRARY.is_file():
+        return NOT_BUILT
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """None when the kernels run on tensors of `device`, otherwise one sentence why not."""
+    if (reason := load()) is not None:
+        return reason
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, not on {device.type} tensors"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return None
+
+
+@functools.cache
+def supports(device: torch.device, head_dim: int, backward: bool = False) -> str | None:
+    """None when the kernels take this head_dim on `device`, otherwise one sentence why not."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"its kernels take a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}"
+    need = _shared_bytes(head_dim, backward)
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if need > limit:
+        return (
+            f"its {'backward' if backward else 'forward'} needs {need} bytes of shared memory for "
+            f"head_dim {head_dim}, a block on this GPU has {limit}"
+        )
+    return None
+
+
+@functools.cache
+def _shared_bytes(head_dim: int, backward: bool) -> int:
+    library = ctypes.CDLL(str(LIBRARY))
+    return library.nasa_kernels_shared_bytes(ctypes.c_int(head_dim), ctypes.c_bool(backward))

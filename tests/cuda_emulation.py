@@ -1,0 +1,401 @@
+"""Runs the CUDA C++ kernels on the CPU: the PTX of the build, through the interpreter in tests/ptx.
+
+`forward` takes tensors as the op does, fills the params struct and launches what the launchers in
+csrc would launch. The PTX is made by the build's own target, with its flags, once per session.
+"""
+
+import ctypes
+import fcntl
+import functools
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import ptx
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
+LOG2E = 1.4426950408889634
+WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
+BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
+HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
+POS, NEG = 0, 1
+# what the last launches did
+REPORTS: deque = deque(maxlen=4)
+
+
+def nvcc() -> str | None:
+    """The compiler that setup.py would take."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    return next((str(p) for p in found if p.is_file()), shutil.which("nvcc"))
+
+
+@functools.cache
+def build(target: str) -> Path:
+    """Build a target of CMakeLists.txt; returns the build folder."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    torch_dir = Path(torch.__file__).parent
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    configure = [
+        *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"),
+        *(f"-DNASA_TORCH_DIR={torch_dir}", f"-DCMAKE_CUDA_COMPILER={nvcc()}"),
+    ]
+    # one test process builds, the others wait
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+            done = subprocess.run(
+                command, env=os.environ | {"PATH": path}, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{target} does not build:\n{done.stdout}\n{done.stderr}")
+    return BUILD
+
+
+@functools.cache
+def source(name: str) -> str:
+    return (build("ptx") / "ptx" / f"{name}.ptx").read_text()
+
+
+@functools.cache
+def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int) -> ptx.LoadedKernel:
+    kind = {torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}[dtype]
+    numbers = "".join(f"Li{size}E" for size in sizes)
+    return ptx.load(source(file), f"{name}I{kind}{numbers}E")
+
+
+# ---- csrc/nasa.h -------------------------------------------------------------------------------
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_uint64),
+        ("strides", ctypes.c_int64 * 2),
+        ("type", ctypes.c_int),
+    ]
+
+
+class Prompt(ctypes.Structure):
+    _fields_ = [
+        ("k", ctypes.c_uint64),
+        ("v", ctypes.c_uint64),
+        ("k_strides", ctypes.c_int64 * 3),
+        ("v_strides", ctypes.c_int64 * 3),
+        ("mask", Mask),
+        ("n", ctypes.c_int),
+    ]
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_uint64),
+        ("o", ctypes.c_uint64),
+        ("q_strides", ctypes.c_int64 * 3),
+        ("prompt", Prompt * 2),
+        ("alpha_map", ctypes.c_uint64),
+        ("alpha_strides", ctypes.c_int64 * 3),
+        ("b", ctypes.c_int),
+        ("l", ctypes.c_int),
+        ("h", ctypes.c_int),
+        ("d", ctypes.c_int),
+        ("alpha", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("aligned", ctypes.c_bool),
+        ("type", ctypes.c_int),
+    ]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [
+        ("call", ForwardParams),
+        ("grad_o", ctypes.c_uint64),
+        ("grad_strides", ctypes.c_int64 * 3),
+        ("dq", ctypes.c_uint64),
+        ("dalpha", ctypes.c_uint64),
+        ("dk", ctypes.c_uint64 * 2),
+        ("dv", ctypes.c_uint64 * 2),
+        ("lse", ctypes.c_uint64),
+        ("u", ctypes.c_uint64),
+        ("partial", ctypes.c_uint64),
+        ("splits", ctypes.c_int),
+    ]
+
+
+MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
+
+def padded(d: int) -> int:
+    return next(size for size in HEAD_DIMS if d <= size)
+
+
+def tile_bytes(rows: int, d: int) -> int:
+    return rows * 2 * (d + 8)
+
+
+def short_shared_bytes(d: int, keys: int) -> int:
+    return 4 * tile_bytes(keys, d) + WARPS * 2 * tile_bytes(WARP_ROWS, d) + 2 * keys * 4
+
+
+def long_columns(d: int) -> int:
+    return d if d <= 96 else d // 2 if d <= 192 else d // 4
+
+
+def long_shared_bytes(d: int) -> int:
+    tiles = tile_bytes(BLOCK_KEYS, d) + tile_bytes(BLOCK_KEYS, long_columns(d))
+    return tiles + tile_bytes(WARPS * WARP_ROWS, d) + BLOCK_KEYS * 4
+
+
+def backward_columns(d: int) -> int:
+    return d if d <= 128 else d // 2 if d <= 192 else d // 4
+
+
+def queries_shared_bytes(d: int) -> int:
+    tiles = 2 * tile_bytes(BACKWARD_ROWS, d) + 2 * tile_bytes(BACKWARD_KEYS, d)
+    return tiles + BACKWARD_KEYS * 4
+
+
+def keys_shared_bytes(d: int) -> int:
+    stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
+    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
+
+
+def has_short(d: int, keys: int) -> bool:
+    return d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
+
+
+def path_of(d: int, n_pos: int, n_neg: int) -> str:
+    """forward_short or forward_long, where shared memory is no limit."""
+    keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+    return "short" if max(n_pos, n_neg) <= BLOCK_KEYS and has_short(padded(d), keys) else "long"
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    return tensors[0].shape[-1] % 8 == 0 and all(
+        x.storage_offset() % 8 == 0
+        and all(s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+        for x in tensors
+    )
+
+
+class Launch(NamedTuple):
+    kernel: ptx.LoadedKernel
+    grid: int | tuple[int, ...]
+    block: int
+    shared: int
+    args: tuple
+    report: ptx.Report
+    memory: ptx.Memory
+
+
+class Call:
+    """One call of the op: its tensors in the interpreter's memory, its params struct."""
+
+    def __init__(self, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
+        self.memory = ptx.Memory()
+        p = self.params = ForwardParams()
+        p.q, p.q_strides[:] = self.memory.upload(q, "q"), q.stride()[:3]
+        self.o = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        p.o = self.memory.upload(self.o, "o")
+        sides = ((k_pos, v_pos, mask_pos, "pos"), (k_neg, v_neg, mask_neg, "neg"))
+        for side, (k, v, mask, name) in enumerate(sides):
+            prompt = p.prompt[side]
+            prompt.k, prompt.k_strides[:] = self.memory.upload(k, f"k_{name}"), k.stride()[:3]
+            prompt.v, prompt.v_strides[:] = self.memory.upload(v, f"v_{name}"), v.stride()[:3]
+            prompt.n = k.shape[1]
+            if mask is not None:
+                prompt.mask.data = self.memory.upload(mask, f"mask_{name}")
+                prompt.mask.strides[:] = mask.stride()
+                prompt.mask.type = MASK_TYPES[mask.dtype]
+        if alpha_map is not None:
+            p.alpha_map = self.memory.upload(alpha_map, "alpha")
+            p.alpha_strides[:] = alpha_map.stride()
+        elif alpha == 0:
+            p.prompt[NEG].n = 0
+        p.b, p.l, p.h, p.d = q.shape
+        p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
+        p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
+
+    def launch(
+        self, loaded: ptx.LoadedKernel, grid: int | tuple[int, ...], block: int, shared: int, *args
+    ) -> None:
+        """Run a kernel; a race in shared memory, or a read of what nobody wrote, is an error."""
+        report = loaded.launch(
+            grid, block, list(args), self.memory, shared, check_races=True,
+            count_bank_conflicts=True,
+        )  # fmt: skip
+        REPORTS.append(Launch(loaded, grid, block, shared, args, report, self.memory))
+
+    def output(self, *shape: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """The address of a new tensor, full of NaN, and its host copy."""
+        host = torch.full(shape, float("nan"), dtype=dtype)
+        return self.memory.upload(host), host
+
+
+def forward(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+) -> Tensor:  # fmt: skip
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
+
+    path: "short" or "long" where both take the call; None is the launcher's choice.
+    blocks_per_head: Blocks that share the rows of a head in forward_short.
+    """
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    call = Call(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+        0.0 if alpha_map is not None else alpha, scale,
+    )  # fmt: skip
+    n_pos, n_neg = (call.params.prompt[side].n for side in (POS, NEG))
+    if q.numel() == 0:
+        return call.o
+    size = padded(d)
+    if (path or path_of(d, n_pos, n_neg)) == "short":
+        keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+        loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys)
+        shared = short_shared_bytes(size, keys)
+        blocks = b * h * blocks_per_head
+        call.launch(loaded, blocks, WARPS * 32, shared, bytes(call.params), blocks_per_head)
+    else:
+        loaded = kernel("forward_long", "forward_long_kernel", q.dtype, size)
+        tiles = -(-l // (WARPS * WARP_ROWS))
+        blocks = b * h * tiles * (size // long_columns(size))
+        call.launch(loaded, blocks, WARPS * 32, long_shared_bytes(size), bytes(call.params))
+    return call.memory.download(call.params.o, like=call.o)
+
+
+def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
+    """A `Mapped` of csrc/forward_sm90.cu: a tensor map of x as [b, h, rows, d], and its steps."""
+    b, _, h, _ = x.shape
+    step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
+    # [b or 1, h or 1, rows, d]
+    view = x[: b if step_b else 1, :, : h if step_h else 1].transpose(1, 2)
+    tensor_map = ptx.tensor_map(call.memory, address, view, (1, 1, box_rows, 64), swizzle=128)
+    steps = struct.pack("<3i", step_h, step_b, first_row)
+    return (tensor_map + steps).ljust(256, b"\0")
+
+
+def forward_sm90(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, blocks_per_head: int = 1,
+) -> Tensor:  # fmt: skip
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a."""
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    call = Call(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+        0.0 if alpha_map is not None else alpha, scale,
+    )  # fmt: skip
+    p = call.params
+    keys = CLIP_KEYS if max(k_pos.shape[1], k_neg.shape[1]) <= CLIP_KEYS else BLOCK_KEYS
+    groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
+    maps = [mapped(call, p.q, q, 64), mapped(call, p.o, call.o, 64)]
+    for tensors, field in (((k_pos, k_neg), "k"), ((v_pos, v_neg), "v")):
+        for side in (POS, NEG):
+            prompt = p.prompt[side]
+            if prompt.n:
+                maps.append(mapped(call, getattr(prompt, field), tensors[side], keys))
+            else:
+                maps.append(mapped(call, p.q, q[:1, :, :1].expand_as(q), keys, first_row=l))
+    params = b"".join(maps) + bytes(p)
+    loaded = kernel("forward_sm90", "forward_sm90_kernel", q.dtype, d, keys)
+    atoms = -(-d // 64)
+    tiles = 4 * atoms * keys * 128 + groups * 2 * atoms * 64 * 128
+    shared = tiles + 8 * keys + 8 * (2 + 2 * groups)
+    params = params.ljust(-(-len(params) // 128) * 128, b"\0")
+    call.launch(loaded, b * h * blocks_per_head, 128 * groups, shared, params, blocks_per_head)
+    return call.memory.download(p.o, like=call.o)
+
+
+def backward(
+    grad_o: Tensor, q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, splits: int = 1, needs: tuple[bool, ...] = (True,) * 6,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients that `needs` asks for, as the CUDA back end computes them on sm_80."""
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    number = 0.0 if alpha_map is not None else alpha
+    # the number 0 is no reason here to leave the negative prompt out: its gradients are asked for
+    call = Call(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number or 1.0, scale)
+    call.params.alpha = number
+    call.params.aligned = is_aligned(grad_o, q, k_pos, v_pos, k_neg, v_neg)
+    p = BackwardParams(call=call.params)
+    p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+    outputs = {}
+    likes = {"q": q, "k_pos": k_pos, "v_pos": v_pos, "k_neg": k_neg, "v_neg": v_neg}
+    likes["alpha"] = torch.empty(b, l, h)
+    for need, (name, like) in zip(needs, likes.items(), strict=True):
+        if need and like.numel():
+            outputs[name] = call.output(*like.shape, dtype=like.dtype)
+    address = {name: outputs[name][0] if name in outputs else 0 for name in likes}
+    p.dq, p.dalpha = address["q"], address["alpha"]
+    p.dk[:] = address["k_pos"], address["k_neg"]
+    p.dv[:] = address["v_pos"], address["v_neg"]
+    p.lse = call.output(2, b, h, l, dtype=torch.float32)[0]
+    p.u = call.output(2, b, h, l, dtype=torch.float32)[0]
+    elements = 2 * sum(b * p.call.prompt[side].n * h * d for side in (POS, NEG))
+    p.partial = call.output(splits, elements, dtype=torch.float32)[0] if splits > 1 else 0
+    p.splits = splits
+
+    size = padded(d)
+    shares = size // backward_columns(size)
+    queries = kernel("backward_queries", "backward_queries_kernel", q.dtype, size)
+    blocks = b * h * shares * -(-l // BACKWARD_ROWS)
+    call.launch(queries, blocks, WARPS * 32, queries_shared_bytes(size), bytes(p))
+    if any(p.dk) or any(p.dv):
+        key_blocks = sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+        keys = kernel("backward_keys", "backward_keys_kernel", q.dtype, size)
+        blocks = b * h * shares * key_blocks * splits
+        call.launch(keys, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
+        if splits > 1:
+            sums = kernel("backward_keys", "sum_splits_kernel", q.dtype)
+            call.launch(sums, (3, 4), 256, 0, bytes(p))
+    return {name: call.memory.download(at, like=host) for name, (at, host) in outputs.items()}
+
+
+# ---- the accuracy rule ---------------------------------------------------------------------------
+
+
+def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, scale=None) -> Tensor:
+    """Algorithm 1 in PyTorch, in the dtype of the inputs: each step of it rounds."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # [b, h, l, n]
+        scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+            scores = scores + mask[:, None, None, :].to(q.dtype)
+        return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
+
+    weight = alpha[..., None].to(q.dtype) if isinstance(alpha, Tensor) else alpha
+    return attend(k_pos, v_pos, mask_pos) - weight * attend(k_neg, v_neg, mask_neg)
+
+
+def assert_as_accurate_as_eager(actual: Tensor, exact: Tensor, low: Tensor) -> None:
+    """Against fp64: relative L2 error at most that of eager PyTorch, max error at most 1.5 times.
+
+    The largest error of a small tensor is one element's luck: eager's counts as no less than what
+    rounding the exact result once would lose.
+    """
+    assert torch.isfinite(actual).all(), f"{(~actual.isfinite()).sum()} values are not finite"
+    error, budget = actual.double() - exact, low.double() - exact
+    assert error.norm() <= budget.norm(), f"L2: {error.norm():.2e}, eager {budget.norm():.2e}"
+    rounding = (exact.to(actual.dtype).double() - exact).abs().max()
+    top, limit = error.abs().max(), 1.5 * max(budget.abs().max(), rounding)
+    assert top <= limit, f"max: {top:.2e}, 1.5 times eager {limit:.2e}"

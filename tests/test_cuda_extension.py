@@ -1,0 +1,123 @@
+"""The extension without a GPU: it loads under any torch, registers its kernels, says what it needs.
+
+Looks at `nasa_kernels/_C.so`, or the file in $NASA_CUDA_LIBRARY.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulation import (
+    HEAD_DIMS,
+    keys_shared_bytes,
+    long_shared_bytes,
+    padded,
+    queries_shared_bytes,
+)
+
+import nasa_kernels.ops  # noqa: F401, the schemas must be there before the kernels
+from nasa_kernels import _cuda
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", _cuda.LIBRARY))
+needs_library = pytest.mark.skipif(
+    not LIBRARY.is_file(), reason=f"no {LIBRARY.name}: built without CUDA C++"
+)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    monkeypatch.setattr(_cuda, "LIBRARY", LIBRARY)
+    for function in (_cuda.load, _cuda.why_not, _cuda.supports, _cuda._shared_bytes):
+        function.cache_clear()
+    yield
+    for function in (_cuda.load, _cuda.why_not, _cuda.supports, _cuda._shared_bytes):
+        function.cache_clear()
+
+
+@needs_library
+def test_it_loads_and_registers_its_kernels(library):
+    assert _cuda.load() is None
+    for name in ("forward_cuda", "backward_cuda"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nasa_kernels::{name}", "CUDA")
+
+
+@needs_library
+def test_it_says_why_it_does_not_run_here(library):
+    reason = _cuda.why_not(torch.device("cpu"))
+    assert reason == "it runs on NVIDIA GPUs, not on cpu tensors"
+
+
+def test_an_install_without_it_says_so(monkeypatch):
+    monkeypatch.setattr(_cuda, "LIBRARY", ROOT / "no" / "_C.so")
+    _cuda.load.cache_clear()
+    _cuda.why_not.cache_clear()
+    assert _cuda.why_not(torch.device("cuda", 0)) == _cuda.NOT_BUILT
+    _cuda.load.cache_clear()
+    _cuda.why_not.cache_clear()
+
+
+@needs_library
+def test_shared_memory_is_what_the_kernels_ask_for():
+    ask = ctypes.CDLL(str(LIBRARY)).nasa_kernels_shared_bytes
+    for d in (1, 33, 40, 72, *HEAD_DIMS):
+        size = padded(d)
+        assert ask(d, False) == long_shared_bytes(size)
+        assert ask(d, True) == max(queries_shared_bytes(size), keys_shared_bytes(size))
+
+
+@needs_library
+def test_a_head_dim_that_does_not_fit_is_refused_with_a_reason(library, monkeypatch):
+    class Ada:
+        shared_memory_per_block_optin = 101376
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Ada)
+    device = torch.device("cuda", 0)
+    assert _cuda.supports(device, 160) is None
+    assert _cuda.supports(device, 160, backward=True) is None
+    assert "bytes of shared memory for head_dim 256" in _cuda.supports(device, 256)
+    assert "head_dim of 1 to 256" in _cuda.supports(device, 264)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_it_needs_no_cuda_library_and_no_python():
+    """What it links is in every torch; the driver and the runtime's version do not matter."""
+    text = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True)
+    needed = set(re.findall(r"NEEDED.*\[(.*)\]", text.stdout))
+    system = r"lib(stdc\+\+|m|gcc_s|c|dl|rt|pthread)\.so.*|ld-linux.*"
+    left = {name for name in needed if not re.fullmatch(system, name)}
+    assert left == {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_it_uses_the_stable_abi_alone():
+    text = subprocess.run(["nm", "-DuC", LIBRARY], capture_output=True, text=True, check=True)
+    unstable = [line for line in text.stdout.splitlines() if re.search(r"\b(at|c10)::", line)]
+    assert not unstable
+
+
+def setup(mode: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"NASA_KERNELS_CUDA": mode} | env,
+    )  # fmt: skip
+
+
+def test_setup_says_that_it_leaves_the_kernels_out():
+    done = setup("0")
+    assert done.returncode == 0
+    assert "without the CUDA C++ kernels" in done.stdout
+
+
+def test_setup_refuses_an_unknown_mode():
+    done = setup("maybe")
+    assert done.returncode != 0
+    assert "NASA_KERNELS_CUDA must be auto, 0 or 1, got 'maybe'" in done.stderr

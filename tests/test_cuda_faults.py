@@ -1,0 +1,157 @@
+"""The test of the tests: faults planted in the kernels must turn them red.
+
+A fault is an edit of the PTX of one kernel, of the kind a wrong line of csrc would make. It is
+caught when the interpreter refuses to go on (a race, a missing wait, an address out of bounds) or
+when the result misses the accuracy rule.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cuda_emulation
+import ptx
+import pytest
+import torch
+from cuda_emulation import assert_as_accurate_as_eager, eager, nvcc
+from test_cuda_backward import autograd, make_grad
+from test_cuda_forward import NAN, Shape, make
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    pattern: str
+    replacement: str
+    which: int | None = 0  # of the matches; None edits all of them
+
+    def __str__(self) -> str:
+        return f"{self.file}-{self.name}"
+
+
+def swap_b(match: re.Match) -> str:
+    return f"{match[1]}{{{match[3]}, {match[2]}}}{match[4]}"
+
+
+MMA_B = r"(mma\.sync[^;]*?\}, )\{(%r\d+)\s*, ?(%r\d+)\}([^;]*;)"
+PACK = r"(cvt\.rn\.bf16x2\.f32 %r\d+, )(%\w+), (%\w+);"
+COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16), %r\d+;"
+SHUFFLE = r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+)[^;]*;"
+# matrix descriptors: swizzle 128B, 1024 bytes to the next 8 rows; for V 80 rows to the next atom
+QK = 1 << 62 | 64 << 32 | 1 << 16
+PV = 1 << 62 | 64 << 32 | 640 << 16
+WGMMA_FENCE = r"wgmma\.fence\.sync\.aligned;"
+FAULTS = (
+    Fault("missing-block-barrier", "forward_short", r"bar\.sync\s+0;", "", -1),
+    Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
+    Fault("not-transposed", "forward_short", r"x4\.trans", "x4"),
+    Fault("swapped-fragment", "forward_short", MMA_B, swap_b),
+    Fault("swapped-pair", "forward_short", PACK, r"\1\3, \2;"),
+    Fault("lost-tail", "forward_short", r"0fFF800000", "0f00000000", None),
+    Fault("lost-lane", "forward_short", SHUFFLE, r"mov.b32 \1, \2;", 1),
+    Fault(
+        "lost-rows", "forward_short", r"@%p\d+ (bra[^;]*;[^@]{0,2000}?st\.global\.v4)", r"\1"
+    ),
+    Fault("lost-zero-fill", "forward_short", COPY, r"\1;", None),
+    Fault("missing-barrier-for-v", "forward_long", r"bar\.sync\s+0;", "", 1),
+    Fault("missing-barrier-for-k", "forward_long", r"bar\.sync\s+0;", "", 0),
+    Fault("missing-wait", "forward_long", r"cp\.async\.wait_group 0;", "", 1),
+    Fault("missing-barrier", "backward_queries", r"bar\.sync\s+0;", "", 0),
+    Fault("missing-barrier-for-scores", "backward_queries", r"bar\.sync\s+0;", "", 2),
+    Fault("not-transposed", "backward_queries", r"x4\.trans", "x4"),
+    Fault("missing-barrier", "backward_keys", r"bar\.sync\s+0;", "", -1),
+    Fault("late-wait", "backward_keys", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
+    Fault("swapped-fragment", "backward_keys", MMA_B, swap_b, -1),
+    Fault("missing-wgmma-wait", "forward_sm90", r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;"),
+    Fault("missing-wgmma-fence", "forward_sm90", WGMMA_FENCE, "", 1),
+    Fault("missing-proxy-fence", "forward_sm90", r"fence\.proxy\.async\.shared::cta;", "", -1),
+    Fault("missing-group-barrier", "forward_sm90", r"barrier\.sync[^;]*;", "", -1),
+    Fault("missing-wait-for-store", "forward_sm90", r"cp\.async\.bulk\.wait_group\.read 0;", ""),
+    Fault("wrong-swizzle", "forward_sm90", str(QK), str(QK + (1 << 62) - (1 << 64)), None),
+    Fault("wrong-stride", "forward_sm90", str(QK), str(QK - (32 << 32)), None),
+    Fault("wrong-leading-offset", "forward_sm90", str(PV), str(PV - (639 << 16)), None),
+    Fault("wrong-box-bytes", "forward_sm90", r"(expect_tx[^;]*), (%r\d+);", r"\1, 8192;", -1),
+)
+
+
+def plant(fault: Fault, text: str) -> str:
+    """The PTX text of one kernel with the fault in it."""
+    matches = list(re.finditer(fault.pattern, text))
+    if not matches:
+        raise ValueError(f"{fault}: nothing to edit")
+    chosen = matches if fault.which is None else [matches[fault.which]]
+    for match in reversed(chosen):
+        if isinstance(fault.replacement, str):
+            new = match.expand(fault.replacement)
+        else:
+            new = fault.replacement(match)
+        if new == match[0]:
+            raise ValueError(f"{fault}: the edit changes nothing")
+        text = text[: match.start()] + new + text[match.end() :]
+    return text
+
+
+SHAPES = {
+    "forward_short": Shape("fault", 1, 150, 1, 77, 60, 64),
+    "forward_long": Shape("fault", 1, 40, 1, 300, 200, 64),
+    "forward_sm90": Shape("fault", 1, 64 * 7 + 5, 1, 77, 60, 72),
+    "backward_queries": Shape("fault", 1, 40, 1, 60, 170, 64),
+    "backward_keys": Shape("fault", 1, 200, 1, 100, 60, 64),
+}
+
+
+def run(file: str) -> None:
+    """A call of the kernels in `file`, held to the accuracy rule; a masked key holds NaN."""
+    inputs = make(SHAPES[file], torch.bfloat16, seed=1)
+    mask = {"mask_neg": (torch.arange(SHAPES[file].n_neg) > 0)[None]}
+    exact_inputs = {name: x.double() for name, x in inputs.items()}
+    poisoned = {name: x.clone() for name, x in inputs.items()}
+    for name in ("k_neg", "v_neg"):
+        poisoned[name][:, 0] = NAN
+    if file.startswith("backward"):
+        grad_o = make_grad(inputs)
+        actual = cuda_emulation.backward(grad_o, **poisoned, **mask)
+        exact = autograd(exact_inputs, grad_o, 0.5, torch.float64, **mask)
+        low = autograd(inputs, grad_o, 0.5, torch.bfloat16, **mask)
+        for name, gradient in actual.items():
+            assert_as_accurate_as_eager(gradient, exact[name], low[name])
+        return
+    forwards: dict[str, Callable] = {
+        "forward_short": lambda: cuda_emulation.forward(**poisoned, **mask, path="short"),
+        "forward_long": lambda: cuda_emulation.forward(**poisoned, **mask, path="long"),
+        "forward_sm90": lambda: cuda_emulation.forward_sm90(**poisoned, **mask),
+    }
+    o = forwards[file]()
+    exact = eager(**exact_inputs, alpha=0.5, **mask)
+    assert_as_accurate_as_eager(o, exact, eager(**inputs, alpha=0.5, **mask))
+
+
+def faulty_kernel(fault: Fault, sound: ptx.LoadedKernel) -> ptx.LoadedKernel:
+    text = cuda_emulation.source(fault.file)
+    start = text.index(f".entry {sound.name}")
+    end = text.find(".entry ", start + 1)
+    end = end if end > 0 else len(text)
+    return ptx.load(text[:start] + plant(fault, text[start:end]) + text[end:], sound.name)
+
+
+@pytest.mark.parametrize("file", SHAPES)
+def test_without_a_fault_the_call_is_green(file):
+    run(file)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_caught(fault, monkeypatch):
+    sound = cuda_emulation.kernel
+
+    def kernel(file: str, name: str, *sizes) -> ptx.LoadedKernel:
+        loaded = sound(file, name, *sizes)
+        if file != fault.file or name == "sum_splits_kernel":
+            return loaded
+        return faulty_kernel(fault, loaded)
+
+    monkeypatch.setattr(cuda_emulation, "kernel", kernel)
+    with pytest.raises((ptx.Fault, AssertionError)) as caught:
+        run(fault.file)
+    assert not isinstance(caught.value, ptx.Unsupported), "the edit is not PTX any more"

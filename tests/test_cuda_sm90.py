@@ -1,0 +1,118 @@
+"""The sm_90a forward (TMA, mbarriers, wgmma) against fp64, executed on the CPU from its PTX.
+
+The interpreter decodes the matrix descriptors, swizzles and tensor maps, delivers asynchronous
+copies at the last moment that is allowed, and fails on a missing wait, fence or barrier.
+"""
+
+import pytest
+import torch
+from cuda_emulation import assert_as_accurate_as_eager, eager, forward_sm90, nvcc
+from test_cuda_forward import ALPHAS, DTYPES, NAN, Shape, make, strided
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
+
+SHAPES = (
+    Shape("sd15-64", 1, 65, 2, 77, 77, 40),
+    Shape("sdxl", 2, 65, 2, 77, 77, 64),
+    Shape("pixart-short", 1, 20, 1, 77, 20, 72),
+    Shape("sd15-32", 1, 17, 1, 77, 77, 80),
+    Shape("d128", 1, 130, 1, 77, 5, 128),
+    Shape("sd15-16", 1, 64, 1, 77, 77, 160),
+    Shape("long-clip", 1, 33, 1, 120, 77, 64),
+    Shape("pixart", 1, 33, 1, 120, 120, 72),
+    Shape("wan-collapsed", 1, 70, 1, 64, 128, 128),
+)
+SDXL, PIXART = SHAPES[1], SHAPES[7]
+
+
+def check(inputs: dict, alpha=0.5, mask_pos=None, mask_neg=None, scale=None, **how) -> None:
+    masks = {"mask_pos": mask_pos, "mask_neg": mask_neg, "scale": scale}
+    o = forward_sm90(**inputs, alpha=alpha, **masks, **how)
+    wide = {k: m.double() if torch.is_tensor(m) and m.is_floating_point() else m
+            for k, m in masks.items()}  # fmt: skip
+    exact = eager(**{k: x.double() for k, x in inputs.items()}, alpha=alpha, **wide)
+    assert_as_accurate_as_eager(o, exact, eager(**inputs, alpha=alpha, **masks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_fp64(shape, dtype):
+    check(make(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", [SDXL, PIXART], ids=str)
+def test_a_block_walks_over_many_tiles(shape):
+    """Every stage of Q is used more than twice, and the last round has no tile for some groups."""
+    check(make(shape._replace(b=1, h=1, l=64 * 13 + 7), torch.bfloat16))
+
+
+def test_blocks_share_the_rows_of_a_head():
+    inputs = make(SDXL._replace(b=1, l=64 * 4), torch.bfloat16)
+    o = forward_sm90(**inputs)
+    assert torch.equal(o, forward_sm90(**inputs, blocks_per_head=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_prompts_cancel_to_zero(dtype):
+    inputs = make(SDXL, dtype)
+    inputs |= {"k_neg": inputs["k_pos"], "v_neg": inputs["v_pos"]}
+    assert forward_sm90(**inputs, alpha=1.0).count_nonzero() == 0
+
+
+def test_alpha_zero_is_the_positive_prompt_alone():
+    inputs = make(SDXL, torch.bfloat16)
+    none = {"k_neg": inputs["k_neg"][:, :0], "v_neg": inputs["v_neg"][:, :0]}
+    alone = forward_sm90(**(inputs | none), alpha=1.0)
+    assert torch.equal(forward_sm90(**inputs, alpha=0.0), alone)
+    assert torch.equal(forward_sm90(**inputs, alpha=torch.zeros(2, 65, 2)), alone)
+
+
+@pytest.mark.parametrize("shape", [SDXL, PIXART], ids=str)
+def test_masked_keys_are_absent(shape):
+    """NaN in their rows of K and V changes nothing."""
+    inputs = make(shape, torch.float16)
+    masks = {
+        "mask_pos": (torch.arange(shape.n_pos) < shape.n_pos - 7).expand(shape.b, -1),
+        "mask_neg": torch.zeros(shape.b, shape.n_neg).masked_fill(
+            torch.arange(shape.n_neg) >= 3, float("-inf")
+        ),
+    }
+    expected = forward_sm90(**inputs, **masks)
+    for name in ("k_pos", "v_pos"):
+        inputs[name][:, -7:] = NAN
+    for name in ("k_neg", "v_neg"):
+        inputs[name][:, 3:] = NAN
+    assert torch.equal(forward_sm90(**inputs, **masks), expected)
+    check({k: x.nan_to_num(0) for k, x in inputs.items()}, **masks)
+
+
+def test_a_prompt_with_every_key_masked_contributes_nothing():
+    inputs = make(SDXL, torch.bfloat16)
+    nothing = torch.zeros(2, 77, dtype=torch.bool)
+    alone = forward_sm90(**inputs, alpha=0.0)
+    inputs["v_neg"][:] = NAN
+    assert torch.equal(forward_sm90(**inputs, alpha=0.5, mask_neg=nothing), alone)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
+def test_any_scale(scale):
+    check(make(SHAPES[0], torch.bfloat16), scale=scale)
+
+
+@pytest.mark.parametrize("alpha", ["sample", "region"])
+def test_alpha_maps_match_fp64(alpha):
+    check(make(SDXL, torch.bfloat16), ALPHAS[alpha])
+
+
+@pytest.mark.parametrize("how", ["bhnd", "padded-rows", "fused-qkv"])
+def test_strides_do_not_matter(how):
+    inputs = make(Shape("strides", 2, 18, 2, 21, 30, 40), torch.float16)
+    views = {name: strided(x, how) for name, x in inputs.items()}
+    assert torch.equal(forward_sm90(**views), forward_sm90(**inputs))
+
+
+def test_a_prompt_for_the_whole_batch_is_read_where_it_is():
+    inputs = make(Shape("broadcast", 3, 17, 2, 30, 30, 64), torch.bfloat16)
+    one = {name: x[:1, :, :1].expand(3, -1, 2, -1) for name, x in inputs.items() if name != "q"}
+    copies = {name: x.contiguous() for name, x in one.items()}
+    assert torch.equal(forward_sm90(inputs["q"], **one), forward_sm90(inputs["q"], **copies))
