@@ -11,8 +11,11 @@ PY ?= $(VENV)/bin/python
 PYTHON ?= python3
 OLDEST := $(VENV)/oldest
 JOBS ?= $(shell nproc)
-# a CPU build where there is no GPU to use; some indexes have it only under its local version
-TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.10,<2.16" || echo "torch==2.13.0")
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH ?= $(if $(GPU),torch>=2.10$(comma)<2.16,torch==2.13.0)
+comma := ,
+# where there is no GPU: a CPU build, which some indexes have only under its local version
+CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 
 .PHONY: demo test gpu format lint wheel
 
@@ -52,9 +55,11 @@ $(VENV)/ready: setup.py pyproject.toml
 	    { echo "this Python has no venv module; on Debian: sudo apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(VENV)/bin/python -m pip install -q "$(TORCH)+cpu" 2>/dev/null || \
+	$(if $(CPU_TORCH),$(VENV)/bin/python -m pip install -q $(CPU_TORCH) 2>/dev/null ||) \
 	    $(VENV)/bin/python -m pip install -q "$(TORCH)"
-	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
+	$(VENV)/bin/python -m pip install -q "cmake>=3.22" ninja
+	$(if $(GPU),,NASA_KERNELS_CUDA=0) \
+	    $(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
 	@touch $@
 
 # the newest supported versions in the environment, the oldest ones in a folder beside them

@@ -20,12 +20,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nasa_kernels/__init__.py").read_text())[1]
 
-# Interpreter: Triton 3.6 fails with NumPy 2.4 in its interpreter, which the tests run kernels in.
-DIFFUSERS = ["diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"]
-DEMO = ["matplotlib>=3.8", "rich>=13", "pillow>=10"]
+# NumPy: Triton 3.6 fails with 2.4 in its interpreter, in which the tests run kernels.
+DIFFUSERS = [
+    *("diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"),
+    *("pillow>=10", "tqdm"),
+]
+DEMO = ["rich>=13", "numpy"]
 TEST = [
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100"),
-    *("triton>=3.6,<3.10", "numpy<2.4", "ruff", "mypy", "ninja"),
+    *("triton>=3.6,<3.10", "numpy<2.4", "ruff", "mypy", "cmake>=3.22", "ninja"),
 ]
 
 # One nvcc for all: `pip install nasa-kernels[cuda-build]` brings it without a CUDA toolkit.

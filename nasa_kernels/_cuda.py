@@ -7,6 +7,7 @@ before `load` is called.
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,8 @@ def supports(device: torch.device, head_dim: int, backward: bool = False) -> str
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         return f"its kernels take a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}"
     need = _shared_bytes(head_dim, backward)
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    limit = properties.shared_memory_per_block_optin
     if need > limit:
         return (
             f"its {'backward' if backward else 'forward'} needs {need} bytes of shared memory for "

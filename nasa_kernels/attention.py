@@ -216,6 +216,9 @@ def _check_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels take positive scales only: a negative one moves its sign into q, exactly."""
     if isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat)):
         raise ValueError(f"nasa_attention: scale must be a number, got {type(scale).__name__}")
+    if torch.compiler.is_compiling() and scale > 0:
+        # a symbol, whose finiteness the compiler cannot ask for
+        return q, float(scale)
     if not math.isfinite(scale) or scale == 0:
         raise ValueError(f"nasa_attention: scale must be finite and not 0, got {scale}")
     return (-q, -float(scale)) if scale < 0 else (q, float(scale))

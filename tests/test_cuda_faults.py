@@ -51,9 +51,7 @@ FAULTS = (
     Fault("swapped-pair", "forward_short", PACK, r"\1\3, \2;"),
     Fault("lost-tail", "forward_short", r"0fFF800000", "0f00000000", None),
     Fault("lost-lane", "forward_short", SHUFFLE, r"mov.b32 \1, \2;", 1),
-    Fault(
-        "lost-rows", "forward_short", r"@%p\d+ (bra[^;]*;[^@]{0,2000}?st\.global\.v4)", r"\1"
-    ),
+    Fault("lost-rows", "forward_short", r"@%p\d+ (bra[^;]*;[^@]{0,2000}?st\.global\.v4)", r"\1"),
     Fault("lost-zero-fill", "forward_short", COPY, r"\1;", None),
     Fault("missing-barrier-for-v", "forward_long", r"bar\.sync\s+0;", "", 1),
     Fault("missing-barrier-for-k", "forward_long", r"bar\.sync\s+0;", "", 0),

@@ -79,6 +79,24 @@ def test_compiles_whole_with_changing_sizes_and_alpha(backend, kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_with_a_scale_that_is_an_attribute(backend):
+    class Layer(torch.nn.Module):
+        scale = 0.3
+
+        def forward(self, q, k_pos, v_pos, k_neg, v_neg):
+            return nasa_attention(
+                q, k_pos, v_pos, k_neg, v_neg, 0.5, scale=self.scale, backend=backend
+            )
+
+    torch._dynamo.reset()
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    inputs = make_inputs(SHAPE, torch.float32, DEVICE)
+    for layer.scale in (0.3, 0.4, 0.5):
+        torch.testing.assert_close(compiled(**inputs), layer(**inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_gradients(backend):
     def loss(q, k_pos, v_pos, k_neg, v_neg, alpha):
         return nasa_attention(q, k_pos, v_pos, k_neg, v_neg, alpha, backend=backend).square().sum()
