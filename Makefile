@@ -24,7 +24,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready $(VENV)/ready-test lint
 	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PY) -m pytest -n $(JOBS) --ignore-glob='*/test_ptx_*'
-	TRITON_INTERPRET=0 $(PY) -m pytest -n $(JOBS) tests/ptx tests/test_ptx_*.py
+	TRITON_INTERPRET=0 $(PY) -m pytest -n $(JOBS) tests/test_ptx_*.py
 	PYTHONPATH=$(abspath $(OLDEST)) $(PY) -m pytest -n $(JOBS) -q \
 	    tests/diffusers tests/test_properties.py
 
