@@ -39,7 +39,9 @@ FAULTS = (
     Fault(
         "bias-not-in-base-2", "_triton/softmax.py", "(LOG2E / qk_scale)", "(1.0 / qk_scale)", MASKS
     ),
-    Fault("nan-of-masked-rows", "_triton/softmax.py", '> float("-inf")', '>= float("-inf")', ABSENT),
+    Fault(
+        "nan-of-masked-rows", "_triton/softmax.py", '> float("-inf")', '>= float("-inf")', ABSENT
+    ),
     Fault("zero-over-zero", "_triton/softmax.py", "row_sum == 0.0", "row_sum == -1.0", ABSENT),
     Fault(
         "chained-rounding", "_triton/forward.py",
