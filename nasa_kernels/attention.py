@@ -48,8 +48,9 @@ def nasa_attention(
             fp32 or in the dtype of `q` (0, -inf, or any finite bias). A masked key counts as
             absent whatever its row holds, NaN included; a prompt without keys contributes 0.
         scale: Softmax scale. `None` means `d ** -0.5`.
-        backend: `"cuda"`, `"triton"`, `"cpu"` or `"reference"`. `None` takes the first that runs
-            (`nasa_kernels.backends`). A back end named here is never replaced by another.
+        backend: `"cuda"`, `"triton"`, `"cpu"` or `"reference"`. `None` takes the first that runs:
+            on a GPU of `"triton"`, `"cuda"`, `"reference"`, on a CPU `"cpu"` (fp64: the
+            reference). A back end named here is never replaced by another.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`: `o.flatten(2)` feeds `to_out` as it is.

@@ -5,7 +5,8 @@
     cpu        PyTorch's CPU attention CPU tensors
     reference  plain PyTorch           everything, fp64 included
 
-A back end named by the caller is never replaced by another; `None` takes the first that runs.
+A back end named by the caller is never replaced by another; `None` takes the first that runs, in
+the order of `_PREFERENCE`.
 """
 
 import functools
