@@ -28,7 +28,7 @@ from nasa_kernels._triton.configs import (
 )
 from nasa_kernels._triton.forward import load_alpha, scores_resident
 from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
-from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, row_max
+from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
     cut,
@@ -87,13 +87,9 @@ def queries_streamed(
         )
         key = start + tl.arange(0, BLOCK_N)
         s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
-        m_new = tl.maximum(m, tl.max(s, 1))
-        shift = finite(m_new) * qk_scale
-        p = tl.exp2(s * qk_scale - shift[:, None])
-        decay = tl.exp2(m * qk_scale - shift)
+        p, m, decay = online_step(s, m, qk_scale)
         l = l * decay + tl.sum(p, 1)
         u = u * decay + tl.sum(p * dot(do, transposed(v)), 1)
-        m = m_new
     l = nonzero(l)
     lse, u = finite(m) * qk_scale + tl.log2(l), u / l
     for start in range(0, n, BLOCK_N):

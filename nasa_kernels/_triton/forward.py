@@ -24,7 +24,7 @@ import triton.language as tl
 
 from nasa_kernels._triton.configs import forward_config, head_cut, programs_per_head, resident_cut
 from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
-from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, row_max
+from nasa_kernels._triton.softmax import mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
     dot,
@@ -94,13 +94,9 @@ def attend_streamed(
         key = start + tl.arange(0, BLOCK_N)
         # [BLOCK_L, BLOCK_N]
         s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
-        m_new = tl.maximum(m, tl.max(s, 1))
-        shift = finite(m_new) * qk_scale
-        p = tl.exp2(s * qk_scale - shift[:, None])
-        decay = tl.exp2(m * qk_scale - shift)
+        p, m, decay = online_step(s, m, qk_scale)
         l = l * decay + tl.sum(p, 1)
         z = add_dot(scale_rows(z, decay), p, v)
-        m = m_new
     return z, l
 
 

@@ -54,6 +54,16 @@ def row_max(scores):
 
 
 @triton.jit
+def online_step(scores, m, qk_scale):
+    """Weights p of a block of scores [M, n], the largest score so far, and the factor by which
+    sums relative to the largest score before, `m`, shrink.
+    """
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    shift = finite(m_new) * qk_scale
+    return tl.exp2(scores * qk_scale - shift[:, None]), m_new, tl.exp2(m * qk_scale - shift)
+
+
+@triton.jit
 def finite(highest):
     return tl.where(highest == float("-inf"), 0.0, highest)
 
