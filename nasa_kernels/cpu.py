@@ -1,99 +1,170 @@
 """The back end for CPU tensors: PyTorch's fused CPU attention for each prompt, one epilogue.
 
-fp16 and bf16 are computed in fp32 and rounded once. The backward pass rebuilds Z and its
-log-sum-exp of each prompt from the inputs; nothing else is saved.
+fp16 and bf16 are computed in fp32 and rounded once. For a gradient, Z and the log-sum-exp of each
+prompt are kept; without one they never exist as a whole in fp32, except where that is the result.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nasa_kernels.reference import additive_bias
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# fp32 copies of queries at a time: small enough to stay in cache and to come from the heap
+_CHUNK_BYTES = 2 << 20
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     k: Tensor  # [b, h, n, d], fp32
     v: Tensor
     bias: Tensor | None  # [b, 1, 1, n]
     present: Tensor | None  # [b, 1, n, 1], keys that are not masked
 
 
-def _prompt(k: Tensor, v: Tensor, mask: Tensor | None) -> _Prompt:
+def prompt(k: Tensor, v: Tensor, mask: Tensor | None) -> Prompt:
     """Rows of masked keys become zeros, since 0 * NaN is NaN. A sample without any key attends to
     those zeros under a bias of 0, which gives its Z = 0.
     """
     k, v = (x.float().transpose(1, 2) for x in (k, v))
     if mask is None:
-        return _Prompt(k, v, None, None)
+        return Prompt(k, v, None, None)
     bias = additive_bias(mask, torch.float32)
     present = bias > float("-inf")
     bias = torch.where(present.any(1, keepdim=True), bias, 0.0)[:, None, None, :]
     present = present[:, None, :, None]
-    return _Prompt(torch.where(present, k, 0.0), torch.where(present, v, 0.0), bias, present)
+    return Prompt(torch.where(present, k, 0.0), torch.where(present, v, 0.0), bias, present)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Z [b, h, l, d] of one prompt, in fp32."""
-    x = _prompt(k, v, mask)
-    return F.scaled_dot_product_attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
+def attend(q: Tensor, x: Prompt, scale: float) -> tuple[Tensor, Tensor]:
+    """Z [b, h, l, d] and its log-sum-exp [b, h, l] of one prompt, both in fp32."""
+    return _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
 
 
 def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale) -> Tensor:
+    has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
+    if not (has_pos or has_neg):
+        return torch.zeros(q.shape, dtype=q.dtype)
+    pos, neg = prompt(k_pos, v_pos, mask_pos), prompt(k_neg, v_neg, mask_neg)
+    b, l, h, d = q.shape
+    heads = h if q.dtype == torch.float32 else max(1, min(h, _CHUNK_BYTES // (4 * b * l * d)))
+    if heads == h:
+        return _forward(q, pos, neg, has_pos, has_neg, alpha_map, alpha, scale)[0]
+    o = torch.empty(q.shape, dtype=q.dtype)
+    for first in range(0, h, heads):
+        some = slice(first, first + heads)
+        o[:, :, some] = _forward(
+            q[:, :, some],
+            pos._replace(k=pos.k[:, some], v=pos.v[:, some]),
+            neg._replace(k=neg.k[:, some], v=neg.v[:, some]),
+            has_pos,
+            has_neg,
+            None if alpha_map is None else alpha_map[:, :, some],
+            alpha,
+            scale,
+        )[0]
+    return o
+
+
+def attention(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale
+) -> tuple[Tensor, ...]:
+    """O, and what `backward` needs: Z and its log-sum-exp of each prompt."""
+    has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
+    pos, neg = prompt(k_pos, v_pos, mask_pos), prompt(k_neg, v_neg, mask_neg)
+    return _forward(q, pos, neg, has_pos, has_neg, alpha_map, alpha, scale, keep=True)
+
+
+def kept(q, k_pos, k_neg, alpha_map, alpha) -> tuple[Tensor, ...]:
+    """Shapes and strides of what `attention` returns beside O."""
+    b, l, h, d = q.shape
+    found: tuple[Tensor, ...] = ()
+    for exists in _sides(q, k_pos, k_neg, alpha_map, alpha):
+        sizes = ((b, l, h, d), (b, l, h)) if exists else ((0, 0, 0), (0, 0))
+        empty = (torch.empty(x, dtype=torch.float32, device=q.device) for x in sizes)
+        found += tuple(x.transpose(1, 2) if exists else x for x in empty)
+    return found
+
+
+def _sides(q, k_pos, k_neg, alpha_map, alpha) -> tuple[bool, bool]:
+    """Which prompts there is anything to compute of."""
+    if q.numel() == 0:
+        return False, False
+    return k_pos.shape[1] > 0, k_neg.shape[1] > 0 and (alpha_map is not None or alpha != 0)
+
+
+def _forward(
+    q: Tensor, pos: Prompt, neg: Prompt, has_pos: bool, has_neg: bool,
+    alpha_map: Tensor | None, alpha: float, scale: float, keep: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     # [b, h, l, d], a view where q is fp32
     queries = q.float().transpose(1, 2)
-    if q.numel() == 0 or k_pos.shape[1] == 0:
-        z_pos = torch.zeros(q.shape).transpose(1, 2)
+    nothing = (torch.empty(0, 0, 0), torch.empty(0, 0))
+    z_pos, lse_pos = attend(queries, pos, scale) if has_pos else nothing
+    z_neg, lse_neg = attend(queries, neg, scale) if has_neg else nothing
+    minuend = z_pos if has_pos else torch.zeros(q.shape).transpose(1, 2)
+    if not has_neg:
+        o = minuend.to(q.dtype, copy=keep)
     else:
-        z_pos = _attend(queries, k_pos, v_pos, mask_pos, scale)
-    if q.numel() == 0 or k_neg.shape[1] == 0 or (alpha_map is None and alpha == 0):
-        return z_pos.transpose(1, 2).to(q.dtype).contiguous()
-    z_neg = _attend(queries, k_neg, v_neg, mask_neg, scale)
-    # one pass subtracts in fp32 and rounds; fp32 needs no memory of its own
-    o = z_pos if q.dtype == torch.float32 else torch.empty(q.shape, dtype=q.dtype).transpose(1, 2)
-    if alpha_map is None:
-        torch.sub(z_pos, z_neg, alpha=alpha, out=o)
-    else:
-        torch.addcmul(z_pos, z_neg, _per_row(alpha_map), value=-1, out=o)
-    return o.transpose(1, 2).contiguous()
+        # one pass subtracts in fp32 and rounds; fp32 needs no memory of its own
+        in_place = q.dtype == torch.float32 and not (keep and has_pos)
+        o = minuend if in_place else torch.empty(q.shape, dtype=q.dtype).transpose(1, 2)
+        if alpha_map is None:
+            torch.sub(minuend, z_neg, alpha=alpha, out=o)
+        else:
+            torch.addcmul(minuend, z_neg, _per_row(alpha_map), value=-1, out=o)
+    o = o.transpose(1, 2).contiguous()
+    return (o, z_pos, lse_pos, z_neg, lse_neg) if keep else (o,)
 
 
 def backward(
-    grad_o, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs
-) -> tuple[Tensor, ...]:
+    grad_o, z_pos, lse_pos, z_neg, lse_neg,
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
     # [b, h, l, d]
     do, queries = (x.float().transpose(1, 2) for x in (grad_o, q))
-    weight = alpha if alpha_map is None else _per_row(alpha_map)
-    dq_pos, dk_pos, dv_pos, _ = _gradients(do, queries, k_pos, v_pos, mask_pos, scale)
-    dq_neg, dk_neg, dv_neg, z_neg = _gradients(do * -weight, queries, k_neg, v_neg, mask_neg, scale)
-    dalpha = -(do * z_neg).sum(-1).transpose(1, 2).contiguous() if needs[5] else torch.empty(0)
-    gradients = (dq_pos + dq_neg, dk_pos, dv_pos, dk_neg, dv_neg)
+    dq = dk_pos = dv_pos = dk_neg = dv_neg = None
+    if has_pos:
+        x = prompt(k_pos, v_pos, mask_pos)
+        dq, dk_pos, dv_pos = gradients(do, queries, x, z_pos, lse_pos, scale)
+    if has_neg:
+        x = prompt(k_neg, v_neg, mask_neg)
+        dz = do * (-alpha if alpha_map is None else -_per_row(alpha_map))
+        dq_neg, dk_neg, dv_neg = gradients(dz, queries, x, z_neg, lse_neg, scale)
+        dq = dq_neg if dq is None else dq.add_(dq_neg)
+    tensors = (q, k_pos, v_pos, k_neg, v_neg)
+    found = (dq, dk_pos, dv_pos, dk_neg, dv_neg)
+    dalpha = torch.empty(0)
+    if needs[5]:
+        dalpha = -torch.linalg.vecdot(do, z_neg) if has_neg else torch.zeros(q.shape[:3]).mT
+        dalpha = dalpha.transpose(1, 2).contiguous()
     return *(
-        x.transpose(1, 2).to(q.dtype).contiguous() if needed else q.new_empty(0)
-        for x, needed in zip(gradients, needs[:5], strict=True)
+        as_input(gradient, x) if needed else x.new_empty(0)
+        for gradient, x, needed in zip(found, tensors, needs[:5], strict=True)
     ), dalpha
 
 
-def _gradients(
-    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of one prompt from dz, the gradient of its Z; and that Z."""
-    x = _prompt(k, v, mask)
-    if q.numel() == 0 or k.shape[1] == 0:
-        z = torch.zeros_like(q)
-        return z, torch.zeros_like(x.k), torch.zeros_like(x.v), z
-    z, lse = _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
+def as_input(gradient: Tensor | None, x: Tensor) -> Tensor:
+    """[b, h, n, d] in fp32, or None for zeros, as the gradient of x."""
+    if gradient is None:
+        return torch.zeros(x.shape, dtype=x.dtype)
+    return gradient.transpose(1, 2).to(x.dtype).contiguous()
+
+
+def gradients(
+    dz: Tensor, q: Tensor, x: Prompt, z: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of one prompt from dz, the gradient of its Z."""
     dq, dk, dv = _attention_backward(
         dz, q, x.k, x.v, z, lse, 0.0, False, attn_mask=x.bias, scale=scale
     )
     if x.present is not None:
         # a sample without keys gave weight to its rows of zeros: that is no gradient of theirs
         dk, dv = torch.where(x.present, dk, 0.0), torch.where(x.present, dv, 0.0)
-    return dq, dk, dv, z
+    return dq, dk, dv
 
 
 def _per_row(alpha_map: Tensor) -> Tensor:

@@ -1,123 +1,169 @@
 """Registered operators. Per back end:
 
     forward_NAME     O, without a gradient: what inference calls
+    attention_NAME   the same with backward_NAME as its gradient: what training calls. Beside O it
+                     returns what backward_NAME wants to have kept
     backward_NAME    the gradients that are asked for
-    attention_NAME   forward_NAME with backward_NAME as its gradient: what training calls
 
-Inference has an operator of its own because a registered gradient costs microseconds of host time
-in every call, used or not.
+and the same three for joint attention, `joint_forward_NAME` and so on. Inference has an operator
+of its own because a registered gradient costs microseconds of host time in every call, used or not.
 
 Torch only. A back end is imported when its operator first runs, so importing the package, tracing
 and counting need neither Triton nor a GPU. A call crosses the operator boundary once.
 
-Shapes, in the terms of `attention.py`, whose checks every call has passed: q, grad_o [b, l, h, d];
-k, v [b, n, h, d] with stride 0 where a prompt is shared; masks [b, n]; alpha_map [b, l, h] in
-fp32, or None and then `alpha` is the strength.
+Shapes, in the terms of `attention.py` and `joint.py`, whose checks every call has passed:
+q, grad_o [b, l, h, d]; k, v [b, n, h, d] with stride 0 where a prompt is shared; masks [b, n];
+alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength; `rule` an index of RULES.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu")
+JOINT_BACKENDS = ()
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+# CPU for Triton as well: tests run the kernels there in its interpreter
+_DEVICES = {"triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
 
 _PROMPTS = "Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg"
 _REST = "Tensor? mask_pos, Tensor? mask_neg, Tensor? alpha_map, float alpha, float scale"
-FORWARD_SCHEMA = f"(Tensor q, {_PROMPTS}, {_REST}) -> Tensor"
-# the gradients of q, k_pos, v_pos, k_neg, v_neg and alpha_map; empty where `needs` says False
-BACKWARD_SCHEMA = (
-    f"(Tensor grad_o, Tensor q, {_PROMPTS}, {_REST}, bool[6] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_INPUTS = f"Tensor q, {_PROMPTS}, {_REST}"
+_JOINT_INPUTS = (
+    f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_REST}, int rule, int text_pos, int text_neg"
 )
-# positions of the inputs that have a gradient, in the arguments of the forward operator
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 7)
+FORWARD_SCHEMA = f"({_INPUTS}) -> Tensor"
+# What attention_NAME keeps for backward_NAME. The kernels rebuild what they need on chip; PyTorch's
+# parts would have to run the forward pass again.
+_KEPT = {"cpu": ("z_pos", "lse_pos", "z_neg", "lse_neg")}
+_JOINT_KEPT = ("o_shared", "lse_shared")
 
 
-def _forward_triton(*args):
-    from nasa_kernels._triton.forward import forward
-
-    return forward(*args)
+def _attention_schema(inputs: str, kept: Sequence[str]) -> str:
+    return f"({inputs}) -> " + ("(Tensor" + ", Tensor" * len(kept) + ")" if kept else "Tensor")
 
 
-def _backward_triton(*args):
-    from nasa_kernels._triton.backward import backward
-
-    return backward(*args)
-
-
-def _forward_cpu(*args):
-    from nasa_kernels.cpu import forward
-
-    return forward(*args)
+def _backward_schema(inputs: str, kept: Sequence[str], gradients: int) -> str:
+    """A gradient is empty where `needs` says False."""
+    tensors = "".join(f"Tensor {name}, " for name in kept)
+    returned = ", ".join(["Tensor"] * gradients)
+    return f"(Tensor grad_o, {tensors}{inputs}, bool[{gradients}] needs) -> ({returned})"
 
 
-def _backward_cpu(*args):
-    from nasa_kernels.cpu import backward
-
-    return backward(*args)
+# ------------------------------------------------------------------------------------------ fakes
 
 
-# CPU for Triton as well: tests run the kernels there in its interpreter. The `cuda` operators get
-# their implementation from the compiled extension.
-_IMPLEMENTATIONS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
-    "triton": (_forward_triton, _backward_triton, ("CUDA", "CPU")),
-    "cpu": (_forward_cpu, _backward_cpu, ("CPU",)),
-}
-
-
-def _forward_fake(
-    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale
-) -> Tensor:
+def _forward_fake(q, *args) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _backward_fake(
-    grad_o, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs
-) -> tuple[Tensor, ...]:
-    tensors = (q, k_pos, v_pos, k_neg, v_neg)
+def _attention_fake(backend: str) -> Callable:
+    def fake(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
+        from nasa_kernels.cpu import kept
+
+        return _forward_fake(q), *kept(q, k_pos, k_neg, alpha_map, alpha)
+
+    return fake if backend in _KEPT else _forward_fake
+
+
+def _joint_attention_fake(backend: str) -> Callable:
+    def fake(q, *args):
+        b, l, h, _ = q.shape
+        # PyTorch's CPU attention is left in fp32
+        dtype = torch.float32 if backend == "cpu" else q.dtype
+        return (
+            _forward_fake(q),
+            torch.empty(q.shape, dtype=dtype, device=q.device),
+            torch.empty((b, h, l), dtype=torch.float32, device=q.device),
+        )
+
+    return fake
+
+
+def _backward_fake(*args) -> tuple[Tensor, ...]:
+    *_, q, k_pos, v_pos, k_neg, v_neg, _, _, _, _, _, needs = args
+    return _gradients_fake((q, k_pos, v_pos, k_neg, v_neg), needs)
+
+
+def _joint_backward_fake(*args) -> tuple[Tensor, ...]:
+    *_, q, k, v, k_pos, v_pos, k_neg, v_neg, _, _, _, _, _, _, _, _, needs = args
+    return _gradients_fake((q, k, v, k_pos, v_pos, k_neg, v_neg), needs)
+
+
+def _gradients_fake(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    q = tensors[0]
     gradients = [
         torch.empty(x.shape if needed else (0,), dtype=q.dtype, device=q.device)
-        for x, needed in zip(tensors, needs[:5], strict=True)
+        for x, needed in zip(tensors, needs[:-1], strict=True)
     ]
-    shape = q.shape[:3] if needs[5] else (0,)
+    shape = q.shape[:3] if needs[-1] else (0,)
     return *gradients, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
+# ------------------------------------------------------------------------------------------ FLOPs
+# at 2 a multiply-add, as PyTorch counts attention; the arguments are shapes
+
+
 def _forward_flops(q, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwargs) -> int:
-    """Q K^T and P V of both prompts, at 2 FLOPs a multiply-add, as PyTorch counts attention."""
-    return 2 * _pairs(q, k_pos, k_neg) * 2
+    """Q K^T and P V of both prompts."""
+    return 2 * _product(q, k_pos, k_neg)
 
 
-def _backward_flops(
-    grad_o, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs,
-    *args, out_shape=None, **kwargs,
-) -> int:  # fmt: skip
+def _joint_forward_flops(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwargs
+) -> int:
+    """Q K^T and P V of the three segments."""
+    return 2 * _product(q, k, k_pos, k_neg)
+
+
+def _backward_flops(*args, out_shape=None, **kwargs) -> int:
+    *_, q, k_pos, _, k_neg, _, _, _, _, _, _, needs = args
+    return _gradient_flops(q, (k_pos, k_neg), needs)
+
+
+def _joint_backward_flops(*args, out_shape=None, **kwargs) -> int:
+    *_, q, k, _, k_pos, _, k_neg, _, _, _, _, _, _, _, _, _, needs = args
+    return _gradient_flops(q, (k, k_pos, k_neg), needs)
+
+
+def _gradient_flops(q, segments, needs) -> int:
     """Q K^T again and dO V^T, then one product for each of dQ, dK and dV that is asked for."""
-    both = 2 + needs[0]
-    flops = both * 2 * _pairs(q, k_pos, k_neg)
-    flops += (needs[1] + needs[2]) * 2 * _pairs(q, k_pos)
-    return flops + (needs[3] + needs[4]) * 2 * _pairs(q, k_neg)
+    flops = (2 + needs[0]) * _product(q, *segments)
+    for i, k in enumerate(segments):
+        flops += (needs[1 + 2 * i] + needs[2 + 2 * i]) * _product(q, k)
+    return flops
 
 
-def _pairs(q, *prompts) -> int:
-    """b h l n d of a product between the queries and the keys of `prompts`, given as shapes."""
+def _product(q, *segments) -> int:
     b, l, h, d = q
-    return b * h * l * d * sum(k[1] for k in prompts)
+    return 2 * b * h * l * d * sum(k[1] for k in segments)
 
 
-def _save_inputs(ctx, inputs, output) -> None:
-    *tensors, ctx.alpha, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+# --------------------------------------------------------------------------------------- autograd
 
 
-def _differentiate(backward_operator) -> Callable:
-    def backward(ctx, grad_o):
-        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        gradients = backward_operator(grad_o, *ctx.saved_tensors, ctx.alpha, ctx.scale, needs)
-        all_inputs: list[Tensor | None] = [None] * 10
-        for i, needed, gradient in zip(_DIFFERENTIABLE, needs, gradients, strict=True):
+def _keep(ctx, inputs, output) -> None:
+    tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+    # the numbers stand behind the tensors
+    ctx.numbers = inputs[len(tensors) :]
+    ctx.save_for_backward(*(output[1:] if isinstance(output, tuple) else ()), *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(backward_operator, differentiable: Sequence[int]) -> Callable:
+    """`differentiable`: the positions of the inputs that have a gradient."""
+
+    def backward(ctx, grad_o, *nothing):
+        all_inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad_o is None:
+            return tuple(all_inputs)
+        needs = [ctx.needs_input_grad[i] for i in differentiable]
+        gradients = backward_operator(grad_o, *ctx.saved_tensors, *ctx.numbers, needs)
+        for i, needed, gradient in zip(differentiable, needs, gradients, strict=True):
             all_inputs[i] = gradient if needed else None
         return tuple(all_inputs)
 
@@ -135,37 +181,99 @@ def _ignore_inputs(ctx, inputs, output) -> None:
     """Nothing is kept for a second derivative, which is refused."""
 
 
-def _register(backend: str) -> tuple[Callable, Callable]:
-    """Define the operators of a back end; return `forward_NAME` and `attention_NAME`."""
-    tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-    packets = []
-    for kind, schema, fake, flops in (
-        ("forward", FORWARD_SCHEMA, _forward_fake, _forward_flops),
-        ("backward", BACKWARD_SCHEMA, _backward_fake, _backward_flops),
-        ("attention", FORWARD_SCHEMA, _forward_fake, _forward_flops),
-    ):
-        name = f"nasa_kernels::{kind}_{backend}"
-        # define/impl, not custom_op: the eager call costs microseconds, and so do these kernels
-        torch.library.define(name, schema, tags=tags)
-        torch.library.register_fake(name, fake)
-        packets.append(getattr(torch.ops.nasa_kernels, f"{kind}_{backend}"))
-        register_flop_formula(packets[-1])(flops)
-    forward, backward, attention = (packet.default for packet in packets)
+# ----------------------------------------------------------------------------------- registration
 
-    if backend in _IMPLEMENTATIONS:
-        run_forward, run_backward, devices = _IMPLEMENTATIONS[backend]
-        torch.library.impl(forward.name(), devices, run_forward)
-        torch.library.impl(backward.name(), devices, run_backward)
-    torch.library.impl(attention.name(), "CompositeExplicitAutograd", forward)
+
+def _lazily(module: str, function: str) -> Callable:
+    def implementation(*args):
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return implementation
+
+
+def _define(name: str, schema: str, fake: Callable, flops: Callable) -> Any:
+    # define/impl, not custom_op: the eager call costs microseconds, and so do these kernels
+    torch.library.define(f"nasa_kernels::{name}", schema, tags=_TAGS)
+    torch.library.register_fake(f"nasa_kernels::{name}", fake)
+    packet = getattr(torch.ops.nasa_kernels, name)
+    register_flop_formula(packet)(flops)
+    return packet.default
+
+
+def _connect(attention, backward, differentiable: Sequence[int]) -> None:
     torch.library.register_autograd(
-        attention.name(), _differentiate(backward), setup_context=_save_inputs
+        attention.name(), _differentiate(backward, differentiable), setup_context=_keep
     )
     torch.library.register_autograd(
         backward.name(), _refuse_second_derivative, setup_context=_ignore_inputs
     )
+
+
+def _register(backend: str) -> tuple[Any, Any]:
+    """Define the operators of a back end; return `forward_NAME` and `attention_NAME`."""
+    kept = _KEPT.get(backend, ())
+    forward = _define(f"forward_{backend}", FORWARD_SCHEMA, _forward_fake, _forward_flops)
+    attention = _define(
+        f"attention_{backend}",
+        _attention_schema(_INPUTS, kept),
+        _attention_fake(backend),
+        _forward_flops,
+    )
+    backward = _define(
+        f"backward_{backend}", _backward_schema(_INPUTS, kept, 6), _backward_fake, _backward_flops
+    )
+    # the `cuda` operators get their implementation from the compiled extension
+    modules = {
+        "triton": ("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
+        "cpu": ("nasa_kernels.cpu", "nasa_kernels.cpu"),
+    }
+    if backend in modules:
+        of_forward, of_backward = modules[backend]
+        devices = _DEVICES[backend]
+        torch.library.impl(forward.name(), devices, _lazily(of_forward, "forward"))
+        torch.library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
+    if kept:
+        torch.library.impl(attention.name(), devices, _lazily(of_forward, "attention"))
+    else:
+        torch.library.impl(attention.name(), "CompositeExplicitAutograd", forward)
+    _connect(attention, backward, (0, 1, 2, 3, 4, 7))
+    return forward, attention
+
+
+def _register_joint(backend: str) -> tuple[Any, Any]:
+    """Likewise `joint_forward_NAME` and `joint_attention_NAME`."""
+    forward = _define(
+        f"joint_forward_{backend}",
+        f"({_JOINT_INPUTS}) -> Tensor",
+        _forward_fake,
+        _joint_forward_flops,
+    )
+    attention = _define(
+        f"joint_attention_{backend}",
+        _attention_schema(_JOINT_INPUTS, _JOINT_KEPT),
+        _joint_attention_fake(backend),
+        _joint_forward_flops,
+    )
+    backward = _define(
+        f"joint_backward_{backend}",
+        _backward_schema(_JOINT_INPUTS, _JOINT_KEPT, 8),
+        _joint_backward_fake,
+        _joint_backward_flops,
+    )
+    module = {"triton": "nasa_kernels._triton.joint", "cpu": "nasa_kernels.cpu_joint"}[backend]
+    for operator, function in (
+        (forward, "forward"),
+        (attention, "attention"),
+        (backward, "backward"),
+    ):
+        torch.library.impl(operator.name(), _DEVICES[backend], _lazily(module, function))
+    _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return forward, attention
 
 
 _OPERATORS = {backend: _register(backend) for backend in BACKENDS}
 FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
+_JOINT_OPERATORS = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
+JOINT_FORWARD = {backend: forward for backend, (forward, _) in _JOINT_OPERATORS.items()}
+JOINT_ATTENTION = {backend: attention for backend, (_, attention) in _JOINT_OPERATORS.items()}

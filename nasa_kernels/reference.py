@@ -2,6 +2,8 @@
 
     O = softmax(Q K+^T * scale + bias+) V+  -  alpha * softmax(Q K-^T * scale + bias-) V-
 
+and, where image keys are shared by both prompts, joint attention (`joint`).
+
 Read this file to know what every back end must compute. It is differentiable as often as you
 like, in forward and in reverse mode, and it is what `backend="reference"` runs. fp16 and bf16 are
 computed in fp32 and rounded once, at the end; fp32 and fp64 are computed as they are.
@@ -9,8 +11,12 @@ computed in fp32 and rounded once, at the end; fp32 and fp64 are computed as the
 Names: b batch, h heads, l queries, n text tokens, d head_dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf")
 
 
 def additive_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,4 +70,97 @@ def nasa_attention_reference(
         o = o - weight * attend(q, k_neg, v_neg, mask_neg, scale)
     elif alpha != 0:
         o = o - alpha * attend(q, k_neg, v_neg, mask_neg, scale)
+    return o.to(dtype).contiguous()
+
+
+def joint(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: float | Tensor,
+    rule: str,
+    text_queries: tuple[int, int],
+    mask_pos: Tensor | None,
+    mask_neg: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Joint attention by its definitions, out of whole attentions `attend(q, k, v, mask, scale)`.
+
+    Z+ and Z- of the image queries:
+
+        nasa        Z+ over [shared; pos]        Z- over [shared; neg]
+        nasa-text   Z+ over [shared; pos]        Z- the same, with 0 for the shared values
+        nasa-cross  Z+ over [shared; pos]        Z- over neg
+        vsf         both over [shared; pos; neg]: Z+ with 0 for the negative's values, Z- with 0
+                    for all the others
+    """
+    b, l, h, d = q.shape
+    image = l - sum(text_queries)
+    q, q_pos, q_neg = q.split((image, *text_queries), dim=1)
+    with_pos = _join((k, k_pos), (v, v_pos), (None, mask_pos))
+    with_neg = _join((k, k_neg), (v, v_neg), (None, mask_neg))
+    if rule == "vsf":
+        keys, masks = (k, k_pos, k_neg), (None, mask_pos, mask_neg)
+        kept = _join(keys, (v, v_pos, torch.zeros_like(v_neg)), masks)
+        taken = _join(keys, (torch.zeros_like(v), torch.zeros_like(v_pos), v_neg), masks)
+    else:
+        kept = with_pos
+        taken = {
+            "nasa": with_neg,
+            "nasa-text": _join((k, k_neg), (torch.zeros_like(v), v_neg), (None, mask_neg)),
+            "nasa-cross": (k_neg, v_neg, mask_neg),
+        }[rule]
+    o = attend(q, *kept, scale)
+    if isinstance(alpha, Tensor):
+        # [b, l, h] -> [b, image, h, 1]
+        alpha = alpha.to(q.dtype).expand(b, l, h)[:, :image].unsqueeze(-1)
+    if isinstance(alpha, Tensor) or alpha != 0:
+        o = o - alpha * attend(q, *taken, scale)
+    return torch.cat((o, attend(q_pos, *with_pos, scale), attend(q_neg, *with_neg, scale)), dim=1)
+
+
+def _join(
+    keys: tuple[Tensor, ...], values: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Several segments as one: their keys, their values, and an additive mask if any has one."""
+    mask = None
+    if any(part is not None for part in masks):
+        mask = torch.cat(
+            [
+                k.new_zeros(k.shape[:2]) if part is None else additive_bias(part, k.dtype)
+                for k, part in zip(keys, masks, strict=True)
+            ],
+            dim=1,
+        )
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1), mask
+
+
+def nasa_joint_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: float | Tensor,
+    *,
+    rule: str = "nasa-cross",
+    text_queries: tuple[int, int] = (0, 0),
+    mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`nasa_joint_attention` without its checks and its kernels; the arguments mean the same."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = q.dtype
+    tensors = (q, k, v, k_pos, v_pos, k_neg, v_neg)
+    if dtype in (torch.float16, torch.bfloat16):
+        tensors = tuple(x.float() for x in tensors)
+    o = joint(attend, *tensors, alpha, rule, text_queries, mask_pos, mask_neg, scale)
     return o.to(dtype).contiguous()

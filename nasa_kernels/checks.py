@@ -1,0 +1,165 @@
+"""What the public functions ask of their tensors; `function` is the name an error starts with."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nasa_kernels import backends
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast like an op of autocast's lower-precision list; alpha and the masks stay as they are."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
+
+
+def check_queries(function: str, q: Tensor) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"{function}: q must be [b, l, h, d], got {_sizes(q)}")
+    if q.dtype not in _DTYPES:
+        raise ValueError(
+            f"{function}: q must be fp16, bf16, fp32 or fp64, got {q.dtype}; cast it first"
+        )
+    if not 1 <= q.shape[3] <= backends.MAX_HEAD_DIM:
+        raise ValueError(
+            f"{function}: head_dim d of q must be 1 to {backends.MAX_HEAD_DIM}, "
+            f"got {_sizes(q)}; the layout is [b, l, h, d]"
+        )
+    if q.stride(3) != 1:
+        _last_dimension(function, "q", q)
+
+
+def check_prompt(
+    function: str, q: Tensor, k: Tensor, v: Tensor, side: str
+) -> tuple[Tensor, Tensor]:
+    """Check k and v of one side; return them expanded to the batch and heads of `q`, as views."""
+    b, _, h, d = q.shape
+    for letter, x in (("k", k), ("v", v)):
+        shape = x.shape
+        if len(shape) != 4 or shape[3] != d or shape[0] not in (1, b) or shape[2] not in (1, h):
+            raise ValueError(
+                f"{function}: {letter}{side} must be [{b} or 1, n, {h} or 1, {d}] to match q "
+                f"{_sizes(q)}, got {_sizes(x)}"
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(
+                f"{function}: {letter}{side} must have the dtype of q, {q.dtype}, got "
+                f"{x.dtype}; call {letter}{side}.to(q.dtype)"
+            )
+        if x.device != q.device:
+            raise _wrong_device(function, q, f"{letter}{side}", x)
+        if x.stride(3) != 1:
+            _last_dimension(function, f"{letter}{side}", x)
+    n = k.shape[1]
+    if v.shape[1] != n:
+        raise ValueError(f"{function}: k{side} has {n} tokens but v{side} has {v.shape[1]}")
+    return (
+        k if k.shape[0] == b and k.shape[2] == h else k.expand(b, n, h, d),
+        v if v.shape[0] == b and v.shape[2] == h else v.expand(b, n, h, d),
+    )
+
+
+def check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) -> Tensor:
+    b, n = k.shape[:2]
+    if mask.dim() != 2 or mask.shape[0] not in (1, b) or mask.shape[1] != n:
+        raise ValueError(
+            f"{function}: {name} must be [{b} or 1, {n}], one value per key, got {_sizes(mask)}"
+        )
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise ValueError(
+            f"{function}: {name} must be bool (True = attend) or an additive bias in fp32 or "
+            f"in the dtype of q, {q.dtype}, got {mask.dtype}; for a mask of 0 and 1 call "
+            f"{name}.bool()"
+        )
+    if mask.requires_grad:
+        raise ValueError(
+            f"{function}: {name} must not require a gradient, there is none for masks; call "
+            f"{name}.detach()"
+        )
+    if mask.device != q.device:
+        raise _wrong_device(function, q, name, mask)
+    return mask.expand(b, n)
+
+
+def check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
+    """Return alpha as a map `[b, l, h]` or as a number; the other one is None or 0."""
+    if not isinstance(alpha, Tensor):
+        if isinstance(alpha, bool) or not isinstance(alpha, (float, int, torch.SymFloat)):
+            raise ValueError(
+                f"{function}: alpha must be a number or a tensor, got {type(alpha).__name__}"
+            )
+        if torch.compiler.is_compiling():
+            # a number would be a constant of the graph, and each new one a recompilation
+            alpha = torch.full((), alpha, dtype=torch.float32, device=q.device)
+            return alpha.expand(q.shape[:3]), 0.0
+        if not math.isfinite(alpha):
+            raise ValueError(f"{function}: alpha must be finite, got {alpha}")
+        return None, float(alpha)
+    rows = q.shape[:3]
+    if alpha.dtype != torch.float32 and not alpha.dtype == q.dtype == torch.float64:
+        raise ValueError(
+            f"{function}: a tensor alpha must be fp32, got {alpha.dtype}; call alpha.float()"
+        )
+    if alpha.dim() > 3 or any(
+        size not in (1, row) for size, row in zip(alpha.shape, rows[3 - alpha.dim() :], strict=True)
+    ):
+        raise ValueError(
+            f"{function}: alpha must broadcast to [b, l, h] {list(rows)}, got {_sizes(alpha)}; "
+            "one value per sample is [b, 1, 1], one per head is [h]"
+        )
+    if alpha.device != q.device:
+        raise _wrong_device(function, q, "alpha", alpha)
+    return alpha.expand(rows), 0.0
+
+
+def check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take positive scales only: a negative one moves its sign into q, exactly."""
+    if isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat)):
+        raise ValueError(f"{function}: scale must be a number, got {type(scale).__name__}")
+    if torch.compiler.is_compiling() and scale > 0:
+        # a symbol, whose finiteness the compiler cannot ask for
+        return q, float(scale)
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"{function}: scale must be finite and not 0, got {scale}")
+    return (-q, -float(scale)) if scale < 0 else (q, float(scale))
+
+
+def check_transforms(function: str, differentiable: bool, *tensors: Tensor) -> None:
+    """Refuse what would lose a derivative in silence, or end in an error about something else."""
+    if differentiable and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{function}: the fused back ends do not take part in torch.func.grad and its "
+            "relatives; call .backward() or use backend='reference'"
+        )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise RuntimeError(
+            f"{function}: the fused back ends have no forward-mode derivative; use "
+            "backend='reference', which has"
+        )
+
+
+def _wrong_device(function: str, q: Tensor, name: str, x: Tensor) -> ValueError:
+    return ValueError(
+        f"{function}: {name} must be on the device of q, {q.device}, got {x.device}; call "
+        f"{name}.to(q.device)"
+    )
+
+
+def _last_dimension(function: str, name: str, x: Tensor) -> None:
+    if x.shape[3] != 1 and x.numel() > 0:
+        raise ValueError(
+            f"{function}: the last dimension of {name} must be contiguous, got strides "
+            f"{list(x.stride())}; call {name}.contiguous()"
+        )
+
+
+def _sizes(x: Tensor) -> list[int]:
+    return list(x.shape)
