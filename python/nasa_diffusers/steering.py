@@ -53,7 +53,7 @@ class Steering:
         self.cache = cache
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.alphas: dict[tuple, LayerAlpha] = {}
-        self.last_text: weakref.ref | None = None
+        self.last_negative: tuple[weakref.ref, Negative] | None = None
         self.layers = {
             name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
             for name, attn in family.layers(denoiser)
@@ -104,8 +104,7 @@ class Steering:
             first = first_guided_row(caller, settings.cfg, sample)
         elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
             return None
-        prompts = None if caller is None else caller.prompts
-        kwargs["encoder_hidden_states"] = self._steer(settings, text, sample, first, prompts)
+        kwargs["encoder_hidden_states"] = self._steer(settings, text, sample, first, caller)
         return (), kwargs
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
@@ -120,9 +119,10 @@ class Steering:
         return window.holds(*caller.step)
 
     def _steer(
-        self, settings: Settings, text: Tensor, sample: Tensor, first: int, prompts: int | None
+        self, settings: Settings, text: Tensor, sample: Tensor, first: int, caller: Caller | None
     ) -> Steered:
-        negative = self._current_negative(settings, text)
+        negative = self._current_negative(settings, text, caller)
+        prompts = None if caller is None else caller.prompts
         placed = [term.rows(text, first, prompts) for term in negative.terms]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
@@ -142,14 +142,20 @@ class Steering:
         )
         return Steered(text, terms, settings.backend, prompts_seen)
 
-    def _current_negative(self, settings: Settings, text: Tensor) -> Negative:
-        """Encodes again after a text encoder changed; looks only when a prompt is new."""
-        if self.last_text is not None and self.last_text() is text:
-            return settings.negative
-        negative = settings.negative.current(self.pipe, self.family)
+    def _current_negative(
+        self, settings: Settings, text: Tensor, caller: Caller | None
+    ) -> Negative:
+        """Encodes again after a text encoder changed, or for a call with another clip_skip or
+        text LoRA scale; looks only when a prompt is new."""
+        if self.last_negative is not None:
+            last_text, negative = self.last_negative
+            if last_text() is text and negative is settings.negative:
+                return negative
+        options = {} if caller is None else caller.text_options(self.family.text_options)
+        negative = settings.negative.current(self.pipe, self.family, options)
         if self.settings is settings:
             self.settings = replace(settings, negative=negative)
-            self.last_text = weakref.ref(text)
+            self.last_negative = weakref.ref(text), negative
         return negative
 
     def _alpha(

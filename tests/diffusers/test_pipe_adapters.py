@@ -1,5 +1,6 @@
 """LoRA and IP-Adapter, loaded, switched, rescaled and unloaded while NASA is on."""
 
+import diffusers
 import pytest
 import torch
 from drawing import assert_same_image, negative_embeds
@@ -83,6 +84,54 @@ def test_lora_of_the_text_encoder(sd, draw, compare):
         compare(sd, oracle, lambda pipe: None)
         compare(sd, oracle, lambda pipe: add_lora(pipe.text_encoder, "first", 1, targets))
         compare(sd, oracle, lambda pipe: pipe.set_adapters(["first"], [0.2]))
+
+
+@pytest.mark.parametrize("build", [testing.stable_diffusion, testing.stable_diffusion_xl])
+def test_options_of_the_call_reach_the_negative_prompt(build, draw):
+    """clip_skip and the scale of text LoRAs: both prompts are encoded alike, call by call."""
+    pipe, oracle = build(), build()
+    for each in (pipe, oracle):
+        add_lora(each.text_encoder, "first", 1, ("q_proj", "v_proj"))
+    lora_scale = {"cross_attention_kwargs": {"scale": 0.1}}
+    calls = [({}, {}), (lora_scale, {"lora_scale": 0.1}), ({}, {})]
+    # with transformers 5 the stock clip_skip of Stable Diffusion 1 and 2 is an AttributeError
+    if hasattr(pipe, "text_encoder_2") or hasattr(pipe.text_encoder, "text_model"):
+        calls += [({"clip_skip": 1}, {"clip_skip": 1}), ({}, {})]
+    negatives = []
+    with nasa(pipe, "blurry", alpha=0.5):
+        for call, encoding in calls:
+            negatives.append(
+                oracle.encode_prompt(
+                    "blurry",
+                    device="cpu",
+                    do_classifier_free_guidance=False,
+                    num_images_per_prompt=1,
+                    **encoding,
+                )[0]  # fmt: skip
+            )
+            with algorithm_1(oracle.unet, [(negatives[-1], None, 0.5)]):
+                expected = draw(oracle, steps=2, **call)
+            assert_same_image(draw(pipe, steps=2, **call), expected)
+    # each option changes the negative prompt by itself
+    pairs = zip(negatives, negatives[1:], strict=False)
+    assert not any(torch.allclose(a, b, rtol=1e-4) for a, b in pairs)
+
+
+def test_lora_scale_of_image_to_image(sd):
+    """These pipelines have another name for it."""
+    add_lora(sd.text_encoder, "first", 1, ("q_proj", "v_proj"))
+    second = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(sd)
+    second.set_progress_bar_config(disable=True)
+    labels = []
+    with nasa(second, "blurry", alpha=0.5) as handle:
+        for scale in (None, {"scale": 0.1}):
+            second(
+                "a cat", image=torch.zeros(1, 3, 32, 32), strength=1.0, num_inference_steps=1,
+                guidance_scale=0, cross_attention_kwargs=scale,
+            )  # fmt: skip
+            labels.append(handle._steerings[0].settings.negative.terms[0].embeds)
+    expected = sd.encode_prompt("blurry", "cpu", 1, False, lora_scale=0.1)[0]
+    assert torch.equal(labels[1], expected) and not torch.equal(*labels)
 
 
 def test_lora_dropout_is_not_cached(sd, draw):

@@ -31,6 +31,8 @@ class Family:
     rule = "nasa"
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
+    # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
+    text_options: tuple[str, ...] = ()
     # one doubled batch per step under classifier-free guidance, or two calls
     doubles_batch = True
     # processors whose computation `queries`, `keys_values` and `output` reproduce
@@ -46,9 +48,10 @@ class Family:
         raise NotImplementedError
 
     def encode(
-        self, pipe: Any, prompts: list[str], max_sequence_length: int | None
+        self, pipe: Any, prompts: list[str], max_sequence_length: int | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`[m, n, c]` and, where the family masks its text, `[m, n]`."""
+        """`[m, n, c]` and, where the family masks its text, `[m, n]`. `options` are those of
+        `text_options` that the call has set."""
         raise NotImplementedError
 
     def grids(self, denoiser: Denoiser, sample: Tensor) -> tuple[Grid, ...]:

@@ -12,7 +12,7 @@ class PixArt(Family):
         """The paper's, for PixArt-alpha; -sigma has the same blocks."""
         return 0.5
 
-    def encode(self, pipe, prompts, max_sequence_length):
+    def encode(self, pipe, prompts, max_sequence_length, **options):
         length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         embeds, mask, *_ = pipe.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=on_device(pipe), **length

@@ -23,7 +23,7 @@ class Wan(Family):
         """The paper has none for video: PixArt's, the transformer it does name."""
         return 0.5
 
-    def encode(self, pipe, prompts, max_sequence_length):
+    def encode(self, pipe, prompts, max_sequence_length, **options):
         embeds, _ = pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
