@@ -68,5 +68,5 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
 	    triton==3.6.0 diffusers==0.35.2 transformers==4.57.6 tokenizers==0.22.2 \
-	    huggingface-hub==0.36.2 torchao==0.15.0
+	    huggingface-hub==0.36.2 peft==0.17.0 torchao==0.15.0
 	@touch $@

@@ -70,7 +70,7 @@ class CrossAttentionHook(Hook):
         self._check_processor(attn, images)
 
         q = self.family.queries(attn, hidden_states)
-        (k_pos, v_pos), *negatives = self._keys_values(attn, text)
+        (k_pos, v_pos), *negatives = self.keys_values(attn, text)
         if not torch.compiler.is_compiling():
             self.last_call = LayerCall(q.shape, [x.shape for x in text.texts])
         queries = q.shape[1]
@@ -103,8 +103,10 @@ class CrossAttentionHook(Hook):
 
     # ---- keys and values ---------------------------------------------------------------------
 
-    def _keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
+    def keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
         """K and V of the positive text, then of each negative one."""
+        if text.prepared is not None:
+            return text.prepared.keys_values[self.name]
         if text.prompts is None or not text.is_cached:
             return self._project(attn, text.texts)
         are_uniform = text.prompts.are_uniform
@@ -139,6 +141,12 @@ class TextHook(Hook):
     def new_forward(self, module: nn.Module, text: Any, *args, **kwargs):
         if not isinstance(text, Steered):
             return self.stock(text, *args, **kwargs)
+        return self.project(module, text, *args, **kwargs)
+
+    def project(self, module: nn.Module, text: Steered, *args, **kwargs) -> Steered:
+        """All texts as the module makes them."""
+        if text.prepared is not None:
+            return text.as_prepared()
 
         def project() -> list[tuple[Tensor, ...]]:
             return [(self.stock(x, *args, **kwargs),) for x in text.texts]

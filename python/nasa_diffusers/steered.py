@@ -33,6 +33,15 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a compiled denoiser is handed instead of projecting text: inputs of its graph, so that
+    another prompt is other data."""
+
+    text: Tensor  # the positive one, after the text projections before the blocks
+    keys_values: dict[str, list[tuple[Tensor, ...]]]  # by the name of the layer
+
+
+@dataclass(frozen=True, eq=False)
 class Steered:
     """The positive text and the negative ones, on their way to the cross-attention layers."""
 
@@ -41,6 +50,7 @@ class Steered:
     backend: str | None
     prompts: Prompts | None  # where their keys and values are kept; None: nowhere
     made_by: Fingerprint | None = None  # the text projections passed so far
+    prepared: Prepared | None = None
 
     @property
     def is_cached(self) -> bool:
@@ -56,6 +66,11 @@ class Steered:
         text, *negatives = texts
         terms = tuple(replace(t, text=x) for t, x in zip(self.terms, negatives, strict=True))
         return replace(self, text=text, terms=terms, made_by=made_by)
+
+    def as_prepared(self) -> Steered:
+        """After one of the text projections, whose work `prepared` already holds."""
+        assert self.prepared is not None
+        return replace(self, text=self.prepared.text)
 
     def view(self, *shape: int) -> Steered:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers.alpha import Alpha, LayerAlpha
 from nasa_diffusers.cache import TextCache
@@ -17,7 +19,7 @@ from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
 from nasa_diffusers.negative import Negative, spread
-from nasa_diffusers.steered import Steered, Term
+from nasa_diffusers.steered import Prepared, Steered, Term
 from nasa_diffusers.window import Window
 
 
@@ -59,6 +61,7 @@ class Steering:
             for name, attn in family.layers(denoiser)
         }
         self.text_hooks = family.text_hooks(denoiser, cache)
+        self.path_to_layers = _path_to(denoiser, self.layers)
         self._handle: Any = None
 
     @property
@@ -104,7 +107,10 @@ class Steering:
             first = first_guided_row(caller, settings.cfg, sample)
         elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
             return None
-        kwargs["encoder_hidden_states"] = self._steer(settings, text, sample, first, caller)
+        steered = self._steer(settings, text, sample, first, caller)
+        if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
+            steered = self._prepare(steered)
+        kwargs["encoder_hidden_states"] = steered
         return (), kwargs
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
@@ -141,6 +147,50 @@ class Steering:
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
         return Steered(text, terms, settings.backend, prompts_seen)
+
+    # ---- compiled denoisers ------------------------------------------------------------------
+
+    def _is_compiled(self, caller: Caller | None) -> bool:
+        """Whether layers will run as part of a graph, as far as can be seen from outside."""
+        if any(module._compiled_call_impl is not None for module in self.path_to_layers):
+            return True
+        pipes = (self.pipe,) if caller is None else (self.pipe, caller.pipe)
+        return any(
+            isinstance(part, OptimizedModule) and part._orig_mod is self.denoiser
+            for pipe in pipes
+            for part in vars(pipe).values()
+        )
+
+    def _can_prepare(self, kwargs: dict[str, Any]) -> bool:
+        """False where projections are not yet, in this hook, what they are in the forward pass:
+        LoRAs that the call rescales, weights that offloading brings with a block."""
+        for name, value in kwargs.items():
+            if name.endswith("attention_kwargs") and value and value.get("scale") is not None:
+                return False
+        for module in self.path_to_layers:
+            registry = getattr(module, "_diffusers_hook", None)
+            moves = registry is not None and registry.get_hook("group_offloading") is not None
+            if moves or hasattr(module, "_hf_hook"):
+                return False
+        return True
+
+    def _prepare(self, steered: Steered) -> Steered:
+        """Project the text here, outside the graph, where what is kept from earlier calls can be
+        looked up; the graph receives keys and values as inputs."""
+        text = steered
+        for module, hook in self.text_hooks:
+            text = hook.project(module, text)
+        keys_values = {
+            name: hook.keys_values(attn, text)
+            for name, (attn, hook) in self.layers.items()
+            if hook.guided
+        }
+        for pairs in keys_values.values():
+            for pair in pairs:
+                for x in pair:
+                    # a prompt of another length is other data, too
+                    torch._dynamo.maybe_mark_dynamic(x, 1)
+        return replace(steered, prepared=Prepared(text.text, keys_values))
 
     def _current_negative(
         self, settings: Settings, text: Tensor, caller: Caller | None
@@ -185,3 +235,10 @@ class Steering:
             return LayerAlpha(values)
         grids = self.family.grids(self.denoiser, sample)
         return LayerAlpha(values, alpha.region.to(sample.device), grids)
+
+
+def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
+    """The layers and every module that calls them, `denoiser` first."""
+    parts = (name.split(".") for name in layers)
+    paths = {".".join(part[:i]) for part in parts for i in range(len(part) + 1)}
+    return [denoiser.get_submodule(path) for path in sorted(paths)]

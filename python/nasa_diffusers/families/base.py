@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid
 from nasa_diffusers.cache import TextCache
-from nasa_diffusers.layer import Hook, TextHook
+from nasa_diffusers.layer import TextHook
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -58,7 +58,7 @@ class Family:
         """Frames, height and width of the image tokens, for every size a layer may have."""
         raise NotImplementedError
 
-    def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, Hook]]:
+    def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, TextHook]]:
         """The modules that receive the text before the blocks do, each with a hook for it."""
         modules = (getattr(denoiser, name) for name in self.text_modules)
         return [(module, TextHook(cache)) for module in modules if module is not None]

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from nasa_diffusers.cache import Fingerprint
 from nasa_diffusers.families.base import Family, on_device, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
-from nasa_diffusers.layer import Hook
+from nasa_diffusers.layer import TextHook
 from nasa_diffusers.steered import Steered
 
 
@@ -69,25 +69,29 @@ class Wan(Family):
         return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
 
 
-class WanTextHook(Hook):
+class WanTextHook(TextHook):
     """The condition embedder takes timestep and text together: only the text is doubled."""
 
-    def __init__(self, cache):
-        super().__init__()
-        self.cache = cache
-
-    def new_forward(self, module, timestep, text, *args, **kwargs):
+    def new_forward(self, module, timestep, text, *args, **kwargs):  # type: ignore[override]
         if not isinstance(text, Steered):
             return self.stock(timestep, text, *args, **kwargs)
         temb, timestep_proj, projected, images = self.stock(timestep, text.text, *args, **kwargs)
+        return temb, timestep_proj, self.project(module, text, projected), images
 
-        def project():
-            return [(module.text_embedder(term.text),) for term in text.terms]
+    def project(self, module, text, positive=None):
+        """`positive` is the positive text, where the module has projected it already."""
+        if text.prepared is not None:
+            return text.as_prepared()
+        texts = text.texts if positive is None else text.texts[1:]
+
+        def embed():
+            return [(module.text_embedder(x),) for x in texts]
 
         if text.is_cached:
             made_by = Fingerprint([module.text_embedder], text.made_by)
-            made = self.cache.through(module, made_by, text.prompts, project)
+            owner = module if positive is None else module.text_embedder
+            made = self.cache.through(owner, made_by, text.prompts, embed)
         else:
-            made_by, made = None, project()
-        steered = text.projected([projected, *(x for (x,) in made)], made_by)
-        return temb, timestep_proj, steered, images
+            made_by, made = None, embed()
+        projected = [x for (x,) in made]
+        return text.projected(projected if positive is None else [positive, *projected], made_by)
