@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nasa_diffusers import ip_adapter
 from nasa_diffusers.cache import Fingerprint, TextCache
+from nasa_diffusers.methods import KeysValues, Signed, steer
 from nasa_diffusers.steered import Steered
-from nasa_kernels import nasa_attention
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.base import Family
@@ -70,21 +70,15 @@ class CrossAttentionHook(Hook):
         self._check_processor(attn, images)
 
         q = self.family.queries(attn, hidden_states)
-        (k_pos, v_pos), *negatives = self.keys_values(attn, text)
+        pos, *negatives = self.keys_values(attn, text)
         if not torch.compiler.is_compiling():
             self.last_call = LayerCall(q.shape, [x.shape for x in text.texts])
-        queries = q.shape[1]
-        mask_pos = _key_mask(self.name, attention_mask, k_pos.shape[1])
-        o: Tensor | None = None
-        for term, (k_neg, v_neg) in zip(text.terms, negatives, strict=True):
-            z = nasa_attention(
-                q, k_pos, v_pos, k_neg, v_neg, term.alpha.at(queries),
-                mask_pos=mask_pos, mask_neg=term.mask, backend=text.backend,
-            )  # fmt: skip
-            o = z if o is None else o + z
-            # Z+ counts once: a prompt without keys contributes 0 to the terms that follow
-            k_pos, v_pos, mask_pos = k_pos[:, :0], v_pos[:, :0], None
-        assert o is not None, "enable_nasa refuses an empty list of negative prompts"
+        if attention_mask is not None:
+            pos = pos._replace(mask=_key_mask(self.name, attention_mask, pos.k.shape[1]))
+        signed = [
+            Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
+        ]
+        o = steer(q, pos, signed, text.rule, text.nag, text.backend)
         # [b, l, h, d] -> [b, l, h * d], a view
         o = o.flatten(2)
         if images is not None:
@@ -103,10 +97,15 @@ class CrossAttentionHook(Hook):
 
     # ---- keys and values ---------------------------------------------------------------------
 
-    def keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
+    def keys_values(self, attn: Any, text: Steered) -> list[KeysValues]:
         """K and V of the positive text, then of each negative one."""
         if text.prepared is not None:
             return text.prepared.keys_values[self.name]
+        masks = [None, *(term.mask for term in text.terms)]
+        made = self._made(attn, text)
+        return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
+
+    def _made(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
         if text.prompts is None or not text.is_cached:
             return self._project(attn, text.texts)
         are_uniform = text.prompts.are_uniform
@@ -178,10 +177,8 @@ class LayerCall:
         return sum(4 * r * n * c * h * d for r, n, c in self.texts[1:])
 
 
-def _key_mask(layer: str, mask: Tensor | None, keys: int) -> Tensor | None:
+def _key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
     """diffusers' additive mask `[b, 1, n]` as one bias per key, `[b, n]`."""
-    if mask is None:
-        return None
     if mask.dim() != 3 or mask.shape[1] != 1 or mask.shape[2] != keys:
         raise ValueError(
             f"nasa_diffusers: the text mask of layer {layer!r} must be [b, 1, {keys}], one value "

@@ -68,7 +68,7 @@ def make_report(steerings: list[Steering]) -> Report:
     )
     return Report(
         family=first.family.name,
-        rule=first.family.rule,
+        rule=settings.rule if settings.nag is None else str(settings.nag),
         alpha=str(settings.alpha),
         negatives=negatives,
         steps=str(settings.window),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nasa_diffusers.alpha import LayerAlpha
+from nasa_diffusers.methods import KeysValues, Nag
 
 if TYPE_CHECKING:
     from nasa_diffusers.cache import Fingerprint, Prompts
@@ -38,7 +39,7 @@ class Prepared:
     another prompt is other data."""
 
     text: Tensor  # the positive one, after the text projections before the blocks
-    keys_values: dict[str, list[tuple[Tensor, ...]]]  # by the name of the layer
+    keys_values: dict[str, list[KeysValues]]  # by the name of the layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,8 @@ class Steered:
     prompts: Prompts | None  # where their keys and values are kept; None: nowhere
     made_by: Fingerprint | None = None  # the text projections passed so far
     prepared: Prepared | None = None
+    rule: str = "nasa"
+    nag: Nag | None = None
 
     @property
     def is_cached(self) -> bool:

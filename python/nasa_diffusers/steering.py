@@ -18,6 +18,7 @@ from nasa_diffusers.cache import TextCache
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
+from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, spread
 from nasa_diffusers.steered import Prepared, Steered, Term
 from nasa_diffusers.window import Window
@@ -33,6 +34,20 @@ class Settings:
     window: Window
     backend: str | None
     cfg: bool | None
+    rule: str = "nasa"
+    nag: Nag | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule == "vsf" and self.alpha.region is not None:
+            raise ValueError(
+                "enable_nasa: rule='vsf' weighs the values of keys, which all of the image shares, "
+                "so alpha cannot be a map over the image; give a number, or one per image"
+            )
+        if self.nag is not None and self.negative.has_own_alphas:
+            raise ValueError(
+                "enable_nasa: method='nag' takes one negative prompt, a string or one per image, "
+                "since its norm is that of one difference; put several into one string"
+            )
 
 
 class Steering:
@@ -146,7 +161,9 @@ class Steering:
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
-        return Steered(text, terms, settings.backend, prompts_seen)
+        return Steered(
+            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag
+        )
 
     # ---- compiled denoisers ------------------------------------------------------------------
 
@@ -167,6 +184,8 @@ class Steering:
         for name, value in kwargs.items():
             if name.endswith("attention_kwargs") and value and value.get("scale") is not None:
                 return False
+        if not all(isinstance(hook, CrossAttentionHook) for _, hook in self.layers.values()):
+            return False
         for module in self.path_to_layers:
             registry = getattr(module, "_diffusers_hook", None)
             moves = registry is not None and registry.get_hook("group_offloading") is not None
@@ -185,11 +204,12 @@ class Steering:
             for name, (attn, hook) in self.layers.items()
             if hook.guided
         }
-        for pairs in keys_values.values():
-            for pair in pairs:
-                for x in pair:
+        for prompts in keys_values.values():
+            for prompt in prompts:
+                for x in prompt:
                     # a prompt of another length is other data, too
-                    torch._dynamo.maybe_mark_dynamic(x, 1)
+                    if x is not None:
+                        torch._dynamo.maybe_mark_dynamic(x, 1)
         return replace(steered, prepared=Prepared(text.text, keys_values))
 
     def _current_negative(
@@ -227,14 +247,19 @@ class Steering:
     ) -> LayerAlpha:
         rows = sample.shape[0]
         values = alpha.values.to(sample.device) * weight
-        values = spread(values, rows, first, prompts, "alpha").expand(rows)
-        guided = torch.arange(rows, device=sample.device) >= first
-        # [b, 1, 1]
-        values = torch.where(guided, values, 0.0)[:, None, None]
+        # [b], or [1] where one alpha is for all rows
+        values = spread(values, rows, first, prompts, "alpha")
+        guided = None
+        if first > 0:
+            is_conditional = torch.arange(rows, device=sample.device) >= first
+            values = torch.where(is_conditional, values, 0.0)
+        if values.shape[0] > 1:
+            guided = values != 0
+        values = values[:, None, None]
         if alpha.region is None:
-            return LayerAlpha(values)
+            return LayerAlpha(values, guided=guided)
         grids = self.family.grids(self.denoiser, sample)
-        return LayerAlpha(values, alpha.region.to(sample.device), grids)
+        return LayerAlpha(values, alpha.region.to(sample.device), grids, guided=guided)
 
 
 def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

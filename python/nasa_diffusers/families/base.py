@@ -28,7 +28,9 @@ class Family:
 
     name: str
     denoisers: tuple[str, ...]  # class names
-    rule = "nasa"
+    # what `enable_nasa(rule=...)` may name, the default first
+    rules: tuple[str, ...] = ("nasa", "vsf")
+    methods: tuple[str, ...] = ("nasa",)
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
     # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
@@ -45,6 +47,10 @@ class Family:
     )
 
     def default_alpha(self, denoiser: Denoiser) -> float:
+        raise NotImplementedError
+
+    def default_nag(self, denoiser: Denoiser) -> tuple[float, float, float]:
+        """NAG's scale (as its code counts it, 1 more than in the paper), tau and alpha."""
         raise NotImplementedError
 
     def encode(

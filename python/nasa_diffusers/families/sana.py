@@ -16,11 +16,16 @@ class Sana(Family):
     denoisers = ("SanaTransformer2DModel",)
     text_modules = ("caption_projection", "caption_norm")
     text_options = ("lora_scale",)
+    methods = ("nasa", "nag")
     processors = (SanaAttnProcessor2_0,)
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none: PixArt's, the model whose text path Sana's is built on."""
         return 0.5
+
+    def default_nag(self, denoiser):
+        """The NAG paper's."""
+        return 5.0, 2.5, 0.375
 
     def encode(self, pipe, prompts, max_sequence_length, **options):
         options["device"] = on_device(pipe)

@@ -13,6 +13,7 @@ class UNet(Family):
     name = "Stable Diffusion"
     denoisers = ("UNet2DConditionModel",)
     text_options = ("clip_skip", "lora_scale")
+    methods = ("nasa", "nag")
 
     def default_alpha(self, denoiser) -> float:
         """The paper's 0.1 for SD 1.5 and 0.2 for SD 2.1. It has none for SDXL: as SD 2.1, whose
@@ -20,6 +21,11 @@ class UNet(Family):
         is_sdxl = config(denoiser, "addition_embed_type") == "text_time"
         is_sd2 = config(denoiser, "cross_attention_dim") == 1024
         return 0.2 if is_sdxl or is_sd2 else 0.1
+
+    def default_nag(self, denoiser):
+        """The NAG paper's for SD 1.5 and SDXL. It has none for SD 2.1: as SD 1.5."""
+        is_sdxl = config(denoiser, "addition_embed_type") == "text_time"
+        return 3.0, 2.5, 0.5 if is_sdxl else 0.375
 
     def encode(self, pipe, prompts, max_sequence_length, **options):
         if max_sequence_length is not None:

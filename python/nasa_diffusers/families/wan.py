@@ -17,11 +17,16 @@ class Wan(Family):
     name = "Wan"
     denoisers = ("WanTransformer3DModel",)
     doubles_batch = False
+    methods = ("nasa", "nag")
     processors = (WanAttnProcessor,)
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none for video: PixArt's, the transformer it does name."""
         return 0.5
+
+    def default_nag(self, denoiser):
+        """The NAG paper's."""
+        return 5.0, 2.5, 0.25
 
     def encode(self, pipe, prompts, max_sequence_length, **options):
         embeds, _ = pipe.encode_prompt(
