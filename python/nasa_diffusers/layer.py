@@ -72,7 +72,9 @@ class CrossAttentionHook(Hook):
         q = self.family.queries(attn, hidden_states)
         pos, *negatives = self.keys_values(attn, text)
         if not torch.compiler.is_compiling():
-            self.last_call = LayerCall(q.shape, [x.shape for x in text.texts])
+            prompts = zip(text.texts, (pos, *negatives), strict=True)
+            sizes = [(x.shape[0], prompt.k.shape[1], x.shape[2]) for x, prompt in prompts]
+            self.last_call = LayerCall(q.shape, sizes)
         if attention_mask is not None:
             pos = pos._replace(mask=_key_mask(self.name, attention_mask, pos.k.shape[1]))
         signed = [
@@ -102,20 +104,20 @@ class CrossAttentionHook(Hook):
         if text.prepared is not None:
             return text.prepared.keys_values[self.name]
         masks = [None, *(term.mask for term in text.terms)]
-        made = self._made(attn, text)
-        return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
-
-    def _made(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
         if text.prompts is None or not text.is_cached:
-            return self._project(attn, text.texts)
-        are_uniform = text.prompts.are_uniform
+            made = self._project(attn, text.texts)
+            return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
+        are_uniform, folds = text.prompts.are_uniform, text.prompts.folded
 
         def project() -> list[tuple[Tensor, ...]]:
-            pairs = zip(text.texts, are_uniform, strict=True)
-            return self._project(attn, [x[:1] if same else x for x, same in pairs])
+            texts = [x[:1] if same else x for x, same in zip(text.texts, are_uniform, strict=True)]
+            shorter = zip(texts, folds, strict=True)
+            return self._project(attn, [x if f is None else x[:, : f.length] for x, f in shorter])
 
         made_by = Fingerprint(self.family.projections(attn), text.made_by)
-        return self.cache.through(attn, made_by, text.prompts, project)
+        made = self.cache.through(attn, made_by, text.prompts, project)
+        masks = [m if f is None else f.bias for m, f in zip(masks, folds, strict=True)]
+        return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
 
     def _project(self, attn: Any, texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """One projection for all prompts, their tokens side by side: `[1, sum of r * n, c]`."""
@@ -162,7 +164,7 @@ class LayerCall:
     """The sizes of a layer's last call, for the report. FLOPs count a multiply-add as 2."""
 
     q: torch.Size  # [b, l, h, d]
-    texts: list[torch.Size]  # [r, n, c], the positive one first
+    texts: list[tuple[int, int, int]]  # r, n, c, the positive one first
 
     @property
     def attention_flops(self) -> int:

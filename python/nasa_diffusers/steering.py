@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers.alpha import Alpha, LayerAlpha
-from nasa_diffusers.cache import TextCache
+from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
@@ -153,7 +153,13 @@ class Steering:
                 )
         prompts_seen = None
         if not torch.is_grad_enabled():
-            prompts_seen = self.cache.recognise([text, *(embeds for embeds, _ in placed)])
+            prompts_seen = self.cache.recognise(
+                [text, *(embeds for embeds, _ in placed)],
+                [
+                    self.family.distinct_tokens if mask is None else all_tokens
+                    for mask in (None, *(mask for _, mask in placed))
+                ],
+            )
         alphas = (
             self._alpha(settings.alpha, term.weight, sample, first, prompts)
             for term in negative.terms

@@ -64,6 +64,11 @@ class Family:
         """Frames, height and width of the image tokens, for every size a layer may have."""
         raise NotImplementedError
 
+    def distinct_tokens(self, text: Tensor) -> int:
+        """How many of the tokens `[r, n, c]` a layer needs where the text is not masked: fewer
+        than n where those at the end are equal and become equal keys."""
+        return text.shape[1]
+
     def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, TextHook]]:
         """The modules that receive the text before the blocks do, each with a hook for it."""
         modules = (getattr(denoiser, name) for name in self.text_modules)

@@ -6,7 +6,7 @@ left alone. Wan 2.2 has two transformers, for early and for late steps: both are
 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
-from nasa_diffusers.cache import Fingerprint
+from nasa_diffusers.cache import Fingerprint, distinct_tokens
 from nasa_diffusers.families.base import Family, on_device, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.layer import TextHook
@@ -42,6 +42,10 @@ class Wan(Family):
         size = zip(sample.shape[-3:], denoiser.config.patch_size, strict=True)
         frames, height, width = (tokens // patch for tokens, patch in size)
         return ((frames, height, width),)
+
+    def distinct_tokens(self, text):
+        """Padding is zeros here, and attended to: hundreds of equal keys that are one."""
+        return distinct_tokens(text)
 
     def text_hooks(self, denoiser, cache):
         return [(denoiser.condition_embedder, WanTextHook(cache))]
