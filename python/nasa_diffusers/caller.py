@@ -43,6 +43,8 @@ class Caller:
     def step(self) -> tuple[int, int]:
         """The step in progress, from 0, and how many there are."""
         index, timesteps = self.variables.get("i"), self.variables.get("timesteps")
+        # under diffusion forcing a row of it holds the timesteps of all frames
+        timesteps = self.variables.get("step_matrix", timesteps)
         if not isinstance(index, int) or timesteps is None:
             raise RuntimeError(
                 f"nasa_diffusers: start and stop need to know the step, and "

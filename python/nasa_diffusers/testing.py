@@ -25,6 +25,8 @@ from diffusers import (
     SanaSprintPipeline,
     SanaTransformer2DModel,
     SCMScheduler,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2Transformer3DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -258,37 +260,53 @@ def sana(
     return _ready(SanaPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler()))
 
 
-def wan_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+WAN_SIZE: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan_parts() -> dict[str, Any]:
+    return {
+        "tokenizer": letter_tokenizer(),
+        "text_encoder": UMT5EncoderModel(UMT5Config(**T5_SIZE)),
+        "vae": AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+    }  # fmt: skip
 
 
 def wan(two_transformers: bool = False, seed: int = 0) -> WanPipeline:
     """Wan 2.1 in small, or Wan 2.2 with a second transformer for the later steps."""
     torch.manual_seed(seed)
     pipe = WanPipeline(
-        tokenizer=letter_tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZE)),
-        vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-        ),
-        transformer=wan_transformer(),
-        transformer_2=wan_transformer() if two_transformers else None,
+        **wan_parts(),
+        transformer=WanTransformer3DModel(**WAN_SIZE),
+        transformer_2=WanTransformer3DModel(**WAN_SIZE) if two_transformers else None,
         boundary_ratio=0.9 if two_transformers else None,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    )  # fmt: skip
+    )
     return _ready(pipe)
+
+
+def skyreels(frames_per_block: int = 2, seed: int = 0) -> SkyReelsV2DiffusionForcingPipeline:
+    """SkyReels-V2 in small: blocks of frames that see themselves and what came before."""
+    torch.manual_seed(seed)
+    transformer = SkyReelsV2Transformer3DModel(
+        **WAN_SIZE, inject_sample_info=True, num_frame_per_block=frames_per_block
+    )
+    return _ready(SkyReelsV2DiffusionForcingPipeline(**wan_parts(), transformer=transformer))
 
 
 def _ready(pipe):

@@ -5,10 +5,11 @@ from torch import nn
 from nasa_diffusers.families.base import Family
 from nasa_diffusers.families.pixart import PixArt
 from nasa_diffusers.families.sana import Sana
+from nasa_diffusers.families.skyreels import SkyReels
 from nasa_diffusers.families.unet import UNet
 from nasa_diffusers.families.wan import Wan
 
-FAMILIES: tuple[Family, ...] = (UNet(), PixArt(), Sana(), Wan())
+FAMILIES: tuple[Family, ...] = (UNet(), PixArt(), Sana(), Wan(), SkyReels())
 
 
 def family_of(denoiser: nn.Module) -> Family:

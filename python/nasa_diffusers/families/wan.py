@@ -18,7 +18,8 @@ class Wan(Family):
     denoisers = ("WanTransformer3DModel",)
     doubles_batch = False
     methods = ("nasa", "nag")
-    processors = (WanAttnProcessor,)
+    processors: tuple[type, ...] = (WanAttnProcessor,)
+    attention: type = WanAttention
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none for video: PixArt's, the transformer it does name."""
@@ -52,14 +53,14 @@ class Wan(Family):
 
     def layers(self, denoiser):
         for name, module in denoiser.named_modules():
-            if name.endswith(".attn2") and isinstance(module, WanAttention):
+            if name.endswith(".attn2") and isinstance(module, self.attention):
                 yield name, module
 
     def check_layer(self, name, attn):
         if attn.add_k_proj is not None:
             raise ValueError(
-                f"enable_nasa: layer {name!r} attends to an image besides the text; of the Wan "
-                "models text-to-video is supported, image-to-video is not"
+                f"enable_nasa: layer {name!r} attends to an image besides the text; of the "
+                f"{self.name} models text-to-video is supported, image-to-video is not"
             )
         if getattr(attn.processor, "_parallel_config", None) is not None:
             raise ValueError(
