@@ -7,6 +7,7 @@ from counting import Projections
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from drawing import assert_same_image, draw
 from nasa_diffusers import enable_nasa, nasa, testing
+from nasa_diffusers.families.skyreels import ATTENTION
 from oracle import algorithm_1
 
 LAYERS = 2
@@ -146,6 +147,7 @@ def test_causvid_with_another_negative_from_the_second_chunk_on():
 
 # ---- SkyReels-V2: a stock pipeline with blocks of frames -----------------------------------------
 
+SUPPORTED = pytest.mark.skipif(ATTENTION is None, reason="SkyReels-V2 needs diffusers 0.36")
 VIDEO = {"height": 16, "width": 32, "num_frames": 13}
 MODES = {
     "all at once": {},
@@ -154,6 +156,7 @@ MODES = {
 }
 
 
+@SUPPORTED
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["no-cfg", "cfg"])
 def test_skyreels_is_algorithm_1_and_projects_text_once(mode, guidance):
@@ -180,6 +183,7 @@ def test_skyreels_is_algorithm_1_and_projects_text_once(mode, guidance):
     assert torch.equal(draw(pipe, **call), stock)
 
 
+@SUPPORTED
 def test_skyreels_leaves_the_unconditional_call_alone():
     """Its output is stock's, the conditional one's is that without guidance."""
     pipe = testing.skyreels()
@@ -196,6 +200,7 @@ def test_skyreels_leaves_the_unconditional_call_alone():
     assert torch.equal(conditional, steered)
 
 
+@SUPPORTED
 def test_skyreels_steps_are_those_of_its_matrix():
     """One block after another takes more steps than the scheduler has: fractions are of all."""
     pipe, seen = testing.skyreels(), []
@@ -209,6 +214,7 @@ def test_skyreels_steps_are_those_of_its_matrix():
     assert seen == [i / len(seen) < 0.5 for i in range(len(seen))]
 
 
+@SUPPORTED
 def test_skyreels_encodes_a_string(monkeypatch):
     from types import SimpleNamespace
 
@@ -218,3 +224,9 @@ def test_skyreels_encodes_a_string(monkeypatch):
     pipe = testing.skyreels()
     handle = enable_nasa(pipe, "blurry")
     assert handle.alpha == 0.5 and handle.report().keys_neg == 512
+
+
+@pytest.mark.skipif(ATTENTION is not None, reason="only before diffusers 0.36")
+def test_skyreels_of_an_older_diffusers_is_refused():
+    with pytest.raises(ValueError, match=r"from diffusers 0\.36 on"):
+        enable_nasa(testing.skyreels(), negative_prompt_embeds=padded(5))
