@@ -25,7 +25,6 @@ from diffusers import (
     SanaSprintPipeline,
     SanaTransformer2DModel,
     SCMScheduler,
-    SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Transformer3DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -300,12 +299,19 @@ def wan(two_transformers: bool = False, seed: int = 0) -> WanPipeline:
     return _ready(pipe)
 
 
-def skyreels(frames_per_block: int = 2, seed: int = 0) -> SkyReelsV2DiffusionForcingPipeline:
-    """SkyReels-V2 in small: blocks of frames that see themselves and what came before."""
-    torch.manual_seed(seed)
-    transformer = SkyReelsV2Transformer3DModel(
+def skyreels_transformer(frames_per_block: int = 2) -> SkyReelsV2Transformer3DModel:
+    return SkyReelsV2Transformer3DModel(
         **WAN_SIZE, inject_sample_info=True, num_frame_per_block=frames_per_block
     )
+
+
+def skyreels(frames_per_block: int = 2, seed: int = 0):
+    """SkyReels-V2 in small: blocks of frames that see themselves and what came before."""
+    # here, because in diffusers 0.35 this import needs the package ftfy
+    from diffusers import SkyReelsV2DiffusionForcingPipeline
+
+    torch.manual_seed(seed)
+    transformer = skyreels_transformer(frames_per_block)
     return _ready(SkyReelsV2DiffusionForcingPipeline(**wan_parts(), transformer=transformer))
 
 

@@ -1,5 +1,7 @@
 """Video made chunk by chunk with causal self-attention: text is projected once for all of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,8 +218,6 @@ def test_skyreels_steps_are_those_of_its_matrix():
 
 @SUPPORTED
 def test_skyreels_encodes_a_string(monkeypatch):
-    from types import SimpleNamespace
-
     from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2_diffusion_forcing as module
 
     monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
@@ -229,4 +229,7 @@ def test_skyreels_encodes_a_string(monkeypatch):
 @pytest.mark.skipif(ATTENTION is not None, reason="only before diffusers 0.36")
 def test_skyreels_of_an_older_diffusers_is_refused():
     with pytest.raises(ValueError, match=r"from diffusers 0\.36 on"):
-        enable_nasa(testing.skyreels(), negative_prompt_embeds=padded(5))
+        enable_nasa(
+            SimpleNamespace(transformer=testing.skyreels_transformer()),
+            negative_prompt_embeds=padded(5),
+        )
