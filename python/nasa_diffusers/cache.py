@@ -199,7 +199,11 @@ class TextCache:
         with self._lock:
             prompts = self._find(texts, counts) or Prompts(texts, counts)
             older = [other for other in self._calls if other is not prompts]
-            self._calls = [*older[-MAX_OLDER_CALLS:], prompts]
+            # text has counts; image prompts, which have none, do not drive it out
+            alike = [other for other in older if bool(other.counts) == bool(counts)]
+            for other in alike[:-MAX_OLDER_CALLS]:
+                older.remove(other)
+            self._calls = [*older, prompts]
             return prompts
 
     def _find(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> Prompts | None:

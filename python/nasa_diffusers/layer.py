@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nasa_diffusers import ip_adapter
 from nasa_diffusers.cache import Fingerprint, TextCache
-from nasa_diffusers.methods import KeysValues, Signed, steer
+from nasa_diffusers.methods import KeysValues, Signed, nothing, steer, subtract
 from nasa_diffusers.steered import Steered
 
 if TYPE_CHECKING:
@@ -81,11 +81,12 @@ class CrossAttentionHook(Hook):
             Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
         ]
         o = steer(q, pos, signed, text.rule, text.nag, text.backend)
-        # [b, l, h, d] -> [b, l, h * d], a view
-        o = o.flatten(2)
         if images is not None:
-            o = o + ip_adapter.image_terms(attn, q, images, kwargs.get("ip_adapter_masks"))
-        return self.family.output(attn, o)
+            masks = kwargs.get("ip_adapter_masks")
+            for image, alpha in ip_adapter.image_terms(attn, q, images, masks, text):
+                o = o + subtract(q, nothing(image), image, alpha, text.backend)
+        # [b, l, h, d] -> [b, l, h * d], a view
+        return self.family.output(attn, o.flatten(2))
 
     def _check_processor(self, attn: Any, images: Any) -> None:
         known = self.family.processors if images is None else ip_adapter.PROCESSORS

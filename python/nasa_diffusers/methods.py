@@ -111,22 +111,23 @@ def _flip_signs(
     q: Tensor, pos: KeysValues, negatives: Sequence[Signed], backend: str | None
 ) -> Tensor:
     """One attention over the keys of all prompts, the values of the negative ones negated."""
-    keys, values, biases = [pos.k], [pos.v], [_bias(pos)]
+    keys, values = [pos.k], [pos.v]
     for prompt, alpha in negatives:
         keys.append(prompt.k)
         # [b or 1, 1, 1, 1]
         values.append((prompt.v * -alpha.rows[..., None]).to(prompt.v.dtype))
-        bias = _bias(prompt)
-        if alpha.guided is not None:
-            # a row that is not guided must not see the keys: they would take weight at any alpha
-            bias = torch.where(alpha.guided[:, None], bias, float("-inf"))
-        biases.append(bias)
-    has_masks = pos.mask is not None or any(
+    bias = None
+    if pos.mask is not None or any(
         prompt.mask is not None or alpha.guided is not None for prompt, alpha in negatives
-    )
-    every = KeysValues(
-        _side_by_side(keys), _side_by_side(values), _side_by_side(biases) if has_masks else None
-    )
+    ):
+        biases = [_bias(pos)]
+        for prompt, alpha in negatives:
+            biases.append(_bias(prompt))
+            if alpha.guided is not None:
+                # a row that is not guided must not see them: they would take weight at any alpha
+                biases[-1] = torch.where(alpha.guided[:, None], biases[-1], float("-inf"))
+        bias = _side_by_side(biases)
+    every = KeysValues(_side_by_side(keys), _side_by_side(values), bias)
     return subtract(q, every, nothing(every), 0.0, backend)
 
 

@@ -21,7 +21,7 @@ from nasa_diffusers.alpha import LayerAlpha
 from nasa_diffusers.methods import KeysValues, Nag
 
 if TYPE_CHECKING:
-    from nasa_diffusers.cache import Fingerprint, Prompts
+    from nasa_diffusers.cache import Fingerprint, Prompts, TextCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,15 @@ class Prepared:
 
 
 @dataclass(frozen=True, eq=False)
+class Images:
+    """The image prompts of an IP-Adapter, as the pipeline gave them."""
+
+    prompts: Prompts
+    made_by: Fingerprint  # the projection before the blocks
+    cache: TextCache
+
+
+@dataclass(frozen=True, eq=False)
 class Steered:
     """The positive text and the negative ones, on their way to the cross-attention layers."""
 
@@ -52,6 +61,7 @@ class Steered:
     prompts: Prompts | None  # where their keys and values are kept; None: nowhere
     made_by: Fingerprint | None = None  # the text projections passed so far
     prepared: Prepared | None = None
+    images: Images | None = None  # image prompts whose keys and values may be kept
     rule: str = "nasa"
     nag: Nag | None = None
 

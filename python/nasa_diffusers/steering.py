@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers.alpha import Alpha, LayerAlpha
-from nasa_diffusers.cache import TextCache, all_tokens
+from nasa_diffusers.cache import Fingerprint, TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
 from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, spread
-from nasa_diffusers.steered import Prepared, Steered, Term
+from nasa_diffusers.steered import Images, Prepared, Steered, Term
 from nasa_diffusers.window import Window
 
 
@@ -123,6 +123,8 @@ class Steering:
         elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
             return None
         steered = self._steer(settings, text, sample, first, caller)
+        if steered.prompts is not None:
+            steered = replace(steered, images=self._images(kwargs))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
             steered = self._prepare(steered)
         kwargs["encoder_hidden_states"] = steered
@@ -170,6 +172,16 @@ class Steering:
         return Steered(
             text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag
         )
+
+    def _images(self, kwargs: dict[str, Any]) -> Images | None:
+        """The image prompts of an IP-Adapter, where the call brings some."""
+        embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
+        projection = getattr(self.denoiser, "encoder_hid_proj", None)
+        if projection is None or not isinstance(embeds, list):
+            return None
+        if not embeds or not all(isinstance(x, Tensor) for x in embeds):
+            return None
+        return Images(self.cache.recognise(embeds), Fingerprint([projection]), self.cache)
 
     # ---- compiled denoisers ------------------------------------------------------------------
 
