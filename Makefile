@@ -37,7 +37,7 @@ lint: $(VENV)/ready-test
 gpu:
 	$(PY) -m nasa_kernels
 	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
-	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py
+	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_nag.py
 
 wheel: $(VENV)/ready-test
 	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
