@@ -29,7 +29,6 @@ DEMO = ["rich>=13", "numpy"]
 TEST = [
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100"),
     *("triton>=3.6,<3.10", "numpy<2.4", "ruff", "mypy", "cmake>=3.22", "ninja"),
-    *("torchao>=0.16", "bitsandbytes>=0.49"),
 ]
 
 # One nvcc for all: `pip install nasa-kernels[cuda-build]` brings it without a CUDA toolkit.

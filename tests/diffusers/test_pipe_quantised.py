@@ -1,6 +1,7 @@
 """Quantised linears, by the packages that people quantise with, before and after `enable_nasa`.
 
-`make test` installs both packages; where one is missing its tests are skipped by name.
+`make test` puts both packages into a folder beside its environment and runs this file with them;
+where one is missing its tests are skipped by name.
 """
 
 import importlib.util
