@@ -117,7 +117,9 @@ class CrossAttentionHook(Hook):
 
         made_by = Fingerprint(self.family.projections(attn), text.made_by)
         made = self.cache.through(attn, made_by, text.prompts, project)
-        masks = [m if f is None else f.bias for m, f in zip(masks, folds, strict=True)]
+        # offloading may have moved the text since its padding was found
+        device = made[0][0].device
+        masks = [m if f is None else f.bias.to(device) for m, f in zip(masks, folds, strict=True)]
         return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
 
     def _project(self, attn: Any, texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
