@@ -25,20 +25,30 @@ def quantise_torchao(denoiser):
     assert type(first_projection(denoiser).weight) is not torch.nn.Parameter
 
 
-def quantise_bitsandbytes(denoiser):
+def quantise_8bit(denoiser):
     """As diffusers' BitsAndBytesConfig(load_in_8bit=True) does while it loads."""
     import bitsandbytes as bnb
 
+    replace_linears(denoiser, bnb.nn.Linear8bitLt, has_fp16_weights=False)
+    assert first_projection(denoiser).weight.dtype == torch.int8
+
+
+def quantise_4bit(denoiser):
+    """As BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")."""
+    import bitsandbytes as bnb
+
+    replace_linears(denoiser, bnb.nn.Linear4bit, quant_type="nf4")
+    assert first_projection(denoiser).weight.dtype == torch.uint8
+
+
+def replace_linears(denoiser, linear_class, **options):
     for parent in list(denoiser.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is torch.nn.Linear:
-                bias = linear.bias is not None
-                quantised = bnb.nn.Linear8bitLt(
-                    linear.in_features, linear.out_features, bias=bias, has_fp16_weights=False
-                )
+                sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+                quantised = linear_class(*sizes, bias=bias, **options)
                 quantised.load_state_dict(linear.state_dict())
-                setattr(parent, name, quantised.to("cpu"))
-    assert first_projection(denoiser).weight.dtype == torch.int8
+                setattr(parent, name, quantised.to("cpu").requires_grad_(False))
 
 
 def first_projection(denoiser):
@@ -47,7 +57,8 @@ def first_projection(denoiser):
 
 PACKAGES = [
     pytest.param(quantise_torchao, marks=needs("torchao"), id="torchao-int8-weight-only"),
-    pytest.param(quantise_bitsandbytes, marks=needs("bitsandbytes"), id="bitsandbytes-8bit"),
+    pytest.param(quantise_8bit, marks=needs("bitsandbytes"), id="bitsandbytes-8bit"),
+    pytest.param(quantise_4bit, marks=needs("bitsandbytes"), id="bitsandbytes-4bit"),
 ]
 
 
@@ -83,7 +94,7 @@ def test_quantised_linears(quantise, is_first):
 
 def check(quantise, ours, eager, other):
     """`ours` is `eager`; `other` is what it would be if quantising, or NASA, were left out."""
-    if quantise is quantise_torchao:
+    if quantise is not quantise_8bit:
         assert_same_image(ours, eager)
     else:
         # activations are rounded to 8 bits too: a rounding before may become a step of 1 / 127
