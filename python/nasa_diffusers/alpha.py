@@ -20,11 +20,11 @@ Grid = tuple[int, int, int]
 class LayerAlpha:
     """Alpha of one denoiser call, for layers of any number of queries."""
 
-    rows: Tensor  # [b, 1, 1] fp32, or [1, 1, 1] for all; 0 for rows that are not guided
+    rows: Tensor  # [b, 1, 1] fp32; 0 for rows that are not guided
     region: Tensor | None = None  # [height, width] fp32, a factor over the image
     grids: tuple[Grid, ...] = ()
     resized: dict[int, Tensor] = field(default_factory=dict)
-    guided: Tensor | None = None  # [b] bool, the rows whose alpha is not 0; None: all
+    guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
 
     def at(self, queries: int) -> Tensor:
         """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""

@@ -114,8 +114,9 @@ def _flip_signs(
     keys, values = [pos.k], [pos.v]
     for prompt, alpha in negatives:
         keys.append(prompt.k)
-        # [b or 1, 1, 1, 1]
-        values.append((prompt.v * -alpha.rows[..., None]).to(prompt.v.dtype))
+        # [b or 1, 1, 1, 1]: values that all images share stay shared
+        factor = -(alpha.rows[:1] if alpha.guided is None else alpha.rows)[..., None]
+        values.append((prompt.v * factor).to(prompt.v.dtype))
     bias = None
     if pos.mask is not None or any(
         prompt.mask is not None or alpha.guided is not None for prompt, alpha in negatives

@@ -265,14 +265,12 @@ class Steering:
     ) -> LayerAlpha:
         rows = sample.shape[0]
         values = alpha.values.to(sample.device) * weight
-        # [b], or [1] where one alpha is for all rows
         values = spread(values, rows, first, prompts, "alpha")
-        guided = None
-        if first > 0:
-            is_conditional = torch.arange(rows, device=sample.device) >= first
-            values = torch.where(is_conditional, values, 0.0)
-        if values.shape[0] > 1:
-            guided = values != 0
+        is_for_all = values.shape[0] == 1 and first == 0
+        is_conditional = torch.arange(rows, device=sample.device) >= first
+        # [b], always: a graph that is compiled for one alpha takes one per image as well
+        values = torch.where(is_conditional, values, 0.0)
+        guided = None if is_for_all else values != 0
         values = values[:, None, None]
         if alpha.region is None:
             return LayerAlpha(values, guided=guided)

@@ -74,6 +74,12 @@ def test_settings_do_not_recompile(draw):
         handle.set_negative_prompt("fuzz")
         draw(pipe, "a dog", seed=3)
         assert graphs() == compiled
+        draw(pipe, ["a dog", "a cat"], steps=4)
+        for_two = graphs()
+        for alpha in ([0.1, 0.7], [0.3, 0], 0.5):
+            handle.alpha = alpha
+            draw(pipe, ["a dog", "a cat"], steps=4)
+        assert graphs() == for_two
 
 
 def test_unet_with_guidance_and_a_region(sd, draw):
