@@ -113,7 +113,7 @@ class Negative:
 
 
 def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
-    names = ("text_encoder", "text_encoder_2")
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
 
 

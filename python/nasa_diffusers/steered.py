@@ -64,6 +64,7 @@ class Steered:
     images: Images | None = None  # image prompts whose keys and values may be kept
     rule: str = "nasa"
     nag: Nag | None = None
+    needs_grad: bool = False  # gradients are recorded in this call of the denoiser
 
     @property
     def is_cached(self) -> bool:

@@ -72,10 +72,11 @@ class Steering:
         self.alphas: dict[tuple, LayerAlpha] = {}
         self.last_negative: tuple[weakref.ref, Negative] | None = None
         self.layers = {
-            name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
+            name: (attn, family.layer_hook(denoiser, name, cache, guided[name]))
             for name, attn in family.layers(denoiser)
         }
         self.text_hooks = family.text_hooks(denoiser, cache)
+        self.block_hooks = family.block_hooks(denoiser, guided)
         self.path_to_layers = _path_to(denoiser, self.layers)
         self._handle: Any = None
 
@@ -86,15 +87,15 @@ class Steering:
     def attach(self) -> None:
         for attn, hook in self.layers.values():
             attach(attn, hook)
-        for module, text_hook in self.text_hooks:
-            attach(module, text_hook)
+        for module, hook in (*self.text_hooks, *self.block_hooks):
+            attach(module, hook)
         self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
 
     def detach(self) -> None:
         self._handle.remove()
         for attn, _ in self.layers.values():
             detach(attn)
-        for module, _ in self.text_hooks:
+        for module, _ in (*self.text_hooks, *self.block_hooks):
             detach(module)
         self.cache.clear()
 
@@ -120,8 +121,9 @@ class Steering:
         first = 0
         if self.family.doubles_batch:
             first = first_guided_row(caller, settings.cfg, sample)
-        elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
+        elif caller is not None and caller.uses_cfg is not False and caller.is_unconditional(text):
             return None
+        self.family.check_call(denoiser, kwargs)
         steered = self._steer(settings, text, sample, first, caller)
         if steered.prompts is not None:
             steered = replace(steered, images=self._images(kwargs))
@@ -170,8 +172,9 @@ class Steering:
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
         return Steered(
-            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag
-        )
+            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag,
+            needs_grad=torch.is_grad_enabled(),
+        )  # fmt: skip
 
     def _images(self, kwargs: dict[str, Any]) -> Images | None:
         """The image prompts of an IP-Adapter, where the call brings some."""

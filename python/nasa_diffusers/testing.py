@@ -18,6 +18,8 @@ from diffusers import (
     AutoencoderKLWan,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -25,7 +27,9 @@ from diffusers import (
     SanaSprintPipeline,
     SanaTransformer2DModel,
     SCMScheduler,
+    SD3Transformer2DModel,
     SkyReelsV2Transformer3DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -313,6 +317,64 @@ def skyreels(frames_per_block: int = 2, seed: int = 0):
     torch.manual_seed(seed)
     transformer = skyreels_transformer(frames_per_block)
     return _ready(SkyReelsV2DiffusionForcingPipeline(**wan_parts(), transformer=transformer))
+
+
+def flux(dev: bool = False, seed: int = 0) -> FluxPipeline:
+    """FLUX.1 schnell in small, two blocks of each kind; or dev, with its guidance embedding."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = FluxPipeline(
+        tokenizer=clip_tokenizer(),
+        text_encoder=CLIPTextModel(clip_config(32)),
+        tokenizer_2=letter_tokenizer(),
+        text_encoder_2=T5EncoderModel(T5Config(**T5_SIZE)),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    return _ready(pipe)
+
+
+def stable_diffusion_3(medium: bool = False, seed: int = 0) -> StableDiffusion3Pipeline:
+    """SD3 in small, three blocks; or SD3.5 medium, with norms and a second attention."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1) if medium else (),
+        qk_norm="rms_norm" if medium else None,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(clip_config(16)),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(16)),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(T5Config(**T5_SIZE)),
+        tokenizer_3=letter_tokenizer(),
+    )
+    return _ready(pipe)
 
 
 def _ready(pipe):

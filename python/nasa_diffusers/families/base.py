@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid
 from nasa_diffusers.cache import TextCache
-from nasa_diffusers.layer import TextHook
+from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -73,6 +73,21 @@ class Family:
         """The modules that receive the text before the blocks do, each with a hook for it."""
         modules = (getattr(denoiser, name) for name in self.text_modules)
         return [(module, TextHook(cache)) for module in modules if module is not None]
+
+    def layer_hook(
+        self, denoiser: Denoiser, name: str, cache: TextCache, guided: bool
+    ) -> CrossAttentionHook | Any:
+        """What computes the text attention layer called `name`."""
+        return CrossAttentionHook(name, self, cache, guided)
+
+    def block_hooks(
+        self, denoiser: Denoiser, guided: dict[str, bool]
+    ) -> list[tuple[nn.Module, Hook]]:
+        """Hooks on the blocks around the layers, where text changes from block to block."""
+        return []
+
+    def check_call(self, denoiser: Denoiser, inputs: dict[str, Any]) -> None:
+        """Raise if the denoiser is called in a way in which nothing can be steered."""
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise if this denoiser mixes text tokens before its blocks, or counts their positions."""
