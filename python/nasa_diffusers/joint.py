@@ -26,7 +26,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 import nasa_kernels
-from nasa_diffusers.layer import Hook
+from nasa_diffusers.layer import Hook, TextHook
 from nasa_diffusers.steered import Steered, Term
 
 if TYPE_CHECKING:
@@ -48,6 +48,14 @@ class Texts:
     @property
     def negatives(self) -> list[tuple[Term, int]]:
         return list(zip(self.steered.terms, self.lengths[1:], strict=True))
+
+
+class EmbedderHook(TextHook):
+    """Sends all prompts through the one projection before the blocks, anew in each call: it is
+    little beside a block, and a leaf that casting or offloading hooks rewrite unseen."""
+
+    def project(self, module: nn.Module, text: Steered, *args, **kwargs) -> Steered:
+        return text.projected([self.stock(x, *args, **kwargs) for x in text.texts], None)
 
 
 class BlockHook(Hook):
@@ -205,11 +213,13 @@ def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text
 
     def joint(q_rows: Tensor, i: int, text_queries: tuple[int, int], is_on: bool = guided):
         term = steered.terms[i]
+        # value sign flip counts negative keys in its softmax at any alpha, other rules do not
+        rule = steered.rule if is_on else "nasa-cross"
         return nasa_kernels.nasa_joint_attention(  # type: ignore[attr-defined]
             q_rows, k_image, v_image, k_pos, v_pos, k_negatives[i], v_negatives[i],
             image_alpha(term, queries, sum(text_queries)) if is_on else 0.0,
-            rule=steered.rule, text_queries=text_queries, mask_neg=term.mask,
-            backend=steered.backend,
+            rule=rule, text_queries=text_queries,
+            mask_neg=guided_keys(term) if rule == "vsf" else term.mask, backend=steered.backend,
         )  # fmt: skip
 
     n_first = texts.lengths[1] if with_text else 0
@@ -233,6 +243,16 @@ def image_alpha(term: Term, queries: int, text_queries: int) -> Tensor:
     if alpha.shape[1] == 1:
         return alpha
     return F.pad(alpha, (0, 0, 0, text_queries))
+
+
+def guided_keys(term: Term) -> Tensor | None:
+    """The mask of a negative prompt, nothing of it for images that are not guided: `[b, n]`."""
+    if term.alpha.guided is None:
+        return term.mask
+    # [b, 1], and the text as [r, n]
+    guided = term.alpha.guided[:, None]
+    present = torch.ones_like(term.text[..., 0], dtype=torch.bool)
+    return guided & (present if term.mask is None else term.mask)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nasa_diffusers.families.base import Denoiser, Family, Layer
-from nasa_diffusers.joint import BlockHook, JointAttentionHook
+from nasa_diffusers.joint import BlockHook, EmbedderHook, JointAttentionHook
 
 # of a block of two streams: what projects its text for the attention
 TEXT_LAYERS = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -18,7 +18,6 @@ class Joint(Family):
     """The answers for blocks with one attention over `[image; text]`, called `attn`."""
 
     rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
-    text_modules = ("context_embedder",)
 
     def default_alpha(self, denoiser: Denoiser) -> float:
         """The paper has none: half of PixArt's. What a query attends to is partly the image here,
@@ -35,6 +34,9 @@ class Joint(Family):
     def layers(self, denoiser):
         for name, block in self.blocks(denoiser):
             yield f"{name}.attn", block.attn
+
+    def text_hooks(self, denoiser, cache):
+        return [(denoiser.context_embedder, EmbedderHook(cache))]
 
     def layer_hook(self, denoiser, name, cache, guided):
         block = denoiser.get_submodule(name.removesuffix(".attn"))
