@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from diffusers import (
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
@@ -32,7 +34,7 @@ class Model:
 
     build: Any  # a denoiser class
     config: dict[str, Any]
-    latents: tuple[int, ...]  # [c, height, width], video [c, frames, height, width]
+    latents: tuple[int, ...]  # [c, height, width], of video [c, frames, ...], of FLUX.1 [l, c]
     tokens: int
     channels: int
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +61,11 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 PIXART_INPUTS = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+FLUX_INPUTS = {
+    "pooled_projections": torch.empty(1, 768, device="meta"),
+    "img_ids": torch.empty(4096, 3, device="meta"),
+    "txt_ids": torch.empty(256, 3, device="meta"),
+}
 
 MODELS = {
     "SD 1.5, 512 px": Model(
@@ -112,6 +119,22 @@ MODELS = {
         (32, 32, 32),
         300,
         2304,
+    ),
+    "FLUX.1 schnell, 1024 px": Model(
+        FluxTransformer2DModel, {}, (4096, 64), 256, 4096, FLUX_INPUTS
+    ),
+    "SD3 medium, 1024 px": Model(
+        SD3Transformer2DModel,
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        (16, 128, 128),
+        333,
+        4096,
+        {"pooled_projections": torch.empty(1, 2048, device="meta")},
     ),
     "Wan 2.1 1.3B, 480p, 81 frames": Model(
         WanTransformer3DModel,

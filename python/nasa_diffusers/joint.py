@@ -171,12 +171,13 @@ class JointAttentionHook(Hook):
             q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
         if image_rotary_emb is not None:
             q, k = (self.rotate(x, image_rotary_emb) for x in (q, k))
-        if not torch.compiler.is_compiling():
-            self.last_call = JointCall(
-                q.shape, texts.lengths, hidden_states.shape[2], self.token_flops
-            )
         # SD3 drops the text of its last block
         drops_text = bool(attn.context_pre_only)
+        if not torch.compiler.is_compiling():
+            channels = hidden_states.shape[2]
+            self.last_call = JointCall(
+                q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text
+            )
         o = steer(q, k, v, texts, self.guided, with_text=not drops_text).flatten(2)
         if encoder_hidden_states is None:
             return o
@@ -263,6 +264,7 @@ class JointCall:
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
     channels: int
     token_flops: int  # of the linear layers that a text token passes in the block
+    with_text: bool  # text tokens are queries, too
 
     @property
     def texts(self) -> list[tuple[int, int, int]]:
@@ -274,9 +276,11 @@ class JointCall:
         linear layers, in every call."""
         b, rows, h, d = self.q
         queries = rows - sum(self.lengths)
-        return sum(
-            b * n * (4 * h * d * (2 * queries + n) + self.token_flops) for n in self.lengths[1:]
-        )
+        total = 0
+        for n in self.lengths[1:]:
+            scores = queries + (queries + n if self.with_text else 0)
+            total += b * n * (4 * h * d * scores + self.token_flops)
+        return total
 
     @property
     def projection_flops(self) -> int:

@@ -84,14 +84,15 @@ def clip_config(width: int) -> CLIPTextConfig:
     )
 
 
-def vae() -> AutoencoderKL:
-    """Four latent channels, images twice the size of the latents."""
+def vae(shift_factor: float | None = None) -> AutoencoderKL:
+    """Four latent channels, images twice the size of the latents; those of FLUX.1 and SD3 shift."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
+        shift_factor=shift_factor,
     )
 
 
@@ -338,7 +339,7 @@ def flux(dev: bool = False, seed: int = 0) -> FluxPipeline:
         text_encoder=CLIPTextModel(clip_config(32)),
         tokenizer_2=letter_tokenizer(),
         text_encoder_2=T5EncoderModel(T5Config(**T5_SIZE)),
-        vae=vae(),
+        vae=vae(shift_factor=0.1),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
@@ -366,7 +367,7 @@ def stable_diffusion_3(medium: bool = False, seed: int = 0) -> StableDiffusion3P
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
+        vae=vae(shift_factor=0.1),
         text_encoder=CLIPTextModelWithProjection(clip_config(16)),
         tokenizer=clip_tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(16)),

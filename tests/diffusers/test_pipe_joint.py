@@ -10,7 +10,7 @@ import pytest
 import torch
 from drawing import assert_same_image, relative_error
 from joint_cases import RULES, SIZE, negative
-from nasa_diffusers import enable_nasa, nasa, testing
+from nasa_diffusers import enable_nasa, flops, nasa, testing
 from packaging.version import Version
 from peft import LoraConfig
 
@@ -422,6 +422,39 @@ def test_alpha_learns(one_each):
     with nasa(one_each.pipe, negative_prompt_embeds=negative(), alpha=alpha, cfg=False):
         one_each().square().mean().backward()
     assert alpha.grad.abs().min() > 0
+
+
+# ---- cost ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("FLUX.1 schnell, 1024 px", 0.07), ("SD3 medium, 1024 px", 0.096)]
+)
+def test_flops_of_the_real_architectures(name, share):
+    """The negative stream, its keys for the image, and not one more token of the image."""
+    counted = flops.count(name)
+    assert counted.first == counted.later
+    assert 0.97 * share < counted.added_first < share
+
+
+@torch.no_grad()
+def test_report_counts_what_the_counter_counts(one_each):
+    case = one_each
+    case.model.to("meta")
+    inputs = {name: x.to("meta") for name, x in case.inputs.items()}
+
+    def call():
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            case(**inputs)
+        return counter.get_total_flops()
+
+    with nasa(case.pipe, negative_prompt_embeds=negative(9).to("meta"), cfg=False) as handle:
+        longer, report = call(), handle.report()
+        handle.set_negative_prompt(negative_prompt_embeds=negative(5).to("meta"))
+        difference = longer - call()
+        reported = report.attention_flops - handle.report().attention_flops
+    # the projection before the blocks, of one row of 4 tokens, is not in the report
+    assert difference - 2 * 4 * 32 * 32 == reported
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
