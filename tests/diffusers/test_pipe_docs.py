@@ -13,6 +13,7 @@ def test_there_are_pages():
     assert [page.stem for page in PAGES] == [
         "compared",
         "families",
+        "joint",
         "quick-start",
         "troubleshooting",
     ]
