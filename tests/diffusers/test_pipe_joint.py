@@ -199,12 +199,18 @@ def test_steered_image_is_two_full_text_streams(case, draw, steps):
 def test_two_prompts_with_a_negative_each_and_two_images(one_each, draw):
     pipe, prompts, negatives = one_each.pipe, ["a cat", "a large dog"], ["blurry", "red fur"]
     size = SIZE | {"num_images_per_prompt": 2}
+    stock = draw(pipe, prompts, **size)[:2]
+    if relative_error(stock, draw(pipe, prompts[0], **size)) > 2e-5:
+        # 0.35 repeats the pooled embeddings of SD3 in another order than its tokens
+        assert Version(diffusers.__version__) < Version("0.36")
+        size |= {"num_images_per_prompt": 1}
+    images = size["num_images_per_prompt"]
     with nasa(pipe, negatives, alpha=0.5, max_sequence_length=8):
         together = draw(pipe, prompts, **size)
     for i in range(2):
         with nasa(pipe, negatives[i], alpha=0.5, max_sequence_length=8):
-            alone = draw(pipe, prompts[i], seed=2 * i, **size)
-            assert_same_image(together[2 * i : 2 * i + 2], alone)
+            alone = draw(pipe, prompts[i], seed=images * i, **size)
+            assert_same_image(together[images * i : images * (i + 1)], alone)
 
 
 def test_default_rule_alpha_and_report(one_each, draw):
