@@ -10,6 +10,7 @@ VENV ?= .venv
 PY ?= $(VENV)/bin/python
 PYTHON ?= python3
 OLDEST := $(VENV)/oldest
+QUANTISED := $(VENV)/quantised
 PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(GPU),torch>=2.10$(comma)<2.16,torch==2.13.0)
@@ -26,6 +27,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready $(VENV)/ready-test lint
 	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PYTEST) --ignore-glob='*/test_ptx_*'
 	TRITON_INTERPRET=0 $(PYTEST) tests/test_ptx_*.py
+	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/test_properties.py -k 'triton and float16'
 
@@ -37,7 +39,7 @@ lint: $(VENV)/ready-test
 gpu:
 	$(PY) -m nasa_kernels
 	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
-	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py
+	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_nag.py
 
 wheel: $(VENV)/ready-test
 	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
@@ -63,10 +65,13 @@ $(VENV)/ready: setup.py pyproject.toml
 	    $(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
 	@touch $@
 
-# the newest supported versions in the environment, the oldest ones in a folder beside them
+# the newest supported versions in the environment, the oldest ones in a folder beside them; what
+# quantises in a folder of its own, because diffusers imports it wherever it finds it
 $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
 	    triton==3.6.0 diffusers==0.35.2 transformers==4.57.6 tokenizers==0.22.2 \
-	    huggingface-hub==0.36.2
+	    huggingface-hub==0.36.2 peft==0.17.0
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(QUANTISED) \
+	    "torchao>=0.16" "bitsandbytes>=0.49"
 	@touch $@

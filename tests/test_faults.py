@@ -97,6 +97,15 @@ FAULTS = (
         "test_forward.py test_alpha_tensors and cpu",
     ),
     Fault(
+        "nag-norm-of-one-block", "_triton/nag.py",
+        "for i in tl.static_range(1, len(blocks)):", "for i in tl.static_range(1, 1):",
+        "test_nag.py published and triton and sdxl and float32",
+    ),
+    Fault(
+        "nag-norm-per-head", "nag.py", ".sum((2, 3), keepdim=True)", ".sum(3, keepdim=True)",
+        "test_nag.py published and cpu and basic",
+    ),
+    Fault(
         "flops", "ops.py", "return 2 * _pairs(q, k_pos, k_neg) * 2",
         "return 2 * _pairs(q, k_pos) * 2", "test_ops.py test_flops_forward and cpu",
     ),

@@ -24,6 +24,7 @@ class LayerAlpha:
     region: Tensor | None = None  # [height, width] fp32, a factor over the image
     grids: tuple[Grid, ...] = ()
     resized: dict[int, Tensor] = field(default_factory=dict)
+    guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
 
     def at(self, queries: int) -> Tensor:
         """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""
@@ -38,7 +39,8 @@ class LayerAlpha:
     def to(self, *args, **kwargs) -> LayerAlpha:
         """The same alpha on another device."""
         region = None if self.region is None else self.region.to(*args, **kwargs)
-        return LayerAlpha(self.rows.to(*args, **kwargs), region, self.grids)
+        guided = None if self.guided is None else self.guided.to(*args, **kwargs)
+        return LayerAlpha(self.rows.to(*args, **kwargs), region, self.grids, guided=guided)
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nasa_diffusers.alpha import Alpha
 from nasa_diffusers.cache import TextCache
 from nasa_diffusers.families import Family, family_of
+from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, NegativePrompt
 from nasa_diffusers.report import Report, make_report
 from nasa_diffusers.steering import Settings, Steering
@@ -35,6 +36,11 @@ def enable_nasa(
     layers: str | Sequence[str] | None = None,
     backend: str | None = None,
     cfg: bool | None = None,
+    rule: str | None = None,
+    method: str = "nasa",
+    nag_scale: float | None = None,
+    nag_tau: float | None = None,
+    nag_alpha: float | Sequence[float] | Tensor | Any | None = None,
 ) -> Handle:
     """Steer every image of a stock pipeline away from a negative prompt, at any guidance scale.
 
@@ -61,6 +67,15 @@ def enable_nasa(
         backend: A back end of `nasa_kernels.nasa_attention`. `None` takes the best that runs.
         cfg: Whether the batch is doubled for classifier-free guidance. `None` asks the pipeline
             that calls; a loop of your own has to say.
+        rule: One of the family's `rules`; `None` takes the first. `"vsf"` is value sign flip: one
+            softmax over the keys of all prompts, the values of the negative ones times `-alpha`.
+        method: `"nasa"`, or `"nag"` for normalised attention guidance, with these parameters;
+            `None` takes the family's default from the NAG paper.
+        nag_scale: Extrapolation as the published code counts it, where 1 is off; the paper's
+            scale is 1 less.
+        nag_tau: The most by which the extrapolation may exceed Z+ in magnitude.
+        nag_alpha: Share of the guided result, in all the forms of `alpha`, whose place it takes:
+            `handle.alpha` reads and sets it.
 
     Returns:
         A handle: `handle.alpha`, `handle.set_negative_prompt`, `handle.report`, `handle.disable`.
@@ -82,13 +97,18 @@ def enable_nasa(
         pipe, family, negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask,
         max_sequence_length,
     )  # fmt: skip
+    rule = _choose_rule(family, rule)
+    nag = _read_nag(family, denoisers[0], method, rule, alpha, nag_scale, nag_tau, nag_alpha)
+    alpha = alpha if nag is None else nag_alpha
     settings = Settings(
         negative,
-        Alpha.parse(alpha, _default_alpha(family, denoisers[0], negative)),
+        Alpha.parse(alpha, _default_alpha(family, denoisers[0], negative, nag)),
         alpha_is_default=alpha is None,
         window=Window(start, stop),
         backend=backend,
         cfg=cfg,
+        rule=rule,
+        nag=nag,
     )
     cache = TextCache()
     steerings = [
@@ -135,7 +155,7 @@ class Handle:
 
     @property
     def alpha(self) -> float | Sequence[float] | Tensor:
-        """Strength of the removal, as it was set; a mask as the map it stands for."""
+        """Strength of the removal (under NAG `nag_alpha`), as it was set; a mask as its map."""
         return self._settings.alpha.given
 
     @alpha.setter
@@ -195,13 +215,23 @@ class Handle:
     def _settings(self) -> Settings:
         return self._steerings[0].settings
 
+    def set_nag(self, *, nag_scale: float | None = None, nag_tau: float | None = None) -> None:
+        """Change the parameters of `method="nag"`; one that is left out stays."""
+        nag = self._settings.nag
+        if nag is None:
+            raise ValueError("set_nag: NAG is not on; call enable_nasa(..., method='nag')")
+        scale = nag.scale if nag_scale is None else nag_scale
+        self._change(nag=Nag(scale, nag.tau if nag_tau is None else nag_tau))
+
     def _default_alpha(self, negative: Negative) -> float:
         steering = self._steerings[0]
-        return _default_alpha(steering.family, steering.denoiser, negative)
+        return _default_alpha(steering.family, steering.denoiser, negative, self._settings.nag)
 
     def _change(self, **changes: Any) -> None:
-        for steering in self._steerings:
-            steering.settings = replace(steering.settings, **changes)
+        # all are made before one is set: a change that is refused changes nothing
+        settings = [replace(steering.settings, **changes) for steering in self._steerings]
+        for steering, changed in zip(self._steerings, settings, strict=True):
+            steering.settings = changed
 
 
 def find_denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
@@ -221,9 +251,53 @@ def find_steering(denoiser: nn.Module) -> Steering | None:
     return next((hook for hook in hooks if isinstance(hook, Steering)), None)
 
 
-def _default_alpha(family: Family, denoiser: nn.Module, negative: Negative) -> float:
+def _default_alpha(
+    family: Family, denoiser: nn.Module, negative: Negative, nag: Nag | None
+) -> float:
     """Prompts with alphas of their own need no other."""
+    if nag is not None:
+        return family.default_nag(denoiser)[2]
     return 1.0 if negative.has_own_alphas else family.default_alpha(denoiser)
+
+
+def _choose_rule(family: Family, rule: str | None) -> str:
+    if rule is not None and rule not in family.rules:
+        raise ValueError(
+            f"enable_nasa: rule must be one of {', '.join(map(repr, family.rules))} for "
+            f"{family.name}, got {rule!r}"
+        )
+    return family.rules[0] if rule is None else rule
+
+
+def _read_nag(
+    family: Family,
+    denoiser: nn.Module,
+    method: str,
+    rule: str,
+    alpha: Any,
+    scale: float | None,
+    tau: float | None,
+    nag_alpha: Any,
+) -> Nag | None:
+    if method not in ("nasa", "nag"):
+        raise ValueError(f"enable_nasa: method must be 'nasa' or 'nag', got {method!r}")
+    if method == "nasa":
+        given = {"nag_scale": scale, "nag_tau": tau, "nag_alpha": nag_alpha}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"enable_nasa: {name} goes with method='nag'; leave one out")
+        return None
+    if "nag" not in family.methods:
+        raise ValueError(f"enable_nasa: method='nag' is not there for {family.name}")
+    if alpha is not None:
+        raise ValueError(
+            "enable_nasa: alpha is the strength of NASA; method='nag' takes nag_alpha, the share "
+            "of the guided result"
+        )
+    if rule != family.rules[0]:
+        raise ValueError(f"enable_nasa: rule={rule!r} goes with method='nasa'; NAG has one rule")
+    default_scale, default_tau, _ = family.default_nag(denoiser)
+    return Nag(default_scale if scale is None else scale, default_tau if tau is None else tau)
 
 
 def _choose_layers(

@@ -10,6 +10,7 @@ weights in the middle of a run: call `handle.clear_cache()` after it.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 DEFAULT_LIMIT = 512 << 20
 MAX_OLDER_CALLS = 4
+# of a text [r, n, c]: how many of its first tokens there are before the last one only repeats
+Count = Callable[[Tensor], int]
 
 
 class Prompts:
@@ -29,13 +32,18 @@ class Prompts:
     on its own prompts, and not on which prompts were seen before.
     """
 
-    def __init__(self, texts: Sequence[Tensor]):
+    def __init__(self, texts: Sequence[Tensor], counts: Sequence[Count] = ()):
         self.texts = tuple(texts)
+        self.counts = tuple(counts)
         self.versions = [_version(text) for text in texts]
         # in inference mode PyTorch does not count writes: the values themselves are the record
         self.copies = [text.clone() if text.is_inference() else None for text in texts]
         # every row the same, as for several images of one prompt: one row serves them all
         self.are_uniform = [not text.is_meta and bool((text == text[:1]).all()) for text in texts]
+        self.folded = [
+            _fold(count(text), text.shape[1], text.device)
+            for text, count in zip(texts, counts, strict=False)
+        ] or [None] * len(self.texts)
         self.entries: dict[int, Entry] = {}
         self.nbytes = sum(text.numel() * text.element_size() for text in texts)
 
@@ -45,20 +53,54 @@ class Prompts:
             for text, version, copy in zip(self.texts, self.versions, self.copies, strict=True)
         )
 
-    def are(self, texts: Sequence[Tensor]) -> bool:
+    def are(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> bool:
         """True for the same objects, unchanged: no value is compared."""
-        same = len(texts) == len(self.texts) and all(
-            mine is text for mine, text in zip(self.texts, texts, strict=True)
+        same = (
+            self.counts == tuple(counts)
+            and len(texts) == len(self.texts)
+            and all(mine is text for mine, text in zip(self.texts, texts, strict=True))
         )
         return same and self.are_unchanged()
 
-    def equal(self, texts: Sequence[Tensor]) -> bool:
+    def equal(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> bool:
         """True for the same values, bit for bit."""
         return (
-            len(texts) == len(self.texts)
+            self.counts == tuple(counts)
+            and len(texts) == len(self.texts)
             and all(map(_equal, self.texts, texts))
             and self.are_unchanged()
         )
+
+
+def all_tokens(text: Tensor) -> int:
+    return text.shape[1]
+
+
+def distinct_tokens(text: Tensor) -> int:
+    """Tokens up to and with the first of those at the end that are bit for bit the last one, in
+    every row: zero-padding to 512 tokens is one such run."""
+    if text.is_meta or text.shape[1] == 0:
+        return text.shape[1]
+    # [n]
+    differs = (text != text[:, -1:]).any(2).any(0)
+    last = differs.nonzero().flatten()[-1:]
+    return 1 if last.numel() == 0 else int(last) + 2
+
+
+@dataclass(frozen=True)
+class Fold:
+    """m equal keys at the end of a prompt weigh as much as one with a bias of log m, exactly."""
+
+    length: int
+    bias: Tensor  # [1, length] fp32
+
+
+def _fold(length: int, tokens: int, device: torch.device) -> Fold | None:
+    if length >= tokens:
+        return None
+    bias = torch.zeros(1, length, device=device)
+    bias[:, -1] = math.log(tokens - length + 1)
+    return Fold(length, bias)
 
 
 def _equal(mine: Tensor, text: Tensor) -> bool:
@@ -151,19 +193,24 @@ class TextCache:
         with self._lock:
             self._calls = []
 
-    def recognise(self, texts: Sequence[Tensor]) -> Prompts:
-        """The prompts of a denoiser call: known ones where their values are known."""
+    def recognise(self, texts: Sequence[Tensor], counts: Sequence[Count] = ()) -> Prompts:
+        """The prompts of a denoiser call: known ones where their values are known. `counts` say
+        of each text how many leading tokens stand for all."""
         with self._lock:
-            prompts = self._find(texts) or Prompts(texts)
+            prompts = self._find(texts, counts) or Prompts(texts, counts)
             older = [other for other in self._calls if other is not prompts]
-            self._calls = [*older[-MAX_OLDER_CALLS:], prompts]
+            # text has counts; image prompts, which have none, do not drive it out
+            alike = [other for other in older if bool(other.counts) == bool(counts)]
+            for other in alike[:-MAX_OLDER_CALLS]:
+                older.remove(other)
+            self._calls = [*older, prompts]
             return prompts
 
-    def _find(self, texts: Sequence[Tensor]) -> Prompts | None:
+    def _find(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> Prompts | None:
         # the objects of the last step first
         for same in (Prompts.are, Prompts.equal):
             for prompts in reversed(self._calls):
-                if same(prompts, texts):
+                if same(prompts, texts, counts):
                     return prompts
         return None
 

@@ -4,13 +4,14 @@ A denoiser is told neither whether its batch is doubled for classifier-free guid
 step it computes, and pipelines made with `from_pipe` share it. The pipeline in the call stack
 knows all of this, so it is read there: no value is compared and no device is synchronised.
 The names read are those of every diffusers pipeline: `do_classifier_free_guidance` (a property,
-in PixArt a local variable), `i` and `timesteps` of the loop, `batch_size` (the prompts).
+in PixArt a local variable), `i` and `timesteps` of the loop, `batch_size` (the prompts),
+`clip_skip` and `lora_scale`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -42,6 +43,8 @@ class Caller:
     def step(self) -> tuple[int, int]:
         """The step in progress, from 0, and how many there are."""
         index, timesteps = self.variables.get("i"), self.variables.get("timesteps")
+        # under diffusion forcing a row of it holds the timesteps of all frames
+        timesteps = self.variables.get("step_matrix", timesteps)
         if not isinstance(index, int) or timesteps is None:
             raise RuntimeError(
                 f"nasa_diffusers: start and stop need to know the step, and "
@@ -56,6 +59,14 @@ class Caller:
     def prompts(self) -> int | None:
         """How many prompts the call has; each one gives `num_images_per_prompt` rows."""
         return self.variables.get("batch_size")
+
+    def text_options(self, names: Sequence[str]) -> dict[str, Any]:
+        """The options `names` of `encode_prompt` with which this call encodes its prompt."""
+        given = {name: self.variables.get(name) for name in names}
+        if "lora_scale" in given and given["lora_scale"] is None:
+            # its name in image-to-image, inpainting and ControlNet pipelines
+            given["lora_scale"] = self.variables.get("text_encoder_lora_scale")
+        return {name: value for name, value in given.items() if value is not None}
 
     def is_unconditional(self, text: Tensor) -> bool:
         """True for the second of two calls a step, the one with the pipeline's own negative."""

@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to steer away from; repeat with an alpha each for several at once",
     )
     strength = generate.add_mutually_exclusive_group()
-    strength.add_argument("--alpha", type=float, help="strength; default: that of the family")
+    strength.add_argument(
+        "--alpha", type=float, help="strength, nag_alpha of --method nag; default: the family's"
+    )
     strength.add_argument(
         "--sweep", type=_numbers, metavar="A,B,...", help="alphas to draw side by side"
     )
@@ -70,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", action="append", help="pattern of layer names; repeat for more")
     add("--height", type=int, help="of the image in pixels")
     add("--width", type=int, help="of the image in pixels")
+    add("--method", choices=("nasa", "nag"), default="nasa", help="default: %(default)s")
+    add("--rule", help="how NASA combines the prompts, 'vsf' for value sign flip; default: its own")
+    add("--nag-scale", type=float, help="of --method nag, where 1 is off; default: the family's")
+    add("--nag-tau", type=float, help="of --method nag; default: the family's")
     add("--backend", help="back end of nasa_kernels; default: the best that runs")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
     add("--device", help="default: cuda where there is one")
@@ -89,7 +95,11 @@ def run_generate(options: argparse.Namespace) -> None:
     handle = enable_nasa(
         pipe,
         _negatives(options.negative),
-        alpha=options.alpha,
+        method=options.method,
+        rule=options.rule,
+        nag_scale=options.nag_scale,
+        nag_tau=options.nag_tau,
+        **{"nag_alpha" if options.method == "nag" else "alpha": options.alpha},
         start=options.start,
         stop=options.stop,
         layers=options.layers,

@@ -8,20 +8,24 @@ Encoding the negative prompt is not part of a denoiser call and is not counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import (
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_diffusers.api import enable_nasa
+from nasa_diffusers.families.wan import Wan
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,12 @@ class Model:
 
     build: Any  # a denoiser class
     config: dict[str, Any]
-    latents: tuple[int, ...]  # [c, height, width], video [c, frames, height, width]
+    latents: tuple[int, ...]  # [c, height, width], of video [c, frames, ...], of FLUX.1 [l, c]
     tokens: int
     channels: int
     inputs: dict[str, Any] = field(default_factory=dict)
+    # tokens of both prompts before padding, where padding is folded; None: as many as there are
+    words: tuple[int, int] | None = None
 
 
 SDXL_INPUTS = {
@@ -55,6 +61,11 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 PIXART_INPUTS = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+FLUX_INPUTS = {
+    "pooled_projections": torch.empty(1, 768, device="meta"),
+    "img_ids": torch.empty(4096, 3, device="meta"),
+    "txt_ids": torch.empty(256, 3, device="meta"),
+}
 
 MODELS = {
     "SD 1.5, 512 px": Model(
@@ -109,6 +120,22 @@ MODELS = {
         300,
         2304,
     ),
+    "FLUX.1 schnell, 1024 px": Model(
+        FluxTransformer2DModel, {}, (4096, 64), 256, 4096, FLUX_INPUTS
+    ),
+    "SD3 medium, 1024 px": Model(
+        SD3Transformer2DModel,
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        (16, 128, 128),
+        333,
+        4096,
+        {"pooled_projections": torch.empty(1, 2048, device="meta")},
+    ),
     "Wan 2.1 1.3B, 480p, 81 frames": Model(
         WanTransformer3DModel,
         {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
@@ -117,6 +144,19 @@ MODELS = {
         4096,
     ),
 }
+MODELS["Wan 2.1 1.3B, 480p, 81 frames, 120 + 70 words"] = replace(
+    MODELS["Wan 2.1 1.3B, 480p, 81 frames"], words=(120, 70)
+)
+
+
+class FoldedWan(Wan):
+    """Tensors on meta have no values, so it is said here which tokens are padding."""
+
+    def __init__(self, positive: Tensor, words: tuple[int, int]):
+        self.positive, self.words = positive, words
+
+    def distinct_tokens(self, text: Tensor) -> int:
+        return self.words[0 if text is self.positive else 1] + 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +168,13 @@ class Count:
     stock: int
     first: int  # the negative prompt's first call
     later: int  # every call after it
+    words: tuple[int, int] | None = None
+
+    @property
+    def keys(self) -> str:
+        """Keys of both prompts in a layer: all padding is one."""
+        both = (self.tokens,) * 2 if self.words is None else [words + 1 for words in self.words]
+        return " + ".join(map(str, both))
 
     @property
     def added_first(self) -> float:
@@ -159,18 +206,20 @@ def count(name: str) -> Count:
 
     stock = call()
     pipe: Any = SimpleNamespace(transformer=denoiser)
-    enable_nasa(pipe, negative_prompt_embeds=negative, alpha=0.5)
-    return Count(name, model.tokens, stock, first=call(), later=call())
+    handle = enable_nasa(pipe, negative_prompt_embeds=negative, alpha=0.5)
+    if model.words is not None:
+        handle._steerings[0].family = FoldedWan(text, model.words)
+    return Count(name, model.tokens, stock, first=call(), later=call(), words=model.words)
 
 
 def markdown(counts: list[Count]) -> str:
     """The table of the documentation."""
     lines = [
-        "| model, batch 1 | text tokens | stock call, TFLOP | first steered call | later calls |",
+        "| model, batch 1 | text keys | stock call, TFLOP | first steered call | later calls |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {c.model} | {c.tokens} + {c.tokens} | {c.stock / 1e12:.3f} "
+        f"| {c.model} | {c.keys} | {c.stock / 1e12:.3f} "
         f"| {c.added_first:+.2%} | {c.added_later:+.2%} |"
         for c in counts
     ]

@@ -2,20 +2,26 @@
 
     O = (Z+ - alpha * Z-) + sum of scale_i * Z_i        (Z_i: attention over image prompt i)
 
-diffusers keeps an IP-Adapter's weights in the layer's processor. The terms below are the ones
-its own processor adds; only the text part of the layer is NASA's.
+diffusers keeps an IP-Adapter's weights in the layer's processor. The terms are the ones its own
+processor adds, each in one call of the operator: the scale, and a mask over the image, are its
+alpha, and keys and values of an image are projected once, as those of the text are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as stock
 from torch import Tensor
+
+from nasa_diffusers.cache import Fingerprint
+from nasa_diffusers.methods import KeysValues
+
+if TYPE_CHECKING:
+    from nasa_diffusers.steered import Steered
 
 PROCESSORS = (
     stock.IPAdapterAttnProcessor,
@@ -29,8 +35,9 @@ def image_terms(
     q: Tensor,  # [b, l, h, d]
     images: list[Tensor],  # per adapter [b, n, c], or with masks [b, images, n, c]
     masks: Sequence[Tensor | None] | Tensor | None,  # per adapter [1, images, height, width]
-) -> Tensor:
-    """The sum over adapters and their images, `[b, l, h * d]`."""
+    text: Steered,
+) -> Iterator[tuple[KeysValues, float | Tensor]]:
+    """Every image as one more prompt, with its alpha: to add it is to subtract -scale of it."""
     processor = attn.processor
     if isinstance(masks, Tensor):
         masks = list(masks.unsqueeze(1))
@@ -41,14 +48,13 @@ def image_terms(
             f"nasa_diffusers: the IP-Adapter has {len(processor.scale)} scales, the call brings "
             f"{len(images)} image prompts and {len(masks)} ip_adapter_masks; give one of each"
         )
-    total = torch.zeros((), dtype=q.dtype, device=q.device)
-    adapters = zip(
-        images, processor.scale, processor.to_k_ip, processor.to_v_ip, masks, strict=True
-    )
-    for image, scale, to_k, to_v, mask in adapters:
+    made = _keys_values(attn, images, text)
+    for image, scale, (k, v), mask in zip(images, processor.scale, made, masks, strict=True):
         if mask is None:
             if scale != 0:
-                total = total + scale * _attend(q, to_k(image), to_v(image))
+                # the tokens of all images side by side
+                k, v = (x.flatten(1, -3) for x in (k, v))
+                yield KeysValues(k, v), -scale
             continue
         scales = scale if isinstance(scale, list) else [scale] * mask.shape[1]
         if not len(scales) == mask.shape[1] == image.shape[1]:
@@ -57,19 +63,24 @@ def image_terms(
                 f"and {len(scales)} scales; give one mask and one scale per image"
             )
         for i, image_scale in enumerate(scales):
-            if image_scale == 0:
-                continue
-            z = _attend(q, to_k(image[:, i]), to_v(image[:, i]))
-            where = IPAdapterMaskProcessor.downsample(
-                mask[:, i], z.shape[0], z.shape[1], z.shape[2]
-            )
-            total = total + image_scale * (z * where.to(z))
-    return total
+            if image_scale != 0:
+                # [b, l, 1]
+                where = IPAdapterMaskProcessor.downsample(mask[:, i], *q.shape[:2], 1)
+                yield KeysValues(k[:, i], v[:, i]), -image_scale * where.float()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of `q` over one image prompt `[b, n, h * d]`, as `[b, l, h * d]`."""
-    heads = q.shape[2]
-    k, v = (x.unflatten(-1, (heads, -1)).flatten(1, -3).transpose(1, 2) for x in (k, v))
-    z = F.scaled_dot_product_attention(q.transpose(1, 2), k, v)
-    return z.transpose(1, 2).flatten(2)
+def _keys_values(attn: Any, images: list[Tensor], text: Steered) -> list[tuple[Tensor, ...]]:
+    """K and V of each adapter's images, `[b, ..., n, h, d]`, kept like those of the text."""
+    processor = attn.processor
+
+    def project() -> list[tuple[Tensor, ...]]:
+        layers = zip(images, processor.to_k_ip, processor.to_v_ip, strict=True)
+        return [
+            tuple(x.unflatten(-1, (attn.heads, -1)) for x in (to_k(image), to_v(image)))
+            for image, to_k, to_v in layers
+        ]
+
+    if text.images is None or torch.compiler.is_compiling():
+        return project()
+    made_by = Fingerprint([*processor.to_k_ip, *processor.to_v_ip], text.images.made_by)
+    return text.images.cache.through(processor, made_by, text.images.prompts, project)

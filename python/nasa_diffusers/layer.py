@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nasa_diffusers import ip_adapter
 from nasa_diffusers.cache import Fingerprint, TextCache
+from nasa_diffusers.methods import KeysValues, Signed, nothing, steer, subtract
 from nasa_diffusers.steered import Steered
-from nasa_kernels import nasa_attention
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.base import Family
@@ -70,26 +70,23 @@ class CrossAttentionHook(Hook):
         self._check_processor(attn, images)
 
         q = self.family.queries(attn, hidden_states)
-        (k_pos, v_pos), *negatives = self._keys_values(attn, text)
+        pos, *negatives = self.keys_values(attn, text)
         if not torch.compiler.is_compiling():
-            self.last_call = LayerCall(q.shape, [x.shape for x in text.texts])
-        queries = q.shape[1]
-        mask_pos = _key_mask(self.name, attention_mask, k_pos.shape[1])
-        o: Tensor | None = None
-        for term, (k_neg, v_neg) in zip(text.terms, negatives, strict=True):
-            z = nasa_attention(
-                q, k_pos, v_pos, k_neg, v_neg, term.alpha.at(queries),
-                mask_pos=mask_pos, mask_neg=term.mask, backend=text.backend,
-            )  # fmt: skip
-            o = z if o is None else o + z
-            # Z+ counts once: a prompt without keys contributes 0 to the terms that follow
-            k_pos, v_pos, mask_pos = k_pos[:, :0], v_pos[:, :0], None
-        assert o is not None, "enable_nasa refuses an empty list of negative prompts"
-        # [b, l, h, d] -> [b, l, h * d], a view
-        o = o.flatten(2)
+            prompts = zip(text.texts, (pos, *negatives), strict=True)
+            sizes = [(x.shape[0], prompt.k.shape[1], x.shape[2]) for x, prompt in prompts]
+            self.last_call = LayerCall(q.shape, sizes)
+        if attention_mask is not None:
+            pos = pos._replace(mask=_key_mask(self.name, attention_mask, pos.k.shape[1]))
+        signed = [
+            Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
+        ]
+        o = steer(q, pos, signed, text.rule, text.nag, text.backend)
         if images is not None:
-            o = o + ip_adapter.image_terms(attn, q, images, kwargs.get("ip_adapter_masks"))
-        return self.family.output(attn, o)
+            masks = kwargs.get("ip_adapter_masks")
+            for image, alpha in ip_adapter.image_terms(attn, q, images, masks, text):
+                o = o + subtract(q, nothing(image), image, alpha, text.backend)
+        # [b, l, h, d] -> [b, l, h * d], a view
+        return self.family.output(attn, o.flatten(2))
 
     def _check_processor(self, attn: Any, images: Any) -> None:
         known = self.family.processors if images is None else ip_adapter.PROCESSORS
@@ -103,18 +100,27 @@ class CrossAttentionHook(Hook):
 
     # ---- keys and values ---------------------------------------------------------------------
 
-    def _keys_values(self, attn: Any, text: Steered) -> list[tuple[Tensor, ...]]:
+    def keys_values(self, attn: Any, text: Steered) -> list[KeysValues]:
         """K and V of the positive text, then of each negative one."""
+        if text.prepared is not None:
+            return text.prepared.keys_values[self.name]
+        masks = [None, *(term.mask for term in text.terms)]
         if text.prompts is None or not text.is_cached:
-            return self._project(attn, text.texts)
-        are_uniform = text.prompts.are_uniform
+            made = self._project(attn, text.texts)
+            return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
+        are_uniform, folds = text.prompts.are_uniform, text.prompts.folded
 
         def project() -> list[tuple[Tensor, ...]]:
-            pairs = zip(text.texts, are_uniform, strict=True)
-            return self._project(attn, [x[:1] if same else x for x, same in pairs])
+            texts = [x[:1] if same else x for x, same in zip(text.texts, are_uniform, strict=True)]
+            shorter = zip(texts, folds, strict=True)
+            return self._project(attn, [x if f is None else x[:, : f.length] for x, f in shorter])
 
         made_by = Fingerprint(self.family.projections(attn), text.made_by)
-        return self.cache.through(attn, made_by, text.prompts, project)
+        made = self.cache.through(attn, made_by, text.prompts, project)
+        # offloading may have moved the text since its padding was found
+        device = made[0][0].device
+        masks = [m if f is None else f.bias.to(device) for m, f in zip(masks, folds, strict=True)]
+        return [KeysValues(k, v, mask) for (k, v), mask in zip(made, masks, strict=True)]
 
     def _project(self, attn: Any, texts: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """One projection for all prompts, their tokens side by side: `[1, sum of r * n, c]`."""
@@ -139,6 +145,12 @@ class TextHook(Hook):
     def new_forward(self, module: nn.Module, text: Any, *args, **kwargs):
         if not isinstance(text, Steered):
             return self.stock(text, *args, **kwargs)
+        return self.project(module, text, *args, **kwargs)
+
+    def project(self, module: nn.Module, text: Steered, *args, **kwargs) -> Steered:
+        """All texts as the module makes them."""
+        if text.prepared is not None:
+            return text.as_prepared()
 
         def project() -> list[tuple[Tensor, ...]]:
             return [(self.stock(x, *args, **kwargs),) for x in text.texts]
@@ -155,7 +167,7 @@ class LayerCall:
     """The sizes of a layer's last call, for the report. FLOPs count a multiply-add as 2."""
 
     q: torch.Size  # [b, l, h, d]
-    texts: list[torch.Size]  # [r, n, c], the positive one first
+    texts: list[tuple[int, int, int]]  # r, n, c, the positive one first
 
     @property
     def attention_flops(self) -> int:
@@ -170,10 +182,8 @@ class LayerCall:
         return sum(4 * r * n * c * h * d for r, n, c in self.texts[1:])
 
 
-def _key_mask(layer: str, mask: Tensor | None, keys: int) -> Tensor | None:
+def _key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
     """diffusers' additive mask `[b, 1, n]` as one bias per key, `[b, n]`."""
-    if mask is None:
-        return None
     if mask.dim() != 3 or mask.shape[1] != 1 or mask.shape[2] != keys:
         raise ValueError(
             f"nasa_diffusers: the text mask of layer {layer!r} must be [b, 1, {keys}], one value "

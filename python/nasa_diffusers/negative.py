@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -77,6 +77,8 @@ class Negative:
     has_own_alphas: bool
     max_sequence_length: int | None
     encoders: Fingerprint | None
+    # of `encode_prompt`: those of the call the prompts were encoded for
+    options: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def from_prompts(
@@ -86,7 +88,7 @@ class Negative:
         max_sequence_length: int | None,
     ) -> Negative:
         prompts, has_own_alphas = _parse(negative_prompt)
-        return _encode(pipe, family, prompts, has_own_alphas, max_sequence_length)
+        return _encode(pipe, family, prompts, has_own_alphas, max_sequence_length, {})
 
     @staticmethod
     def from_embeds(embeds: Tensor, mask: Tensor | None) -> Negative:
@@ -97,16 +99,21 @@ class Negative:
             embeds, mask = _trim(embeds.clone(), mask)
         return Negative((Encoded("embeddings", 1.0, embeds, mask),), (), False, None, None)
 
-    def current(self, pipe: DiffusionPipeline, family: Family) -> Negative:
-        """The same prompts, encoded again if a text encoder has changed (a LoRA, say)."""
+    def current(self, pipe: DiffusionPipeline, family: Family, options: dict[str, Any]) -> Negative:
+        """The same prompts, encoded again if a text encoder has changed (a LoRA, say), or if this
+        call encodes its own prompt with other options."""
         modules = text_encoders(pipe)
-        if self.encoders is None or not modules or self.encoders.matches(Fingerprint(modules)):
+        if self.encoders is None or not modules:
             return self
-        return _encode(pipe, family, self.prompts, self.has_own_alphas, self.max_sequence_length)
+        if options == self.options and self.encoders.matches(Fingerprint(modules)):
+            return self
+        return _encode(
+            pipe, family, self.prompts, self.has_own_alphas, self.max_sequence_length, options
+        )
 
 
 def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
-    names = ("text_encoder", "text_encoder_2")
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
 
 
@@ -144,6 +151,7 @@ def _encode(
     prompts: Terms,
     has_own_alphas: bool,
     max_sequence_length: int | None,
+    options: dict[str, Any],
 ) -> Negative:
     if not text_encoders(pipe):
         raise ValueError(
@@ -152,12 +160,12 @@ def _encode(
         )
     terms = []
     for names, weight in prompts:
-        embeds, mask = family.encode(pipe, list(names), max_sequence_length)
+        embeds, mask = family.encode(pipe, list(names), max_sequence_length, **options)
         mask = None if mask is None else mask.bool()
         _check_embeds(embeds, mask)
         terms.append(Encoded(" | ".join(names), weight, *_trim(embeds, mask)))
     encoders = Fingerprint(text_encoders(pipe))
-    return Negative(tuple(terms), prompts, has_own_alphas, max_sequence_length, encoders)
+    return Negative(tuple(terms), prompts, has_own_alphas, max_sequence_length, encoders, options)
 
 
 def _trim(embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -68,14 +68,16 @@ def make_report(steerings: list[Steering]) -> Report:
     )
     return Report(
         family=first.family.name,
-        rule=first.family.rule,
+        rule=settings.rule if settings.nag is None else str(settings.nag),
         alpha=str(settings.alpha),
         negatives=negatives,
         steps=str(settings.window),
         layers=sum(len(steering.layers) for steering in steerings),
         layers_guided=len(hooks),
         keys_pos=calls[0].texts[0][1] if calls else None,
-        keys_neg=sum(term.embeds.shape[1] for term in settings.negative.terms),
+        keys_neg=sum(n for _, n, _ in calls[0].texts[1:])
+        if calls
+        else sum(term.embeds.shape[1] for term in settings.negative.terms),
         backend=settings.backend or _chosen_backend(first.denoiser),
         attention_flops=sum(call.attention_flops for call in calls) if calls else None,
         projection_flops=sum(call.projection_flops for call in calls) if calls else None,

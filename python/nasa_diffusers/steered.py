@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from nasa_diffusers.alpha import LayerAlpha
+from nasa_diffusers.methods import KeysValues, Nag
 
 if TYPE_CHECKING:
-    from nasa_diffusers.cache import Fingerprint, Prompts
+    from nasa_diffusers.cache import Fingerprint, Prompts, TextCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,24 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a compiled denoiser is handed instead of projecting text: inputs of its graph, so that
+    another prompt is other data."""
+
+    text: Tensor  # the positive one, after the text projections before the blocks
+    keys_values: dict[str, list[KeysValues]]  # by the name of the layer
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The image prompts of an IP-Adapter, as the pipeline gave them."""
+
+    prompts: Prompts
+    made_by: Fingerprint  # the projection before the blocks
+    cache: TextCache
+
+
+@dataclass(frozen=True, eq=False)
 class Steered:
     """The positive text and the negative ones, on their way to the cross-attention layers."""
 
@@ -41,6 +60,11 @@ class Steered:
     backend: str | None
     prompts: Prompts | None  # where their keys and values are kept; None: nowhere
     made_by: Fingerprint | None = None  # the text projections passed so far
+    prepared: Prepared | None = None
+    images: Images | None = None  # image prompts whose keys and values may be kept
+    rule: str = "nasa"
+    nag: Nag | None = None
+    needs_grad: bool = False  # gradients are recorded in this call of the denoiser
 
     @property
     def is_cached(self) -> bool:
@@ -56,6 +80,11 @@ class Steered:
         text, *negatives = texts
         terms = tuple(replace(t, text=x) for t, x in zip(self.terms, negatives, strict=True))
         return replace(self, text=text, terms=terms, made_by=made_by)
+
+    def as_prepared(self) -> Steered:
+        """After one of the text projections, whose work `prepared` already holds."""
+        assert self.prepared is not None
+        return replace(self, text=self.prepared.text)
 
     def view(self, *shape: int) -> Steered:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers.alpha import Alpha, LayerAlpha
-from nasa_diffusers.cache import TextCache
+from nasa_diffusers.cache import Fingerprint, TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
+from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, spread
-from nasa_diffusers.steered import Steered, Term
+from nasa_diffusers.steered import Images, Prepared, Steered, Term
 from nasa_diffusers.window import Window
 
 
@@ -31,6 +34,20 @@ class Settings:
     window: Window
     backend: str | None
     cfg: bool | None
+    rule: str = "nasa"
+    nag: Nag | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule == "vsf" and self.alpha.region is not None:
+            raise ValueError(
+                "enable_nasa: rule='vsf' weighs the values of keys, which all of the image shares, "
+                "so alpha cannot be a map over the image; give a number, or one per image"
+            )
+        if self.nag is not None and self.negative.has_own_alphas:
+            raise ValueError(
+                "enable_nasa: method='nag' takes one negative prompt, a string or one per image, "
+                "since its norm is that of one difference; put several into one string"
+            )
 
 
 class Steering:
@@ -53,12 +70,14 @@ class Steering:
         self.cache = cache
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.alphas: dict[tuple, LayerAlpha] = {}
-        self.last_text: weakref.ref | None = None
+        self.last_negative: tuple[weakref.ref, Negative] | None = None
         self.layers = {
-            name: (attn, CrossAttentionHook(name, family, cache, guided[name]))
+            name: (attn, family.layer_hook(denoiser, name, cache, guided[name]))
             for name, attn in family.layers(denoiser)
         }
         self.text_hooks = family.text_hooks(denoiser, cache)
+        self.block_hooks = family.block_hooks(denoiser, guided)
+        self.path_to_layers = _path_to(denoiser, self.layers)
         self._handle: Any = None
 
     @property
@@ -68,15 +87,15 @@ class Steering:
     def attach(self) -> None:
         for attn, hook in self.layers.values():
             attach(attn, hook)
-        for module, text_hook in self.text_hooks:
-            attach(module, text_hook)
+        for module, hook in (*self.text_hooks, *self.block_hooks):
+            attach(module, hook)
         self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
 
     def detach(self) -> None:
         self._handle.remove()
         for attn, _ in self.layers.values():
             detach(attn)
-        for module, _ in self.text_hooks:
+        for module, _ in (*self.text_hooks, *self.block_hooks):
             detach(module)
         self.cache.clear()
 
@@ -102,10 +121,15 @@ class Steering:
         first = 0
         if self.family.doubles_batch:
             first = first_guided_row(caller, settings.cfg, sample)
-        elif caller is not None and caller.uses_cfg and caller.is_unconditional(text):
+        elif caller is not None and caller.uses_cfg is not False and caller.is_unconditional(text):
             return None
-        prompts = None if caller is None else caller.prompts
-        kwargs["encoder_hidden_states"] = self._steer(settings, text, sample, first, prompts)
+        self.family.check_call(denoiser, kwargs)
+        steered = self._steer(settings, text, sample, first, caller)
+        if steered.prompts is not None:
+            steered = replace(steered, images=self._images(kwargs))
+        if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
+            steered = self._prepare(steered)
+        kwargs["encoder_hidden_states"] = steered
         return (), kwargs
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
@@ -120,9 +144,10 @@ class Steering:
         return window.holds(*caller.step)
 
     def _steer(
-        self, settings: Settings, text: Tensor, sample: Tensor, first: int, prompts: int | None
+        self, settings: Settings, text: Tensor, sample: Tensor, first: int, caller: Caller | None
     ) -> Steered:
-        negative = self._current_negative(settings, text)
+        negative = self._current_negative(settings, text, caller)
+        prompts = None if caller is None else caller.prompts
         placed = [term.rows(text, first, prompts) for term in negative.terms]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
@@ -132,7 +157,13 @@ class Steering:
                 )
         prompts_seen = None
         if not torch.is_grad_enabled():
-            prompts_seen = self.cache.recognise([text, *(embeds for embeds, _ in placed)])
+            prompts_seen = self.cache.recognise(
+                [text, *(embeds for embeds, _ in placed)],
+                [
+                    self.family.distinct_tokens if mask is None else all_tokens
+                    for mask in (None, *(mask for _, mask in placed))
+                ],
+            )
         alphas = (
             self._alpha(settings.alpha, term.weight, sample, first, prompts)
             for term in negative.terms
@@ -140,16 +171,82 @@ class Steering:
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
-        return Steered(text, terms, settings.backend, prompts_seen)
+        return Steered(
+            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag,
+            needs_grad=torch.is_grad_enabled(),
+        )  # fmt: skip
 
-    def _current_negative(self, settings: Settings, text: Tensor) -> Negative:
-        """Encodes again after a text encoder changed; looks only when a prompt is new."""
-        if self.last_text is not None and self.last_text() is text:
-            return settings.negative
-        negative = settings.negative.current(self.pipe, self.family)
+    def _images(self, kwargs: dict[str, Any]) -> Images | None:
+        """The image prompts of an IP-Adapter, where the call brings some."""
+        embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
+        projection = getattr(self.denoiser, "encoder_hid_proj", None)
+        if projection is None or not isinstance(embeds, list):
+            return None
+        if not embeds or not all(isinstance(x, Tensor) for x in embeds):
+            return None
+        return Images(self.cache.recognise(embeds), Fingerprint([projection]), self.cache)
+
+    # ---- compiled denoisers ------------------------------------------------------------------
+
+    def _is_compiled(self, caller: Caller | None) -> bool:
+        """Whether layers will run as part of a graph, as far as can be seen from outside."""
+        if any(module._compiled_call_impl is not None for module in self.path_to_layers):
+            return True
+        pipes = (self.pipe,) if caller is None else (self.pipe, caller.pipe)
+        return any(
+            isinstance(part, OptimizedModule) and part._orig_mod is self.denoiser
+            for pipe in pipes
+            for part in vars(pipe).values()
+        )
+
+    def _can_prepare(self, kwargs: dict[str, Any]) -> bool:
+        """False where projections are not yet, in this hook, what they are in the forward pass:
+        LoRAs that the call rescales, weights that offloading brings with a block."""
+        for name, value in kwargs.items():
+            if name.endswith("attention_kwargs") and value and value.get("scale") is not None:
+                return False
+        if not all(isinstance(hook, CrossAttentionHook) for _, hook in self.layers.values()):
+            return False
+        for module in self.path_to_layers:
+            registry = getattr(module, "_diffusers_hook", None)
+            moves = registry is not None and registry.get_hook("group_offloading") is not None
+            if moves or hasattr(module, "_hf_hook"):
+                return False
+        return True
+
+    def _prepare(self, steered: Steered) -> Steered:
+        """Project the text here, outside the graph, where what is kept from earlier calls can be
+        looked up; the graph receives keys and values as inputs."""
+        text = steered
+        for module, hook in self.text_hooks:
+            text = hook.project(module, text)
+        keys_values = {
+            name: hook.keys_values(attn, text)
+            for name, (attn, hook) in self.layers.items()
+            if hook.guided
+        }
+        for prompts in keys_values.values():
+            for prompt in prompts:
+                for x in prompt:
+                    # a prompt of another length is other data, too
+                    if x is not None:
+                        torch._dynamo.maybe_mark_dynamic(x, 1)
+        return replace(steered, prepared=Prepared(text.text, keys_values))
+
+    def _current_negative(
+        self, settings: Settings, text: Tensor, caller: Caller | None
+    ) -> Negative:
+        """Encodes again after a text encoder changed, or for a call with another clip_skip or
+        text LoRA scale; looks only when a prompt is new."""
+        if self.last_negative is not None:
+            last_text, negative = self.last_negative
+            if last_text() is text and negative is settings.negative:
+                return negative
+        options = {} if caller is None else caller.text_options(self.family.text_options)
+        negative = settings.negative.current(self.pipe, self.family, options)
         if self.settings is settings:
             self.settings = replace(settings, negative=negative)
-            self.last_text = weakref.ref(text)
+            self.last_negative = weakref.ref(text), negative
         return negative
 
     def _alpha(
@@ -171,11 +268,21 @@ class Steering:
     ) -> LayerAlpha:
         rows = sample.shape[0]
         values = alpha.values.to(sample.device) * weight
-        values = spread(values, rows, first, prompts, "alpha").expand(rows)
-        guided = torch.arange(rows, device=sample.device) >= first
-        # [b, 1, 1]
-        values = torch.where(guided, values, 0.0)[:, None, None]
+        values = spread(values, rows, first, prompts, "alpha")
+        is_for_all = values.shape[0] == 1 and first == 0
+        is_conditional = torch.arange(rows, device=sample.device) >= first
+        # [b], always: a graph that is compiled for one alpha takes one per image as well
+        values = torch.where(is_conditional, values, 0.0)
+        guided = None if is_for_all else values != 0
+        values = values[:, None, None]
         if alpha.region is None:
-            return LayerAlpha(values)
+            return LayerAlpha(values, guided=guided)
         grids = self.family.grids(self.denoiser, sample)
-        return LayerAlpha(values, alpha.region.to(sample.device), grids)
+        return LayerAlpha(values, alpha.region.to(sample.device), grids, guided=guided)
+
+
+def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:
+    """The layers and every module that calls them, `denoiser` first."""
+    parts = (name.split(".") for name in layers)
+    paths = {".".join(part[:i]) for part in parts for i in range(len(part) + 1)}
+    return [denoiser.get_submodule(path) for path in sorted(paths)]

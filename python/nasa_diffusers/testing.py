@@ -18,6 +18,8 @@ from diffusers import (
     AutoencoderKLWan,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -25,6 +27,9 @@ from diffusers import (
     SanaSprintPipeline,
     SanaTransformer2DModel,
     SCMScheduler,
+    SD3Transformer2DModel,
+    SkyReelsV2Transformer3DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -79,14 +84,15 @@ def clip_config(width: int) -> CLIPTextConfig:
     )
 
 
-def vae() -> AutoencoderKL:
-    """Four latent channels, images twice the size of the latents."""
+def vae(shift_factor: float | None = None) -> AutoencoderKL:
+    """Four latent channels, images twice the size of the latents; those of FLUX.1 and SD3 shift."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
+        shift_factor=shift_factor,
     )
 
 
@@ -258,36 +264,117 @@ def sana(
     return _ready(SanaPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler()))
 
 
-def wan_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+WAN_SIZE: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan_parts() -> dict[str, Any]:
+    return {
+        "tokenizer": letter_tokenizer(),
+        "text_encoder": UMT5EncoderModel(UMT5Config(**T5_SIZE)),
+        "vae": AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ),
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True
+        ),
+    }  # fmt: skip
 
 
 def wan(two_transformers: bool = False, seed: int = 0) -> WanPipeline:
     """Wan 2.1 in small, or Wan 2.2 with a second transformer for the later steps."""
     torch.manual_seed(seed)
     pipe = WanPipeline(
-        tokenizer=letter_tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZE)),
-        vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-        ),
-        transformer=wan_transformer(),
-        transformer_2=wan_transformer() if two_transformers else None,
+        **wan_parts(),
+        transformer=WanTransformer3DModel(**WAN_SIZE),
+        transformer_2=WanTransformer3DModel(**WAN_SIZE) if two_transformers else None,
         boundary_ratio=0.9 if two_transformers else None,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    )  # fmt: skip
+    )
+    return _ready(pipe)
+
+
+def skyreels_transformer(frames_per_block: int = 2) -> SkyReelsV2Transformer3DModel:
+    return SkyReelsV2Transformer3DModel(
+        **WAN_SIZE, inject_sample_info=True, num_frame_per_block=frames_per_block
+    )
+
+
+def skyreels(frames_per_block: int = 2, seed: int = 0):
+    """SkyReels-V2 in small: blocks of frames that see themselves and what came before."""
+    # here, because in diffusers 0.35 this import needs the package ftfy
+    from diffusers import SkyReelsV2DiffusionForcingPipeline
+
+    torch.manual_seed(seed)
+    transformer = skyreels_transformer(frames_per_block)
+    return _ready(SkyReelsV2DiffusionForcingPipeline(**wan_parts(), transformer=transformer))
+
+
+def flux(dev: bool = False, seed: int = 0) -> FluxPipeline:
+    """FLUX.1 schnell in small, two blocks of each kind; or dev, with its guidance embedding."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = FluxPipeline(
+        tokenizer=clip_tokenizer(),
+        text_encoder=CLIPTextModel(clip_config(32)),
+        tokenizer_2=letter_tokenizer(),
+        text_encoder_2=T5EncoderModel(T5Config(**T5_SIZE)),
+        vae=vae(shift_factor=0.1),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    return _ready(pipe)
+
+
+def stable_diffusion_3(medium: bool = False, seed: int = 0) -> StableDiffusion3Pipeline:
+    """SD3 in small, three blocks; or SD3.5 medium, with norms and a second attention."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1) if medium else (),
+        qk_norm="rms_norm" if medium else None,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(clip_config(16)),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(16)),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(T5Config(**T5_SIZE)),
+        tokenizer_3=letter_tokenizer(),
+    )
     return _ready(pipe)
 
 

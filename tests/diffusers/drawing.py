@@ -17,9 +17,9 @@ OPTIONS = {
 
 
 def draw(pipe, prompt="a cat", *, steps=1, guidance=0.0, seed=0, **options):
-    """The final latents, the same for the same arguments."""
+    """The final latents, the same for the same arguments; `seeds` of them for embeddings."""
     prompts = len(prompt) if isinstance(prompt, list) else 1
-    images = prompts * options.get("num_images_per_prompt", 1)
+    images = options.pop("seeds", prompts) * options.get("num_images_per_prompt", 1)
     options = OPTIONS.get(type(pipe).__name__, {}) | {"output_type": "latent"} | options
     return pipe(
         prompt,

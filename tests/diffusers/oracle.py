@@ -25,14 +25,18 @@ class Algorithm1:
         q = self.heads(attn, self.norm(attn.norm_q, attn.to_q(hidden_states)))
         if attention_mask is not None:
             attention_mask = attention_mask[:, None]
-        z = self.attend(attn, q, encoder_hidden_states, attention_mask)
+        return attn.to_out[0](self.combine(attn, q, encoder_hidden_states, attention_mask))
+
+    def combine(self, attn, q, text, text_mask):
+        """What the layer makes of its prompts, `[b, l, h * d]`."""
+        z = self.attend(attn, q, text, text_mask)
         for text, mask, alpha in self.negatives:
             text = text.to(z.dtype).expand(len(q), -1, -1)
             mask = None if mask is None else mask[:, None, None, :].expand(len(q), 1, 1, -1)
             alpha = torch.as_tensor(alpha(q.shape[2]) if callable(alpha) else alpha).to(z.dtype)
             z = z - alpha * self.attend(attn, q, text, mask)
         # [b, h, l, d] -> [b, l, h * d]
-        return attn.to_out[0](z.transpose(1, 2).flatten(2))
+        return z.transpose(1, 2).flatten(2)
 
     def attend(self, attn, q, text, mask):
         k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(text)))
@@ -46,14 +50,19 @@ class Algorithm1:
         return x if norm is None else norm(x)
 
 
-@contextlib.contextmanager
 def algorithm_1(denoiser, negatives, layers=lambda name: True):
     """The denoiser with Algorithm 1 in its `attn2` layers; `negatives` in the layers' channels."""
+    return installed(denoiser, Algorithm1(negatives), layers)
+
+
+@contextlib.contextmanager
+def installed(denoiser, processor, layers=lambda name: True):
+    """The denoiser with one processor in all its `attn2` layers, by diffusers' own means."""
     stock = dict(denoiser.attn_processors)
     denoiser.set_attn_processor(
         {
-            name: Algorithm1(negatives) if ".attn2." in name and layers(name) else processor
-            for name, processor in stock.items()
+            name: processor if ".attn2." in name and layers(name) else own
+            for name, own in stock.items()
         }
     )
     try:

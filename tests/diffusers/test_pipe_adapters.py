@@ -1,7 +1,11 @@
 """LoRA and IP-Adapter, loaded, switched, rescaled and unloaded while NASA is on."""
 
+import copy
+
+import diffusers
 import pytest
 import torch
+from counting import Projections
 from drawing import assert_same_image, negative_embeds
 from nasa_diffusers import nasa, testing
 from oracle import Algorithm1, algorithm_1
@@ -83,6 +87,54 @@ def test_lora_of_the_text_encoder(sd, draw, compare):
         compare(sd, oracle, lambda pipe: None)
         compare(sd, oracle, lambda pipe: add_lora(pipe.text_encoder, "first", 1, targets))
         compare(sd, oracle, lambda pipe: pipe.set_adapters(["first"], [0.2]))
+
+
+@pytest.mark.parametrize("build", [testing.stable_diffusion, testing.stable_diffusion_xl])
+def test_options_of_the_call_reach_the_negative_prompt(build, draw):
+    """clip_skip and the scale of text LoRAs: both prompts are encoded alike, call by call."""
+    pipe, oracle = build(), build()
+    for each in (pipe, oracle):
+        add_lora(each.text_encoder, "first", 1, ("q_proj", "v_proj"))
+    lora_scale = {"cross_attention_kwargs": {"scale": 0.1}}
+    calls = [({}, {}), (lora_scale, {"lora_scale": 0.1}), ({}, {})]
+    # with transformers 5 the stock clip_skip of Stable Diffusion 1 and 2 is an AttributeError
+    if hasattr(pipe, "text_encoder_2") or hasattr(pipe.text_encoder, "text_model"):
+        calls += [({"clip_skip": 1}, {"clip_skip": 1}), ({}, {})]
+    negatives = []
+    with nasa(pipe, "blurry", alpha=0.5):
+        for call, encoding in calls:
+            negatives.append(
+                oracle.encode_prompt(
+                    "blurry",
+                    device="cpu",
+                    do_classifier_free_guidance=False,
+                    num_images_per_prompt=1,
+                    **encoding,
+                )[0]  # fmt: skip
+            )
+            with algorithm_1(oracle.unet, [(negatives[-1], None, 0.5)]):
+                expected = draw(oracle, steps=2, **call)
+            assert_same_image(draw(pipe, steps=2, **call), expected)
+    # each option changes the negative prompt by itself
+    pairs = zip(negatives, negatives[1:], strict=False)
+    assert not any(torch.allclose(a, b, rtol=1e-4) for a, b in pairs)
+
+
+def test_lora_scale_of_image_to_image(sd):
+    """These pipelines have another name for it."""
+    add_lora(sd.text_encoder, "first", 1, ("q_proj", "v_proj"))
+    second = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(sd)
+    second.set_progress_bar_config(disable=True)
+    labels = []
+    with nasa(second, "blurry", alpha=0.5) as handle:
+        for scale in (None, {"scale": 0.1}):
+            second(
+                "a cat", image=torch.zeros(1, 3, 32, 32), strength=1.0, num_inference_steps=1,
+                guidance_scale=0, cross_attention_kwargs=scale,
+            )  # fmt: skip
+            labels.append(handle._steerings[0].settings.negative.terms[0].embeds)
+    expected = sd.encode_prompt("blurry", "cpu", 1, False, lora_scale=0.1)[0]
+    assert torch.equal(labels[1], expected) and not torch.equal(*labels)
 
 
 def test_lora_dropout_is_not_cached(sd, draw):
@@ -235,3 +287,102 @@ def test_ip_adapter_with_the_wrong_number_of_masks(sd, draw):
             ip_adapter_image_embeds=[IMAGE],
             cross_attention_kwargs={"ip_adapter_masks": masks},
         )
+
+
+def ip_processor(pipe):
+    return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor
+
+
+def test_images_are_projected_once(sd, draw):
+    """Across steps and calls, until an image, a weight or the projection before them changes."""
+    load_ip_adapter(sd)
+    oracle = testing.stable_diffusion()
+    load_ip_adapter(oracle)
+    calls = []
+    ip_processor(sd).to_k_ip[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def compare(image, expected_calls):
+        calls.clear()
+        options = {"steps": 2, "ip_adapter_image_embeds": [image]}
+        ours = draw(sd, **options)
+        assert len(calls) == expected_calls
+        assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, **options))
+        return ours
+
+    def double(pipe, choose):
+        with torch.no_grad():
+            choose(pipe).weight.mul_(2)
+
+    with nasa(sd, "blurry", alpha=0.5) as handle:
+        drawn = [compare(IMAGE, 1)]
+        # the same values in another tensor, and what depends on the text only
+        assert torch.equal(compare(IMAGE.clone(), 0), drawn[0])
+        handle.set_negative_prompt("red")
+        handle.set_negative_prompt("blurry")
+        compare(IMAGE, 0)
+        drawn.append(compare(-IMAGE, 1))
+        for choose in (
+            lambda pipe: ip_processor(pipe).to_k_ip[0],
+            lambda pipe: pipe.unet.encoder_hid_proj.image_projection_layers[0].image_embeds,
+        ):
+            for pipe in (sd, oracle):
+                double(pipe, choose)
+            drawn.append(compare(-IMAGE, 1))
+        assert not any(torch.allclose(a, b) for a, b in zip(drawn, drawn[1:], strict=False))
+
+
+def test_images_do_not_drive_text_out_of_the_cache(sd, draw):
+    load_ip_adapter(sd)
+    with nasa(sd, "blurry", alpha=0.5):
+        count = Projections(sd.unet)
+        for i in range(8):
+            draw(sd, ip_adapter_image_embeds=[IMAGE + i])
+        assert count.take() == 7
+
+
+def test_two_adapters_and_a_scale_of_zero(sd, draw):
+    oracle = testing.stable_diffusion()
+    for pipe in (sd, oracle):
+        load_ip_adapter(pipe, 3)
+        first = pipe.unet.encoder_hid_proj.image_projection_layers
+        processors = [p for p in pipe.unet.attn_processors.values() if hasattr(p, "to_k_ip")]
+        # a second adapter beside the first, as loading two checkpoints makes it
+        first.append(copy.deepcopy(first[0]))
+        for processor in processors:
+            processor.to_k_ip.append(copy.deepcopy(processor.to_v_ip[0]))
+            processor.to_v_ip.append(copy.deepcopy(processor.to_k_ip[0]))
+            processor.scale = [0.7, 0.4]
+    images = {"ip_adapter_image_embeds": [IMAGE, -IMAGE]}
+    with nasa(sd, "blurry", alpha=0.5):
+        ours = draw(sd, **images)
+        for pipe in (sd, oracle):
+            pipe.set_ip_adapter_scale([0.7, 0.0])
+        without = draw(sd, **images)
+    assert_same_image(without, draw_with_oracle(oracle, draw, 0.5, **images))
+    oracle.set_ip_adapter_scale([0.7, 0.4])
+    assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, **images))
+
+
+def test_ip_adapter_compiled(sd, draw):
+    torch._dynamo.reset()
+    load_ip_adapter(sd)
+    image = {"ip_adapter_image_embeds": [IMAGE]}
+    with nasa(sd, "blurry", alpha=0.5):
+        expected = draw(sd, **image)
+        sd.unet.mid_block.compile(fullgraph=True, backend="eager")
+        assert_same_image(draw(sd, **image), expected)
+
+
+def test_ip_adapter_with_nag(sd, draw):
+    """The image terms are added to whatever the method makes of the text."""
+    load_ip_adapter(sd)
+    text_only = nasa(sd, "blurry", method="nag")
+    with text_only:
+        sd.set_ip_adapter_scale(0.0)
+        off = draw(sd, ip_adapter_image_embeds=[IMAGE])
+        sd.set_ip_adapter_scale(0.5)
+        on = draw(sd, ip_adapter_image_embeds=[IMAGE])
+    assert not torch.allclose(on, off)
+    fresh = testing.stable_diffusion()
+    with nasa(fresh, "blurry", method="nag"):
+        assert_same_image(off, draw(fresh))

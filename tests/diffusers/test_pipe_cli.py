@@ -56,6 +56,28 @@ def test_sweep_makes_a_grid(checkpoint, tmp_path, capsys):
     assert pixels(tmp_path / "seed0-alpha0.png") != pixels(tmp_path / "seed0-alpha1.png")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "name"),
+    [
+        (["--rule", "vsf"], {"rule": "vsf", "alpha": 0.5}, "vsf"),
+        (
+            ["--method", "nag", "--nag-scale", "8", "--nag-tau", "2"],
+            {"method": "nag", "nag_scale": 8.0, "nag_tau": 2.0, "nag_alpha": 0.5},
+            "nag, scale 8, tau 2",
+        ),
+    ],
+    ids=["vsf", "nag"],
+)
+def test_other_methods(checkpoint, tmp_path, capsys, arguments, options, name):
+    assert generate(checkpoint, tmp_path, "--negative", "blurry", "--alpha", "0.5", *arguments) == 0
+    assert name in capsys.readouterr().out
+    pipe = testing.stable_diffusion()
+    with nasa(pipe, "blurry", **options):
+        call = {"num_inference_steps": 1, "guidance_scale": 0.0}
+        expected = pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert pixels(tmp_path / "seed0-alpha0.5.png") == expected.tobytes()
+
+
 def test_several_negatives_layers_and_steps(checkpoint, tmp_path, capsys):
     negatives = ["--negative", "blurry", "0.3", "--negative", "red", "0.8"]
     more = ["--layers", "up_blocks.*", "--start", "0", "--stop", "0.5", "--guidance", "5"]

@@ -1,9 +1,14 @@
 """`torch.compile(fullgraph=True)` of the denoiser: same image, no break, no needless recompile."""
 
+import diffusers
 import pytest
 import torch
+from counting import Projections
 from drawing import assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
+from oracle import algorithm_1
+from packaging.version import Version
+from peft import LoraConfig
 from torch._dynamo.utils import counters
 
 
@@ -69,6 +74,12 @@ def test_settings_do_not_recompile(draw):
         handle.set_negative_prompt("fuzz")
         draw(pipe, "a dog", seed=3)
         assert graphs() == compiled
+        draw(pipe, ["a dog", "a cat"], steps=4)
+        for_two = graphs()
+        for alpha in ([0.1, 0.7], [0.3, 0], 0.5):
+            handle.alpha = alpha
+            draw(pipe, ["a dog", "a cat"], steps=4)
+        assert graphs() == for_two
 
 
 def test_unet_with_guidance_and_a_region(sd, draw):
@@ -99,4 +110,148 @@ def test_inductor(draw):
     with nasa(pipe, "blurry", alpha=0.5):
         expected = draw(pipe)
         pipe.transformer.transformer_blocks[0].attn2.compile(fullgraph=True)
+        assert_same_image(draw(pipe), expected)
+
+
+# ---- text keys and values are inputs of the graph ------------------------------------------------
+
+
+class Graphs:
+    """A compiler back end that runs what it is given, and keeps it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph, inputs):
+        self.seen.append(graph)
+        return graph
+
+    def projects_text(self):
+        """Whether weights of text projections are inputs of any graph."""
+        names = [n.name for g in self.seen for n in g.graph.nodes if n.op == "placeholder"]
+        assert any("attn2" in name and "to_q" in name for name in names)
+        return any("attn2" in name and "to_k" in name for name in names)
+
+
+BUILDS = {
+    "sd": testing.stable_diffusion,
+    "pixart": testing.pixart,
+    "sana": testing.sana,
+    "wan": testing.wan,
+}
+
+
+def random_text(build, n, seed):
+    text = torch.randn(1, n, 32, generator=torch.Generator().manual_seed(seed))
+    masks = {"prompt_attention_mask": torch.ones(1, n)} if build in ("pixart", "sana") else {}
+    return {"prompt": None, "prompt_embeds": text, **masks}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_text_is_projected_outside_and_kept(build, draw):
+    """Once per layer for the same prompts; prompts, their lengths and alpha are data."""
+    plain, pipe = BUILDS[build](), BUILDS[build]()
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    graphs = Graphs()
+    # no recompilation: the first one would be an error
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        denoiser.compile(fullgraph=True, backend=graphs)
+        count = Projections(denoiser)
+        layers = sum(name.endswith("attn2") for name, _ in denoiser.named_modules())
+        negative = {"negative_prompt_embeds": random_text(build, 9, 0)["prompt_embeds"]}
+        handles = [enable_nasa(each, **negative, alpha=0.5) for each in (plain, pipe)]
+
+        def compare(**options):
+            assert_same_image(draw(pipe, **options), draw(plain, **options))
+            return count.take()
+
+        first = random_text(build, 7, 1)
+        assert compare(steps=2, **first) == layers
+        assert not graphs.projects_text()
+        assert compare(steps=2, seed=3, **first) == 0
+        for handle in handles:
+            handle.alpha = 0.2
+        assert compare(**first) == 0
+        assert compare(**random_text(build, 7, 2)) == layers
+        if build == "sd":
+            # a stock transformer is traced again for another length
+            assert compare(**random_text(build, 12, 3)) == layers
+        for handle in handles:
+            handle.set_negative_prompt(
+                negative_prompt_embeds=random_text(build, 5, 4)["prompt_embeds"]
+            )
+        assert compare(**first) == layers
+        assert compare(**first) == 0
+    # one graph for the whole denoiser
+    assert len(graphs.seen) == 1
+
+
+@pytest.mark.parametrize("compile", [compile_wrapper, compile_blocks], ids=lambda f: f.__name__[8:])
+def test_text_is_projected_outside_however_it_is_compiled(draw, compile):
+    pipe = testing.pixart()
+    count = Projections(pipe.transformer)
+    with nasa(pipe, "blurry", alpha=0.5):
+        compile(pipe)
+        draw(pipe, steps=4)
+        assert count.take() == 2
+        draw(pipe)
+        assert count.take() == 0
+
+
+def test_a_weight_that_changes_is_seen_by_the_graph(draw):
+    def change(pipe):
+        with torch.no_grad():
+            pipe.transformer.transformer_blocks[0].attn2.to_k.weight.mul_(2)
+
+    pipe, fresh = testing.pixart(), testing.pixart()
+    pipe.transformer.compile(fullgraph=True, backend="eager")
+    with nasa(pipe, "blurry", alpha=0.5):
+        before = draw(pipe)
+        change(pipe)
+        after = draw(pipe)
+    change(fresh)
+    with nasa(fresh, "blurry", alpha=0.5):
+        assert_same_image(after, draw(fresh))
+    assert not torch.allclose(after, before)
+
+
+def test_a_lora_scale_of_the_call_acts_on_text_in_the_graph(draw):
+    """It holds inside the denoiser only, so there the text is projected."""
+    oracle, pipe = testing.wan(), testing.wan()
+    for each in (oracle, pipe):
+        torch.manual_seed(1)
+        each.transformer.add_adapter(
+            LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+        )
+        each.transformer.requires_grad_(False)
+    text, embeds = random_text("wan", 7, 1), random_text("wan", 9, 2)["prompt_embeds"]
+    with torch.no_grad():
+        negative = oracle.transformer.condition_embedder.text_embedder(embeds)
+    graphs, drawn = Graphs(), []
+    pipe.transformer.compile(fullgraph=True, backend=graphs)
+    with (
+        algorithm_1(oracle.transformer, [(negative, None, 0.5)]),
+        nasa(pipe, negative_prompt_embeds=embeds, alpha=0.5),
+    ):
+        for options in ({}, {"attention_kwargs": {"scale": 0.1}}, {}):
+            drawn.append(draw(pipe, **text, **options))
+            assert_same_image(drawn[-1], draw(oracle, **text, **options))
+            assert graphs.projects_text() == (len(drawn) > 1)
+    assert not torch.allclose(drawn[0], drawn[1])
+
+
+def test_weights_that_offloading_brings_with_a_block(draw):
+    """On the CPU nothing moves, but the text must not be projected before its block is called."""
+    if Version(diffusers.__version__) < Version("0.36") and not torch.accelerator.is_available():
+        pytest.skip("group offloading of diffusers 0.35 needs an accelerator")
+    pipe = testing.stable_diffusion()
+    with nasa(pipe, "blurry", alpha=0.5):
+        expected = draw(pipe)
+    pipe.unet.enable_group_offload(
+        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    )
+    with nasa(pipe, "blurry", alpha=0.5) as handle:
+        pipe.unet.mid_block.attentions[0].compile(backend="eager")
+        steering = handle._steerings[0]
+        assert steering._is_compiled(None) and not steering._can_prepare({})
         assert_same_image(draw(pipe), expected)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from drawing import negative_embeds
+from drawing import draw, negative_embeds
 from nasa_diffusers import enable_nasa, flops, nasa, testing
 from nasa_diffusers.families import family_of
+from test_pipe_adapters import IMAGE, load_ip_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -110,3 +111,32 @@ def test_a_further_negative_is_two_more_launches(sd, draw):
         False,
     ]
     assert names[3] == "aten::add"
+
+
+def test_an_ip_adapter_is_two_more_launches(sd):
+    """One for each image, its scale included, and one addition; stock takes eleven in all."""
+    load_ip_adapter(sd)
+
+    def draw_with_image(pipe):
+        # two steps: in the second one the keys and values of the image are kept
+        draw(pipe, steps=2, ip_adapter_image_embeds=[IMAGE])
+
+    stock = launches(sd, sd.unet, draw_with_image)
+    with nasa(sd, "blurry", alpha=0.5):
+        names = launches(sd, sd.unet, draw_with_image)
+    ours = [name.startswith("nasa_kernels::") for name in names]
+    assert ours == [False, True, True, False, False] and names[3] == "aten::add"
+    assert len(stock) >= 10
+
+
+def test_nag_is_five_launches_and_vsf_seven(sd):
+    """NAG: Z+, Z-, and its own kernel. VSF: one attention, and what puts its values together."""
+    pipe = testing.pixart()
+    with nasa(pipe, "blurry", method="nag", backend="triton"):
+        names = launches(pipe, pipe.transformer, draw)
+    kernels = [name.removeprefix("nasa_kernels::") for name in names[1:-1]]
+    assert kernels == ["forward_triton", "forward_triton", "nag_blend_triton"]
+    with nasa(sd, "blurry", rule="vsf", alpha=0.5):
+        names = launches(sd, sd.unet, draw)
+    assert sum(name.startswith("nasa_kernels::") for name in names) == 1
+    assert len(names) == 7, names

@@ -54,11 +54,30 @@ def test_offloaded_weights(draw, kind, order):
         assert_same_image(draw(pipe, steps=2), expected)
 
 
-def test_cuda_graphs_see_a_new_alpha(draw):
+METHODS = {
+    "nasa": {"alpha": 0.5},
+    "nag": {"method": "nag", "nag_scale": 5.0, "nag_alpha": 0.5},
+    "vsf": {"rule": "vsf", "alpha": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_that_of_the_cpu(draw, method):
+    with nasa(testing.pixart(), "blurry", **METHODS[method]) as handle:
+        expected = draw(handle._steerings[0].pipe, steps=2)
+    with nasa(testing.pixart().to("cuda"), "blurry", **METHODS[method]) as handle:
+        ours = draw(handle._steerings[0].pipe, steps=2)
+    assert relative_error(ours.cpu(), expected) < 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_graphs_see_a_new_alpha_and_a_new_prompt(draw, method):
     plain, pipe = testing.stable_diffusion().to("cuda"), testing.stable_diffusion().to("cuda")
     pipe.unet.compile(fullgraph=True, mode="reduce-overhead")
-    handles = [enable_nasa(p, "blurry", alpha=0.5) for p in (plain, pipe)]
-    for alpha in (0.5, 0.1, 0.9):
+    handles = [enable_nasa(p, "blurry", **METHODS[method]) for p in (plain, pipe)]
+    calls = [(0.5, "a cat", "blurry"), (0.1, "a dog", "blurry"), (0.9, "a dog", "red")]
+    for alpha, prompt, negative in calls:
         for handle in handles:
             handle.alpha = alpha
-        assert relative_error(draw(pipe), draw(plain)) < 1e-3
+            handle.set_negative_prompt(negative)
+        assert relative_error(draw(pipe, prompt), draw(plain, prompt)) < 1e-3

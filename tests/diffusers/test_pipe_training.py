@@ -48,9 +48,17 @@ def negative(seed=1):
     return torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def test_checkpointing_changes_no_gradient(model):
+METHODS = {
+    "nasa": {"alpha": 0.5},
+    "nag": {"method": "nag", "nag_alpha": 0.5},
+    "vsf": {"rule": "vsf", "alpha": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_no_gradient(model, method):
     pipe, denoiser, loss = model
-    enable_nasa(pipe, negative_prompt_embeds=negative(), alpha=0.5)
+    enable_nasa(pipe, negative_prompt_embeds=negative(), **METHODS[method])
     loss().backward()
     plain = gradients(denoiser)
     denoiser.enable_gradient_checkpointing()

@@ -3,12 +3,23 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.pixart import PixArt
 from nasa_diffusers.families.sana import Sana
+from nasa_diffusers.families.sd3 import StableDiffusion3
+from nasa_diffusers.families.skyreels import SkyReels
 from nasa_diffusers.families.unet import UNet
 from nasa_diffusers.families.wan import Wan
 
-FAMILIES: tuple[Family, ...] = (UNet(), PixArt(), Sana(), Wan())
+FAMILIES: tuple[Family, ...] = (
+    UNet(),
+    PixArt(),
+    Sana(),
+    Wan(),
+    SkyReels(),
+    Flux(),
+    StableDiffusion3(),
+)
 
 
 def family_of(denoiser: nn.Module) -> Family:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid
 from nasa_diffusers.cache import TextCache
-from nasa_diffusers.layer import Hook, TextHook
+from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -28,9 +28,13 @@ class Family:
 
     name: str
     denoisers: tuple[str, ...]  # class names
-    rule = "nasa"
+    # what `enable_nasa(rule=...)` may name, the default first
+    rules: tuple[str, ...] = ("nasa", "vsf")
+    methods: tuple[str, ...] = ("nasa",)
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
+    # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
+    text_options: tuple[str, ...] = ()
     # one doubled batch per step under classifier-free guidance, or two calls
     doubles_batch = True
     # processors whose computation `queries`, `keys_values` and `output` reproduce
@@ -45,20 +49,45 @@ class Family:
     def default_alpha(self, denoiser: Denoiser) -> float:
         raise NotImplementedError
 
+    def default_nag(self, denoiser: Denoiser) -> tuple[float, float, float]:
+        """NAG's scale (as its code counts it, 1 more than in the paper), tau and alpha."""
+        raise NotImplementedError
+
     def encode(
-        self, pipe: Any, prompts: list[str], max_sequence_length: int | None
+        self, pipe: Any, prompts: list[str], max_sequence_length: int | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`[m, n, c]` and, where the family masks its text, `[m, n]`."""
+        """`[m, n, c]` and, where the family masks its text, `[m, n]`. `options` are those of
+        `text_options` that the call has set."""
         raise NotImplementedError
 
     def grids(self, denoiser: Denoiser, sample: Tensor) -> tuple[Grid, ...]:
         """Frames, height and width of the image tokens, for every size a layer may have."""
         raise NotImplementedError
 
-    def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, Hook]]:
+    def distinct_tokens(self, text: Tensor) -> int:
+        """How many of the tokens `[r, n, c]` a layer needs where the text is not masked: fewer
+        than n where those at the end are equal and become equal keys."""
+        return text.shape[1]
+
+    def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, TextHook]]:
         """The modules that receive the text before the blocks do, each with a hook for it."""
         modules = (getattr(denoiser, name) for name in self.text_modules)
         return [(module, TextHook(cache)) for module in modules if module is not None]
+
+    def layer_hook(
+        self, denoiser: Denoiser, name: str, cache: TextCache, guided: bool
+    ) -> CrossAttentionHook | Any:
+        """What computes the text attention layer called `name`."""
+        return CrossAttentionHook(name, self, cache, guided)
+
+    def block_hooks(
+        self, denoiser: Denoiser, guided: dict[str, bool]
+    ) -> list[tuple[nn.Module, Hook]]:
+        """Hooks on the blocks around the layers, where text changes from block to block."""
+        return []
+
+    def check_call(self, denoiser: Denoiser, inputs: dict[str, Any]) -> None:
+        """Raise if the denoiser is called in a way in which nothing can be steered."""
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise if this denoiser mixes text tokens before its blocks, or counts their positions."""

@@ -5,7 +5,6 @@ optional query and key norms act before the heads are split.
 """
 
 import inspect
-from typing import Any
 
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 
@@ -16,14 +15,20 @@ class Sana(Family):
     name = "Sana"
     denoisers = ("SanaTransformer2DModel",)
     text_modules = ("caption_projection", "caption_norm")
+    text_options = ("lora_scale",)
+    methods = ("nasa", "nag")
     processors = (SanaAttnProcessor2_0,)
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none: PixArt's, the model whose text path Sana's is built on."""
         return 0.5
 
-    def encode(self, pipe, prompts, max_sequence_length):
-        options: dict[str, Any] = {"device": on_device(pipe)}
+    def default_nag(self, denoiser):
+        """The NAG paper's."""
+        return 5.0, 2.5, 0.375
+
+    def encode(self, pipe, prompts, max_sequence_length, **options):
+        options["device"] = on_device(pipe)
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
         # Sana-Sprint has no classifier-free guidance and no argument for it

@@ -12,6 +12,8 @@ from nasa_diffusers.families.base import Family, config, on_device
 class UNet(Family):
     name = "Stable Diffusion"
     denoisers = ("UNet2DConditionModel",)
+    text_options = ("clip_skip", "lora_scale")
+    methods = ("nasa", "nag")
 
     def default_alpha(self, denoiser) -> float:
         """The paper's 0.1 for SD 1.5 and 0.2 for SD 2.1. It has none for SDXL: as SD 2.1, whose
@@ -20,7 +22,12 @@ class UNet(Family):
         is_sd2 = config(denoiser, "cross_attention_dim") == 1024
         return 0.2 if is_sdxl or is_sd2 else 0.1
 
-    def encode(self, pipe, prompts, max_sequence_length):
+    def default_nag(self, denoiser):
+        """The NAG paper's for SD 1.5 and SDXL. It has none for SD 2.1: as SD 1.5."""
+        is_sdxl = config(denoiser, "addition_embed_type") == "text_time"
+        return 3.0, 2.5, 0.5 if is_sdxl else 0.375
+
+    def encode(self, pipe, prompts, max_sequence_length, **options):
         if max_sequence_length is not None:
             raise ValueError(
                 "enable_nasa: max_sequence_length is fixed by the text encoder of "
@@ -31,6 +38,7 @@ class UNet(Family):
             device=on_device(pipe),
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
+            **options,
         )[0]
         return embeds, None
 

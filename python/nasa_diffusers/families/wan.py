@@ -6,10 +6,10 @@ left alone. Wan 2.2 has two transformers, for early and for late steps: both are
 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
-from nasa_diffusers.cache import Fingerprint
+from nasa_diffusers.cache import Fingerprint, distinct_tokens
 from nasa_diffusers.families.base import Family, on_device, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
-from nasa_diffusers.layer import Hook
+from nasa_diffusers.layer import TextHook
 from nasa_diffusers.steered import Steered
 
 
@@ -17,13 +17,19 @@ class Wan(Family):
     name = "Wan"
     denoisers = ("WanTransformer3DModel",)
     doubles_batch = False
-    processors = (WanAttnProcessor,)
+    methods = ("nasa", "nag")
+    processors: tuple[type, ...] = (WanAttnProcessor,)
+    attention: type = WanAttention
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none for video: PixArt's, the transformer it does name."""
         return 0.5
 
-    def encode(self, pipe, prompts, max_sequence_length):
+    def default_nag(self, denoiser):
+        """The NAG paper's."""
+        return 5.0, 2.5, 0.25
+
+    def encode(self, pipe, prompts, max_sequence_length, **options):
         embeds, _ = pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
@@ -38,19 +44,23 @@ class Wan(Family):
         frames, height, width = (tokens // patch for tokens, patch in size)
         return ((frames, height, width),)
 
+    def distinct_tokens(self, text):
+        """Padding is zeros here, and attended to: hundreds of equal keys that are one."""
+        return distinct_tokens(text)
+
     def text_hooks(self, denoiser, cache):
         return [(denoiser.condition_embedder, WanTextHook(cache))]
 
     def layers(self, denoiser):
         for name, module in denoiser.named_modules():
-            if name.endswith(".attn2") and isinstance(module, WanAttention):
+            if name.endswith(".attn2") and isinstance(module, self.attention):
                 yield name, module
 
     def check_layer(self, name, attn):
         if attn.add_k_proj is not None:
             raise ValueError(
-                f"enable_nasa: layer {name!r} attends to an image besides the text; of the Wan "
-                "models text-to-video is supported, image-to-video is not"
+                f"enable_nasa: layer {name!r} attends to an image besides the text; of the "
+                f"{self.name} models text-to-video is supported, image-to-video is not"
             )
         if getattr(attn.processor, "_parallel_config", None) is not None:
             raise ValueError(
@@ -69,25 +79,29 @@ class Wan(Family):
         return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
 
 
-class WanTextHook(Hook):
+class WanTextHook(TextHook):
     """The condition embedder takes timestep and text together: only the text is doubled."""
 
-    def __init__(self, cache):
-        super().__init__()
-        self.cache = cache
-
-    def new_forward(self, module, timestep, text, *args, **kwargs):
+    def new_forward(self, module, timestep, text, *args, **kwargs):  # type: ignore[override]
         if not isinstance(text, Steered):
             return self.stock(timestep, text, *args, **kwargs)
         temb, timestep_proj, projected, images = self.stock(timestep, text.text, *args, **kwargs)
+        return temb, timestep_proj, self.project(module, text, projected), images
 
-        def project():
-            return [(module.text_embedder(term.text),) for term in text.terms]
+    def project(self, module, text, positive=None):
+        """`positive` is the positive text, where the module has projected it already."""
+        if text.prepared is not None:
+            return text.as_prepared()
+        texts = text.texts if positive is None else text.texts[1:]
+
+        def embed():
+            return [(module.text_embedder(x),) for x in texts]
 
         if text.is_cached:
             made_by = Fingerprint([module.text_embedder], text.made_by)
-            made = self.cache.through(module, made_by, text.prompts, project)
+            owner = module if positive is None else module.text_embedder
+            made = self.cache.through(owner, made_by, text.prompts, embed)
         else:
-            made_by, made = None, project()
-        steered = text.projected([projected, *(x for (x,) in made)], made_by)
-        return temb, timestep_proj, steered, images
+            made_by, made = None, embed()
+        projected = [x for (x,) in made]
+        return text.projected(projected if positive is None else [positive, *projected], made_by)

@@ -1,0 +1,79 @@
+"""The row-wise end of normalised attention guidance: `nasa_kernels/nag.py` says what it computes.
+
+    G = s Z+ - (s - 1) Z-        O = a G min(1, tau |Z+| / |G|) + (1 - a) Z+
+
+One program per query: its row over all heads, [h * d] of each of Z+ and Z-, is read once, stays
+in registers for the two norms, and is written once. Widths are those of `tiles.cut`, so 1280
+channels are 1024 and 256 and none are padded to 2048.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nasa_kernels._triton.launch import on_device, strides_or_zeros
+from nasa_kernels._triton.tiles import cut
+
+
+@triton.jit
+def load_row(X, C: tl.constexpr, C_CUT: tl.constexpr):
+    """One row [C] as a tuple of fp32 blocks over C_CUT, zeros past the end."""
+    blocks = ()
+    start = 0
+    for i in tl.static_range(len(C_CUT)):
+        column = start + tl.arange(0, C_CUT[i])
+        blocks = blocks + (tl.load(X + column, mask=column < C, other=0.0).to(tl.float32),)
+        start += C_CUT[i]
+    return blocks
+
+
+@triton.jit
+def norm_of(blocks):
+    """The sum of magnitudes of a row."""
+    total = tl.sum(tl.abs(blocks[0]), 0)
+    for i in tl.static_range(1, len(blocks)):
+        total += tl.sum(tl.abs(blocks[i]), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["L"])
+def blend_kernel(
+    Z_pos, Z_neg, O, ALPHA, stride_ab, stride_al, L, alpha, nag_scale, nag_tau,
+    C: tl.constexpr, C_CUT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if ALPHA is not None:
+        alpha = tl.load(ALPHA + (row // L) * stride_ab + (row % L) * stride_al)
+    # [C], fp32
+    pos = load_row(Z_pos + row * C, C, C_CUT)
+    neg = load_row(Z_neg + row * C, C, C_CUT)
+    guided = ()
+    for i in tl.static_range(len(C_CUT)):
+        guided = guided + (nag_scale * pos[i] - (nag_scale - 1) * neg[i],)
+    norm, limit = norm_of(guided), nag_tau * norm_of(pos)
+    # `norm` is 0 only where it is not over the limit
+    shrink = tl.where(norm > limit, limit / tl.where(norm > limit, norm, 1.0), 1.0)
+
+    start = 0
+    for i in tl.static_range(len(C_CUT)):
+        column = start + tl.arange(0, C_CUT[i])
+        o = alpha * (guided[i] * shrink) + (1 - alpha) * pos[i]
+        o = tl.where(alpha == 0, pos[i], o)
+        tl.store(O + row * C + column, o.to(O.dtype.element_ty), mask=column < C)
+        start += C_CUT[i]
+
+
+def blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau):
+    """Launch the kernel on Z+ and Z- [b, l, h, d]; alpha_map [b, l, 1], or None for `alpha`."""
+    b, l, h, d = z_pos.shape
+    z_pos, z_neg = z_pos.contiguous(), z_neg.contiguous()
+    o = torch.empty_like(z_pos)
+    if o.numel() == 0:
+        return o
+    with on_device(z_pos):
+        blend_kernel[(b * l,)](
+            z_pos, z_neg, o, alpha_map, *strides_or_zeros(alpha_map, 3)[:2],
+            l, alpha, nag_scale, nag_tau,
+            C=h * d, C_CUT=cut(h * d, widest=1024), num_warps=4 if h * d <= 2048 else 8,
+        )  # fmt: skip
+    return o

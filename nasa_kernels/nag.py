@@ -1,0 +1,178 @@
+"""Normalised attention guidance (NAG, arXiv:2505.21179), the method users compare NASA with.
+
+    G = s Z+ - (s - 1) Z-                   Z+- = softmax(Q K+-^T * scale + bias+-) V+-
+    G' = G * min(1, tau |Z+| / |G|)         |.| the sum of magnitudes of a query, over all heads
+    O = a G' + (1 - a) Z+                   s = nag_scale, tau = nag_tau, a = nag_alpha
+
+The norms need a query's whole row, and the attention kernels give every head to another program:
+so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nasa_kernels import backends
+from nasa_kernels.attention import nasa_attention
+
+_BLEND_SCHEMA = (
+    "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau)"
+    " -> Tensor"
+)
+
+
+def nag_attention(
+    q: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    *,
+    nag_scale: float,
+    nag_tau: float,
+    nag_alpha: float | Tensor,
+    mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention under normalised attention guidance (NAG, arXiv:2505.21179).
+
+        G = nag_scale Z+ - (nag_scale - 1) Z-
+        O = nag_alpha G min(1, nag_tau |Z+| / |G|) + (1 - nag_alpha) Z+
+
+    Z+ and Z- are the attention over either prompt, |.| is the sum of magnitudes over the heads
+    and channels of one query. Z+ and Z- are rounded to the dtype of `q`; what follows is
+    computed in fp32 and rounded once. Deterministic, and differentiable in all tensors.
+
+    Args:
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
+            takes them. The blend runs in Triton where the back end is `"triton"` and nothing is
+            differentiated, and in plain PyTorch elsewhere.
+        nag_scale: Extrapolation, as in the published code: 1 is off. The paper's scale is this
+            minus 1, so that 0 is off there.
+        nag_tau: The most by which G may exceed Z+ in magnitude; above 0.
+        nag_alpha: Share of the guided result. A finite number, or an fp32 tensor on the device of
+            `q` that broadcasts to `[b, l, 1]`. Where it is 0 the result is Z+, bit for bit.
+
+    Returns:
+        `[b, l, h, d]`, contiguous, in the dtype of `q`.
+
+    Raises:
+        ValueError: As `nasa_attention`, or a NAG parameter is out of its range.
+        RuntimeError: As `nasa_attention`.
+    """
+    _check_number("nag_scale", nag_scale)
+    _check_number("nag_tau", nag_tau)
+    if nag_tau <= 0:
+        raise ValueError(f"nag_attention: nag_tau must be above 0, got {nag_tau}")
+    alpha_map, alpha = _check_alpha(q, nag_alpha)
+
+    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return nasa_attention(
+            q, k, v, k[:, :0], v[:, :0], 0.0, mask_pos=mask, scale=scale, backend=backend
+        )
+
+    z_pos = attend(k_pos, v_pos, mask_pos)
+    if alpha_map is None and alpha == 0:
+        return z_pos
+    z_neg = attend(k_neg, v_neg, mask_neg)
+
+    inputs = (z_pos, z_neg) if alpha_map is None else (z_pos, z_neg, alpha_map)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if backend is None:
+        backend = backends.choose(z_pos.device, z_pos.dtype, q.shape[3], differentiable)
+    if backend == "triton" and not differentiable:
+        return BLEND(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+    return blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+
+
+def blend(
+    z_pos: Tensor,  # [b, l, h, d]
+    z_neg: Tensor,
+    alpha_map: Tensor | None,  # [b, l, 1], or None and then alpha is the share
+    alpha: float,
+    nag_scale: float,
+    nag_tau: float,
+) -> Tensor:
+    """What follows Z+ and Z-, in plain PyTorch: the oracle of the kernel, and its gradient."""
+    dtype = z_pos.dtype
+    if dtype != torch.float64:
+        z_pos, z_neg = z_pos.float(), z_neg.float()
+    guided = nag_scale * z_pos - (nag_scale - 1) * z_neg
+    # [b, l, 1, 1]
+    norm_pos, norm = (x.abs().sum((2, 3), keepdim=True) for x in (z_pos, guided))
+    limit = nag_tau * norm_pos
+    is_over = norm > limit
+    # no division where there is nothing to shorten: 0 / 0 would spread, and so would its gradient
+    shrink = torch.where(is_over, limit / torch.where(is_over, norm, 1.0), 1.0)
+    if alpha_map is None:
+        o = alpha * (guided * shrink) + (1 - alpha) * z_pos
+    else:
+        share = alpha_map.to(z_pos.dtype)[..., None]
+        o = share * (guided * shrink) + (1 - share) * z_pos
+        o = torch.where(share == 0, z_pos, o)
+    return o.to(dtype)
+
+
+# ---- operator ------------------------------------------------------------------------------------
+
+
+def _blend_triton(*args):
+    from nasa_kernels._triton.nag import blend as kernel
+
+    return kernel(*args)
+
+
+def _blend_fake(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau) -> Tensor:
+    return torch.empty(z_pos.shape, dtype=z_pos.dtype, device=z_pos.device)
+
+
+torch.library.define(
+    "nasa_kernels::nag_blend_triton", _BLEND_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,)
+)
+# CPU as well: tests run the kernel there in Triton's interpreter
+torch.library.impl("nasa_kernels::nag_blend_triton", ("CUDA", "CPU"), _blend_triton)
+torch.library.register_fake("nasa_kernels::nag_blend_triton", _blend_fake)
+BLEND = torch.ops.nasa_kernels.nag_blend_triton.default
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise ValueError(f"nag_attention: {name} must be a number, got {type(value).__name__}")
+    # of a symbol the compiler cannot ask this
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+        raise ValueError(f"nag_attention: {name} must be finite, got {value}")
+
+
+def _check_alpha(q: Tensor, nag_alpha: float | Tensor) -> tuple[Tensor | None, float]:
+    """nag_alpha as a map `[b, l, 1]` or as a number; the other one is None or 0."""
+    if not isinstance(nag_alpha, Tensor):
+        _check_number("nag_alpha", nag_alpha)
+        return None, float(nag_alpha)
+    if q.dim() != 4:
+        raise ValueError(f"nag_attention: q must be [b, l, h, d], got {list(q.shape)}")
+    rows = (*q.shape[:2], 1)
+    if nag_alpha.dtype != torch.float32 and not nag_alpha.dtype == q.dtype == torch.float64:
+        raise ValueError(
+            f"nag_attention: a tensor nag_alpha must be fp32, got {nag_alpha.dtype}; call "
+            "nag_alpha.float()"
+        )
+    sizes = zip(nag_alpha.shape, rows[3 - nag_alpha.dim() :], strict=True)
+    if nag_alpha.dim() > 3 or any(size not in (1, row) for size, row in sizes):
+        raise ValueError(
+            f"nag_attention: nag_alpha must broadcast to [b, l, 1] {list(rows)}, got "
+            f"{list(nag_alpha.shape)}; it is the same for all heads, whose common norm it blends"
+        )
+    if nag_alpha.device != q.device:
+        raise ValueError(
+            f"nag_attention: nag_alpha must be on the device of q, {q.device}, got "
+            f"{nag_alpha.device}; call nag_alpha.to(q.device)"
+        )
+    return nag_alpha.expand(rows), 0.0

@@ -1,0 +1,70 @@
+"""Stable Diffusion 3 and 3.5: CLIP and T5 tokens, one after the other, beside the image.
+
+The time and pooled vector that modulates a block stays that of the positive prompt, for the
+negative stream too, as in FLUX.1. The second attention of SD3.5 medium's first blocks is over the
+image alone and stays as it is; the last block drops its text.
+"""
+
+from diffusers.models import attention_processor as stock
+
+from nasa_diffusers.families.base import on_device, token_grid
+from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
+from nasa_diffusers.joint import PlainAttentionHook
+
+
+class StableDiffusion3(Joint):
+    name = "Stable Diffusion 3"
+    denoisers = ("SD3Transformer2DModel",)
+    processors = (
+        stock.JointAttnProcessor2_0,
+        stock.FusedJointAttnProcessor2_0,
+        stock.XFormersJointAttnProcessor,
+    )
+    text_options = ("clip_skip", "lora_scale")
+
+    def encode(self, pipe, prompts, max_sequence_length, **options):
+        if max_sequence_length is not None:
+            options["max_sequence_length"] = max_sequence_length
+        embeds, *_ = pipe.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=on_device(pipe),
+            do_classifier_free_guidance=False,
+            **options,
+        )
+        return embeds, None
+
+    def grids(self, denoiser, sample):
+        return (token_grid(sample, denoiser.config.patch_size),)
+
+    def check_call(self, denoiser, inputs):
+        if inputs.get("skip_layers") is not None:
+            raise RuntimeError(
+                "nasa_diffusers: skip-layer guidance calls the transformer once more, for its "
+                "conditional rows only, and NASA cannot tell that call from the others; leave out "
+                "skip_guidance_layers, or call disable_nasa(pipe)"
+            )
+
+    def block_hooks(self, denoiser, guided):
+        second = [block.attn2 for _, block in self.blocks(denoiser)]
+        plain = [(attn, PlainAttentionHook()) for attn in second if attn is not None]
+        return super().block_hooks(denoiser, guided) + plain
+
+    def check_attention(self, name, attn, attention_mask):
+        super().check_attention(name, attn, attention_mask)
+        if self.uses_fused_projection(attn) and attn.norm_q is not None:
+            raise RuntimeError(
+                f"nasa_diffusers: layer {name!r} has the processor FusedJointAttnProcessor2_0, "
+                "which leaves out the norms of SD3.5's queries and keys; call "
+                "transformer.unfuse_qkv_projections()"
+            )
+
+    def uses_fused_projection(self, attn):
+        # unfusing restores the processor and leaves the fused linears where they are
+        return isinstance(attn.processor, stock.FusedJointAttnProcessor2_0)
+
+    def text_layers(self, block):
+        if block.context_pre_only:
+            return TEXT_LAYERS
+        return (*TEXT_LAYERS, "attn.to_add_out", "ff_context")

@@ -1,0 +1,288 @@
+"""The hooks on a denoiser whose blocks carry text and image together: FLUX.1, SD3.
+
+Such a block attends from all tokens to all tokens, [image; text], and changes both. NASA lets it
+run once with every prompt's tokens side by side as its text, which all of a block but its
+attention treats token by token; the attention then keeps the prompts apart:
+
+    image queries             Z+ over [image; positive], less what `rule` takes from the negative
+    positive text queries     [image; positive], as without NASA
+    negative text queries     [image; negative]
+
+So there is one image stream, the positive text is what it is in the stock model given that
+image, and the negative prompt is carried through the blocks as the model carries its prompt.
+
+Names: b batch, l image tokens, n text tokens, h heads, d head_dim, c channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+import nasa_kernels
+from nasa_diffusers.layer import Hook, TextHook
+from nasa_diffusers.steered import Steered, Term
+
+if TYPE_CHECKING:
+    from nasa_diffusers.families.joint import Joint
+
+# the keyword under which a block hands its texts to its attention
+KEYWORD = "nasa"
+Rope = Any  # a tuple of cosine and sine, each [l + n, d]
+
+
+@dataclass(eq=False)
+class Texts:
+    """The prompts in one run of a block: their lengths, and what is done with them."""
+
+    steered: Steered
+    lengths: list[int]  # n_pos, then n_neg of each negative prompt
+    are_attended: bool = False  # the attention has seen that they are several
+
+    @property
+    def negatives(self) -> list[tuple[Term, int]]:
+        return list(zip(self.steered.terms, self.lengths[1:], strict=True))
+
+
+class EmbedderHook(TextHook):
+    """Sends all prompts through the one projection before the blocks, anew in each call: it is
+    little beside a block, and a leaf that casting or offloading hooks rewrite unseen."""
+
+    def project(self, module: nn.Module, text: Steered, *args, **kwargs) -> Steered:
+        return text.projected([self.stock(x, *args, **kwargs) for x in text.texts], None)
+
+
+class BlockHook(Hook):
+    """Runs a block of two streams, image and text, with all prompts as its text."""
+
+    def __init__(self, name: str, block: nn.Module, is_last: bool):
+        super().__init__()
+        self.name = name
+        # no layer after this one is guided: the negative prompts end here
+        self.is_last = is_last
+        # of the class: another hook may hide the signature of the module's own forward
+        self.parameters = list(inspect.signature(type(block).forward).parameters)[1:]
+
+    def new_forward(self, block: nn.Module, *args, **kwargs) -> tuple[Any, Tensor]:
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        steered, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        if not isinstance(steered, Steered):
+            return self.stock(**kwargs)
+        if steered.needs_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"nasa_diffusers: block {self.name!r} runs without gradients in a call that "
+                "records them, as reentrant checkpointing does; the text would lose its gradient. "
+                "Call enable_gradient_checkpointing() without a function, or use_reentrant=False"
+            )
+        # [b, n, c] each
+        parts = [text.expand(image.shape[0], -1, -1) for text in steered.texts]
+        texts = Texts(steered, [part.shape[1] for part in parts])
+        kwargs["joint_attention_kwargs"] = (kwargs.get("joint_attention_kwargs") or {}) | {
+            KEYWORD: texts
+        }
+        text, image = self.run(image, torch.cat(parts, dim=1), texts, kwargs)
+        if not texts.are_attended:
+            raise RuntimeError(
+                f"nasa_diffusers: the attention of block {self.name!r} is not the one that "
+                "enable_nasa prepared: its forward was replaced. Call disable_nasa(pipe), make "
+                "that change, then call enable_nasa again"
+            )
+        if text is None:
+            return None, image
+        parts = text.split(texts.lengths, dim=1)
+        return parts[0] if self.is_last else steered.projected(parts, None), image
+
+    def run(
+        self, image: Tensor, text: Tensor, texts: Texts, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor]:
+        """The stock block: text and image, each changed."""
+        return self.stock(**kwargs | {"hidden_states": image, "encoder_hidden_states": text})
+
+
+class RopeBlockHook(BlockHook):
+    """A block whose tokens have positions; the model gives those of [positive text; image]."""
+
+    def run(self, image, text, texts, kwargs):
+        rope = kwargs["image_rotary_emb"]
+        if rope is not None:
+            kwargs["image_rotary_emb"] = tuple(image_first(x, texts.lengths) for x in rope)
+        return super().run(image, text, texts, kwargs)
+
+
+class SingleBlockHook(RopeBlockHook):
+    """A block that treats text and image alike, as one sequence: here with the image first."""
+
+    def run(self, image, text, texts, kwargs):
+        image, text = super().run(text, image, texts, kwargs)
+        return text, image
+
+
+def image_first(rope: Tensor, lengths: list[int]) -> Tensor:
+    """Rows of [positive text; image] as [image; positive text; each negative text].
+
+    A negative token stands where the positive token of the same number stands. FLUX.1 pipelines
+    put all text at position 0, so what follows the last positive token stands there as well.
+    """
+    n_pos = lengths[0]
+    text, image = rope[:n_pos], rope[n_pos:]
+    rows = [image, text]
+    for n in lengths[1:]:
+        rows += [text[:n], text[-1:].expand(max(n - n_pos, 0), -1)]
+    return torch.cat(rows)
+
+
+class JointAttentionHook(Hook):
+    """Keeps the prompts of a block apart in its attention."""
+
+    def __init__(self, name: str, family: Joint, guided: bool, token_flops: int):
+        super().__init__()
+        self.name, self.family, self.guided = name, family, guided
+        self.token_flops = token_flops
+        self.last_call: JointCall | None = None
+
+    def new_forward(self, attn: Any, *args, **kwargs) -> Any:
+        texts = kwargs.pop(KEYWORD, None)
+        if texts is None:
+            return self.stock(*args, **kwargs)
+        texts.are_attended = True
+        return self.attend(attn, texts, *args, **kwargs)
+
+    def attend(
+        self,
+        attn: Any,
+        texts: Texts,
+        hidden_states: Tensor,  # [b, l, c], in a single block [b, l + n, c]
+        encoder_hidden_states: Tensor | None = None,  # [b, n, c], None in a single block
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rope | None = None,
+        **kwargs,  # of other processors; a stock one passes over them
+    ) -> Any:
+        self.family.check_attention(self.name, attn, attention_mask)
+        # [b, l, h, d], then [b, l + n, h, d]
+        q, k, v = self.family.image_heads(attn, hidden_states)
+        if encoder_hidden_states is not None:
+            text = self.family.text_heads(attn, encoder_hidden_states)
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
+        if image_rotary_emb is not None:
+            q, k = (self.rotate(x, image_rotary_emb) for x in (q, k))
+        # SD3 drops the text of its last block
+        drops_text = bool(attn.context_pre_only)
+        if not torch.compiler.is_compiling():
+            channels = hidden_states.shape[2]
+            self.last_call = JointCall(
+                q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text
+            )
+        o = steer(q, k, v, texts, self.guided, with_text=not drops_text).flatten(2)
+        if encoder_hidden_states is None:
+            return o
+        image = o[:, : hidden_states.shape[1]]
+        image = attn.to_out[1](attn.to_out[0](image))
+        return image, None if drops_text else attn.to_add_out(o[:, hidden_states.shape[1] :])
+
+    @staticmethod
+    def rotate(x: Tensor, rope: Rope) -> Any:
+        # its annotation says that it returns two tensors; it returns one
+        return apply_rotary_emb(x, rope, sequence_dim=1)
+
+
+class PlainAttentionHook(Hook):
+    """The second attention of a block, over the image alone: it is not told of the texts."""
+
+    def new_forward(self, attn: nn.Module, *args, **kwargs) -> Any:
+        kwargs.pop(KEYWORD, None)
+        return self.stock(*args, **kwargs)
+
+
+def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text: bool) -> Tensor:
+    """The attention of a block over `[image; positive text; negative texts]`, `[b, l + n, h, d]`.
+
+    Several negative prompts each take from the image what they would take alone. `with_text`
+    False leaves out the text queries.
+    """
+    steered, n_pos = texts.steered, texts.lengths[0]
+    queries = q.shape[1] - sum(texts.lengths)
+    sizes = [queries, *texts.lengths]
+    q_image, q_pos, *q_negatives = q.split(sizes, dim=1)
+    k_image, k_pos, *k_negatives = k.split(sizes, dim=1)
+    v_image, v_pos, *v_negatives = v.split(sizes, dim=1)
+
+    def joint(q_rows: Tensor, i: int, text_queries: tuple[int, int], is_on: bool = guided):
+        term = steered.terms[i]
+        # value sign flip counts negative keys in its softmax at any alpha, other rules do not
+        rule = steered.rule if is_on else "nasa-cross"
+        return nasa_kernels.nasa_joint_attention(  # type: ignore[attr-defined]
+            q_rows, k_image, v_image, k_pos, v_pos, k_negatives[i], v_negatives[i],
+            image_alpha(term, queries, sum(text_queries)) if is_on else 0.0,
+            rule=rule, text_queries=text_queries,
+            mask_neg=guided_keys(term) if rule == "vsf" else term.mask, backend=steered.backend,
+        )  # fmt: skip
+
+    n_first = texts.lengths[1] if with_text else 0
+    n_pos = n_pos if with_text else 0
+    o = joint(q[:, : queries + n_pos + n_first], 0, (n_pos, n_first))
+    if len(q_negatives) == 1:
+        return o
+    image, text = o[:, :queries], [o[:, queries:]]
+    z_pos = joint(q_image, 0, (0, 0), is_on=False) if guided else image
+    for i, q_neg in list(enumerate(q_negatives))[1:]:
+        n = q_neg.shape[1] if with_text else 0
+        o = joint(torch.cat([q_image, q_neg[:, :n]], dim=1), i, (0, n))
+        image = image + (o[:, :queries] - z_pos)
+        text.append(o[:, queries:])
+    return torch.cat([image, *text], dim=1)
+
+
+def image_alpha(term: Term, queries: int, text_queries: int) -> Tensor:
+    """Alpha of the image queries, broadcastable to all rows; text is never steered."""
+    alpha = term.alpha.at(queries)
+    if alpha.shape[1] == 1:
+        return alpha
+    return F.pad(alpha, (0, 0, 0, text_queries))
+
+
+def guided_keys(term: Term) -> Tensor | None:
+    """The mask of a negative prompt, nothing of it for images that are not guided: `[b, n]`."""
+    if term.alpha.guided is None:
+        return term.mask
+    # [b, 1], and the text as [r, n]
+    guided = term.alpha.guided[:, None]
+    present = torch.ones_like(term.text[..., 0], dtype=torch.bool)
+    return guided & (present if term.mask is None else term.mask)
+
+
+@dataclass(frozen=True)
+class JointCall:
+    """The sizes of a layer's last call, for the report. FLOPs count a multiply-add as 2."""
+
+    q: torch.Size  # [b, l + n, h, d]
+    lengths: list[int]  # n_pos, then n_neg of each negative prompt
+    channels: int
+    token_flops: int  # of the linear layers that a text token passes in the block
+    with_text: bool  # text tokens are queries, too
+
+    @property
+    def texts(self) -> list[tuple[int, int, int]]:
+        return [(self.q[0], n, self.channels) for n in self.lengths]
+
+    @property
+    def attention_flops(self) -> int:
+        """All that the negative tokens add to the block: they are queries and keys, and pass its
+        linear layers, in every call."""
+        b, rows, h, d = self.q
+        queries = rows - sum(self.lengths)
+        total = 0
+        for n in self.lengths[1:]:
+            scores = queries + (queries + n if self.with_text else 0)
+            total += b * n * (4 * h * d * scores + self.token_flops)
+        return total
+
+    @property
+    def projection_flops(self) -> int:
+        """Nothing is kept from call to call: the negative stream changes with the image."""
+        return 0
