@@ -17,7 +17,8 @@ namespace {
 bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
-    if (device.major != 9 || !p.aligned || !has_sm90(p.d, short_keys(p))) return false;
+    if (device.major != 9 || p.shared.o != nullptr || !p.aligned || !has_sm90(p.d, short_keys(p)))
+        return false;
     if (!moves(p.l, p.q_stride_l)) return false;
     for (const Prompt& prompt : p.prompt) {
         if (prompt.n > kBlockKeys || !moves(prompt.n, prompt.k_stride_n) ||
