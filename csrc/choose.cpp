@@ -2,9 +2,12 @@
 //
 // forward_short and forward_long give the same bits, so on sm_80 alpha 0 is the positive prompt
 // alone whatever the negative one is. forward_sm90 adds up in the order of wgmma: on Hopper a
-// prompt of up to 128 keys beside one of more takes forward_long, alone forward_sm90, and the two
+// positive prompt that alone is forward_sm90's goes to the other kernels beside a negative one that
+// forward_sm90 does not take (too many keys for it, or rows that TMA cannot read), and the two
 // agree to the last rounding only. Alpha 0 as a number leaves the negative prompt out before this
 // choice.
+//
+// A joint attention is theirs on every GPU: its prompts are longer than forward_sm90 holds.
 #include <algorithm>
 
 #include "device.h"
