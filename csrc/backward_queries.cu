@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int r = 0; r < 2; ++r) {
             inverse[r] = softmax.inverse_sum(r);
             u[r] = quad_sum(u[r]) * inverse[r];
-            lse[r] = inverse[r] == 0.f ? INFINITY : softmax.max[r] - ptx::log2(inverse[r]);
+            lse[r] = inverse[r] == 0.f ? INFINITY : softmax.lse(r, inverse[r]);
             weight[r] = side == kPos ? 1.f : 0.f;
             if (rows[r] >= call.l) continue;
             if (side == kNeg) weight[r] = -alpha_of(call, b, rows[r], h);

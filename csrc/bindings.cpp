@@ -130,6 +130,7 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
         p.alpha_stride_l = alpha_map->stride(1);
         p.alpha_stride_h = alpha_map->stride(2);
     }
+    p.shared = {};
     p.scale = static_cast<float>(scale) * kLog2E;
     p.type = type_of(q);
     p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(k_pos) &&
@@ -150,21 +151,71 @@ void check(cudaError_t error, const Tensor& q) {
                     " (head_dim ", q.size(3), ", device ", q.get_device_index(), ")");
 }
 
+// O of a checked call, into a new tensor
+Tensor launch_forward(ForwardParams& p, const Tensor& q) {
+    Tensor o = torch::stable::new_empty(
+        q, std::vector<int64_t>{q.size(0), q.size(1), q.size(2), q.size(3)});
+    if (o.numel() == 0) return o;
+    p.o = o.mutable_data_ptr();
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    check(forward(p, current_stream(q)), q);
+    return o;
+}
+
 Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
                     const Tensor v_neg, const std::optional<Tensor> mask_pos,
                     const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
                     double alpha, double scale) {
     ForwardParams p =
         params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    Tensor o = torch::stable::new_empty(
-        q, std::vector<int64_t>{q.size(0), q.size(1), q.size(2), q.size(3)});
-    if (o.numel() == 0) return o;
-    p.o = o.mutable_data_ptr();
     // exactly the attention over the positive prompt, and at its price
     if (p.alpha_map == nullptr && p.alpha == 0.f) p.prompt[kNeg].n = 0;
-    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-    check(forward(p, current_stream(q)), q);
-    return o;
+    return launch_forward(p, q);
+}
+
+// The same beside the keys that both prompts share: rule, the numbers of the last rows of q that
+// are the texts' own, and what another kernel made of the shared keys.
+Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos,
+                          const Tensor k_neg, const Tensor v_neg,
+                          const std::optional<Tensor> mask_pos,
+                          const std::optional<Tensor> mask_neg,
+                          const std::optional<Tensor> alpha_map, double alpha, double scale,
+                          const Tensor o_shared, const Tensor lse_shared, int64_t rule,
+                          int64_t text_pos, int64_t text_neg) {
+    ForwardParams p =
+        params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    check_rows(o_shared, "o_shared", q);
+    STD_TORCH_CHECK(o_shared.size(1) == q.size(1),
+                    "nasa_kernels: o_shared must have the shape of q, got ", o_shared.size(1),
+                    " rows for ", q.size(1));
+    STD_TORCH_CHECK(lse_shared.dim() == 3 && lse_shared.size(0) == p.b &&
+                        lse_shared.size(1) == p.h && lse_shared.size(2) == p.l &&
+                        lse_shared.scalar_type() == ScalarType::Float &&
+                        lse_shared.get_device_index() == q.get_device_index(),
+                    "nasa_kernels: lse_shared must be fp32 [b, h, l] on the device of q");
+    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kVsf),
+                    "nasa_kernels: rule must be 0 to 3, got ", rule);
+    STD_TORCH_CHECK(text_pos >= 0 && text_neg >= 0 && text_pos + text_neg <= p.l,
+                    "nasa_kernels: text_pos and text_neg must be numbers of the ", p.l,
+                    " rows of q, got ", text_pos, " and ", text_neg);
+    Shared& shared = p.shared;
+    shared.o = o_shared.const_data_ptr();
+    shared.o_stride_b = o_shared.stride(0);
+    shared.o_stride_l = o_shared.stride(1);
+    shared.o_stride_h = o_shared.stride(2);
+    shared.lse = static_cast<const float*>(lse_shared.const_data_ptr());
+    shared.lse_stride_b = lse_shared.stride(0);
+    shared.lse_stride_h = lse_shared.stride(1);
+    shared.lse_stride_l = lse_shared.stride(2);
+    shared.rule = static_cast<Rule>(rule);
+    shared.first_text_neg = p.l - static_cast<int>(text_neg);
+    shared.first_text_pos = shared.first_text_neg - static_cast<int>(text_pos);
+    p.aligned = p.aligned && starts_on_16_bytes(o_shared);
+    // then no row asks for the negative prompt
+    if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && shared.rule != Rule::kVsf) {
+        p.prompt[kNeg].n = 0;
+    }
+    return launch_forward(p, q);
 }
 
 // The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are
@@ -231,6 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
     m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
+    m.impl("forward_joint_cuda", TORCH_BOX(&nasa::forward_joint_cuda));
     m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
 }
 

@@ -2,9 +2,12 @@
 //
 // forward_short and forward_long give the same bits, so on sm_80 alpha 0 is the positive prompt
 // alone whatever the negative one is. forward_sm90 adds up in the order of wgmma: on Hopper a
-// prompt of up to 128 keys beside one of more takes forward_long, alone forward_sm90, and the two
+// positive prompt that alone is forward_sm90's goes to the other kernels beside a negative one that
+// forward_sm90 does not take (too many keys for it, or rows that TMA cannot read), and the two
 // agree to the last rounding only. Alpha 0 as a number leaves the negative prompt out before this
 // choice.
+//
+// A joint attention is theirs on every GPU: its prompts are longer than forward_sm90 holds.
 #include <algorithm>
 
 #include "device.h"
@@ -17,7 +20,8 @@ namespace {
 bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
-    if (device.major != 9 || !p.aligned || !has_sm90(p.d, short_keys(p))) return false;
+    if (device.major != 9 || p.shared.o != nullptr || !p.aligned || !has_sm90(p.d, short_keys(p)))
+        return false;
     if (!moves(p.l, p.q_stride_l)) return false;
     for (const Prompt& prompt : p.prompt) {
         if (prompt.n > kBlockKeys || !moves(prompt.n, prompt.k_stride_n) ||

@@ -2,11 +2,13 @@
 //
 //     O = softmax(Q K+^T) V+  -  alpha * softmax(Q K-^T) V-
 //
+// or, beside the shared keys of a joint attention, what rules.cuh makes of the three segments.
+//
 // A block owns 64 query rows of one head, 16 per warp. It walks over K-, V-, parks Z- in registers,
 // and walks over K+, V+. V of a block of keys arrives while its scores are made, K of the next one
 // while Z is. The columns of a head_dim above 96 are shared by two blocks or four.
 #include "launch.h"
-#include "softmax.cuh"
+#include "rules.cuh"
 
 namespace nasa {
 namespace {
@@ -46,8 +48,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int b = blockIdx.x / p.h / Layout::kShares / tiles;
 
     // Blocks of keys in the order of the walk: those of the negative prompt come first.
-    const int blocks_neg = (p.prompt[kNeg].n + kBlockKeys - 1) / kBlockKeys;
-    const int blocks = blocks_neg + (p.prompt[kPos].n + kBlockKeys - 1) / kBlockKeys;
+    const auto blocks_of = [&](int side) {
+        const int n = attends(p, side, tile * kRows, kRows) ? p.prompt[side].n : 0;
+        return (n + kBlockKeys - 1) / kBlockKeys;
+    };
+    const int blocks_neg = blocks_of(kNeg);
+    const int blocks = blocks_neg + blocks_of(kPos);
     const auto load_keys = [&](int block) {
         const int side = block < blocks_neg ? kNeg : kPos;
         const Prompt& prompt = p.prompt[side];
@@ -69,18 +75,39 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::cp_async_commit();
     };
 
-    load_tile<kD, kRows, kThreads>(
-        q_tile, rows_of(p.q, b * p.q_stride_b + h * p.q_stride_h, p.q_stride_l, p.d, p.aligned),
-        tile * kRows, 0, threadIdx.x, [&](int row) { return row < p.l; });
-    if (blocks > 0) load_keys(0);
+    unsigned char* warp_rows = q_tile + warp * kWarpRows * Tile<kD>::kPitch;
+    const int row = tile * kRows + warp * kWarpRows;
+    // to where this warp's rows of Q were
+    const auto load_shared = [&] {
+        if (p.shared.o == nullptr) return;
+        load_tile<kColumns, kWarpRows, kWarpSize>(
+            warp_rows,
+            rows_of(p.shared.o, b * p.shared.o_stride_b + h * p.shared.o_stride_h,
+                    p.shared.o_stride_l, p.d, p.aligned),
+            row, column, lane, [&](int l) { return l < p.l; });
+        ptx::cp_async_commit();
+    };
+
+    if (blocks > 0) {
+        load_tile<kD, kRows, kThreads>(
+            q_tile, rows_of(p.q, b * p.q_stride_b + h * p.q_stride_h, p.q_stride_l, p.d, p.aligned),
+            tile * kRows, 0, threadIdx.x, [&](int l) { return l < p.l; });
+        load_keys(0);
+    } else {
+        load_shared();
+    }
 
     // [16, kColumns] of this warp
     float z[kColumns / 8][4], z_neg[kColumns / 8][4];
-    float inverse_neg[2];
+    float inverse_neg[2], lse_neg[2];
     OnlineSoftmax softmax;
     clear(z);
     const auto park = [&] {
-        for (int r = 0; r < 2; ++r) inverse_neg[r] = softmax.inverse_sum(r);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            inverse_neg[r] = softmax.inverse_sum(r);
+            lse_neg[r] = softmax.lse(r, inverse_neg[r]);
+        }
 #pragma unroll
         for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
@@ -90,7 +117,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         softmax = OnlineSoftmax{};
     };
 
-    unsigned char* warp_rows = q_tile + warp * kWarpRows * Tile<kD>::kPitch;
     for (int block = 0; block < blocks; ++block) {
         if (block == blocks_neg) park();
         const int side = block < blocks_neg ? kNeg : kPos;
@@ -118,23 +144,35 @@ __global__ void __launch_bounds__(kThreads, 1)
 
         ptx::cp_async_wait<0>();
         __syncthreads();  // V is here; no warp reads K or the bias any more
-        if (block + 1 < blocks) load_keys(block + 1);
+        if (block + 1 < blocks) {
+            load_keys(block + 1);
+        } else {
+            load_shared();
+        }
         multiply<T, Tile<kColumns>::kPitch>(z, weights, ptx::shared_address(v_tile));
     }
     if (blocks == blocks_neg) park();
 
-    const int row = tile * kRows + warp * kWarpRows;
-    float inverse[2], alpha[2];
+    float inverse[2], alpha[2] = {0.f, 0.f};
+    Weights weights[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int l = row + lane / 4 + 8 * r;
         inverse[r] = softmax.inverse_sum(r);
-        alpha[r] = l < p.l ? alpha_of(p, b, l, h) : 0.f;
+        const int l = row + lane / 4 + 8 * r;
+        if (l >= p.l) continue;
+        alpha[r] = alpha_of(p, b, l, h);
+        if (p.shared.o != nullptr) {
+            weights[r] = weigh(p, b, l, h, alpha[r], softmax.lse(r, inverse[r]), lse_neg[r]);
+        }
     }
-    subtract(z, inverse, z_neg, inverse_neg, alpha);
-    // this warp's rows of Q are used up: they take O
     ptx::cp_async_wait<0>();
     __syncwarp();
+    if (p.shared.o != nullptr) {
+        merge<T, Tile<kColumns>::kPitch>(z, inverse, z_neg, inverse_neg, weights, warp_rows, 0);
+    } else {
+        subtract(z, inverse, z_neg, inverse_neg, alpha);
+    }
+    // this warp's rows of Q are used up: they take O
     stage<T, Tile<kColumns>::kPitch>(warp_rows, 0, z);
     __syncwarp();
     uint16_t* o = static_cast<uint16_t*>(p.o) +

@@ -2,6 +2,8 @@
 //
 //     O = softmax(Q K+^T) V+  -  alpha * softmax(Q K-^T) V-
 //
+// or, beside the shared keys of a joint attention, what rules.cuh makes of the three segments.
+//
 // A block loads one head's K+-, V+- once; then each warp walks over tiles of 16 query rows on its
 // own, with no barrier between warps. All keys of a row are on chip, so the softmax is not online:
 // the weights P+ and P- of a tile wait in registers, rounded, and O is made 16 columns at a time
@@ -10,7 +12,7 @@
 // The arithmetic of a row, its order included, is that of forward_long.cu: which of the two runs
 // cannot be seen in the result.
 #include "launch.h"
-#include "softmax.cuh"
+#include "rules.cuh"
 
 namespace nasa {
 namespace {
@@ -29,11 +31,13 @@ struct ShortLayout {
     static_assert(kBytes == short_shared_bytes(kD, kKeys), "the launcher chooses by this size");
 };
 
-// Weights P = exp2(S - max), rounded to T as an A operand, and 1 / rowsum(P) for rows r and r + 8
+// Weights P = exp2(S - max), rounded to T as an A operand, and 1 / rowsum(P) for rows r and r + 8;
+// returns what is known of the rows
 template <typename T, int kD, int kKeys>
-__device__ __forceinline__ void attend(const Prompt& prompt, float scale, uint32_t q, uint32_t k,
-                                       const float* bias, uint32_t (&weights)[kKeys / 16][4],
-                                       float (&inverse)[2]) {
+__device__ __forceinline__ OnlineSoftmax attend(const Prompt& prompt, float scale, uint32_t q,
+                                                uint32_t k, const float* bias,
+                                                uint32_t (&weights)[kKeys / 16][4],
+                                                float (&inverse)[2]) {
     float s[kKeys / 8][4];
     clear(s);
     multiply_transposed<T, kD>(s, q, k);
@@ -44,6 +48,7 @@ __device__ __forceinline__ void attend(const Prompt& prompt, float scale, uint32
     pack_fragments<T>(weights, s);
     inverse[0] = softmax.inverse_sum(0);
     inverse[1] = softmax.inverse_sum(1);
+    return softmax;
 }
 
 template <typename T, int kD, int kKeys>
@@ -63,6 +68,9 @@ __global__ void __launch_bounds__(kThreads, kKeys == kClipKeys ? 3 : 2)
 
     unsigned char* queries = shared + Layout::kQueries + warp * kQueryStages * Layout::kQueryTile;
     const Rows q = rows_of(p.q, b * p.q_stride_b + h * p.q_stride_h, p.q_stride_l, p.d, p.aligned);
+    const bool joint = p.shared.o != nullptr;
+    const Rows shared_rows = rows_of(p.shared.o, b * p.shared.o_stride_b + h * p.shared.o_stride_h,
+                                     p.shared.o_stride_l, p.d, p.aligned);
     const auto load_queries = [&](int tile, int stage) {
         load_tile<kD, kWarpRows, kWarpSize>(queries + stage * Layout::kQueryTile, q,
                                             tile * kWarpRows, 0, lane,
@@ -108,20 +116,36 @@ __global__ void __launch_bounds__(kThreads, kKeys == kClipKeys ? 3 : 2)
 
         uint32_t p_pos[kKeys / 16][4], p_neg[kKeys / 16][4];
         float inverse_pos[2], inverse_neg[2];
-        attend<T, kD, kKeys>(p.prompt[kPos], p.scale, ptx::shared_address(q_tile), prompts, bias,
-                             p_pos, inverse_pos);
-        attend<T, kD, kKeys>(p.prompt[kNeg], p.scale, ptx::shared_address(q_tile),
-                             prompts + 2 * Layout::kPromptTile, bias + kKeys, p_neg, inverse_neg);
-
-        float alpha[2];
+        const OnlineSoftmax pos =
+            attend<T, kD, kKeys>(p.prompt[kPos], p.scale, ptx::shared_address(q_tile), prompts,
+                                 bias, p_pos, inverse_pos);
+        const OnlineSoftmax neg = attend<T, kD, kKeys>(
+            p.prompt[kNeg], p.scale, ptx::shared_address(q_tile), prompts + 2 * Layout::kPromptTile,
+            bias + kKeys, p_neg, inverse_neg);
+        // Q is used up: its tile takes O_s and O
+        __syncwarp();
         const int first = tile * kWarpRows;
+        if (joint) {
+            load_tile<kD, kWarpRows, kWarpSize>(q_tile, shared_rows, first, 0, lane,
+                                                [&](int row) { return row < p.l; });
+            ptx::cp_async_commit();
+        }
+        float alpha[2] = {0.f, 0.f};
+        Weights weights[2] = {};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int l = first + lane / 4 + 8 * r;
-            alpha[r] = l < p.l ? alpha_of(p, b, l, h) : 0.f;
+            if (l >= p.l) continue;
+            alpha[r] = alpha_of(p, b, l, h);
+            if (joint) {
+                weights[r] = weigh(p, b, l, h, alpha[r], pos.lse(r, inverse_pos[r]),
+                                   neg.lse(r, inverse_neg[r]));
+            }
         }
-        // Q is used up: its tile takes O
-        __syncwarp();
+        if (joint) {
+            ptx::cp_async_wait<0>();
+            __syncwarp();
+        }
 #pragma unroll 2
         for (int column = 0; column < kD / 8; column += 2) {
             float z_pos[2][4], z_neg[2][4];
@@ -129,7 +153,11 @@ __global__ void __launch_bounds__(kThreads, kKeys == kClipKeys ? 3 : 2)
             clear(z_neg);
             multiply<T, kPitch>(z_pos, p_pos, prompts + Layout::kPromptTile + 16 * column);
             multiply<T, kPitch>(z_neg, p_neg, prompts + 3 * Layout::kPromptTile + 16 * column);
-            subtract(z_pos, inverse_pos, z_neg, inverse_neg, alpha);
+            if (joint) {
+                merge<T, kPitch>(z_pos, inverse_pos, z_neg, inverse_neg, weights, q_tile, column);
+            } else {
+                subtract(z_pos, inverse_pos, z_neg, inverse_neg, alpha);
+            }
             stage<T, kPitch>(q_tile, column, z_pos);
         }
         __syncwarp();

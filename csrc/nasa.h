@@ -39,6 +39,21 @@ struct Prompt {
     int n;  // tokens, 0 included
 };
 
+// How the segments of a joint attention are weighed: csrc/rules.cuh
+enum class Rule { kNasa, kNasaText, kNasaCross, kVsf };
+
+// The keys that both prompts share in a joint attention, those of the image itself: what another
+// kernel made of them. The last rows of q may be the texts' own queries.
+struct Shared {
+    const void* o;     // [b, l, h, d], normalised; null: no such segment, O = Z+ - alpha Z-
+    const float* lse;  // [b, h, l], natural logarithm of rowsum(exp(scores)); -inf without keys
+    int64_t o_stride_b, o_stride_l, o_stride_h;
+    int64_t lse_stride_b, lse_stride_h, lse_stride_l;
+    Rule rule;
+    int first_text_pos;  // rows [first_text_pos, first_text_neg) are queries of the positive text,
+    int first_text_neg;  // rows [first_text_neg, l) of the negative one, the others of the image
+};
+
 struct ForwardParams {
     const void* q;  // [b, l, h, d]
     void* o;        // [b, l, h, d], contiguous
@@ -47,6 +62,7 @@ struct ForwardParams {
     const float* alpha_map;  // [b, l, h], or null: then the number `alpha`
     int64_t alpha_stride_b, alpha_stride_l, alpha_stride_h;
     int b, l, h, d;
+    Shared shared;
     float alpha;
     float scale;
     bool aligned;  // every row of every tensor starts on 16 bytes, and d is a multiple of 8

@@ -105,6 +105,11 @@ struct OnlineSoftmax {
         const float total = quad_sum(sum[r]);
         return total > 0.f ? 1.f / total : total * 0.f;
     }
+
+    // log2 of the sum of exp2(scores) over all keys, given inverse_sum(r); -inf without keys
+    __device__ __forceinline__ float lse(int r, float inverse) const {
+        return inverse == 0.f ? -INFINITY : max[r] - ptx::log2(inverse);
+    }
 };
 
 // O = Z+ - alpha * Z-, into z_pos. Each side is normalised and rounded alike before they meet, so

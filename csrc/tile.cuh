@@ -159,6 +159,19 @@ __device__ __forceinline__ void stage(unsigned char* tile, int column,
     }
 }
 
+// What `stage` wrote as column tile `column`: row r / 2 of elements 2 * (r % 2), in floats
+template <typename T, int kPitch>
+__device__ __forceinline__ void fetch(float (&c)[4], const unsigned char* tile, int column) {
+    const int lane = threadIdx.x % kWarpSize;
+    const unsigned char* source = tile + lane / 4 * kPitch + 16 * column + lane % 4 * 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const T* pair = reinterpret_cast<const T*>(source + 8 * r * kPitch);
+        c[2 * r] = static_cast<float>(pair[0]);
+        c[2 * r + 1] = static_cast<float>(pair[1]);
+    }
+}
+
 // Write `count` rows of a warp's staged tile, kColumns wide, to rows of `stride` elements in global
 // memory; `d` columns of them exist.
 template <int kColumns>

@@ -27,6 +27,7 @@ WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
 BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf")
 # what the last launches did
 REPORTS: deque = deque(maxlen=4)
 
@@ -94,6 +95,18 @@ class Prompt(ctypes.Structure):
     ]
 
 
+class Shared(ctypes.Structure):
+    _fields_ = [
+        ("o", ctypes.c_uint64),
+        ("lse", ctypes.c_uint64),
+        ("o_strides", ctypes.c_int64 * 3),
+        ("lse_strides", ctypes.c_int64 * 3),
+        ("rule", ctypes.c_int),
+        ("first_text_pos", ctypes.c_int),
+        ("first_text_neg", ctypes.c_int),
+    ]
+
+
 class ForwardParams(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_uint64),
@@ -106,6 +119,7 @@ class ForwardParams(ctypes.Structure):
         ("l", ctypes.c_int),
         ("h", ctypes.c_int),
         ("d", ctypes.c_int),
+        ("shared", Shared),
         ("alpha", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("aligned", ctypes.c_bool),
@@ -195,6 +209,16 @@ class Launch(NamedTuple):
     memory: ptx.Memory
 
 
+class Joint(NamedTuple):
+    """The shared segment of a joint attention, in the terms of csrc/nasa.h."""
+
+    o: Tensor  # [b, l, h, d]
+    lse: Tensor  # [b, h, l]
+    rule: str = "nasa"
+    text_pos: int = 0
+    text_neg: int = 0
+
+
 class Call:
     """One call of the op: its tensors in the interpreter's memory, its params struct."""
 
@@ -223,6 +247,19 @@ class Call:
         p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
         p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
 
+    def add(self, joint: Joint, tensors: tuple[Tensor, ...]) -> None:
+        p, shared = self.params, self.params.shared
+        shared.o, shared.o_strides[:] = (
+            self.memory.upload(joint.o, "o_shared"),
+            joint.o.stride()[:3],
+        )
+        shared.lse = self.memory.upload(joint.lse, "lse_shared")
+        shared.lse_strides[:] = joint.lse.stride()
+        shared.rule = RULES.index(joint.rule)
+        shared.first_text_neg = p.l - joint.text_neg
+        shared.first_text_pos = shared.first_text_neg - joint.text_pos
+        p.aligned = is_aligned(*tensors, joint.o)
+
     def launch(
         self, loaded: ptx.LoadedKernel, grid: int | tuple[int, ...], block: int, shared: int, *args
     ) -> None:
@@ -243,6 +280,7 @@ def forward(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
     scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+    joint: Joint | None = None,
 ) -> Tensor:  # fmt: skip
     """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
 
@@ -256,6 +294,10 @@ def forward(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
         0.0 if alpha_map is not None else alpha, scale,
     )  # fmt: skip
+    if joint is not None:
+        call.add(joint, (q, k_pos, v_pos, k_neg, v_neg))
+        if joint.text_neg or joint.rule == "vsf":
+            call.params.prompt[NEG].n = k_neg.shape[1]
     n_pos, n_neg = (call.params.prompt[side].n for side in (POS, NEG))
     if q.numel() == 0:
         return call.o

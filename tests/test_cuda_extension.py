@@ -44,7 +44,7 @@ def library(monkeypatch):
 @needs_library
 def test_it_loads_and_registers_its_kernels(library):
     assert _cuda.load() is None
-    for name in ("forward_cuda", "backward_cuda"):
+    for name in ("forward_cuda", "forward_joint_cuda", "backward_cuda"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nasa_kernels::{name}", "CUDA")
 
 

@@ -16,6 +16,7 @@ import torch
 from cuda_emulation import assert_as_accurate_as_eager, eager, nvcc
 from test_cuda_backward import autograd, make_grad
 from test_cuda_forward import NAN, Shape, make
+from test_cuda_joint import make_joint, oracle
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -26,6 +27,7 @@ class Fault(NamedTuple):
     pattern: str
     replacement: str
     which: int | None = 0  # of the matches; None edits all of them
+    joint: bool = False  # looked for beside the shared keys of a joint attention
 
     def __str__(self) -> str:
         return f"{self.file}-{self.name}"
@@ -56,6 +58,11 @@ FAULTS = (
     Fault("missing-barrier-for-v", "forward_long", r"bar\.sync\s+0;", "", 1),
     Fault("missing-barrier-for-k", "forward_long", r"bar\.sync\s+0;", "", 0),
     Fault("missing-wait", "forward_long", r"cp\.async\.wait_group 0;", "", 1),
+    Fault("joint-missing-wait", "forward_long", r"cp\.async\.wait_group 0;", "", -1, True),
+    Fault("joint-lost-base", "forward_long", r"0f3FB8AA3B", "0f3F800000", None, True),
+    Fault("joint-lost-logarithm", "forward_long", r"lg2\.approx\.ftz\.f32", "mov.f32", -1, True),
+    Fault("joint-missing-wait", "forward_short", r"cp\.async\.wait_group 0;", "", 0, True),
+    Fault("joint-lost-logarithm", "forward_short", r"lg2\.approx\.ftz\.f32", "mov.f32", 0, True),
     Fault("missing-barrier", "backward_queries", r"bar\.sync\s+0;", "", 0),
     Fault("missing-barrier-for-scores", "backward_queries", r"bar\.sync\s+0;", "", 2),
     Fault("not-transposed", "backward_queries", r"x4\.trans", "x4"),
@@ -100,6 +107,18 @@ SHAPES = {
 }
 
 
+def run_joint(file: str) -> None:
+    """Rows of all kinds beside shared keys, held to the accuracy rule."""
+    shape = SHAPES[file]
+    inputs = make(shape, torch.bfloat16)
+    joint = make_joint(shape, torch.bfloat16, text_pos=shape.l // 4, text_neg=shape.l // 4)
+    path = file.removeprefix("forward_")
+    o = cuda_emulation.forward(**inputs, joint=joint, path=path)
+    wide = {name: x.double() for name, x in inputs.items()}
+    exact = oracle(wide, joint._replace(o=joint.o.double()), 0.5)
+    assert_as_accurate_as_eager(o, exact, oracle(inputs, joint, 0.5))
+
+
 def run(file: str) -> None:
     """A call of the kernels in `file`, held to the accuracy rule; a masked key holds NaN."""
     inputs = make(SHAPES[file], torch.bfloat16, seed=1)
@@ -139,6 +158,11 @@ def test_without_a_fault_the_call_is_green(file):
     run(file)
 
 
+@pytest.mark.parametrize("file", ["forward_short", "forward_long"])
+def test_without_a_fault_the_joint_call_is_green(file):
+    run_joint(file)
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault, monkeypatch):
     sound = cuda_emulation.kernel
@@ -151,5 +175,5 @@ def test_a_fault_is_caught(fault, monkeypatch):
 
     monkeypatch.setattr(cuda_emulation, "kernel", kernel)
     with pytest.raises((ptx.Fault, AssertionError)) as caught:
-        run(fault.file)
+        (run_joint if fault.joint else run)(fault.file)
     assert not isinstance(caught.value, ptx.Unsupported), "the edit is not PTX any more"

@@ -14,6 +14,7 @@ import torch
 from cuda_emulation import REPORTS, BackwardParams, ForwardParams, nvcc
 from test_cuda_backward import make_grad
 from test_cuda_forward import EDGES, MODELS, Shape, make
+from test_cuda_joint import make_joint
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the launchers cannot be built")
 
@@ -196,6 +197,18 @@ def test_hopper_leaves_other_calls_to_the_other_kernels(recorder, change, reason
         else:
             setattr(params, name, value)
     assert "short" in launches(recorder, H200, params)[0].name
+
+
+def test_hopper_leaves_a_joint_call_to_the_other_kernels(recorder):
+    shape = SM90[0]
+    joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
+    cuda_emulation.forward(**make(shape, torch.bfloat16), joint=joint)
+    params = forward_params(REPORTS[-1])
+    (record,) = launches(recorder, H200, params)
+    assert "short" in record.name
+    assert bytes(record.arguments)[: ctypes.sizeof(params)] == bytes(params)
+    params.shared.o = 0
+    assert "sm90" in launches(recorder, H200, params)[0].name
 
 
 @pytest.mark.parametrize("splits", [1, 3])
