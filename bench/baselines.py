@@ -159,7 +159,7 @@ def _qkv(attn) -> tuple[nn.Module, ...]:
     return attn.to_q, attn.to_k, attn.to_v
 
 
-def _rotate(x: Tensor, rotary: Any) -> Tensor:
+def _rotate(x: Tensor, rotary: Any) -> Any:
     from diffusers.models.embeddings import apply_rotary_emb
 
     return apply_rotary_emb(x, rotary, sequence_dim=1)

@@ -157,6 +157,10 @@ def run_roofline(options: argparse.Namespace) -> int:
 
 
 def run_op(options: argparse.Namespace) -> int:
+    from bench import op
+
+    # before minutes are spent on rates
+    matching(op.NAMES, options.case, "case")
     session = with_rates(options)
     return finish(session, "one operation", op_rows(session, options))
 
@@ -197,8 +201,8 @@ def op_rows(session: Session, options: argparse.Namespace) -> list:
 def run_layer(options: argparse.Namespace) -> int:
     from bench import layer
 
-    session = with_rates(options)
     names = matching(layer.NAMES, options.case, "case")
+    session = with_rates(options)
     return finish(session, "one layer", layer.run(session, names, options))
 
 

@@ -93,7 +93,8 @@ def nasa_first(layer: Layer, x: Inputs) -> Tensor:
 
 def nasa(layer: Layer, x: Inputs) -> Tensor:
     q = layer.heads(layer.to_q(x.image))
-    return layer.to_out(nasa_attention(q, *x.cached, alpha=ALPHA).flatten(2))
+    k_pos, v_pos, k_neg, v_neg = x.cached
+    return layer.to_out(nasa_attention(q, k_pos, v_pos, k_neg, v_neg, ALPHA).flatten(2))
 
 
 def nag(layer: Layer, x: Inputs) -> Tensor:

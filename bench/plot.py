@@ -144,7 +144,8 @@ def speedup(rows: list[Row]) -> Figure | None:
         shown = [(j, by[key]) for j, key in enumerate(keys) if key in by]
         axes.barh(
             [j + (i + 0.5) * height - 0.4 for j, _ in shown],
-            [r.speedup or 0 for _, r in shown], height * 0.92, color=_colour(provider), label=provider,
+            [r.speedup or 0 for _, r in shown], height * 0.92,
+            color=_colour(provider), label=provider,
         )  # fmt: skip
     axes.axvline(1, color="black", lw=1)
     axes.set_yticks(range(len(cases)), [f"{case} {dtype}" for case, dtype in cases], fontsize=8)

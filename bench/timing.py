@@ -3,7 +3,7 @@
     cold    between two uses of a buffer go five times the last cache's size of other buffers
     warm    the same buffers in every call, as when the producer has just written them
     eager   calls issued one by one from Python, until the device has finished the last
-    host    the part of that in which Python was busy issuing calls
+    host    the part of that in which Python was busy issuing calls, on a GPU
 
 On a GPU cold and warm are replays of a CUDA graph, so no host time is in them; on a CPU they are
 loops, whose host time is part of the work.
@@ -77,7 +77,7 @@ class HostTimer:
     Args:
         calls: One call per set of buffers; they are taken in turn.
         kind: Name of the wall time. `host` is recorded only beside `eager`.
-        synchronise: Waits for the device.
+        synchronise: Waits for the device, if there is one to wait for.
         clock: Seconds.
         least_seconds: A sample has as many calls as it takes to last so long.
     """
@@ -87,22 +87,24 @@ class HostTimer:
         calls: Sequence[Call],
         kind: str,
         *,
-        synchronise: Callable[[], None] = lambda: None,
+        synchronise: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         around: Around = contextlib.nullcontext,
         least_seconds: float = 1e-3,
     ):
         self.calls, self.kind, self.around = calls, kind, around
-        self.synchronise, self.clock = synchronise, clock
-        self.results = {kind: Samples()} | ({"host": Samples()} if kind == "eager" else {})
+        self.synchronise, self.clock = synchronise or (lambda: None), clock
+        # without a device to wait for, issuing a call is running it
+        waits = kind == "eager" and synchronise is not None
+        self.results = {kind: Samples()} | ({"host": Samples()} if waits else {})
         with around():
             # the first calls compile and allocate
             for call in [*calls, calls[0]]:
                 call()
-            synchronise()
+            self.synchronise()
             start = clock()
             calls[0]()
-            synchronise()
+            self.synchronise()
         self.seconds = clock() - start
         turns = math.ceil(least_seconds / max(self.seconds * len(calls), 1e-9))
         self.in_sample = len(calls) * max(turns, 1)
@@ -214,7 +216,5 @@ def measure(timers: Iterable[Timer], *, samples: int = REPLAYS, seconds: float =
             timer.sample(max(1, min(samples, fitting) // rounds))
 
 
-def synchroniser(device: torch.device) -> Callable[[], None]:
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
+def synchroniser(device: torch.device) -> Callable[[], None] | None:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
