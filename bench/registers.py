@@ -52,6 +52,8 @@ def workload(name: str, device: torch.device, turns: int = 256) -> tuple[Callabl
             {"exponentials": steps},
         )
     return (
-        lambda: multiply_adds[(programs,)](x, turns, 0.25, ELEMENTS, UNROLLED, num_warps=WARPS),
+        lambda: multiply_adds[(programs,)](
+            x, turns, 0.25, ELEMENTS, UNROLLED, num_warps=WARPS, enable_fp_fusion=True
+        ),
         {"instructions": steps},
     )

@@ -1,5 +1,6 @@
 """Timers, work, the gate, the methods: what a row's numbers rest on."""
 
+import os
 import time
 
 import pytest
@@ -291,8 +292,8 @@ def tiny(name):
         return model.Model(real.build, config, (4, 8, 8), 5, 24, inputs)
     if name.startswith("Wan"):
         config = {
-            "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "text_dim": 24,
-            "in_channels": 4, "out_channels": 4,
+            "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32,
+            "text_dim": 24, "in_channels": 4, "out_channels": 4,
         }  # fmt: skip
         return model.Model(real.build, config, (4, 2, 8, 8), 5, 24)
     config = {
@@ -384,3 +385,20 @@ def test_flops_by_method():
 
 def test_kinds_of_timing_are_documented():
     assert all(kind in timing.__doc__ for kind in ("cold", "warm", "eager", "host"))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+@pytest.mark.parametrize("name", ["exponential", "issue"])
+def test_register_kernels_compute_what_they_say(name):
+    """2^-x twice 16 times, and x / 4 + 1 / 4, by Triton's interpreter."""
+    from bench import registers
+
+    x = torch.rand(2 * registers.ELEMENTS)
+    expected, steps = x.clone(), 2 * registers.UNROLLED
+    for _ in range(steps):
+        expected = torch.exp2(-expected) if name == "exponential" else expected * 0.25 + 0.25
+    if name == "exponential":
+        registers.exponentials[(2,)](x, 2, registers.ELEMENTS, registers.UNROLLED)
+    else:
+        registers.multiply_adds[(2,)](x, 2, 0.25, registers.ELEMENTS, registers.UNROLLED)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
