@@ -18,6 +18,7 @@ comma := ,
 # where there is no GPU: a CPU build, which some indexes have only under its local version
 CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 
+BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
 .PHONY: demo test bench gpu format lint wheel
@@ -41,14 +42,14 @@ gpu:
 	$(PY) -m nasa_kernels
 	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
 	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_bench_gpu.py
-	$(PY) -m bench all --minutes 8
-	$(PY) -m bench plot
+	$(BENCH) all --minutes 8
+	-$(BENCH) plot
 
 # rows go to bench/results/; nothing else should run beside it
 bench: $(VENV)/ready-bench
-	$(PY) -m bench all --minutes $(MINUTES)
-	$(PY) -m bench plot
-	$(PY) -m bench readme
+	$(BENCH) all --minutes $(MINUTES)
+	$(BENCH) plot
+	$(BENCH) readme
 
 wheel: $(VENV)/ready-test
 	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist

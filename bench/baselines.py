@@ -23,7 +23,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from nasa_diffusers.families import family_of
 from torch import Tensor, nn
 
 from bench.providers import sdpa
@@ -87,6 +86,8 @@ def _method(denoiser: Any, negative: Tensor, combine: Combine, is_nag: bool) -> 
         for block in denoiser.transformer_blocks:
             replace(block.attn, partial(_sd3, block.attn, n, combine))
     else:
+        from nasa_diffusers.families import family_of
+
         family = family_of(denoiser)
         layer = _cross_nag if is_nag else _cross
         for _, attn in family.layers(denoiser):

@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options) or 0
+    except ImportError as error:
+        print(f"bench {options.command}: {error}: pip install -e '.[bench]'", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError, OSError) as error:
         print(f"bench {options.command}: error: {error}", file=sys.stderr)
         return 2
@@ -221,18 +224,27 @@ def run_memory(options: argparse.Namespace) -> int:
 
 
 def run_all(options: argparse.Namespace) -> int:
-    """FLOPs into their own file, then what is timed. Each part has a share of the minutes."""
-    from bench import flops, layer, model
+    """FLOPs into their own file, then what is timed. Each part has a share of the minutes.
 
-    if not options.quick:
+    Where diffusers is missing, only what needs it is left out.
+    """
+    from bench import layer
+
+    try:
+        from bench import flops, model
+    except ImportError as error:
+        print(f"bench all: without models and FLOPs: {error}", file=sys.stderr)
+        model = None  # type: ignore[assignment]
+    if model is not None and not options.quick:
         counting = start(argparse.Namespace(out=None, device=None, minutes=None), "meta")
         counting.console.print(flops_table(flops.run(counting)))
     minutes = options.minutes or (1.5 if options.quick else 5.0)
     session = with_rates(options)
     rows = op_rows(session.within(0.5 * minutes), options)
     rows += layer.run(session.within(0.2 * minutes), layer.NAMES, options)
-    rows += model.run(session.within(0.2 * minutes), options)
-    rows += model.run_memory(session.within(0.1 * minutes), options)
+    # the rows of a model have its peak memory as well
+    if model is not None and not (options.quick and session.device.type == "cpu"):
+        rows += model.run(session.within(0.3 * minutes), options)
     return finish(session, "all", rows)
 
 

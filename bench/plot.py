@@ -16,6 +16,7 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.providers import BASELINE
 from bench.roofline import rates_of
@@ -73,6 +74,14 @@ def run(rows: Iterable[Row], folder: Path, prefix: str = "") -> list[Path]:
     return written
 
 
+def _plain_numbers(*axes) -> None:
+    """1 2 5 10, not powers."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def _colour(provider: str) -> str:
     return COLOURS.get(provider, OTHER)
 
@@ -103,10 +112,6 @@ def roofline(rows: list[Row]) -> Figure | None:
     low, high = min(intensities) / 2, max(*intensities, matrix / rates.copy) * 2
     roof = [low, matrix / rates.copy, high]
     axes.plot(roof, [min(rates.copy * x, matrix) / 1e12 for x in roof], color="black", lw=1.2)
-    axes.annotate(
-        f"copy {rates.copy / 1e12:.3g} TB/s, matrix {matrix / 1e12:.3g} TFLOP/s, measured",
-        (0.02, 0.97), xycoords="axes fraction", va="top", fontsize=8,
-    )  # fmt: skip
     for provider in dict.fromkeys(r.provider for r in timed):
         of = [r for r in timed if r.provider == provider]
         axes.scatter(
@@ -116,10 +121,13 @@ def roofline(rows: list[Row]) -> Figure | None:
         )  # fmt: skip
     axes.set(
         xscale="log", yscale="log", xlabel="FLOPs per compulsory byte", ylabel="TFLOP/s",
-        title=f"Forward, cold, {dtype}\n{_devices(timed)}",
+        title=f"Forward, cold, {dtype}, under measured roofs: copy {rates.copy / 1e12:.3g} TB/s, "
+        f"matrix {matrix / 1e12:.3g} TFLOP/s\n{_devices(timed)}",
     )  # fmt: skip
+    axes.title.set_fontsize(10)
+    _plain_numbers(axes.xaxis, axes.yaxis)
     axes.grid(True, which="major", color="#dddddd", lw=0.6)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return drawn
 
 
@@ -156,7 +164,7 @@ def speedup(rows: list[Row]) -> Figure | None:
     )  # fmt: skip
     axes.grid(True, axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return drawn
 
 
@@ -201,7 +209,7 @@ def _overhead_panel(axes, title: str, rows: list[Row], value: Callable) -> None:
         )  # fmt: skip
         for y, (_, added) in zip(at, shown, strict=True):
             axes.annotate(
-                f"{added:+.1f}", (max(added, 0), y), xytext=(2, 0), textcoords="offset points",
+                f"{added:+.2f}", (max(added, 0), y), xytext=(2, 0), textcoords="offset points",
                 va="center", fontsize=6,
             )  # fmt: skip
     axes.axvline(0, color="black", lw=1)
@@ -209,6 +217,10 @@ def _overhead_panel(axes, title: str, rows: list[Row], value: Callable) -> None:
     axes.invert_yaxis()
     # methods lie between one and a hundred percent
     axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}" if x else "0"))
+    added = list(by.values())
+    # room for the numbers behind the bars
+    axes.set_xlim(min(*added, 0) * 1.3 - 0.1, max(*added, 1) * 4)
     axes.set(xlabel="percent over the stock call", title=title)
     axes.grid(True, axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)

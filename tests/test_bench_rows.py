@@ -188,9 +188,11 @@ def test_readme_section_is_made_from_rows(tmp_path):
     results = tmp_path / "results"
     rows_of.append(results / "test.csv", all_kinds())
     path = tmp_path / "README.md"
-    path.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    path.write_text(f"above\n{readme.BEGIN}\nwhat was there\n{readme.END}\nbelow\n")
     text = readme.update(path, results)
-    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert (
+        text.startswith("above\n") and text.endswith("\nbelow\n") and "what was there" not in text
+    )
     assert "| model 0 | 1.000 | +1.30% | +1.30% | -0.20% | +2.00% | +100.00% |" in text
     assert "none comes within a tenth of it" in text
     assert "10.0 (9.00-11.0)" in text and "Test device" in text and "CLIP 13" in text
