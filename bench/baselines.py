@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from bench.providers import sdpa
 
 Combine = Callable[[Tensor, Tensor], Tensor]
-JOINT = ("FluxTransformer2DModel", "SD3Transformer2DModel")
 
 
 def nag(

@@ -107,10 +107,10 @@ def _paper(by: dict, stock: dict) -> str:
     said = f"within a tenth of it: {', '.join(near)}" if near else "none comes within a tenth of it"
     return (
         f"The paper states {PAPER:+.2%} without naming a model, a resolution or what is counted; "
-        f"of these models {said}. For models with text cross-attention its point is reproduced: Algorithm "
-        f"1 {span}, classifier-free guidance +100 %. It gives no algorithm for joint attention; its "
-        f"equation read literally, two joint attentions, adds to {', '.join(joint) or 'none counted'}. "
-        "FLOPs are not time."
+        f"of these models {said}. For models with text cross-attention its point is reproduced: "
+        f"Algorithm 1 {span}, classifier-free guidance +100 %. It gives no algorithm for joint "
+        "attention; its equation read literally, two joint attentions, adds to "
+        f"{', '.join(joint) or 'none counted'}. FLOPs are not time."
     )
 
 
