@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.machine import RESULTS, ROOT
+from bench.machine import RESULTS, ROOT, slug
 from bench.row import Row, latest, read
 from bench.session import number
 
@@ -44,7 +44,7 @@ def section(rows: Iterable[Row], results: Path = RESULTS) -> str:
     newest = list(latest(rows).values())
     parts = [_flops(newest)]
     devices = dict.fromkeys((r.device, r.threads) for r in newest if r.device != "meta")
-    parts += [_device([r for r in newest if (r.device, r.threads) == d]) for d in devices]
+    parts += [_device([r for r in newest if (r.device, r.threads) == d], results) for d in devices]
     if not any(r.cuda and r.driver for r in newest):
         parts.append(
             "No row of a GPU is in `bench/results/` yet, so no time on one is stated. "
@@ -114,7 +114,7 @@ def _paper(by: dict, stock: dict) -> str:
     )
 
 
-def _device(rows: list[Row]) -> str:
+def _device(rows: list[Row], results: Path) -> str:
     timed = [r for r in rows if r.p50_us and r.bench in ("op", "layer", "model")]
     if not timed:
         return ""
@@ -128,6 +128,9 @@ def _device(rows: list[Row]) -> str:
         of = [r for r in timed if r.bench == bench and r.timing in timings]
         if of:
             text.append(_times(bench, of))
+    picture = f"{slug(first.device)}-speedup.png"
+    if (results / "plots" / picture).exists():
+        text.append(f"![Times as fast as Algorithm 1](bench/results/plots/{picture})")
     return "\n\n".join(text)
 
 

@@ -224,9 +224,13 @@ def test_a_wrong_kernel_gets_no_row(here, wrong):
     assert reason.startswith("its result is wrong")
 
 
-def test_a_wrong_gradient_gets_no_row(here):
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_wrong_gradient_gets_no_row(here, first):
+    """Wrong from one sample of the batch on."""
+
     def wrong(x, alpha):
-        return two_calls({**x, "k_neg": x["k_neg"].detach() + 0 * x["k_neg"]}, alpha)
+        k = x["k_neg"]
+        return two_calls({**x, "k_neg": torch.cat([k[:first], k[first:].detach()]) + 0 * k}, alpha)
 
     case = Case(SMALL, torch.float32, CPU, "backward")
     assert op.run_case(here, case, [Provider("wrong", wrong)], ["warm"]) == []
