@@ -1,5 +1,6 @@
 # make demo      a negative prompt on a stock pipeline, its parity and its cost
 # make test      everything that needs no GPU
+# make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
 # make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
 # make wheel     one wheel for every Python and torch, with device code for every architecture
 # make format    rewrite the sources in the project's format
@@ -18,7 +19,10 @@ comma := ,
 # where there is no GPU: a CPU build, which some indexes have only under its local version
 CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 
-.PHONY: demo test gpu format lint wheel
+BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
+MINUTES ?= 5
+
+.PHONY: demo test bench gpu format lint wheel
 
 demo: $(VENV)/ready
 	$(PY) -m nasa_diffusers.demo
@@ -39,7 +43,16 @@ lint: $(VENV)/ready-test
 gpu:
 	$(PY) -m nasa_kernels
 	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
-	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_nag.py
+	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_nag.py \
+	    tests/test_bench_gpu.py
+	$(BENCH) all --minutes 8
+	-$(BENCH) plot
+
+# rows go to bench/results/; nothing else should run beside it
+bench: $(VENV)/ready-bench
+	$(BENCH) all --minutes $(MINUTES)
+	$(BENCH) plot
+	$(BENCH) readme
 
 wheel: $(VENV)/ready-test
 	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
@@ -63,6 +76,10 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install -q "cmake>=3.22" ninja
 	$(if $(GPU),,NASA_KERNELS_CUDA=0) \
 	    $(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/ready-bench: $(VENV)/ready setup.py
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[bench]'
 	@touch $@
 
 # the newest supported versions in the environment, the oldest ones in a folder beside them; what

@@ -26,6 +26,8 @@ DIFFUSERS = [
     *("pillow>=10", "tqdm"),
 ]
 DEMO = ["rich>=13", "numpy"]
+# nvidia-ml-py: the clock of the GPU around a measurement
+BENCH = [*DEMO, "matplotlib>=3.8", "nvidia-ml-py"]
 TEST = [
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100"),
     *("triton>=3.6,<3.10", "numpy<2.4", "ruff", "mypy", "cmake>=3.22", "ninja"),
@@ -126,6 +128,7 @@ setup(
         "cuda-build": CUDA_BUILD,
         "diffusers": DIFFUSERS,
         "demo": [*DIFFUSERS, *DEMO],
-        "test": [*DIFFUSERS, *DEMO, *TEST],
+        "bench": [*DIFFUSERS, *BENCH],
+        "test": [*DIFFUSERS, *BENCH, *TEST],
     },
 )

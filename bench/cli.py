@@ -1,0 +1,301 @@
+"""The commands of `python -m bench`."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import row as rows_of
+from bench.machine import RESULTS, ROOT, describe, slug
+from bench.roofline import BY_NAME, measure_rates, rates_of
+from bench.session import Session, console, time_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except ImportError as error:
+        print(f"bench {options.command}: {error}: pip install -e '.[bench]'", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"bench {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run, text: str, measures: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        if measures:
+            made.add_argument("--out", type=Path, help="result file; default: the device's own")
+            made.add_argument("--device", help="default: cuda where there is one")
+            made.add_argument("--minutes", type=float, help="begin no case after so many")
+            made.add_argument("--quick", action="store_true", help="the cases that decide")
+        return made
+
+    flops = command("flops", run_flops, "count FLOPs by method on the real architectures")
+    flops.add_argument("--case", action="append", help="pattern of model names")
+    command("roofline", run_roofline, "measure the rates that the floors are made of")
+    op = command("op", run_op, "time the operation, forward and backward")
+    layer = command("layer", run_layer, "time one cross-attention layer, to_q to to_out")
+    model = command("model", run_model, "time a whole denoiser with random weights")
+    memory = command("memory", run_memory, "peak memory of a whole denoiser call by method")
+    for made in (op, layer, model, memory):
+        made.add_argument("--case", action="append", help="pattern of case names")
+        made.add_argument("--dtype", action="append", choices=BY_NAME)
+        made.add_argument("--provider", action="append", help="pattern of providers or methods")
+    for made in (op, layer):
+        made.add_argument("--batch", type=int, nargs="+", help="default: 1 4 16, on a CPU 1")
+    op.add_argument("--direction", choices=("forward", "backward"), action="append")
+    op.add_argument("--timing", choices=("cold", "warm", "eager"), action="append")
+    op.add_argument("--compiled", action="store_true", help="also what takes seconds to compile")
+    model.add_argument("--timing", choices=("eager", "graph", "compiled"), action="append")
+    command("all", run_all, "all that makes sense on this machine, what decides first")
+
+    compare = command("compare", run_compare, "what became worse from A to B", measures=False)
+    compare.add_argument("before", type=Path, metavar="A.csv")
+    compare.add_argument("after", type=Path, metavar="B.csv")
+    compare.add_argument("--tolerance", type=float, default=0.03, help="default: %(default)s")
+    plot = command("plot", run_plot, "draw result files as PNG and SVG", measures=False)
+    plot.add_argument("files", type=Path, nargs="*", help="default: all of bench/results")
+    plot.add_argument("--out", type=Path, default=RESULTS / "plots", help="folder")
+    readme = command("readme", run_readme, "renew the README's performance", measures=False)
+    readme.add_argument("--check", action="store_true", help="only say whether it is current")
+    show = command("show", run_show, "print a result file as tables", measures=False)
+    show.add_argument("file", type=Path)
+    return parser
+
+
+# ---- what measures -------------------------------------------------------------------------------
+
+
+def start(options: argparse.Namespace, device: str | None = None) -> Session:
+    name = device or options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no NVIDIA GPU; leave the option out")
+    where = torch.device(name)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    machine = describe(where)
+    session = Session(machine, where, options.out or machine.file, console(), options.minutes)
+    threads = f", {machine.threads} threads" if machine.threads else ""
+    session.say(f"{machine.device}{threads}, torch {machine.torch}, commit {machine.commit}")
+    return session
+
+
+def finish(session: Session, title: str, rows: list) -> int:
+    if rows:
+        session.console.print(time_table(title, rows))
+        session.say(f"{len(rows)} rows in {session.out}")
+    session.report_left_out()
+    # a command that was to measure and has nothing to show did not succeed
+    return 0 if rows else 1
+
+
+def with_rates(options: argparse.Namespace) -> Session:
+    """A session whose floors come from rates measured in it."""
+    session = start(options)
+    measure_roofline(session, options.quick)
+    return session
+
+
+def measure_roofline(session: Session, quick: bool) -> list:
+    rows = measure_rates(session.machine, session.device, quick=quick)
+    session.write(rows)
+    session.rates = rates_of(rows)
+    return rows
+
+
+def matching(names: Sequence[str], patterns: Sequence[str] | None, what: str) -> list[str]:
+    """The names that match one of the patterns; all where there is none."""
+    for pattern in patterns or ():
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"no {what} {pattern!r}; there are {', '.join(names)}")
+    return [n for n in names if not patterns or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def run_flops(options: argparse.Namespace) -> int:
+    from bench import flops
+
+    session = start(options, "meta")
+    names = matching(list(flops.MODELS), options.case, "model")
+    rows = flops.run(session, names if options.case else ())
+    session.console.print(flops_table(rows))
+    session.say(f"{len(rows)} rows in {session.out}")
+    return 0
+
+
+def flops_table(rows: list):
+    from rich.table import Table
+
+    stock = {r.case: r.flops for r in rows if r.provider == "stock"}
+    methods = [m for m in dict.fromkeys(r.provider for r in rows) if m not in ("stock", "encode")]
+    by = {(r.case, r.provider): r.flops for r in rows}
+    table = Table(title="FLOPs of one denoiser call, over stock", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for column in ("stock, TFLOP", *methods):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case, flops in stock.items():
+        added = [by.get((case, method)) for method in methods]
+        cells = ["" if x is None else f"{x / flops - 1:+.2%}" for x in added]
+        table.add_row(case, f"{flops / 1e12:.3f}", *cells)
+    for r in rows:
+        if r.provider == "encode":
+            table.add_row(f"encode a prompt: {r.case}", f"{r.flops / 1e12:.3f}")
+    return table
+
+
+def run_roofline(options: argparse.Namespace) -> int:
+    session = start(options)
+    return finish(session, "rates", measure_roofline(session, options.quick))
+
+
+def run_op(options: argparse.Namespace) -> int:
+    from bench import op
+
+    # before minutes are spent on rates
+    matching(op.NAMES, options.case, "case")
+    session = with_rates(options)
+    return finish(session, "one operation", op_rows(session, options))
+
+
+def op_rows(session: Session, options: argparse.Namespace) -> list:
+    from bench import op
+    from bench.providers import PROVIDERS
+
+    def given(name: str):
+        return getattr(options, name, None)
+
+    on_gpu = session.device.type == "cuda"
+    quick_names, quick_batches = op.HEADLINE[: 3 if on_gpu else 2], (1, 16) if on_gpu else (1,)
+    names = matching(op.NAMES, given("case"), "case")
+    if not given("case"):
+        # minutes per call on a CPU
+        names = list(quick_names) if options.quick else [
+            n for n in names if on_gpu or not n.startswith("wan")
+        ]  # fmt: skip
+    dtypes = ["bfloat16", "float16", "float32"] if on_gpu else ["float32", "bfloat16"]
+    if options.quick:
+        dtypes = dtypes[:1]
+    batches = given("batch") or (quick_batches if options.quick else (1, 16, 4) if on_gpu else (1,))
+    wanted = op.cases(
+        session.device,
+        names,
+        batches,
+        [BY_NAME[d] for d in given("dtype") or dtypes],
+        given("direction") or ("forward", "backward"),
+    )
+    providers = [PROVIDERS[n] for n in matching(list(PROVIDERS), given("provider"), "provider")]
+    if not given("compiled") and not given("provider"):
+        providers = [p for p in providers if not p.compiled]
+    timings = given("timing") or (("cold", "warm", "eager") if on_gpu else ("cold", "warm"))
+    return op.run(session, wanted, providers, timings)
+
+
+def run_layer(options: argparse.Namespace) -> int:
+    from bench import layer
+
+    names = matching(layer.NAMES, options.case, "case")
+    session = with_rates(options)
+    return finish(session, "one layer", layer.run(session, names, options))
+
+
+def run_model(options: argparse.Namespace) -> int:
+    from bench import model
+
+    session = start(options)
+    return finish(session, "one denoiser call", model.run(session, options))
+
+
+def run_memory(options: argparse.Namespace) -> int:
+    from bench import model
+
+    session = start(options)
+    return finish(session, "peak memory", model.run_memory(session, options))
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """FLOPs into their own file, then what is timed. Each part has a share of the minutes.
+
+    Where diffusers is missing, only what needs it is left out.
+    """
+    from bench import layer
+
+    try:
+        from bench import flops, model
+    except ImportError as error:
+        print(f"bench all: without models and FLOPs: {error}", file=sys.stderr)
+        model = None  # type: ignore[assignment]
+    if model is not None and not options.quick:
+        counting = start(argparse.Namespace(out=None, device=None, minutes=None), "meta")
+        counting.console.print(flops_table(flops.run(counting)))
+    minutes = options.minutes or (1.5 if options.quick else 5.0)
+    session = with_rates(options)
+    rows = op_rows(session.within(0.5 * minutes), options)
+    rows += layer.run(session.within(0.2 * minutes), layer.NAMES, options)
+    # the rows of a model have its peak memory as well
+    if model is not None and not (options.quick and session.device.type == "cpu"):
+        rows += model.run(session.within(0.3 * minutes), options)
+    return finish(session, "all", rows)
+
+
+# ---- what reads result files ---------------------------------------------------------------------
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    from bench import compare
+
+    before, after = rows_of.read(options.before), rows_of.read(options.after)
+    found = compare.changes(before, after, options.tolerance)
+    if found:
+        console().print(compare.table(found))
+    code, text = compare.verdict(before, after, found)
+    print(text)
+    return code
+
+
+def run_plot(options: argparse.Namespace) -> int:
+    """One set of pictures per device, with the counted rows in each."""
+    from bench import plot
+
+    files = options.files or sorted(RESULTS.glob("*.csv"))
+    rows = [row for path in files for row in rows_of.read(path)]
+    if not rows:
+        raise ValueError("there are no rows to draw; run `python -m bench all` first")
+    counted = [r for r in rows if r.device == "meta"]
+    devices = dict.fromkeys(r.device for r in rows if r.device != "meta")
+    written = plot.run(counted, options.out)
+    for device in devices:
+        of = [r for r in rows if r.device == device]
+        written += plot.run(of, options.out, f"{slug(device)}-")
+    for path in written:
+        print(path)
+    return 0 if written else 1
+
+
+def run_readme(options: argparse.Namespace) -> int:
+    from bench import readme
+
+    path = ROOT / "README.md"
+    text = readme.update(path)
+    if options.check:
+        current = text == path.read_text()
+        print("current" if current else "not current: run `python -m bench readme`")
+        return 0 if current else 1
+    path.write_text(text)
+    return 0
+
+
+def run_show(options: argparse.Namespace) -> int:
+    rows = list(rows_of.latest(rows_of.read(options.file)).values())
+    console().print(time_table(str(options.file), [r for r in rows if r.bench != "flops"]))
+    return 0

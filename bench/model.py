@@ -1,0 +1,341 @@
+"""`bench model` and `bench memory`: a whole denoiser from its real configuration, random weights.
+
+    stock         no negative prompt
+    algorithm-1   both prompts projected and attended to in every call
+    nasa          nasa_diffusers with the keys and values of both prompts cached
+    nasa-first    the same without anything cached, as in the first call with a prompt (eager only)
+    nag           as published
+    cfg           a doubled batch, or two calls where the model's pipeline makes two
+
+`eager` includes the host; `graph` is the same call replayed from a CUDA graph; `compiled` is
+torch.compile with its defaults, host included. The gate: Algorithm 1 under PyTorch's unfused
+attention is an equally right result, and the distance between these two is the noise of the model
+in its dtype; NASA must lie within 4 times that of Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from nasa_diffusers import enable_nasa
+from nasa_diffusers.flops import Model
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from bench import baselines, flops
+from bench.gate import WrongResult
+from bench.launches import count_launches, peak_bytes
+from bench.machine import clock_mhz
+from bench.roofline import BY_NAME, name_of
+from bench.row import Row
+from bench.session import Session
+from bench.timing import Call, GraphTimer, HostTimer, Timer, measure, synchroniser
+
+NOISE_ALLOWED = 4.0
+# pipelines of these make two calls a step under classifier-free guidance
+TWO_CALLS = ("WanTransformer3DModel", "FluxTransformer2DModel")
+# one frame group of a streaming video model, and an image that a CPU draws in seconds
+MODELS: dict[str, Model] = {
+    "SD 1.5, 128 px": replace(flops.MODELS["SD 1.5, 512 px"], latents=(4, 16, 16)),
+    "Wan 2.1 1.3B, 480p, 9 frames": replace(
+        flops.MODELS["Wan 2.1 1.3B, 480p, 81 frames"], latents=(16, 3, 60, 104)
+    ),
+} | flops.MODELS
+ON_GPU = (
+    "SDXL, 1024 px", "SD 1.5, 512 px", "PixArt-alpha, 1024 px", "FLUX.1-schnell, 1024 px",
+    "Wan 2.1 1.3B, 480p, 9 frames",
+)  # fmt: skip
+ON_CPU = ("SD 1.5, 128 px",)
+BASELINE = "stock"
+
+
+@dataclass
+class Denoiser:
+    """A built model and the inputs of one call."""
+
+    module: Any
+    inputs: dict[str, Any]
+    negative: Tensor
+
+    def __call__(self, module: Any = None, **changes: Any) -> Tensor:
+        with torch.no_grad():
+            return (module or self.module)(**{**self.inputs, **changes}, return_dict=False)[0]
+
+
+def build(model: Model, dtype: torch.dtype, device: torch.device) -> Denoiser:
+    """Random weights and random inputs, in the model's own initialisation."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            module = model.build(**model.config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device, dtype=dtype)
+
+    inputs = tree_map(
+        lambda x: normal(*x.shape) if isinstance(x, Tensor) else x, dict(model.inputs)
+    )
+    first = baselines.parameters(type(module))[0]
+    inputs |= {
+        first: normal(1, *model.latents),
+        "timestep": torch.ones(1, device=device, dtype=dtype),
+        "encoder_hidden_states": normal(1, model.tokens, model.channels),
+    }
+    return Denoiser(module, inputs, normal(1, model.tokens, model.channels))
+
+
+# ---- methods: with each, calls of the denoiser do what the method does ---------------------------
+
+
+@contextlib.contextmanager
+def _stock(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
+    yield denoiser
+
+
+@contextlib.contextmanager
+def _algorithm_1(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
+    with baselines.algorithm_1(denoiser.module, denoiser.negative):
+        yield denoiser
+
+
+@contextlib.contextmanager
+def _nag(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
+    with baselines.nag_published(denoiser.module, denoiser.negative):
+        yield denoiser
+
+
+@contextlib.contextmanager
+def _nasa(denoiser: Denoiser, first: bool = False) -> Iterator[Callable[..., Tensor]]:
+    pipe: Any = SimpleNamespace(transformer=denoiser.module)
+    handle = enable_nasa(pipe, negative_prompt_embeds=denoiser.negative, alpha=0.5)
+
+    def first_call(module: Any = None) -> Tensor:
+        handle.clear_cache()
+        return denoiser(module)
+
+    try:
+        yield first_call if first else denoiser
+    finally:
+        handle.disable()
+
+
+@contextlib.contextmanager
+def _nasa_first(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
+    with _nasa(denoiser, first=True) as call:
+        yield call
+
+
+@contextlib.contextmanager
+def _cfg(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
+    """Unconditional and conditional output, combined at a guidance scale of 5."""
+    text = denoiser.inputs["encoder_hidden_states"]
+    both = torch.cat([denoiser.negative, text])
+    # positions have no batch
+    doubled = {
+        name: tree_map(_twice, x) if not name.endswith("_ids") else x
+        for name, x in denoiser.inputs.items()
+    } | {"encoder_hidden_states": both}
+
+    def combine(negative: Tensor, positive: Tensor) -> Tensor:
+        return negative + 5.0 * (positive - negative)
+
+    def two_calls(module: Any = None) -> Tensor:
+        negative = denoiser(module, encoder_hidden_states=denoiser.negative)
+        return combine(negative, denoiser(module))
+
+    def one_call(module: Any = None) -> Tensor:
+        return combine(*denoiser(module, **doubled).chunk(2))
+
+    yield two_calls if type(denoiser.module).__name__ in TWO_CALLS else one_call
+
+
+def _twice(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) else x
+
+
+METHODS: dict[str, Callable[[Denoiser], contextlib.AbstractContextManager]] = {
+    "stock": _stock,
+    "algorithm-1": _algorithm_1,
+    "nasa": _nasa,
+    "nasa-first": _nasa_first,
+    "nag": _nag,
+    "cfg": _cfg,
+}
+OURS = ("nasa", "nasa-first")
+
+
+# ---- the gate ------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Judges the output of one method on one model."""
+
+    def __init__(self, denoiser: Denoiser):
+        with _algorithm_1(denoiser) as call:
+            self.expected = call().float()
+            with sdpa_kernel(SDPBackend.MATH):
+                other = call().float()
+        self.noise = distance(other, self.expected)
+
+    def check(self, method: str, output: Tensor) -> dict[str, Any]:
+        """Columns for the row; raises `WrongResult`."""
+        if not torch.isfinite(output).all():
+            raise WrongResult("its output is not finite")
+        if method not in OURS:
+            return {}
+        error = distance(output.float(), self.expected)
+        rounding = torch.finfo(output.dtype).eps
+        if error > NOISE_ALLOWED * max(self.noise, rounding):
+            raise WrongResult(
+                f"it is {error:.2e} from Algorithm 1, whose own noise is {self.noise:.2e}"
+            )
+        largest = (output.float() - self.expected).abs().max().item()
+        return {"max_error": largest, "l2_error": error, "error_against": "algorithm-1"}
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def chosen(session: Session, options: argparse.Namespace) -> Iterator[tuple[str, torch.dtype]]:
+    from bench.cli import matching
+
+    on_gpu = session.device.type == "cuda"
+    default: tuple[str, ...] = ON_GPU if on_gpu else ON_CPU
+    names = default[:2] if options.quick else default
+    if getattr(options, "case", None):
+        names = tuple(matching(list(MODELS), options.case, "case"))
+    given = getattr(options, "dtype", None)
+    for dtype in given or ["bfloat16" if on_gpu else "float32"]:
+        for name in names:
+            if session.is_over:
+                session.leave_out(name, "no time was left")
+            else:
+                yield name, BY_NAME[dtype]
+
+
+def methods(options: argparse.Namespace) -> list[str]:
+    from bench.cli import matching
+
+    names = list(METHODS)
+    if options.quick:
+        names = [n for n in names if n not in ("nasa-first", "nag")]
+    return matching(names, getattr(options, "provider", None), "method")
+
+
+def run(session: Session, options: argparse.Namespace) -> list[Row]:
+    on_gpu = session.device.type == "cuda"
+    timings = getattr(options, "timing", None) or (("eager", "graph") if on_gpu else ("eager",))
+    rows: list[Row] = []
+    for name, dtype in chosen(session, options):
+        session.say(f"{name}, {name_of(dtype)}")
+        found = time_model(session, name, MODELS[name], dtype, methods(options), timings)
+        session.write(found)
+        rows += found
+    return rows
+
+
+def time_model(
+    session: Session,
+    name: str,
+    model: Model,
+    dtype: torch.dtype,
+    wanted: Sequence[str],
+    timings: Sequence[str],
+) -> list[Row]:
+    """One method after the other, since each changes the model; the stock one first."""
+    denoiser = build(model, dtype, session.device)
+    gate = Gate(denoiser)
+    rows: list[Row] = []
+    for method in sorted(wanted, key=lambda m: m != BASELINE):
+        try:
+            with METHODS[method](denoiser) as call:
+                facts = gate.check(method, call())
+                facts["launches"] = count_launches(call, session.device)
+                facts["peak_bytes"] = peak_bytes(call, session.device)
+                for timing in timings:
+                    if method == "nasa-first" and timing != "eager":
+                        continue
+                    before = clock_mhz(session.device)
+                    timer = _timer(denoiser, call, timing, session.device)
+                    measure([timer], seconds=3.0)
+                    clocks = {"mhz_before": before, "mhz_after": clock_mhz(session.device)}
+                    rows += [
+                        _row(session, name, dtype, method, kind, **samples.columns(), **facts,
+                             **clocks)
+                        for kind, samples in timer.results.items()
+                    ]  # fmt: skip
+                    timer.close()
+        except (WrongResult, RuntimeError, ValueError) as error:
+            session.leave_out(f"{method} on {name}", str(error))
+            rows = [row for row in rows if row.provider != method]
+    del denoiser, gate
+    gc.collect()
+    if session.device.type == "cuda":
+        torch.cuda.empty_cache()
+    stock = {r.timing: r.p50_us for r in rows if r.provider == BASELINE}
+    return [
+        replace(r, baseline=BASELINE, baseline_us=stock[r.timing]) if r.timing in stock else r
+        for r in rows
+    ]
+
+
+def _timer(denoiser: Denoiser, call: Any, timing: str, device: torch.device) -> Timer:
+    if timing == "graph":
+        return GraphTimer([call], timing, stream=torch.cuda.Stream(device), least=1)
+    run: Call = call
+    if timing == "compiled":
+        torch.compiler.reset()
+        compiled = torch.compile(denoiser.module)
+        run = lambda: call(compiled)  # noqa: E731
+    return HostTimer([run], timing, synchronise=synchroniser(device))
+
+
+def _row(
+    session: Session, name: str, dtype: torch.dtype, method: str, timing: str, **columns: Any
+) -> Row:
+    return session.row(
+        bench="model", case=name, dtype=name_of(dtype), direction="forward", provider=method,
+        timing=timing, **columns,
+    )  # fmt: skip
+
+
+def run_memory(session: Session, options: argparse.Namespace) -> list[Row]:
+    """Peak memory of a call above weights and inputs; the cache of NASA is in its first call."""
+    rows: list[Row] = []
+    for name, dtype in chosen(session, options):
+        denoiser = build(MODELS[name], dtype, session.device)
+        found = []
+        for method in methods(options):
+            try:
+                with METHODS[method](denoiser) as call:
+                    peak = peak_bytes(call, session.device)
+            except (RuntimeError, ValueError) as error:
+                session.leave_out(f"{method} on {name}", str(error))
+                continue
+            found.append(
+                session.row(
+                    bench="memory", case=name, dtype=name_of(dtype), direction="forward",
+                    provider=method, timing="peak", peak_bytes=peak,
+                )
+            )  # fmt: skip
+        del denoiser
+        gc.collect()
+        session.write(found)
+        rows += found
+    return rows

@@ -1,0 +1,208 @@
+"""Who computes the operation: our back ends, and what a user would run instead.
+
+A provider is one entry of `PROVIDERS`. Its `attend` takes `arrange(inputs)` and the alpha, and
+returns `[b, l, h, d]`. `arrange` is not timed: it stands for a layout that the layer before could
+have written itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.timing import Around
+from nasa_kernels import _cuda, backends, nasa_attention
+from nasa_kernels.testing import Shape
+
+Inputs = dict[str, Any]  # q, k_pos, v_pos, k_neg, v_neg
+BASELINE = "algorithm-1"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operation."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    direction: str = "forward"
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    attend: Callable[[Any, float], Tensor]
+    arrange: Callable[[Inputs], Any] = lambda inputs: inputs
+    # one sentence why it does not run, or None
+    refuse: Callable[[Case], str | None] = lambda case: None
+    around: Around = contextlib.nullcontext
+    ours: bool = False
+    guided: bool = True  # False: it attends to the positive prompt only
+    compiled: bool = False  # seconds of compilation for each case
+
+    def alpha(self, alpha: float) -> float:
+        """The alpha whose exact result this provider should give."""
+        return alpha if self.guided else 0.0
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+def _ours(backend: str) -> Provider:
+    def attend(inputs: Inputs, alpha: float) -> Tensor:
+        return nasa_attention(**inputs, alpha=alpha, backend=backend)
+
+    def refuse(case: Case) -> str | None:
+        backward = case.direction == "backward"
+        reason = backends.why_not(backend, case.device)
+        if reason is None and case.dtype not in backends._DTYPES[backend]:
+            reason = f"it does not take {case.dtype}"
+        if reason is None and backend == "triton" and case.device.type == "cpu":
+            reason = "its interpreter on a CPU is for tests"
+        if reason is None and backend == "cuda":
+            reason = _cuda.supports(case.device, case.shape.d, backward)
+        return reason
+
+    return Provider(f"nasa-{backend}", attend, refuse=refuse, ours=True)
+
+
+# ---- PyTorch -------------------------------------------------------------------------------------
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[b, l, h, d] in and out, as views."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def stock(inputs: Inputs, alpha: float) -> Tensor:
+    """What a pipeline without a negative prompt does."""
+    return sdpa(inputs["q"], inputs["k_pos"], inputs["v_pos"])
+
+
+def two_calls(inputs: Inputs, alpha: float, attend: Callable = sdpa) -> Tensor:
+    """Algorithm 1 as a user writes it: two attention calls, a product and a difference."""
+    z_pos = attend(inputs["q"], inputs["k_pos"], inputs["v_pos"])
+    z_neg = attend(inputs["q"], inputs["k_neg"], inputs["v_neg"])
+    return z_pos - alpha * z_neg
+
+
+def stack(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Both prompts as one batch, which one projection could have written. Q twice: in place for
+    one image, a copy for more, since a batch has one stride."""
+    q = inputs["q"]
+    k, v = (torch.cat([inputs[f"{x}_pos"], inputs[f"{x}_neg"]]) for x in "kv")
+    return q.expand(2, -1, -1, -1) if len(q) == 1 else torch.cat([q, q]), k, v
+
+
+def stacked(arranged: tuple[Tensor, Tensor, Tensor], alpha: float) -> Tensor:
+    """One attention call over a doubled batch and one fused epilogue."""
+    z_pos, z_neg = sdpa(*arranged).chunk(2)
+    return torch.sub(z_pos, z_neg, alpha=alpha)
+
+
+def _unequal(case: Case) -> str | None:
+    equal = case.shape.n_pos == case.shape.n_neg
+    return None if equal else "it stacks the prompts, which must have one length"
+
+
+def _needs_cuda(case: Case) -> str | None:
+    return None if case.device.type == "cuda" else "it needs an NVIDIA GPU"
+
+
+def _forced(name: str, backend: SDPBackend) -> Provider:
+    """Algorithm 1 with one of PyTorch's own attention back ends; PyTorch says if it cannot."""
+    return Provider(
+        f"algorithm-1-{name}",
+        two_calls,
+        refuse=_needs_cuda,
+        around=functools.partial(sdpa_kernel, backend),
+    )
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+class Compiled:
+    """A function under torch.compile, for one static shape at a time.
+
+    `fullgraph` makes a recompilation limit an error; it would silently run eagerly otherwise.
+    Buffers of the forward pass are not donated: a backward pass is timed more than once.
+    """
+
+    def __init__(self, function: Callable[[Inputs, float], Tensor]):
+        self.function = function
+        self._compiled: Callable | None = None
+
+    def __call__(self, inputs: Inputs, alpha: float) -> Tensor:
+        if self._compiled is None:
+            self._compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
+        with torch._functorch.config.patch(donated_buffer=False):
+            return self._compiled(inputs, alpha)
+
+    def reset(self) -> None:
+        self._compiled = None
+
+
+def flex(inputs: Inputs, alpha: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v).transpose(1, 2)  # type: ignore[union-attr]
+
+    return two_calls(inputs, alpha, attend)
+
+
+# ---- other packages ------------------------------------------------------------------------------
+
+
+def _installed(package: str) -> Callable[[Case], str | None]:
+    def refuse(case: Case) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+        if case.dtype == torch.float32:
+            return "it takes fp16 and bf16"
+        return _needs_cuda(case)
+
+    return refuse
+
+
+def xformers(inputs: Inputs, alpha: float) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return two_calls(inputs, alpha, memory_efficient_attention)
+
+
+def flash_attn(inputs: Inputs, alpha: float) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return two_calls(inputs, alpha, flash_attn_func)
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        *(_ours(backend) for backend in backends.NAMES if backend != "reference"),
+        Provider("stock", stock, guided=False),
+        Provider(BASELINE, two_calls),
+        Provider("algorithm-1-compiled", Compiled(two_calls), compiled=True),
+        Provider("stacked", stacked, arrange=stack, refuse=_unequal),
+        _forced("cudnn", SDPBackend.CUDNN_ATTENTION),
+        _forced("flash", SDPBackend.FLASH_ATTENTION),
+        _forced("efficient", SDPBackend.EFFICIENT_ATTENTION),
+        _forced("math", SDPBackend.MATH),
+        Provider("flex", Compiled(flex), compiled=True),
+        Provider("xformers", xformers, refuse=_installed("xformers")),
+        Provider("flash-attn", flash_attn, refuse=_installed("flash_attn")),
+    )
+}
