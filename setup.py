@@ -25,6 +25,7 @@ DIFFUSERS = [
     *("diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"),
     *("pillow>=10", "tqdm"),
 ]
+DISTILL = [*DIFFUSERS, "numpy"]
 DEMO = ["rich>=13", "numpy"]
 TEST = [
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100"),
@@ -117,6 +118,7 @@ setup(
     package_dir={
         "nasa_kernels": "nasa_kernels",
         "nasa_diffusers": "python/nasa_diffusers",
+        "nasa_distill": "python/nasa_distill",
     },
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
@@ -125,6 +127,7 @@ setup(
         "triton": ["triton>=3.6,<3.10"],
         "cuda-build": CUDA_BUILD,
         "diffusers": DIFFUSERS,
+        "distill": DISTILL,
         "demo": [*DIFFUSERS, *DEMO],
         "test": [*DIFFUSERS, *DEMO, *TEST],
     },
