@@ -20,7 +20,7 @@ PATCH = 4
 CHANNELS = 16
 GRID = SIZE // PATCH
 # 1 would give every component the same variance, 0 leaves the variance it has in the image
-WHITENING = 0.7
+WHITENING = 0.5
 # the decoder squeezes what it is given, x to 3 tanh(x / 3): codes reach 7, and a 32nd of that is
 # squeezed by 0.2 percent
 SCALING = 32.0
@@ -30,7 +30,7 @@ class PatchCode:
     """`encode` and `decode` between `[b, 3, 32, 32]` and `[b, 16, 8, 8]`, variance 1 on average."""
 
     def __init__(self) -> None:
-        images, _, rates = renders()
+        images, rates = renders()
         patches = _patches(images).flatten(0, 2).double()
         weight = (rates / GRID**2).repeat_interleave(GRID**2)[:, None]
         mean = (weight * patches).sum(0)

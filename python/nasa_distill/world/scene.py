@@ -1,7 +1,6 @@
 """The attributes of an image, how often each value occurs, and its render.
 
-An image is one choice of every attribute and one of nine positions, so the images are finitely many
-and all of them are known: 288 choices, 2592 renders.
+An image is one choice of every attribute, so there are 288 images and all of them are known.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ RGB = {
     "grey": (0.5, 0.5, 0.5),
 }
 RADIUS = {"small": 7.0, "large": 10.5}
-# whole patches of the latent code, so a render and its shifted twin differ by a shift of the code
-OFFSETS = (-4.0, 0.0, 4.0)
 STRIPE = 4  # pixels
 BLUR = 1.4  # standard deviation in pixels
 MARK = 0.6  # opacity of the watermark
@@ -55,7 +52,7 @@ class Scene(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """How often it occurs, positions aside."""
+        """How often it occurs."""
         return math.prod(RATES[name][getattr(self, name)] for name in ATTRIBUTES)
 
 
@@ -64,19 +61,17 @@ def scenes() -> tuple[Scene, ...]:
     return tuple(Scene(*values) for values in itertools.product(*RATES.values()))
 
 
-def render(scene: Scene, offsets: Tensor | None = None) -> Tensor:
-    """`[m, 3, 32, 32]` in [-1, 1], the shape moved by each of the offsets `[m, 2]`: x, y pixels."""
-    offsets = torch.zeros(1, 2) if offsets is None else offsets
+def render(scene: Scene) -> Tensor:
+    """`[3, 32, 32]` in [-1, 1]."""
     axis = torch.arange(SIZE) + 0.5 - SIZE / 2
-    # [m, 1, 32] and [m, 32, 1]
-    x, y = axis[None, None, :] - offsets[:, :1, None], axis[None, :, None] - offsets[:, 1:, None]
+    y, x = axis[:, None], axis[None, :]
     ground, colour = _rgb(scene.ground), _rgb(scene.colour)
     fill = colour.expand(3, SIZE, SIZE)
     if scene.texture == "striped":
         is_dark = (torch.arange(SIZE) // STRIPE % 2 == 1)[:, None]
         fill = torch.where(is_dark, 0.2 * colour + 0.8 * ground, fill)
     # distance to the outline in pixels, negative inside; one pixel of anti-aliasing
-    coverage = (0.5 - _distance(scene.shape, x, y, RADIUS[scene.size])).clamp(0, 1)[:, None]
+    coverage = (0.5 - _distance(scene.shape, x, y, RADIUS[scene.size])).clamp(0, 1)
     image = coverage * fill + (1 - coverage) * ground
     if scene.defect == "blurry":
         image = _blur(image)
@@ -88,18 +83,15 @@ def render(scene: Scene, offsets: Tensor | None = None) -> Tensor:
 
 
 @cache
-def renders() -> tuple[Tensor, Tensor, Tensor]:
-    """Every image there is.
+def renders() -> tuple[Tensor, Tensor]:
+    """Every image there is, in the order of `scenes()`.
 
     Returns:
-        Images `[n, 3, 32, 32]` in [-1, 1], the index of each one's scene `[n]`, and how often it
-        occurs `[n]`, in float64 and adding up to 1.
+        Images `[288, 3, 32, 32]` in [-1, 1], and how often each occurs `[288]`, in float64 and
+        adding up to 1.
     """
-    offsets = torch.cartesian_prod(torch.tensor(OFFSETS), torch.tensor(OFFSETS))
-    images = torch.cat([render(scene, offsets) for scene in scenes()])
-    index = torch.arange(len(scenes())).repeat_interleave(len(offsets))
-    rates = torch.tensor([scene.rate for scene in scenes()], dtype=torch.float64)[index]
-    return images, index, rates / len(offsets)
+    rates = torch.tensor([scene.rate for scene in scenes()], dtype=torch.float64)
+    return torch.stack([render(scene) for scene in scenes()]), rates
 
 
 def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
@@ -112,13 +104,13 @@ def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     return torch.maximum(y - radius, side)
 
 
-def _blur(images: Tensor) -> Tensor:
+def _blur(image: Tensor) -> Tensor:
     taps = torch.arange(-5, 6, dtype=torch.float32)
     kernel = (-0.5 * (taps / BLUR) ** 2).exp()
     kernel /= kernel.sum()
-    padded = F.pad(images, (5, 5, 5, 5), mode="replicate")
-    rows = F.conv2d(padded.flatten(0, 1)[:, None], kernel.view(1, 1, 1, -1))
-    return F.conv2d(rows, kernel.view(1, 1, -1, 1)).view_as(images)
+    padded = F.pad(image[:, None], (5, 5, 5, 5), mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
 
 
 def _rgb(name: str) -> Tensor:
