@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from nasa_distill.fit import Settings, fit, generator
+from nasa_distill.losses import guide
 from nasa_distill.world import model as world
-from nasa_distill.world.captions import draw_caption
+from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import renders, scenes
@@ -28,9 +29,24 @@ CHECKS = (
 P_EMPTY = 0.1  # captions left empty, for classifier-free guidance
 
 
-def velocity_loss(predicted: Tensor, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor):
-    """`|| v - (alpha * noise - sigma * x0) ||^2`, averaged (Salimans and Ho, 2022)."""
-    return F.mse_loss(predicted, alpha * noise - sigma * x0)
+def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rates: Tensor):
+    """`E[x_0 | x_t]` where `x_0` is one of finitely many: the denoiser that a network should be.
+
+    As the target of training it is what the images themselves are on average, without their
+    variance (the stable target field of Xu, Tong and Jaakkola, 2023, over all there is).
+
+    Args:
+        x_t: `[b, ...]`, `alpha x_0 + sigma noise`.
+        known: The latents `[n, ...]` that `x_0` may be.
+        rates: How often, `[b, n]`: 0 for those that a caption rules out; rows need not add up to 1.
+    """
+    # distances over sigma^2 reach 1e7, and their differences decide
+    x, c = x_t.flatten(1).double(), known.flatten(1).double()
+    a, s = alpha.double().flatten(1), sigma.double().flatten(1)
+    log_rates = rates.double().log()
+    fit_ = (a * (x @ c.T) - a**2 * c.square().sum(1) / 2) / s**2
+    weight = (fit_ + log_rates).softmax(1)
+    return (weight @ c).to(x_t.dtype).view_as(x_t)
 
 
 def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +72,9 @@ def train(
         timesteps = torch.randint(1000, (settings.batch,), generator=random_)
         noise = torch.randn(codes[rows].shape, generator=random_)
         alpha, sigma = alpha_sigma(scheduler, timesteps)
-        predicted = unet(alpha * codes[rows] + sigma * noise, timesteps, text).sample
-        return velocity_loss(predicted, codes[rows], noise, alpha, sigma)
+        x_t = alpha * codes[rows] + sigma * noise
+        x0 = posterior_mean(x_t, alpha, sigma, codes, matches(captions) * rates)
+        return F.mse_loss(unet(x_t, timesteps, text).sample, x0)
 
     def check(unet: Any) -> list[dict[str, Any]]:
         return [
@@ -102,7 +119,7 @@ def ddim(
 ) -> Iterator[Tensor]:
     """The teacher's latents after each step of deterministic sampling, x_0 the last.
 
-        v = (1 - guidance) v(text_neg) + guidance v(text)        (equation 5)
+        x_0 = (1 - guidance) x_0(text_neg) + guidance x_0(text)        (equation 5)
 
     Args:
         noise: `[b, c, 8, 8]`.
@@ -114,10 +131,10 @@ def ddim(
     x = noise
     for t in scheduler.timesteps:
         if guidance == 1:
-            v = unet(x, t, text).sample
+            x0 = unet(x, t, text).sample
         else:
             both = unet(torch.cat([x, x]), t, torch.cat([text_neg, text])).sample
-            v_neg, v_text = both.chunk(2)
-            v = v_neg + guidance * (v_text - v_neg)
-        x = scheduler.step(v, t, x).prev_sample
+            x0_neg, x0_pos = both.chunk(2)
+            x0 = guide(x0_pos, x0_neg, guidance)
+        x = scheduler.step(x0, t, x).prev_sample
         yield x

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from functools import cache
 
-from nasa_distill.world.scene import ATTRIBUTES, RATES, Scene
+import torch
+from torch import Tensor
+
+from nasa_distill.world.scene import ATTRIBUTES, RATES, Scene, scenes
 
 OWNER = {value: name for name, values in RATES.items() for value in values}
 FILLERS = ("a", "photo", "of", "shape", "on", "background", ",")
@@ -64,3 +68,29 @@ def read(caption: str) -> dict[str, set[str]]:
         if word in OWNER:
             named.setdefault(OWNER[word], set()).add(word)
     return named
+
+
+@cache
+def _truth() -> Tensor:
+    """Whether each value is in each scene: `[values, scenes]`."""
+    return torch.tensor(
+        [[getattr(scene, OWNER[value]) == value for scene in scenes()] for value in OWNER]
+    )
+
+
+def matches(captions: list[str]) -> Tensor:
+    """Whether each caption is true of each scene, as numbers: `[captions, scenes]`."""
+    values = list(OWNER)
+    rows = []
+    for caption in captions:
+        true = torch.ones(len(scenes()), dtype=torch.bool)
+        for named in read(caption).values():
+            true &= _truth()[[values.index(value) for value in named]].any(0)
+        rows.append(true)
+    return torch.stack(rows).float()
+
+
+def mentions(captions: list[str]) -> Tensor:
+    """Whether each caption names each value, as numbers: `[captions, values]`."""
+    named = [set().union(*read(caption).values()) for caption in captions]
+    return torch.tensor([[float(value in words) for value in OWNER] for words in named])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from nasa_distill.clip import Clip
 from nasa_distill.fit import Settings, fit
-from nasa_distill.world.captions import OWNER, draw_caption, read
+from nasa_distill.world.captions import OWNER, draw_caption, matches, mentions
 from nasa_distill.world.model import TEXT_WIDTH, text_config, tokenize
 from nasa_distill.world.scene import SIZE, renders, scenes
 
@@ -24,7 +23,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     vision = CLIPVisionConfig(
         image_size=SIZE,
-        patch_size=8,
+        patch_size=4,
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         projection_dim=TEXT_WIDTH,
@@ -40,11 +39,21 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     )
 
 
+class Reader(nn.Module):
+    """CLIP, and a head that says which values a caption names; the head is not kept."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.clip: Any = make_clip(tokenizer)
+        self.named = nn.Linear(TEXT_WIDTH, len(OWNER))
+
+
 def train_clip(settings: Settings, out: Path, tokenizer: CLIPTokenizer) -> Clip:
     """Train, or go on training: images with captions of their own, against those of a batch.
 
     The loss is CLIP's, except that a caption may be true of several images of the batch: all of
-    those count as its own (supervised contrastive learning).
+    those count as its own (supervised contrastive learning). CLIP alone learns colours first and
+    shapes late, so the tokens from the end of the caption on must also say what it named.
     """
     torch.manual_seed(settings.seed)
     images, rates = renders()
@@ -54,12 +63,18 @@ def train_clip(settings: Settings, out: Path, tokenizer: CLIPTokenizer) -> Clip:
         rng = random.Random(f"{settings.seed} {step}")
         captions = [draw_caption(scenes()[i], rng) for i in rows.tolist()]
         noise = 0.1 * torch.randn(images[rows].shape, generator=random_)
-        output = model(input_ids=tokenize(tokenizer, captions), pixel_values=images[rows] + noise)
+        tokens = tokenize(tokenizer, captions)
+        output = model.clip(input_ids=tokens, pixel_values=images[rows] + noise)
         # [caption, image]
-        return contrastive_loss(output.logits_per_text, matches(captions)[:, rows])
+        contrast = contrastive_loss(output.logits_per_text, matches(captions)[:, rows])
+        hidden = output.text_model_output.last_hidden_state
+        ends = (tokens == tokenizer.eos_token_id)[..., None]  # padding is the same token
+        summary = (hidden * ends).sum(1) / ends.sum(1)
+        said = F.binary_cross_entropy_with_logits(model.named(summary), mentions(captions))
+        return contrast + 5 * said
 
-    model = fit(make_clip(tokenizer), loss, settings, out, "clip", check_every=10_000)
-    return Clip(model, tokenizer, MEAN, STD)
+    model = fit(Reader(tokenizer), loss, settings, out, "clip")
+    return Clip(model.clip, tokenizer, MEAN, STD)
 
 
 def contrastive_loss(logits: Tensor, match: Tensor) -> Tensor:
@@ -69,26 +84,6 @@ def contrastive_loss(logits: Tensor, match: Tensor) -> Tensor:
         target = own / own.sum(1, keepdim=True)
         losses.append(F.cross_entropy(scores, target))
     return (losses[0] + losses[1]) / 2
-
-
-@cache
-def _truth() -> Tensor:
-    """Whether each value is in each scene: `[values, scenes]`."""
-    return torch.tensor(
-        [[getattr(scene, OWNER[value]) == value for scene in scenes()] for value in OWNER]
-    )
-
-
-def matches(captions: list[str]) -> Tensor:
-    """Whether each caption is true of each scene, as numbers: `[captions, scenes]`."""
-    values = list(OWNER)
-    rows = []
-    for caption in captions:
-        true = torch.ones(len(scenes()), dtype=torch.bool)
-        for named in read(caption).values():
-            true &= _truth()[[values.index(value) for value in named]].any(0)
-        rows.append(true)
-    return torch.stack(rows).float()
 
 
 def text_encoder(clip: Clip) -> CLIPTextModel:

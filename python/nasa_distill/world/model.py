@@ -26,12 +26,13 @@ TEXT_WIDTH = 64
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The noise of DDPM, more than Stable Diffusion's: in 8x8 latents an attribute can be told down to a
 # signal of a tenth of the noise, and below that there must be steps in which the prompt decides. At
-# the last, alpha_T = 0.006, next to nothing is left of the image.
+# the last, alpha_T = 0.006, next to nothing is left of the image. The networks predict the image:
+# there are 288 to be told apart, where noise would have to be passed through them number by number.
 NOISE: dict[str, Any] = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
     "beta_end": 0.02,
-    "prediction_type": "v_prediction",
+    "prediction_type": "sample",
     "clip_sample": False,
 }
 
