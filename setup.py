@@ -25,7 +25,7 @@ DIFFUSERS = [
     *("diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"),
     *("pillow>=10", "tqdm"),
 ]
-DISTILL = [*DIFFUSERS, "numpy"]
+DISTILL = [*DIFFUSERS, "safetensors"]
 DEMO = ["rich>=13", "numpy"]
 TEST = [
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100"),
@@ -120,6 +120,7 @@ setup(
         "nasa_diffusers": "python/nasa_diffusers",
         "nasa_distill": "python/nasa_distill",
     },
+    package_data={"nasa_distill": ["models/*/*", "models/*/*/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     install_requires=["torch>=2.10,<2.16"],
@@ -128,7 +129,7 @@ setup(
         "cuda-build": CUDA_BUILD,
         "diffusers": DIFFUSERS,
         "distill": DISTILL,
-        "demo": [*DIFFUSERS, *DEMO],
-        "test": [*DIFFUSERS, *DEMO, *TEST],
+        "demo": [*DISTILL, *DEMO],
+        "test": [*DISTILL, *DEMO, *TEST],
     },
 )

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from nasa_diffusers import demo as layers
+from diffusers.utils import logging
 from nasa_diffusers import enable_nasa
 from nasa_diffusers.cli import grid
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from nasa_distill import shipped
+from nasa_distill import layers, shipped
 from nasa_distill.evaluate import Counts
 from nasa_distill.world.code import CHANNELS, GRID
 from nasa_kernels import __version__
@@ -38,6 +38,7 @@ def show(out: Path) -> None:
 
 def sweep(out: Path, device: torch.device, console: Console) -> None:
     """The same noise at every alpha, judged; and once more after NASA is off."""
+    logging.set_verbosity_error()  # AutoencoderTiny warns of its own config
     pipe: Any = StableDiffusionPipeline.from_pretrained(shipped.path(), local_files_only=True)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

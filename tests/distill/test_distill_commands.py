@@ -17,7 +17,7 @@ from nasa_distill.world.make import Recipe, make
 from PIL import Image
 
 TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
-RECIPE = Recipe(clip=TINY, teacher=TINY, student=TINY, pairs=1, ddim_steps=2)
+RECIPE = Recipe(clip=TINY, teacher=TINY, student=TINY, pairs=1, guidance=1.5, ddim_steps=2)
 
 
 @pytest.fixture(scope="module")

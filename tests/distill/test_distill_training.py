@@ -16,6 +16,7 @@ from nasa_diffusers import enable_nasa, testing
 from nasa_distill import checkpoint, networks
 from nasa_distill.config import PRESETS, STAGES, Settings
 from nasa_distill.nasa_t import Run
+from train_small import small_run
 
 SMALL = Settings(
     steps=2, batch=4, lora_rank=4, lora_alpha=8, student_rate=1e-3, clip_weight=0.0, ema=0.5
@@ -184,7 +185,7 @@ def equal_bits(left, right):
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(launch(whole))
+    small_run(whole, 8).train(save_every=1, sample_every=100)
     process = launch(broken)
     deadline = time.monotonic() + 120
     while not (broken / "state.pt").exists() and time.monotonic() < deadline:
@@ -193,7 +194,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     process.communicate()
     reached = final(broken)["step"]
     assert 0 < reached < final(whole)["step"], "killed too late to test anything"
-    finish(launch(broken))
+    small_run(broken, 8).train(save_every=1, sample_every=100)
     assert equal_bits(final(whole), final(broken))
     assert (whole / "log.jsonl").read_text() == (broken / "log.jsonl").read_text()
 
