@@ -4,6 +4,7 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
+    python -m nasa_distill ablate --world world --out ablation    who should see the negatives
     python -m nasa_distill demo                         the same for one prompt, with pictures
 """
 
@@ -76,6 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
+    ablate = commands.add_parser("ablate", help="which networks should see negatives (Table 5)")
+    ablate.set_defaults(run=run_ablate)
+    add = ablate.add_argument
+    add("--world", type=Path, required=True, help="folder that the command world made")
+    add("--seeds", type=_integers, default=[0, 1, 2], help="e.g. 0,1,2 (default)")
+    add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
+    add("--alpha", type=float, default=0.5, help="of NASA in the evaluation")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
+    add("--out", type=Path, required=True, help="folder; the same command goes on with it")
+
     demo = commands.add_parser("demo", help="the shipped model with and without a negative prompt")
     demo.set_defaults(run=run_demo)
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the PNG")
@@ -133,6 +144,23 @@ def run_eval(options: argparse.Namespace) -> None:
         None if options.teacher is None else Path(options.teacher),
     )
     report.write(results, options.out, options.page)
+
+
+def run_ablate(options: argparse.Namespace) -> None:
+    from nasa_distill import ablation
+
+    rows = ablation.run(
+        PRESETS["world"].changed(**parse_settings(options.set)),
+        options.world / "teacher" / "pipeline",
+        options.world / "student" / "pipeline",
+        read_lines(options.world / "prompts.txt", "--world"),
+        read_lines(options.world / "negatives.txt", "--world"),
+        options.seeds,
+        options.out,
+        options.alpha,
+        options.images,
+    )
+    print(ablation.table(rows))
 
 
 def run_demo(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from nasa_diffusers import enable_nasa
-from nasa_distill import evaluate, report, teacher, warmup
+from nasa_distill import ablation, evaluate, report, teacher, warmup
 from nasa_distill.cli import main, parse_settings
 from nasa_distill.fit import Settings, fit, generator
 from nasa_distill.intervals import Share
@@ -61,6 +61,17 @@ def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
     # a second student step changes the settings of the run
     assert main([*command, *small, "--set", "steps=3"]) == 1
     assert "is of a run with steps=2" in capsys.readouterr().err
+
+
+def test_the_ablation_trains_every_variant(world, tmp_path, capsys):
+    command = ["ablate", "--world", str(world), "--seeds", "0", "--images", "1"]
+    small = ["--set", "steps=1", "--set", "batch=1", "--set", "lora_rank=2", "--set", "ema=0"]
+    assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "ablation.json").read_text())
+    assert len(rows) == 2 * len(ablation.VARIANTS)
+    # the seed is the same: what differs is who saw the negatives, and that reaches the weights
+    assert len({row["student"] for row in rows}) > 1
+    assert "teacher and student (NASA-T) | 0.5 | 1 |" in capsys.readouterr().out
 
 
 def test_evaluation_counts_what_the_judge_sees(world, tmp_path):
