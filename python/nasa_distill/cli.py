@@ -87,6 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
+    score = commands.add_parser("score", help="CLIP+, CLIP- and removal, for images of any model")
+    score.set_defaults(run=run_score)
+    add = score.add_argument
+    add("--pairs", type=Path, required=True, help="CSV: image,prompt,negative[,present,absent]")
+    add("--clip", required=True, help="folder or hub id of a CLIPModel")
+    add("--out", type=Path, required=True, help="JSON file")
+
     demo = commands.add_parser("demo", help="the shipped model with and without a negative prompt")
     demo.set_defaults(run=run_demo)
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the PNG")
@@ -161,6 +168,15 @@ def run_ablate(options: argparse.Namespace) -> None:
         options.images,
     )
     print(ablation.table(rows))
+
+
+def run_score(options: argparse.Namespace) -> None:
+    from nasa_distill import metrics
+    from nasa_distill.clip import Clip
+
+    result = metrics.score(options.pairs, Clip.load(options.clip))
+    metrics.write(result, options.out)
+    print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
 
 
 def run_demo(options: argparse.Namespace) -> None:

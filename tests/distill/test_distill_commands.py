@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from nasa_diffusers import enable_nasa
-from nasa_distill import ablation, evaluate, report, teacher, warmup
+from nasa_distill import ablation, evaluate, metrics, report, teacher, warmup
 from nasa_distill.cli import main, parse_settings
+from nasa_distill.clip import Clip
 from nasa_distill.fit import Settings, fit, generator
 from nasa_distill.intervals import Share
 from nasa_distill.networks import load
 from nasa_distill.world.make import Recipe, make
+from nasa_distill.world.scene import render, scenes
 from PIL import Image
 
 TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
@@ -221,6 +223,40 @@ def test_fit_stops_and_goes_on(tmp_path):
 
     with pytest.raises(FloatingPointError, match="loss of the line is nan at step 0; nothing was"):
         fit(module(), lambda *_: torch.tensor(torch.nan), settings, tmp_path / "nan", "line")
+
+
+def test_clip_scores_of_images_of_any_model(world, tmp_path, capsys):
+    """Against the embeddings taken one by one, normalised by hand."""
+    clip = Clip.load(world / "clip" / "model")
+    for number, scene in enumerate(scenes()[:3]):
+        pixels = ((render(scene) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    header = "image,prompt,negative,present,absent\n"
+    rows = "".join(f"{i}.png,red,blue,circle,square\n" for i in range(3))
+    (tmp_path / "pairs.csv").write_text(header + rows)
+    command = ["score", "--clip", str(world / "clip" / "model"), "--out", str(tmp_path / "s.json")]
+    assert main([*command, "--pairs", str(tmp_path / "pairs.csv")]) == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+
+    images = torch.cat([metrics.load_image(tmp_path / f"{i}.png") for i in range(3)])
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(clip.images(images), dim=1)
+    text = torch.nn.functional.normalize(clip.texts(["red", "blue", "circle", "square"]), dim=1)
+    cosines = image @ text.T
+    assert result["clip_pos"] == pytest.approx(cosines[:, 0].mean().item(), abs=1e-5)
+    assert result["clip_neg"] == pytest.approx(cosines[:, 1].mean().item(), abs=1e-5)
+    removed = (cosines[:, 3] > cosines[:, 2]).float().mean().item()
+    assert result["removed"] == pytest.approx(removed)
+
+    for content, message in (
+        ("image,prompt\na.png,red\n", "has no column 'negative'"),
+        (header.replace(",absent", "") + "0.png,red,blue,circle\n", "both present and absent"),
+        (header, "has no rows"),
+        (header + "0.png,red,,circle,square\n", "line 2 of .* has no negative"),
+    ):
+        (tmp_path / "bad.csv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            metrics.read_pairs(tmp_path / "bad.csv")
 
 
 # ---- errors --------------------------------------------------------------------------------------
