@@ -94,6 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clip", required=True, help="folder or hub id of a CLIPModel")
     add("--out", type=Path, required=True, help="JSON file")
 
+    pack = commands.add_parser("pack", help="make a pipeline the shipped one, in half precision")
+    pack.set_defaults(run=run_pack)
+    pack.add_argument("--pipeline", type=Path, required=True)
+    pack.add_argument("--out", type=Path, help="default: the folder of the shipped model")
+
     demo = commands.add_parser("demo", help="the shipped model with and without a negative prompt")
     demo.set_defaults(run=run_demo)
     demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the PNG")
@@ -177,6 +182,14 @@ def run_score(options: argparse.Namespace) -> None:
     result = metrics.score(options.pairs, Clip.load(options.clip))
     metrics.write(result, options.out)
     print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
+
+
+def run_pack(options: argparse.Namespace) -> None:
+    from nasa_distill import shipped
+
+    out = options.out or shipped.FOLDER
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{out}: {shipped.pack(options.pipeline, out) / 1e6:.2f} MB of weights")
 
 
 def run_demo(options: argparse.Namespace) -> None:

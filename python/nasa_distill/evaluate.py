@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import random
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ from tqdm import tqdm
 from nasa_distill.fit import generator
 from nasa_distill.intervals import Share
 from nasa_distill.networks import Model, load
+from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.judge import judge
+from nasa_distill.world.scene import scenes
 
 # a prompt, and what must not be in its images; each negative is open in its prompt
 PAIRS = (
@@ -41,6 +44,7 @@ PAIRS = (
     ("a photo of a yellow shape", "blurry, watermarked"),
 )
 BATCH = 100
+TEACHER_STEPS = 25
 
 
 class Method(NamedTuple):
@@ -131,6 +135,7 @@ class Cell:
 class Results:
     cells: list[Cell]
     about: dict[str, Any]  # commit, versions, seed, checksum
+    quality: dict[str, Counts] = field(default_factory=dict)  # without any negative prompt
 
 
 def available() -> tuple[Method, ...]:
@@ -176,6 +181,39 @@ def draw(
     return torch.cat(images)
 
 
+def quality(model: Model, steps: int, images: int, seed: int) -> Counts:
+    """Images of captions as the world draws them, with no negative prompt and no guidance."""
+    rng = random.Random(f"quality {seed}")
+    drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=images)
+    captions = [draw_caption(scene, rng) for scene in drawn]
+    noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 1_000))
+    total = Counts()
+    for number, start in enumerate(range(0, images, BATCH)):
+        batch = captions[start : start + BATCH]
+        made = model.pipe(
+            batch,
+            num_inference_steps=steps,
+            guidance_scale=0.0,
+            latents=noise[start : start + BATCH],
+            generator=generator(seed, number),
+            output_type="pt",
+        ).images
+        verdict = judge(made * 2 - 1)
+        allowed = matches(batch).bool()
+        followed = allowed[torch.arange(len(batch)), verdict.scene]
+        valid = verdict.valid
+        total.add(
+            Counts(
+                n=len(batch),
+                followed=int(followed.sum()),
+                valid=int(valid.sum()),
+                followed_valid=int((followed & valid).sum()),
+                residual=verdict.residual.sum().item(),
+            )
+        )
+    return total
+
+
 @contextlib.contextmanager
 def _steered(pipe: Any, negative: str, method: Method) -> Iterator[None]:
     options: dict[str, Any] = {}
@@ -200,14 +238,23 @@ def run(
     teacher: Path | None = None,
     methods: tuple[Method, ...] | None = None,
 ) -> Results:
-    """All methods on the student, and negative guidance on the teacher in 25 steps."""
+    """All methods on the student, and negative guidance on the teacher in 25."""
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
     methods = available() if methods is None else methods
-    jobs = [("student", load(student), count, method) for count in steps for method in methods]
+    distilled = load(student)
+    jobs = [("student", distilled, count, method) for count in steps for method in methods]
+    seen = {
+        f"student, {count} step{'s' * (count > 1)}": quality(
+            distilled, count, images * len(PAIRS), seed
+        )
+        for count in steps
+    }
     if teacher is not None:
         taught = load(teacher)
-        jobs += [("teacher", taught, 25, method) for method in (NONE, *CFG)]
+        jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, *CFG)]
+        name = f"teacher, {TEACHER_STEPS} steps"
+        seen[name] = quality(taught, TEACHER_STEPS, images * len(PAIRS), seed)
     cells = []
     for name, model, count, method in tqdm(jobs, "cells"):
         cell = Cell(name, count, method)
@@ -227,7 +274,7 @@ def run(
     }
     if teacher is not None:
         about["teacher"] = checksum(teacher)
-    return Results(cells, about)
+    return Results(cells, about, seen)
 
 
 def commit() -> str:

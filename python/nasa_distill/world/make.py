@@ -33,7 +33,7 @@ class Recipe:
     pairs: int = 6144
     guidance: float = 1.0
     ddim_steps: int = 16
-    student: Settings = Settings(steps=1600, batch=64, learning_rate=5e-4, ema=0.99)
+    student: Settings = Settings(steps=1300, batch=64, learning_rate=5e-4, ema=0.99)
 
 
 def make(recipe: Recipe, out: Path) -> None:
