@@ -59,9 +59,7 @@ class Method(NamedTuple):
 
 NONE = Method("none")
 CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
-NASA = tuple(
-    Method("nasa", alpha) for alpha in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.25, 1.5)
-)
+NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
 VSF = tuple(Method("vsf", scale) for scale in (0.5, 1.0, 2.0))
 
@@ -181,8 +179,8 @@ def draw(
     return torch.cat(images)
 
 
-def quality(model: Model, steps: int, images: int, seed: int) -> Counts:
-    """Images of captions as the world draws them, with no negative prompt and no guidance."""
+def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 0.0) -> Counts:
+    """Images of captions as the world draws them, with no negative prompt."""
     rng = random.Random(f"quality {seed}")
     drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=images)
     captions = [draw_caption(scene, rng) for scene in drawn]
@@ -193,7 +191,7 @@ def quality(model: Model, steps: int, images: int, seed: int) -> Counts:
         made = model.pipe(
             batch,
             num_inference_steps=steps,
-            guidance_scale=0.0,
+            guidance_scale=guidance,
             latents=noise[start : start + BATCH],
             generator=generator(seed, number),
             output_type="pt",
@@ -253,8 +251,11 @@ def run(
     if teacher is not None:
         taught = load(teacher)
         jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, *CFG)]
-        name = f"teacher, {TEACHER_STEPS} steps"
-        seen[name] = quality(taught, TEACHER_STEPS, images * len(PAIRS), seed)
+        for guidance in (0.0, 2.0):
+            name = f"teacher, {TEACHER_STEPS} steps, " + (
+                f"guidance {guidance:g}" if guidance else "no guidance"
+            )
+            seen[name] = quality(taught, TEACHER_STEPS, images * len(PAIRS), seed, guidance)
     cells = []
     for name, model, count, method in tqdm(jobs, "cells"):
         cell = Cell(name, count, method)

@@ -222,7 +222,7 @@ open in its prompt is absent from a share of images by itself: the row `none` sa
 
 ## The models themselves
 
-Captions as the world draws them, no negative prompt, no guidance. The bar set before any claim:
+Captions as the world draws them, no negative prompt. The bar set before any claim:
 80 % valid and 90 % followed for the student, 90 % and 95 % for the teacher.
 
 {quality}
