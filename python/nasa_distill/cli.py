@@ -155,7 +155,10 @@ def run_eval(options: argparse.Namespace) -> None:
         options.seed,
         None if options.teacher is None else Path(options.teacher),
     )
-    report.write(results, options.out, options.page)
+    options.out.mkdir(parents=True, exist_ok=True)
+    picture = options.out / "samples.png"
+    evaluate.samples(Path(student), options.steps[0], options.seed).save(picture)
+    report.write(results, options.out, options.page, [picture])
 
 
 def run_ablate(options: argparse.Namespace) -> None:

@@ -10,12 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
 from nasa_diffusers import enable_nasa
-from nasa_diffusers.cli import grid
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from nasa_distill import layers, shipped
+from nasa_distill import layers, pictures, shipped
 from nasa_distill.evaluate import Counts
 from nasa_distill.world.code import CHANNELS, GRID
 from nasa_kernels import __version__
@@ -58,7 +56,7 @@ def sweep(out: Path, device: torch.device, console: Console) -> None:
     for column in ("alpha", f"not {NEGATIVE}", "valid", f"valid and not {NEGATIVE}", "seconds"):
         table.add_column(column, justify="right")
     handle = enable_nasa(pipe, NEGATIVE)
-    rows, labels, report, zero = [], [], None, stock.new_empty(0)
+    rows, report, zero = [], None, stock.new_empty(0)
     for alpha in ALPHAS:
         handle.alpha = alpha
         start = time.perf_counter()
@@ -67,8 +65,8 @@ def sweep(out: Path, device: torch.device, console: Console) -> None:
         counts = Counts.of(images * 2 - 1, PROMPT, NEGATIVE)
         shares = [counts.shares[key] for key in ("removed", "valid", "all three")]
         table.add_row(f"{alpha:g}", *(f"{share} %" for share in shares), f"{seconds:.2f}")
-        rows.append(strip(images[:SHOWN]))
-        labels.append(f"alpha {alpha:g}: {100 * shares[0].value:.0f} % without {NEGATIVE}")
+        label = f"alpha {alpha:g}: {100 * shares[0].value:.0f} % without {NEGATIVE}"
+        rows.append((label, images[:SHOWN]))
         zero, report = (images, report) if alpha == 0 else (zero, handle.report())
     handle.disable()
     console.print(table)
@@ -78,22 +76,5 @@ def sweep(out: Path, device: torch.device, console: Console) -> None:
     console.print(f"after disable() likewise: {'yes' if same[1] else 'NO'}")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "alpha.png"
-    stack([grid([row], [label]) for row, label in zip(rows, labels, strict=True)]).save(path)
+    pictures.rows(rows).save(path)
     console.print(f"in brackets: 95 % intervals. Wrote [bold]{path}[/]\n")
-
-
-def strip(images: torch.Tensor, size: int = 96) -> Image.Image:
-    """Images `[n, 3, height, width]` in [0, 1], side by side and enlarged."""
-    pixels = torch.cat(list(images.cpu()), dim=2).permute(1, 2, 0)
-    picture = Image.fromarray((pixels * 255).round().byte().numpy())
-    return picture.resize((size * len(images), size), Image.Resampling.NEAREST)
-
-
-def stack(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    canvas = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        canvas.paste(picture, (0, top))
-        top += picture.height
-    return canvas

@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from nasa_diffusers import enable_nasa, nasa
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from nasa_distill import pictures
 from nasa_distill.fit import generator
 from nasa_distill.intervals import Share
 from nasa_distill.networks import Model, load
@@ -226,6 +228,18 @@ def _steered(pipe: Any, negative: str, method: Method) -> Iterator[None]:
         options = {"rule": "vsf", "alpha": method.strength}
     with nasa(pipe, negative, **options):
         yield
+
+
+def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image.Image:
+    """The first pair of prompts from the same noise, by several methods."""
+    model, (prompt, negative) = load(student), PAIRS[0]
+    noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
+    chosen = (NONE, CFG[1], Method("nasa", 0.25), Method("nasa", 0.5), Method("nasa", 1.0))
+    rows = []
+    for method in chosen:
+        drawn = draw(model, prompt, negative, method, steps, noise, seed)
+        rows.append((f"{method}: {prompt}, without {negative}", drawn / 2 + 0.5))
+    return pictures.rows(rows)
 
 
 def run(

@@ -16,7 +16,9 @@ from nasa_distill.intervals import Share
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
 
-def write(results: Results, out: Path, page: Path | None = None) -> None:
+def write(
+    results: Results, out: Path, page: Path | None = None, pictures: Sequence[Path] = ()
+) -> None:
     """`results.json`, `results.csv` and plots in `out`, and the page if one is named."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
@@ -24,7 +26,9 @@ def write(results: Results, out: Path, page: Path | None = None) -> None:
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(markdown(results, [path for path in plots if path], page.parent))
+        page.write_text(
+            markdown(results, [*(path for path in plots if path), *pictures], page.parent)
+        )
 
 
 def as_json(results: Results) -> dict:
@@ -229,7 +233,7 @@ Captions as the world draws them, no negative prompt. The bar set before any cla
 
 {sections}
 
-## Alpha
+## Pictures
 
 {pictures}
 """
