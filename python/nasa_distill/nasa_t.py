@@ -324,10 +324,10 @@ class Run:
         timesteps = draws.timesteps(0, self.teacher.last_timestep).to(x0.device)
         alpha, sigma = self.teacher.alpha_sigma(timesteps)
         noise = draws.normal(x0)
-        epsilon = self.teacher.epsilon(
+        output = self.teacher.output(
             self.lora_teacher, alpha * x0 + sigma * noise, timesteps, text.where(keep, other)
         )
-        return losses.denoising_loss(epsilon, noise)
+        return losses.denoising_loss(output, x0, noise, alpha, sigma, self.teacher.prediction)
 
     def _null(self, rows: int) -> Text:
         embeds, mask = self.null_teacher

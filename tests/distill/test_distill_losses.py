@@ -22,6 +22,9 @@ def test_a_perfect_network_gives_back_image_and_noise(prediction):
     given = (output[prediction], x_t, alpha, sigma, prediction)
     torch.testing.assert_close(losses.to_x0(*given), x0, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(losses.to_epsilon(*given), noise, atol=1e-4, rtol=1e-4)
+    assert losses.denoising_loss(output[prediction], x0, noise, alpha, sigma, prediction) < 1e-12
+    off = losses.denoising_loss(output[prediction] + 0.1, x0, noise, alpha, sigma, prediction)
+    assert off.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_half_precision_is_not_multiplied_by_the_last_step():
