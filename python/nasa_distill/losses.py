@@ -76,8 +76,8 @@ def denoising_loss(
 ) -> Tensor:
     """Of the LoRA teacher, which learns the student's distribution.
 
-    The squared error of what the network predicts, so for epsilon `|| output - noise ||^2`. An error
-    in the image would be `alpha^2 / sigma^2` times as large in epsilon, ten thousand times at t = 0.
+    The squared error of what the network predicts, so for epsilon `|| output - noise ||^2`. Of an
+    error in the image epsilon would make `alpha^2 / sigma^2` as much, ten thousand times at t = 0.
     """
     target = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}
     return F.mse_loss(output.float(), target[prediction].float())
