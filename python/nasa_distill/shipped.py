@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from nasa_distill.networks import load
@@ -43,6 +44,9 @@ def pack(source: Path, target: Path) -> int:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)
+    # transformers 5 writes tokenizer.json alone, which transformers 4 does not read
+    pipe.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
+    _prefix(partial / "text_encoder" / "model.safetensors")
     size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
     if size > LIMIT:
         shutil.rmtree(partial)
@@ -53,3 +57,10 @@ def pack(source: Path, target: Path) -> int:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return size
+
+
+def _prefix(path: Path) -> None:
+    """Names as in transformers 4 and every published checkpoint, which transformers 5 reads too."""
+    weights = safetensors.torch.load_file(path)
+    named = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in weights.items()}
+    safetensors.torch.save_file(named, path, {"format": "pt"})
