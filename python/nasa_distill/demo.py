@@ -20,7 +20,7 @@ from nasa_kernels import __version__
 
 PROMPT, NEGATIVE = "a photo of a shape", "red"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-IMAGES, SHOWN = 200, 6
+IMAGES, SHOWN = 100, 10  # the first ten
 
 
 def show(out: Path) -> None:

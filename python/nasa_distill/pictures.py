@@ -12,7 +12,7 @@ def rows(labelled: list[tuple[str, torch.Tensor]]) -> Image.Image:
     return stack([grid([strip(images)], [label]) for label, images in labelled])
 
 
-def strip(images: torch.Tensor, size: int = 96) -> Image.Image:
+def strip(images: torch.Tensor, size: int = 64) -> Image.Image:
     """Images `[n, 3, height, width]` in [0, 1], side by side and enlarged."""
     pixels = torch.cat(list(images.cpu()), dim=2).permute(1, 2, 0)
     picture = Image.fromarray((pixels * 255).round().byte().numpy())

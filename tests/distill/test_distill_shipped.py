@@ -47,7 +47,7 @@ def test_the_demonstration(tmp_path, capsys, monkeypatch):
     assert "alpha 0 equals the stock images, bit for bit: yes" in output
     assert "after disable() likewise: yes" in output
     image = Image.open(tmp_path / "alpha.png")
-    assert image.width == demo.SHOWN * 96 and image.height > len(demo.ALPHAS) * 96
+    assert image.width == demo.SHOWN * 64 and image.height > len(demo.ALPHAS) * 64
 
 
 def test_its_quality_is_what_the_card_says(model):
