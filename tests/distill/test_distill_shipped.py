@@ -1,9 +1,11 @@
 """The model that comes with the package: its size, its quality, and the demonstration of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from nasa_distill import demo, evaluate, shipped
+from nasa_distill import demo, evaluate, report, shipped
 from nasa_distill.cli import main
 from nasa_distill.fit import generator
 from nasa_distill.networks import load
@@ -31,6 +33,24 @@ def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, model):
     assert size == sum(path.stat().st_size for path in shipped.FOLDER.rglob("*.safetensors"))
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
     assert opened.unet.dtype == opened.vae.dtype == opened.text_encoder.dtype == torch.float32
+
+
+def test_the_results_are_those_of_this_model():
+    """The page is made from the numbers, and the card says no other."""
+    folder = Path(__file__).parents[2] / "docs" / "distill"
+    results = report.read(folder / "results.json")
+    assert results.about["student"] == evaluate.checksum(shipped.path())
+    pictures = [folder / "sweep-1.png", folder / "samples.png"]
+    assert report.markdown(results, pictures, folder) == (folder / "results.md").read_text()
+    assert all(path.exists() for path in pictures)
+    quality = results.quality["student, 1 step"].shares
+    card = (shipped.FOLDER / "README.md").read_text()
+    readme = (folder.parents[1] / "README.md").read_text()
+    for name in ("valid", "followed if valid"):
+        assert str(quality[name]).replace(" (", " % (") in card
+    best = report.best(results.cells, "nasa")
+    for name in ("removed", "valid", "all three"):
+        assert str(best.total.shares[name]).replace(" (", " % (") in readme
 
 
 def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
