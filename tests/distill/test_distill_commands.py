@@ -65,7 +65,10 @@ def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
     assert "is of a run with steps=2" in capsys.readouterr().err
 
 
-def test_the_ablation_trains_every_variant(world, tmp_path, capsys):
+def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch):
+    names = ("none", "teacher and student (NASA-T)")
+    assert set(ablation.VARIANTS.values()) > {ablation.VARIANTS[name] for name in names}
+    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in names})
     command = ["ablate", "--world", str(world), "--seeds", "0", "--images", "1"]
     small = ["--set", "steps=1", "--set", "batch=1", "--set", "lora_rank=2", "--set", "ema=0"]
     assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
