@@ -286,7 +286,10 @@ def test_another_run_is_not_continued(tmp_path):
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
+    checkpoint.save({"settings": {}, "step": 0}, path)
+    before = path.stat().st_ino
     checkpoint.save({"settings": {}, "step": 1}, path)
+    assert path.stat().st_ino != before  # another file in its place, never one half written
 
     def full(*args):
         raise OSError(28, "No space left on device")
