@@ -1,4 +1,4 @@
-# make demo      a negative prompt on a stock pipeline, its parity and its cost
+# make demo      a negative prompt on a trained one-step model, judged; parity and cost
 # make test      everything that needs no GPU
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
 # make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
@@ -25,7 +25,7 @@ MINUTES ?= 5
 .PHONY: demo test bench gpu format lint wheel
 
 demo: $(VENV)/ready
-	$(PY) -m nasa_diffusers.demo
+	$(PY) -m nasa_distill demo
 
 # in one process Triton interprets its kernels, in the next it compiles them; then the oldest versions
 test: $(VENV)/ready $(VENV)/ready-test lint

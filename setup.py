@@ -25,6 +25,7 @@ DIFFUSERS = [
     *("diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"),
     *("pillow>=10", "tqdm"),
 ]
+DISTILL = [*DIFFUSERS, "safetensors"]
 DEMO = ["rich>=13", "numpy"]
 # nvidia-ml-py: the clock of the GPU around a measurement
 BENCH = [*DEMO, "matplotlib>=3.8", "nvidia-ml-py"]
@@ -119,7 +120,9 @@ setup(
     package_dir={
         "nasa_kernels": "nasa_kernels",
         "nasa_diffusers": "python/nasa_diffusers",
+        "nasa_distill": "python/nasa_distill",
     },
+    package_data={"nasa_distill": ["models/*/*", "models/*/*/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     install_requires=["torch>=2.10,<2.16"],
@@ -127,8 +130,9 @@ setup(
         "triton": ["triton>=3.6,<3.10"],
         "cuda-build": CUDA_BUILD,
         "diffusers": DIFFUSERS,
-        "demo": [*DIFFUSERS, *DEMO],
+        "distill": DISTILL,
+        "demo": [*DISTILL, *DEMO],
         "bench": [*DIFFUSERS, *BENCH],
-        "test": [*DIFFUSERS, *BENCH, *TEST],
+        "test": [*DISTILL, *DEMO, *BENCH, *TEST],
     },
 )

@@ -1,32 +1,20 @@
-"""`make demo`: a negative prompt on a stock pipeline in one step, and what it costs.
-
-The pipeline has the real diffusers classes in small, with random weights: its images are patterns,
-and what they show is that they change with alpha and not at alpha 0. Parity and cost are measured
-on one cross-attention layer of each real model size.
-"""
+"""The operator on one cross-attention layer of each real model size: error, time and FLOPs."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nasa_diffusers import enable_nasa
-from nasa_diffusers.cli import grid
-from nasa_diffusers.testing import stable_diffusion
-from nasa_kernels import __version__, backends, nasa_attention
+from nasa_kernels import backends, nasa_attention
 from nasa_kernels.testing import (
     MODEL_SHAPES,
     Shape,
@@ -35,67 +23,7 @@ from nasa_kernels.testing import (
     make_inputs,
 )
 
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LAYERS = ("sd15-64", "sdxl-64", "pixart-1024")
-PROMPT, NEGATIVE = "a photo of a cat", "blurry, red"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nasa_diffusers.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the PNG")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(width=120, highlight=False, soft_wrap=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    console.print(f"nasa-kernels {__version__}, torch {torch.__version__}, {name}{threads}\n")
-    draw(options.out, device, console)
-    measure_layers(device, console)
-
-
-def draw(out: Path, device: torch.device, console: Console) -> None:
-    """The same noise and prompt at every alpha, and once more after NASA is off."""
-    pipe: Any = stable_diffusion()
-    pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-
-    def image() -> Image.Image:
-        generator = torch.Generator("cpu").manual_seed(7)
-        call = pipe(PROMPT, num_inference_steps=1, guidance_scale=0, generator=generator)
-        return call.images[0]
-
-    image()  # warm
-    stock, stock_seconds = timed(image)
-    handle = enable_nasa(pipe, NEGATIVE)
-    images, seconds = [], []
-    for alpha in ALPHAS:
-        handle.alpha = alpha
-        picture, took = timed(image)
-        images.append(picture)
-        seconds.append(took)
-    report = handle.report()
-    handle.disable()
-    same = [images[0].tobytes() == stock.tobytes(), image().tobytes() == stock.tobytes()]
-    changed = sum(picture.tobytes() != stock.tobytes() for picture in images[1:])
-
-    console.print(f"[bold]StableDiffusionPipeline[/], one step: {PROMPT!r} without {NEGATIVE!r}")
-    console.print(str(report))
-    console.print(f"alpha 0 equals the stock image, byte for byte: {'yes' if same[0] else 'NO'}")
-    console.print(f"after disable() likewise: {'yes' if same[1] else 'NO'}")
-    moved = (np.asarray(images[-1]) != np.asarray(stock)).mean()
-    console.print(
-        f"images changed by alpha > 0: {changed} of {len(ALPHAS) - 1}; at alpha {ALPHAS[-1]:g} "
-        f"{moved:.1%} of the values differ (random weights hardly look at the text)"
-    )
-    console.print(
-        f"one image: stock {stock_seconds * 1e3:.0f} ms, with the negative prompt "
-        f"{statistics.median(seconds[1:]) * 1e3:.0f} ms (a tiny model: host time)"
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "alpha.png"
-    large = [picture.resize((192, 192), Image.Resampling.NEAREST) for picture in images]
-    grid(large, [f"alpha {alpha:g}" for alpha in ALPHAS]).save(path)
-    console.print(f"wrote [bold]{path}[/]\n")
 
 
 def measure_layers(device: torch.device, console: Console) -> None:
@@ -161,12 +89,6 @@ def flop_ratio(shape: Shape) -> float:
     return count(shape.n_neg) / count(0)
 
 
-def timed(function: Callable):
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
-
-
 def median_seconds(function: Callable, device: torch.device, calls: int = 7) -> float:
     function()
     seconds = []
@@ -182,7 +104,3 @@ def median_seconds(function: Callable, device: torch.device, calls: int = 7) -> 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-if __name__ == "__main__":
-    main()

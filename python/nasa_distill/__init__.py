@@ -1,0 +1,1 @@
+"""NASA-T: one-step students that have a negative prompt, and a small world to make them in."""

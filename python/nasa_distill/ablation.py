@@ -1,0 +1,91 @@
+"""Which networks should see the negative prompts: the paper's Table 5, on the small world.
+
+Each variant is trained from the same student with several seeds and then judged at alpha 0 and at
+one alpha, so that what training does and what NASA does at inference can be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nasa_distill import evaluate
+from nasa_distill.config import Settings
+from nasa_distill.nasa_t import Run
+from nasa_distill.networks import load
+
+# teacher, LoRA teacher, student
+VARIANTS = {
+    "none": (False, False, False),
+    "teacher": (True, False, False),
+    "LoRA teacher": (False, True, False),
+    "teacher and LoRA teacher": (True, True, False),
+    "student": (False, False, True),
+    "teacher and student (NASA-T)": (True, False, True),
+    "all": (True, True, True),
+}
+COLUMNS = ("removed", "followed", "valid", "all three")
+
+
+def run(
+    settings: Settings,
+    teacher: Path,
+    student: Path,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    alpha: float = 0.5,
+    images: int = 100,
+) -> list[dict[str, Any]]:
+    """Train and judge every variant with every seed; what is in `out` is not done again.
+
+    Returns:
+        A row per variant and seed, as `ablation.json` has them.
+    """
+    if not seeds:
+        raise ValueError("ablation.run: seeds must name at least one, got none")
+    rows: list[dict[str, Any]] = []
+    methods = (evaluate.NONE, evaluate.Method("nasa", alpha))
+    for name, (sees_teacher, sees_lora, sees_student) in VARIANTS.items():
+        for seed in seeds:
+            folder = out / f"{name.replace(' ', '-')}-{seed}"
+            changed = settings.changed(
+                teacher_negative=sees_teacher,
+                lora_negative=sees_lora,
+                student_nasa=sees_student,
+                seed=seed,
+            )
+            if not (folder / "pipeline").exists():
+                networks = load(teacher), load(student)
+                Run(changed, *networks, prompts, negatives, folder).train()
+            results = evaluate.run(folder / "pipeline", [changed.student_steps], images, 0, None,
+                                   methods)  # fmt: skip
+            for cell in results.cells:
+                shares = cell.total.shares
+                row = {"variant": name, "seed": seed, "alpha": cell.method.strength}
+                rows.append(row | {key: shares[key].value for key in COLUMNS} | results.about)
+    (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (out / "ablation.md").write_text(table(rows))
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean and, from two seeds on, standard deviation in percent."""
+    lines = ["| sees the negatives | alpha | seeds | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|" + "---|" * (3 + len(COLUMNS)))
+    for name in VARIANTS:
+        for alpha in sorted({row["alpha"] for row in rows}):
+            chosen = [row for row in rows if (row["variant"], row["alpha"]) == (name, alpha)]
+            if not chosen:
+                continue
+            values = []
+            for key in COLUMNS:
+                shares = [100 * row[key] for row in chosen]
+                spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+                values.append(f"{statistics.mean(shares):.1f}{spread}")
+            lines.append(f"| {name} | {alpha:g} | {len(chosen)} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,79 @@
+"""Checkpoints: one file, replaced as a whole or not at all, and the log beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that a reader, or a killed process, finds the old file or the new one.
+
+    Raises:
+        OSError: The file cannot be written. The one that was there is untouched.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        kept = "the last checkpoint is kept" if path.exists() else "there is no earlier one"
+        raise OSError(
+            f"checkpoint.save: cannot write {path}: {error}; {kept}. Make room, then run the same "
+            "command again"
+        ) from error
+
+
+def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of an interrupted run, or None where none was begun.
+
+    Raises:
+        ValueError: The file is not one of ours, or the run had other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint.load: {path} is not a checkpoint of this command ({error}); move it away "
+            "to begin anew"
+        ) from error
+    if changed := [key for key in {*settings, *before} if settings.get(key) != before.get(key)]:
+        key = min(changed)
+        raise ValueError(
+            f"checkpoint.load: {path} is of a run with {key}={before.get(key)!r}, this one has "
+            f"{settings.get(key)!r}; resume with the settings it had, or choose another folder"
+        )
+    return state
+
+
+class Log:
+    """One JSON object a line; a resumed run goes on where its checkpoint was made."""
+
+    def __init__(self, path: Path, step: int = 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.path = path
+
+    def write(self, step: int, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,0 +1,250 @@
+"""Command line.
+
+    python -m nasa_distill world --out world            the small world's teacher and first student
+    python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
+        --negatives neg.txt --out run                   NASA-T; the same command goes on with it
+    python -m nasa_distill eval --out results           negative prompts on the shipped model
+    python -m nasa_distill ablate --world world --out ablation    who should see the negatives
+    python -m nasa_distill demo                         the same for one prompt, with pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from nasa_distill.config import PRESETS, Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; what the user can correct is one line on stderr and a status of 1."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m nasa_distill",
+        description="One-step students that have a negative prompt (NASA-T).",
+    )
+    commands = parser.add_subparsers(required=True)
+
+    world = commands.add_parser("world", help="train the small world's teacher and first student")
+    world.set_defaults(run=run_world)
+    add = world.add_argument
+    add("--out", type=Path, required=True, help="folder; the same command goes on with it")
+    add("--teacher-steps", type=int, help="instead of the recipe's")
+    add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
+    add("--student-steps", type=int, help="of the warm-up, instead of the recipe's")
+
+    train = commands.add_parser("train", help="NASA-T")
+    train.set_defaults(run=run_train)
+    add = train.add_argument
+    add("--preset", choices=PRESETS, required=True, help="settings of the paper's Table 6")
+    add("--teacher", required=True, help="folder or hub id of a diffusers pipeline")
+    add("--student", help="likewise, what the student begins with; default: the teacher")
+    add("--data", type=Path, required=True, help="prompts, one per line")
+    add("--negatives", type=Path, help="negative prompts, one per line")
+    add("--clip", help="folder or hub id of a CLIPModel, for the clamped CLIP loss")
+    add("--out", type=Path, required=True, help="folder; the same command goes on with it")
+    add("--save-every", type=int, default=500, help="steps (default: %(default)s)")
+    add("--sample-every", type=int, default=500, help="steps (default: %(default)s)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of nasa_distill.config.Settings; ranges as LOW,HIGH; repeat",
+    )
+
+    evaluate = commands.add_parser("eval", help="measure negative prompts on the small world")
+    evaluate.set_defaults(run=run_eval)
+    add = evaluate.add_argument
+    add("--student", help="folder of a one-step pipeline; default: the shipped one")
+    add("--teacher", help="folder of the many-step pipeline, for its rows")
+    add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
+    add("--steps", type=_integers, default=[1], help="e.g. 1,4 (default: 1)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
+    add("--page", type=Path, help="also write the page to this Markdown file")
+
+    ablate = commands.add_parser("ablate", help="which networks should see negatives (Table 5)")
+    ablate.set_defaults(run=run_ablate)
+    add = ablate.add_argument
+    add("--world", type=Path, required=True, help="folder that the command world made")
+    add("--seeds", type=_integers, default=[0, 1, 2], help="e.g. 0,1,2 (default)")
+    add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
+    add("--alpha", type=float, default=0.5, help="of NASA in the evaluation")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
+    add("--out", type=Path, required=True, help="folder; the same command goes on with it")
+
+    score = commands.add_parser("score", help="CLIP+, CLIP- and removal, for images of any model")
+    score.set_defaults(run=run_score)
+    add = score.add_argument
+    add("--pairs", type=Path, required=True, help="CSV: image,prompt,negative[,present,absent]")
+    add("--clip", required=True, help="folder or hub id of a CLIPModel")
+    add("--out", type=Path, required=True, help="JSON file")
+
+    pack = commands.add_parser("pack", help="make a pipeline the shipped one, in half precision")
+    pack.set_defaults(run=run_pack)
+    pack.add_argument("--pipeline", type=Path, required=True)
+    pack.add_argument("--out", type=Path, help="default: the folder of the shipped model")
+
+    demo = commands.add_parser("demo", help="the shipped model with and without a negative prompt")
+    demo.set_defaults(run=run_demo)
+    demo.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the PNG")
+    return parser
+
+
+def run_world(options: argparse.Namespace) -> None:
+    from nasa_distill.world.make import Recipe, make
+
+    recipe = Recipe()
+    if options.teacher_steps is not None:
+        recipe = replace(recipe, teacher=replace(recipe.teacher, steps=options.teacher_steps))
+    if options.student_steps is not None:
+        recipe = replace(recipe, student=replace(recipe.student, steps=options.student_steps))
+    if options.pairs is not None:
+        recipe = replace(recipe, pairs=options.pairs)
+    make(recipe, options.out)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from nasa_distill.clip import Clip
+    from nasa_distill.nasa_t import Run
+    from nasa_distill.networks import load
+    from nasa_distill.world.captions import read
+
+    settings = PRESETS[options.preset].changed(**parse_settings(options.set))
+    prompts = read_lines(options.data, "--data")
+    negatives = read_lines(options.negatives, "--negatives") if options.negatives else []
+    if options.preset == "world":
+        for line in (*prompts, *negatives):
+            read(line)
+    teacher, student = load(options.teacher), load(options.student or options.teacher)
+    clip = Clip.load(options.clip) if options.clip else None
+    identity = {
+        "teacher": str(options.teacher),
+        "student_begins": str(options.student or options.teacher),
+        "prompts": len(prompts),
+        "negatives": len(negatives),
+    }
+    run = Run(settings, teacher, student, prompts, negatives, options.out, clip, identity)
+    path = run.train(options.save_every, options.sample_every)
+    if run.accelerator.is_main_process:
+        print(f"wrote {path}")
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    from nasa_distill import evaluate, report, shipped
+
+    student = options.student or shipped.path()
+    results = evaluate.run(
+        Path(student),
+        options.steps,
+        options.images,
+        options.seed,
+        None if options.teacher is None else Path(options.teacher),
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    picture = options.out / "samples.png"
+    evaluate.samples(Path(student), options.steps[0], options.seed).save(picture)
+    report.write(results, options.out, options.page, [picture])
+
+
+def run_ablate(options: argparse.Namespace) -> None:
+    from nasa_distill import ablation
+
+    rows = ablation.run(
+        PRESETS["world"].changed(**parse_settings(options.set)),
+        options.world / "teacher" / "pipeline",
+        options.world / "student" / "pipeline",
+        read_lines(options.world / "prompts.txt", "--world"),
+        read_lines(options.world / "negatives.txt", "--world"),
+        options.seeds,
+        options.out,
+        options.alpha,
+        options.images,
+    )
+    print(ablation.table(rows))
+
+
+def run_score(options: argparse.Namespace) -> None:
+    from nasa_distill import metrics
+    from nasa_distill.clip import Clip
+
+    result = metrics.score(options.pairs, Clip.load(options.clip))
+    metrics.write(result, options.out)
+    print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
+
+
+def run_pack(options: argparse.Namespace) -> None:
+    from nasa_distill import shipped
+
+    out = options.out or shipped.FOLDER
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{out}: {shipped.pack(options.pipeline, out) / 1e6:.2f} MB of weights")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from nasa_distill.demo import show
+
+    show(options.out)
+
+
+def read_lines(path: Path, option: str) -> list[str]:
+    """The lines of a file; an empty one in the middle is an error, and so is an empty file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: cannot read {path}: {error}") from error
+    if not lines:
+        raise ValueError(f"{option}: {path} is empty; it must hold one prompt per line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"{option}: line {number} of {path} is empty; remove it")
+    return lines
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` in the type that the setting has."""
+    defaults = {field.name: getattr(PRESETS["sd15"], field.name) for field in fields(Settings)}
+    parsed: dict[str, Any] = {}
+    for item in given:
+        name, separator, text = item.partition("=")
+        if not separator or name not in defaults:
+            raise ValueError(f"--set {item}: must be NAME=VALUE, NAME one of {', '.join(defaults)}")
+        parsed[name] = _value(item, text, defaults[name])
+    return parsed
+
+
+def _value(item: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"--set {item}: must be true or false")
+        return text.lower() == "true"
+    try:
+        if isinstance(default, tuple):
+            kind = type(default[0])
+            values = tuple(kind(part) for part in text.split(","))
+            if kind is not str and len(values) != len(default):
+                raise ValueError(f"{len(default)} values")
+            return values
+        return type(default)(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--set {item}: must be like {default!r}, a {type(default).__name__}"
+        ) from error
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

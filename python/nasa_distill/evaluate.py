@@ -1,0 +1,318 @@
+"""What negative prompts do to a model of the small world: the paper's Table 2 and Figure 7 there.
+
+Every cell is one method at one strength over all prompt pairs, drawn by the stock pipeline and read
+by the exact judge. What is removed is never told without what is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import random
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from nasa_diffusers import enable_nasa, nasa
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from nasa_distill import pictures
+from nasa_distill.fit import generator
+from nasa_distill.intervals import Share
+from nasa_distill.networks import Model, load
+from nasa_distill.world.captions import draw_caption, matches
+from nasa_distill.world.judge import judge
+from nasa_distill.world.scene import scenes
+
+# a prompt, and what must not be in its images; each negative is open in its prompt
+PAIRS = (
+    ("a photo of a shape", "red"),
+    ("a photo of a circle", "red"),
+    ("a photo of a shape on a white background", "circle"),
+    ("a photo of a red shape", "circle"),
+    ("a photo of a blue square", "striped"),
+    ("a photo of a shape", "striped"),
+    ("a photo of a red circle", "large"),
+    ("a photo of a green triangle", "black"),
+    ("a photo of a shape", "blurry"),
+    ("a photo of a red circle", "watermarked"),
+    ("a photo of a yellow shape", "blurry, watermarked"),
+)
+BATCH = 100
+TEACHER_STEPS = 25
+
+
+class Method(NamedTuple):
+    """A way to use the negative prompt, and how strongly."""
+
+    name: str  # "none", "cfg", "nasa", "nag", "vsf"
+    strength: float = 0.0
+
+    def __str__(self) -> str:
+        return self.name if self.name == "none" else f"{self.name} {self.strength:g}"
+
+
+NONE = Method("none")
+CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
+NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
+NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
+VSF = tuple(Method("vsf", scale) for scale in (0.5, 1.0, 2.0))
+
+
+@dataclass
+class Counts:
+    """Of one prompt pair, or of several added up."""
+
+    n: int = 0
+    removed: int = 0  # the negative attribute is not there
+    followed: int = 0  # all attributes of the prompt are
+    valid: int = 0  # an image of the world
+    followed_valid: int = 0
+    removed_valid: int = 0
+    good: int = 0  # removed, followed and valid
+    residual: float = 0.0  # added up
+
+    def add(self, other: Counts) -> None:
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @staticmethod
+    def of(images: Tensor, prompt: str, negative: str) -> Counts:
+        verdict = judge(images)
+        removed, followed, valid = (
+            ~verdict.shows(negative),
+            verdict.follows(prompt),
+            verdict.valid.cpu(),
+        )
+        return Counts(
+            len(images),
+            int(removed.sum()),
+            int(followed.sum()),
+            int(valid.sum()),
+            int((followed & valid).sum()),
+            int((removed & valid).sum()),
+            int((removed & followed & valid).sum()),
+            verdict.residual.sum().item(),
+        )
+
+    @property
+    def shares(self) -> dict[str, Share]:
+        return {
+            "removed": Share(self.removed, self.n),
+            "followed": Share(self.followed, self.n),
+            "valid": Share(self.valid, self.n),
+            "followed if valid": Share(self.followed_valid, self.valid),
+            "removed if valid": Share(self.removed_valid, self.valid),
+            "all three": Share(self.good, self.n),
+        }
+
+
+@dataclass
+class Cell:
+    """One method on one model: the pairs, and their sum."""
+
+    model: str  # "student" or "teacher"
+    steps: int
+    method: Method
+    pairs: list[Counts] = field(default_factory=list)
+
+    @property
+    def total(self) -> Counts:
+        total = Counts()
+        for counts in self.pairs:
+            total.add(counts)
+        return total
+
+
+@dataclass
+class Results:
+    cells: list[Cell]
+    about: dict[str, Any]  # commit, versions, seed, checksum
+    quality: dict[str, Counts] = field(default_factory=dict)  # without any negative prompt
+
+
+def available() -> tuple[Method, ...]:
+    """The methods that the installed `enable_nasa` has."""
+    parameters = inspect.signature(enable_nasa).parameters
+    return (
+        NONE,
+        *CFG,
+        *NASA,
+        *(NAG if "method" in parameters else ()),
+        *(VSF if "rule" in parameters else ()),
+    )
+
+
+def draw(
+    model: Model,
+    prompt: str,
+    negative: str,
+    method: Method,
+    steps: int,
+    noise: Tensor,
+    seed: int,
+) -> Tensor:
+    """Images `[n, 3, 32, 32]` in [-1, 1] from the model's own pipeline."""
+    images = []
+    for number, z in enumerate(noise.split(BATCH)):
+        call: dict[str, Any] = {"guidance_scale": 0.0}
+        if method.name == "cfg":
+            call = {
+                "guidance_scale": method.strength,
+                "negative_prompt": [negative] * len(z),
+            }
+        with _steered(model.pipe, negative, method):
+            drawn = model.pipe(
+                [prompt] * len(z),
+                num_inference_steps=steps,
+                latents=z,
+                generator=generator(seed, number),
+                output_type="pt",
+                **call,
+            ).images
+        images.append(drawn * 2 - 1)
+    return torch.cat(images)
+
+
+def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 0.0) -> Counts:
+    """Images of captions as the world draws them, with no negative prompt."""
+    rng = random.Random(f"quality {seed}")
+    drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=images)
+    captions = [draw_caption(scene, rng) for scene in drawn]
+    noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 1_000))
+    total = Counts()
+    for number, start in enumerate(range(0, images, BATCH)):
+        batch = captions[start : start + BATCH]
+        made = model.pipe(
+            batch,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=noise[start : start + BATCH],
+            generator=generator(seed, number),
+            output_type="pt",
+        ).images
+        verdict = judge(made * 2 - 1)
+        allowed = matches(batch).bool()
+        followed = allowed[torch.arange(len(batch)), verdict.scene]
+        valid = verdict.valid
+        total.add(
+            Counts(
+                n=len(batch),
+                followed=int(followed.sum()),
+                valid=int(valid.sum()),
+                followed_valid=int((followed & valid).sum()),
+                residual=verdict.residual.sum().item(),
+            )
+        )
+    return total
+
+
+@contextlib.contextmanager
+def _steered(pipe: Any, negative: str, method: Method) -> Iterator[None]:
+    options: dict[str, Any] = {}
+    if method.name in ("none", "cfg"):
+        yield
+        return
+    if method.name == "nasa":
+        options = {"alpha": method.strength}
+    elif method.name == "nag":
+        options = {"method": "nag", "nag_scale": method.strength}
+    elif method.name == "vsf":
+        options = {"rule": "vsf", "alpha": method.strength}
+    with nasa(pipe, negative, **options):
+        yield
+
+
+def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image.Image:
+    """The first pair of prompts from the same noise, by several methods."""
+    model, (prompt, negative) = load(student), PAIRS[0]
+    noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
+    chosen = (NONE, CFG[1], Method("nasa", 0.25), Method("nasa", 0.5), Method("nasa", 1.0))
+    rows = []
+    for method in chosen:
+        drawn = draw(model, prompt, negative, method, steps, noise, seed)
+        rows.append((f"{method}: {prompt}, without {negative}", drawn / 2 + 0.5))
+    return pictures.rows(rows)
+
+
+def run(
+    student: Path,
+    steps: list[int],
+    images: int,
+    seed: int = 0,
+    teacher: Path | None = None,
+    methods: tuple[Method, ...] | None = None,
+) -> Results:
+    """All methods on the student, and negative guidance on the teacher in 25."""
+    if images < 1:
+        raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
+    methods = available() if methods is None else methods
+    distilled = load(student)
+    jobs = [("student", distilled, count, method) for count in steps for method in methods]
+    seen = {
+        f"student, {count} step{'s' * (count > 1)}": quality(
+            distilled, count, images * len(PAIRS), seed
+        )
+        for count in steps
+    }
+    if teacher is not None:
+        taught = load(teacher)
+        jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, *CFG)]
+        for guidance in (0.0, 2.0):
+            name = f"teacher, {TEACHER_STEPS} steps, " + (
+                f"guidance {guidance:g}" if guidance else "no guidance"
+            )
+            seen[name] = quality(taught, TEACHER_STEPS, images * len(PAIRS), seed, guidance)
+    cells = []
+    for name, model, count, method in tqdm(jobs, "cells"):
+        cell = Cell(name, count, method)
+        for number, (prompt, negative) in enumerate(PAIRS):
+            # the same noise for every method
+            noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
+            drawn = draw(model, prompt, negative, method, count, noise, seed)
+            cell.pairs.append(Counts.of(drawn, prompt, negative))
+        cells.append(cell)
+    about = {
+        "commit": commit(),
+        "seed": seed,
+        "images per pair": images,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "student": checksum(student),
+    }
+    if teacher is not None:
+        about["teacher"] = checksum(teacher)
+    return Results(cells, about, seen)
+
+
+def commit() -> str:
+    """Of the sources that ran, with a `+` where they were changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def checksum(path: Path) -> str:
+    """The first half of a SHA-256 over the weights of a pipeline."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,112 @@
+"""One training loop for everything that has one loss: resumable, averaged, logged."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nasa_distill import checkpoint
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of AdamW, its schedule and the average. A run is a function of these, data and seed."""
+
+    steps: int
+    batch: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 1e-4
+    ema: float = 0.998
+    seed: int = 0
+
+
+def generator(seed: int, step: int, process: int = 0) -> torch.Generator:
+    """The noise of a step depends on seed, step and process alone: there is no state to resume."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + process)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    warm = min(1.0, (step + 1) / settings.warmup)
+    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def fit(
+    module: Module,
+    loss: Callable[[Module, int, torch.Generator], Tensor],
+    settings: Settings,
+    out: Path,
+    what: str,
+    check: Callable[[Module], Any] | None = None,
+    save_every: int = 200,
+    check_every: int = 1000,
+) -> Module:
+    """Train, or go on training, and return the average of the weights.
+
+    Args:
+        module: Trained in place.
+        loss: Of the module, at a step, with the generator of that step.
+        out: Folder of the log and the checkpoint.
+        what: Named by the progress bar, the checkpoint and the errors.
+        check: Called on the average now and then; what it returns goes to the log.
+
+    Raises:
+        FloatingPointError: The loss is not finite. The last checkpoint is kept.
+        ValueError, OSError: As `checkpoint.load` and `checkpoint.save`.
+    """
+    path = out / f"{what}.pt"
+    identity = {"what": what, **asdict(settings)}
+    state = checkpoint.load(path, identity)
+    average = copy.deepcopy(module).eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(
+        module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    start = 0
+    if state is not None:
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        start = state["step"]
+    log = checkpoint.Log(out / f"{what}.jsonl", start)
+    module.train()
+    for step in tqdm(range(start, settings.steps), what, settings.steps, initial=start):
+        value = loss(module, step, generator(settings.seed, step))
+        if not math.isfinite(value.item()):
+            kept = f"{path} holds the last good step" if path.exists() else "nothing was saved"
+            raise FloatingPointError(
+                f"fit: the loss of the {what} is {value.item()} at step {step}; {kept}. Lower the "
+                f"learning rate, now {settings.learning_rate:g}"
+            )
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        decay = min(settings.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, now in zip(average.parameters(), module.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
+
+        done = step + 1
+        log.write(done, loss=value.item())
+        if check is not None and (done % check_every == 0 or done == settings.steps):
+            log.write(done, check=check(average))
+        if done % save_every == 0 or done == settings.steps:
+            weights = {"module": module.state_dict(), "average": average.state_dict()}
+            checkpoint.save(
+                {"settings": identity, "step": done, "optimiser": optimiser.state_dict()} | weights,
+                path,
+            )
+    return average

@@ -1,0 +1,239 @@
+"""Results as JSON, CSV, pictures and a page of Markdown, all from the same cells."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nasa_distill import plot
+from nasa_distill.evaluate import PAIRS, Cell, Counts, Method, Results
+from nasa_distill.intervals import Share
+
+COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
+
+
+def write(
+    results: Results, out: Path, page: Path | None = None, pictures: Sequence[Path] = ()
+) -> None:
+    """`results.json`, `results.csv` and plots in `out`, and the page if one is named."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
+    write_csv(results, out / "results.csv")
+    plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(
+            markdown(results, [*(path for path in plots if path), *pictures], page.parent)
+        )
+
+
+def as_json(results: Results) -> dict:
+    return {
+        "about": results.about,
+        "pairs": [list(pair) for pair in PAIRS],
+        "cells": [
+            {
+                "model": cell.model,
+                "steps": cell.steps,
+                "method": cell.method.name,
+                "strength": cell.method.strength,
+                "pairs": [dataclasses.asdict(counts) for counts in cell.pairs],
+            }
+            for cell in results.cells
+        ],
+        "quality": {name: dataclasses.asdict(counts) for name, counts in results.quality.items()},
+    }
+
+
+def read(path: Path) -> Results:
+    """What `write` wrote as JSON."""
+    given = json.loads(path.read_text())
+    cells = [
+        Cell(
+            cell["model"],
+            cell["steps"],
+            Method(cell["method"], cell["strength"]),
+            [Counts(**counts) for counts in cell["pairs"]],
+        )
+        for cell in given["cells"]
+    ]
+    quality = {name: Counts(**counts) for name, counts in given["quality"].items()}
+    return Results(cells, given["about"], quality)
+
+
+def write_csv(results: Results, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        ends = [f"{name} {end}" for name in COLUMNS for end in ("", "low", "high")]
+        header = ["model", "steps", "method", "strength", "images", *map(str.strip, ends)]
+        writer.writerow([*header, "mean residual", *results.about])
+        for cell in results.cells:
+            total = cell.total
+            row = [cell.model, cell.steps, cell.method.name, cell.method.strength, total.n]
+            for name in COLUMNS:
+                share = total.shares[name]
+                row += [round(x, 4) for x in (share.value, *share.interval)]
+            writer.writerow([*row, round(total.residual / total.n, 5), *results.about.values()])
+
+
+def student_steps(results: Results) -> list[int]:
+    return sorted({cell.steps for cell in results.cells if cell.model == "student"})
+
+
+def sweep(results: Results, steps: int) -> list[Cell]:
+    """The student without a negative prompt, then NASA by rising alpha."""
+    cells = [cell for cell in results.cells if cell.model == "student" and cell.steps == steps]
+    chosen = [cell for cell in cells if cell.method.name in ("none", "nasa")]
+    return sorted(chosen, key=lambda cell: cell.method.strength)
+
+
+def plot_sweep(results: Results, steps: int, out: Path) -> Path | None:
+    cells = sweep(results, steps)
+    if len(cells) < 2:
+        return None
+    path = out / f"sweep-{steps}.png"
+    names = ("removed", "followed", "valid", "all three")
+    lines = [plot.Line(name, [cell.total.shares[name] for cell in cells]) for name in names]
+    count = "one step" if steps == 1 else f"{steps} steps"
+    plot.draw(
+        f"NASA on the student, {count}: share of images over alpha, 95 % intervals",
+        "alpha",
+        [cell.method.strength for cell in cells],
+        lines,
+        path,
+    )
+    return path
+
+
+def table(cells: Sequence[Cell]) -> str:
+    head = ("model", "steps", "method", *COLUMNS)
+    rows = [head, ("---",) * len(head)]
+    for cell in cells:
+        shares = [str(cell.total.shares[name]) for name in COLUMNS]
+        rows.append((cell.model, str(cell.steps), str(cell.method), *shares))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def quality_table(results: Results) -> str:
+    rows = [
+        "| model | images | valid | followed if valid | mean residual |",
+        "|---|---|---|---|---|",
+    ]
+    for name, counts in results.quality.items():
+        shares = counts.shares
+        rows.append(
+            f"| {name} | {counts.n} | {shares['valid']} | {shares['followed if valid']} "
+            f"| {counts.residual / counts.n:.4f} |"
+        )
+    return "\n".join(rows)
+
+
+def pair_table(results: Results, steps: int) -> str:
+    """For each pair, what is removed by nothing and by NASA at 0.5."""
+    cells = {str(cell.method): cell for cell in sweep(results, steps)}
+    names = [name for name in ("none", "nasa 0.5", "nasa 1") if name in cells]
+    head = ["prompt", "negative", *(f"{name}: removed / all three" for name in names)]
+    rows = [head, ["---"] * len(head)]
+    for number, (prompt, negative) in enumerate(PAIRS):
+        values = []
+        for name in names:
+            shares = cells[name].pairs[number].shares
+            values.append(
+                f"{100 * shares['removed'].value:.0f} / {100 * shares['all three'].value:.0f}"
+            )
+        rows.append([prompt, negative, *values])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def best(cells: Sequence[Cell], name: str) -> Cell | None:
+    """Of a method, the strength with most images that are all three."""
+    chosen = [cell for cell in cells if cell.method.name == name]
+    return max(chosen, key=lambda cell: cell.total.shares["all three"].value, default=None)
+
+
+def findings(results: Results, steps: int) -> list[str]:
+    """Sentences that the numbers decide."""
+    cells = [cell for cell in results.cells if cell.model == "student" and cell.steps == steps]
+    none, nasa, cfg = (best(cells, name) for name in ("none", "nasa", "cfg"))
+    if none is None or nasa is None:
+        return []
+
+    def says(cell: Cell) -> str:
+        shares = cell.total.shares
+        return (
+            f"{cell.method}: {shares['removed']} % removed, {shares['valid']} % valid, "
+            f"{shares['all three']} % all three"
+        )
+
+    found = [f"Without a negative prompt: {says(none)}.", f"The best alpha is {says(nasa)}."]
+    if cfg is not None:
+        found.append(f"The best guidance scale is {says(cfg)}.")
+        a, b = (cell.total.shares["all three"] for cell in (nasa, cfg))
+        word = "overlap" if overlap(a, b) else "do not overlap"
+        found.append(f"Best against best, the intervals of all three {word}.")
+    gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
+    found.append(
+        "NASA's best and no negative prompt "
+        + ("cannot be told apart" if gain else "differ beyond their intervals")
+        + " in images that are all three."
+    )
+    return found
+
+
+def overlap(a: Share, b: Share) -> bool:
+    return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
+
+
+def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
+    about = "\n".join(f"- {name}: {value}" for name, value in results.about.items())
+    sections = []
+    for steps in student_steps(results):
+        title = "One step" if steps == 1 else f"{steps} steps"
+        sections.append(f"## {title}\n\n" + "\n".join(f"- {x}" for x in findings(results, steps)))
+        sections.append(table([c for c in results.cells if c.steps == steps]))
+        sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
+    if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
+        sections.insert(0, "## The teacher, 25 steps\n\n" + table(teacher))
+    pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
+    return TEMPLATE.format(
+        about=about,
+        quality=quality_table(results),
+        sections="\n\n".join(sections),
+        pictures=pictures,
+        pairs=len(PAIRS),
+    )
+
+
+TEMPLATE = """# Negative prompts in one step, measured on the small world
+
+Generated by `python -m nasa_distill eval --page`; every number below was measured by it. The
+models are those of the small world (`nasa_distill.world`), whose judge is exact: it finds the one
+of 288 possible images that is nearest.
+
+- **removed**: the attribute that the negative prompt names is not in the image
+- **followed**: every attribute that the prompt names is
+- **valid**: the image is one of the world, within a mean squared distance of 0.02
+- **all three** at once
+
+In percent, with Wilson's 95 % interval over the {pairs} prompt pairs together. A negative that is
+open in its prompt is absent from a share of images by itself: the row `none` says how many.
+
+{about}
+
+## The models themselves
+
+Captions as the world draws them, no negative prompt. The bar set before any claim:
+80 % valid and 90 % followed for the student, 90 % and 95 % for the teacher.
+
+{quality}
+
+{sections}
+
+## Pictures
+
+{pictures}
+"""

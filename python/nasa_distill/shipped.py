@@ -1,0 +1,66 @@
+"""The model that comes with the package."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from nasa_distill.networks import load
+
+LIMIT = 10_000_000  # bytes of safetensors
+FOLDER = Path(__file__).parent / "models" / "one-step"
+
+
+def path() -> Path:
+    """Folder of the one-step pipeline, for `StableDiffusionPipeline.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: It was left out of the installation.
+    """
+    if not (FOLDER / "model_index.json").exists():
+        raise FileNotFoundError(
+            f"shipped.path: {FOLDER} holds no model; install from the repository, or train one: "
+            "python -m nasa_distill world"
+        )
+    return FOLDER
+
+
+def pack(source: Path, target: Path) -> int:
+    """Write a pipeline with its U-Net and autoencoder in half precision; bytes of the weights.
+
+    Loaded as usual they are fp32 again. The text encoder stays fp32: transformers would open it in
+    the precision it was saved in, and the U-Net in fp32.
+
+    Raises:
+        ValueError: `source` holds no pipeline, or it takes more than `LIMIT`.
+    """
+    pipe: Any = load(source).pipe
+    for module in (pipe.unet, pipe.vae):
+        module.to(torch.float16)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial)
+    # transformers 5 writes tokenizer.json alone, which transformers 4 does not read
+    pipe.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
+    _prefix(partial / "text_encoder" / "model.safetensors")
+    size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+    if size > LIMIT:
+        shutil.rmtree(partial)
+        raise ValueError(f"shipped.pack: {source} takes {size} bytes, more than {LIMIT}")
+    card = target / "README.md"
+    if card.exists():
+        shutil.copy(card, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return size
+
+
+def _prefix(path: Path) -> None:
+    """Names as in transformers 4 and every published checkpoint, which transformers 5 reads too."""
+    weights = safetensors.torch.load_file(path)
+    named = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in weights.items()}
+    safetensors.torch.save_file(named, path, {"format": "pt"})

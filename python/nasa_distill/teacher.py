@@ -1,0 +1,140 @@
+"""The many-step teacher of the small world, a U-Net under the text tower of the world's CLIP."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from nasa_distill.fit import Settings, fit, generator
+from nasa_distill.losses import guide
+from nasa_distill.world import model as world
+from nasa_distill.world.captions import draw_caption, matches
+from nasa_distill.world.code import PatchCode
+from nasa_distill.world.judge import judge
+from nasa_distill.world.scene import renders, scenes
+
+CHECKS = (
+    "a photo of a shape",
+    "a photo of a red circle",
+    "a clean photo of a large blue striped triangle on a white background",
+)
+P_EMPTY = 0.1  # captions left empty, for classifier-free guidance
+
+
+def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rates: Tensor):
+    """`E[x_0 | x_t]` where `x_0` is one of finitely many: the denoiser that a network should be.
+
+    As the target of training it is what the images themselves are on average, without their
+    variance (the stable target field of Xu, Tong and Jaakkola, 2023, over all there is).
+
+    Args:
+        x_t: `[b, ...]`, `alpha x_0 + sigma noise`.
+        known: The latents `[n, ...]` that `x_0` may be.
+        rates: How often, `[b, n]`: 0 for those that a caption rules out; rows need not add up to 1.
+    """
+    # distances over sigma^2 reach 1e7, and their differences decide
+    x, c = x_t.flatten(1).double(), known.flatten(1).double()
+    a, s = alpha.double().flatten(1), sigma.double().flatten(1)
+    log_rates = rates.double().log()
+    fit_ = (a * (x @ c.T) - a**2 * c.square().sum(1) / 2) / s**2
+    weight = (fit_ + log_rates).softmax(1)
+    return (weight @ c).to(x_t.dtype).view_as(x_t)
+
+
+def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """`x_t = alpha x_0 + sigma noise`: `[b, 1, 1, 1]` each, in fp32."""
+    kept = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    return kept.sqrt().view(-1, 1, 1, 1), (1 - kept).sqrt().view(-1, 1, 1, 1)
+
+
+def train(
+    settings: Settings, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, out: Path
+) -> UNet2DConditionModel:
+    """Train, or go on training, in the folder `out`; see `fit` for what it raises."""
+    torch.manual_seed(settings.seed)
+    scheduler = DDIMScheduler(**world.NOISE)
+    images, rates = renders()
+    codes = PatchCode().encode(images)
+
+    def loss(unet: Any, step: int, random_: torch.Generator) -> Tensor:
+        rows = torch.multinomial(rates, settings.batch, replacement=True, generator=random_)
+        rng = random.Random(f"{settings.seed} {step}")
+        captions = [draw_caption(scenes()[i], rng, P_EMPTY) for i in rows.tolist()]
+        text = world.encode(tokenizer, text_encoder, captions)
+        timesteps = torch.randint(1000, (settings.batch,), generator=random_)
+        noise = torch.randn(codes[rows].shape, generator=random_)
+        alpha, sigma = alpha_sigma(scheduler, timesteps)
+        x_t = alpha * codes[rows] + sigma * noise
+        x0 = posterior_mean(x_t, alpha, sigma, codes, matches(captions) * rates)
+        return F.mse_loss(unet(x_t, timesteps, text).sample, x0)
+
+    def check(unet: Any) -> list[dict[str, Any]]:
+        return [
+            {"prompt": prompt, "guidance": scale, **summary(codes, prompt)}
+            for prompt in CHECKS
+            for scale in (1.0, 2.0)
+            for codes in [draw(unet, world.encode(tokenizer, text_encoder, [prompt, ""]), scale)]
+        ]
+
+    unet: Any = world.make_unet()
+    return fit(unet, loss, settings, out, "teacher", check)
+
+
+def draw(unet: Any, texts: Tensor, guidance: float, images: int = 64) -> Tensor:
+    """Latents of the first text, against the second, from noise that is always the same."""
+    config = unet.config
+    shape = (images, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=generator(7, 0))
+    *_, codes = ddim(unet, noise, texts[:1], texts[1:], guidance, steps=20)
+    return codes
+
+
+def summary(codes: Tensor, prompt: str) -> dict[str, float]:
+    """What the judge says of latents, read with the linear code."""
+    verdict = judge(PatchCode().decode(codes))
+    valid = verdict.valid
+    return {
+        "valid": valid.float().mean().item(),
+        "follows": verdict.follows(prompt)[valid].float().mean().item(),
+        "residual": verdict.residual.median().item(),
+    }
+
+
+@torch.no_grad()
+def ddim(
+    unet: Any,
+    noise: Tensor,
+    text: Tensor,
+    text_neg: Tensor,
+    guidance: float,
+    steps: int,
+) -> Iterator[Tensor]:
+    """The teacher's latents after each step of deterministic sampling, x_0 the last.
+
+        x_0 = (1 - guidance) x_0(text_neg) + guidance x_0(text)        (equation 5)
+
+    Args:
+        noise: `[b, c, 8, 8]`.
+        text, text_neg: `[b or 1, n, c]`. At guidance 1 the second is not looked at.
+    """
+    scheduler: Any = DDIMScheduler(**world.NOISE, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps, noise.device)
+    text, text_neg = (x.expand(len(noise), -1, -1) for x in (text, text_neg))
+    x = noise
+    for t in scheduler.timesteps:
+        if guidance == 1:
+            x0 = unet(x, t, text).sample
+        else:
+            both = unet(torch.cat([x, x]), t, torch.cat([text_neg, text])).sample
+            x0_neg, x0_pos = both.chunk(2)
+            x0 = guide(x0_pos, x0_neg, guidance)
+        x = scheduler.step(x0, t, x).prev_sample
+        yield x

@@ -1,0 +1,1 @@
+"""A small world of captioned images whose images have an exact judge."""

@@ -1,0 +1,95 @@
+"""The world's own CLIP. Its text tower is the text encoder of the models."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+
+from nasa_distill.clip import Clip
+from nasa_distill.fit import Settings, fit
+from nasa_distill.world.captions import OWNER, draw_caption, matches, mentions
+from nasa_distill.world.model import TEXT_WIDTH, text_config, tokenize
+from nasa_distill.world.scene import SIZE, renders, scenes
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    vision = CLIPVisionConfig(
+        image_size=SIZE,
+        patch_size=4,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text_config(tokenizer).to_dict(),
+            vision_config=vision.to_dict(),
+            projection_dim=TEXT_WIDTH,
+        )
+    )
+
+
+class Reader(nn.Module):
+    """CLIP, and a head that says which values a caption names; the head is not kept."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.clip: Any = make_clip(tokenizer)
+        self.named = nn.Linear(TEXT_WIDTH, len(OWNER))
+
+
+def train_clip(settings: Settings, out: Path, tokenizer: CLIPTokenizer) -> Clip:
+    """Train, or go on training: images with captions of their own, against those of a batch.
+
+    The loss is CLIP's, except that a caption may be true of several images of the batch: all of
+    those count as its own (supervised contrastive learning). CLIP alone learns colours first and
+    shapes late, so the tokens from the end of the caption on must also say what it named.
+    """
+    torch.manual_seed(settings.seed)
+    images, rates = renders()
+
+    def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
+        rows = torch.multinomial(rates, settings.batch, replacement=True, generator=random_)
+        rng = random.Random(f"{settings.seed} {step}")
+        captions = [draw_caption(scenes()[i], rng) for i in rows.tolist()]
+        noise = 0.1 * torch.randn(images[rows].shape, generator=random_)
+        tokens = tokenize(tokenizer, captions)
+        output = model.clip(input_ids=tokens, pixel_values=images[rows] + noise)
+        # [caption, image]
+        contrast = contrastive_loss(output.logits_per_text, matches(captions)[:, rows])
+        hidden = output.text_model_output.last_hidden_state
+        ends = (tokens == tokenizer.eos_token_id)[..., None]  # padding is the same token
+        summary = (hidden * ends).sum(1) / ends.sum(1)
+        said = F.binary_cross_entropy_with_logits(model.named(summary), mentions(captions))
+        return contrast + 5 * said
+
+    model = fit(Reader(tokenizer), loss, settings, out, "clip")
+    return Clip(model.clip, tokenizer, MEAN, STD)
+
+
+def contrastive_loss(logits: Tensor, match: Tensor) -> Tensor:
+    """Cross-entropy to the uniform distribution over what matches, both ways round."""
+    losses = []
+    for scores, own in ((logits, match), (logits.T, match.T)):
+        target = own / own.sum(1, keepdim=True)
+        losses.append(F.cross_entropy(scores, target))
+    return (losses[0] + losses[1]) / 2
+
+
+def text_encoder(clip: Clip) -> CLIPTextModel:
+    """The text tower alone, in the class that pipelines have for it."""
+    encoder = CLIPTextModel(clip.model.config.text_config)
+    own = {name.removeprefix("text_model."): name for name in encoder.state_dict()}
+    tower = clip.model.text_model.state_dict()
+    encoder.load_state_dict({own[name]: value for name, value in tower.items()})
+    return encoder.eval().requires_grad_(False)

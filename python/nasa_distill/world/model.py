@@ -1,0 +1,136 @@
+"""The world's models: tokenizer, text encoder, U-Net, and the pipeline they make."""
+
+from __future__ import annotations
+
+import json
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from nasa_distill.world.captions import MAX_TOKENS, WORDS
+from nasa_distill.world.code import CHANNELS, GRID
+
+TEXT_WIDTH = 64
+START, END = "<|startoftext|>", "<|endoftext|>"
+# The noise of DDPM, more than Stable Diffusion's: in 8x8 latents an attribute can be told down to a
+# signal of a tenth of the noise, and below that there must be steps in which the prompt decides. At
+# the last, alpha_T = 0.006, next to nothing is left of the image. The networks predict the image:
+# there are 288 to be told apart, where noise would have to be passed through them number by number.
+NOISE: dict[str, Any] = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "sample",
+    "clip_sample": False,
+}
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair encoding in which every word of the world is one token.
+
+    Other words fall apart into letters, for which no model of the world was trained.
+    """
+    letters = string.ascii_lowercase + string.digits + ",."
+    tokens = [token for letter in letters for token in (letter, letter + "</w>")]
+    merges = []
+    for word in sorted(WORDS):
+        prefix = word[0]
+        for i, letter in enumerate(word[1:], start=2):
+            suffix = letter + ("</w>" if i == len(word) else "")
+            merges.append(f"{prefix} {suffix}")
+            prefix += suffix
+            tokens.append(prefix)
+    tokens = list(dict.fromkeys(tokens)) + [START, END]
+    merges = list(dict.fromkeys(merges))
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, rules = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        rules.write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+        return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=MAX_TOKENS)
+
+
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(text_config(tokenizer))
+
+
+def make_unet(channels: tuple[int, ...] = (64, 96)) -> UNet2DConditionModel:
+    """2.8 M parameters, text cross-attention at 8x8 and 4x4."""
+    levels = len(channels)
+    return UNet2DConditionModel(
+        sample_size=GRID,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=16,
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+    )
+
+
+def make_pipeline(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    vae: AutoencoderTiny,
+    one_step: bool = False,
+) -> StableDiffusionPipeline:
+    """A stock pipeline: DDIM for a teacher, LCM's scheduler for a one- or few-step student."""
+    kind = LCMScheduler if one_step else DDIMScheduler
+    spacing = {} if one_step else {"timestep_spacing": "trailing"}
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=make_tokenizer(),
+        unet=unet,
+        scheduler=kind(**NOISE, **spacing),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """`[b, 16]`, padded and cut as the pipeline does it."""
+    return tokenizer(
+        captions,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+@torch.no_grad()
+def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: list[str]) -> Tensor:
+    """`[b, 16, c]`."""
+    tokens = tokenize(tokenizer, captions).to(text_encoder.device)
+    return text_encoder(tokens)[0]

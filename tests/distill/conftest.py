@@ -1,0 +1,21 @@
+"""Models of the world's classes, small and untrained."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_precision():
+    """accelerate keeps the precision of the first run of a process."""
+    yield
+    AcceleratorState._reset_state()

@@ -1,0 +1,309 @@
+"""The commands: the small world from nothing, NASA-T on it, its evaluation, and their errors."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from nasa_diffusers import enable_nasa
+from nasa_distill import ablation, evaluate, metrics, report, teacher, warmup
+from nasa_distill.cli import main, parse_settings
+from nasa_distill.clip import Clip
+from nasa_distill.fit import Settings, fit, generator
+from nasa_distill.intervals import Share
+from nasa_distill.networks import load
+from nasa_distill.world.make import Recipe, make
+from nasa_distill.world.scene import render, scenes
+from PIL import Image
+
+TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
+RECIPE = Recipe(clip=TINY, teacher=TINY, student=TINY, pairs=1, guidance=1.5, ddim_steps=2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two steps of everything; the images are noise, the files are what they are."""
+    out = tmp_path_factory.mktemp("world")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        # looking at images on the way takes longer than the rest
+        for module in (teacher, warmup):
+            patch.setattr(module, "CHECKS", ())
+        make(RECIPE, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_the_world_is_made_stage_by_stage(world):
+    for name in ("teacher", "student"):
+        pipe = StableDiffusionPipeline.from_pretrained(world / name / "pipeline")
+        assert pipe.unet.config.cross_attention_dim == 64
+    before = {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")}
+    assert len(before) == 4
+    make(RECIPE, world)  # all done: nothing is trained or drawn again
+    assert {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")} == before
+    with pytest.raises(ValueError, match="is of a run with steps=2, this one has 3"):
+        make(replace(RECIPE, teacher=replace(TINY, steps=3)), world)
+
+
+def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
+    command = ["train", "--preset", "world", "--teacher", str(world / "teacher" / "pipeline")]
+    command += ["--student", str(world / "student" / "pipeline")]
+    command += ["--data", str(world / "prompts.txt"), "--negatives", str(world / "negatives.txt")]
+    command += ["--clip", str(world / "clip" / "model"), "--out", str(tmp_path / "run")]
+    small = ["--set", "steps=2", "--set", "batch=2", "--set", "lora_rank=2", "--save-every", "1"]
+    assert main([*command, *small]) == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all("clip_loss" in row for row in rows)
+    image = Image.open(tmp_path / "run/samples/step-000002.png")
+    assert image.width == 8 * 128
+    # a second student step changes the settings of the run
+    assert main([*command, *small, "--set", "steps=3"]) == 1
+    assert "is of a run with steps=2" in capsys.readouterr().err
+
+
+def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch):
+    names = ("none", "teacher and student (NASA-T)")
+    assert set(ablation.VARIANTS.values()) > {ablation.VARIANTS[name] for name in names}
+    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in names})
+    command = ["ablate", "--world", str(world), "--seeds", "0", "--images", "1"]
+    small = ["--set", "steps=1", "--set", "batch=1", "--set", "lora_rank=2", "--set", "ema=0"]
+    assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "ablation.json").read_text())
+    assert len(rows) == 2 * len(ablation.VARIANTS)
+    # the seed is the same: what differs is who saw the negatives, and that reaches the weights
+    assert len({row["student"] for row in rows}) > 1
+    assert "teacher and student (NASA-T) | 0.5 | 1 |" in capsys.readouterr().out
+
+
+def test_evaluation_counts_what_the_judge_sees(world, tmp_path):
+    methods = (evaluate.NONE, evaluate.Method("cfg", 2.0), evaluate.Method("nasa", 0.5))
+    student = world / "student" / "pipeline"
+    results = evaluate.run(student, [1, 4], 2, methods=methods)
+    assert [(c.steps, str(c.method)) for c in results.cells] == [
+        (s, m) for s in (1, 4) for m in ("none", "cfg 2", "nasa 0.5")
+    ]
+    assert all(cell.total.n == 2 * len(evaluate.PAIRS) for cell in results.cells)
+    page = tmp_path / "docs" / "results.md"
+    report.write(results, tmp_path / "out", page)
+    assert report.read(tmp_path / "out" / "results.json") == results
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(rows) == 6 and rows[0]["commit"] == results.about["commit"]
+    text = page.read_text()
+    assert "## 4 steps" in text and "nasa 0.5" in text
+    assert (page.parent / "../out/sweep-1.png").exists() and "../out/sweep-1.png" in text
+
+
+def test_methods_are_those_of_the_pipeline(world):
+    """What `draw` does for NASA and CFG is what a user does by hand."""
+    model = load(world / "student" / "pipeline")
+    noise = torch.randn(3, *model.latent_shape, generator=generator(0, 0))
+    prompt, negative = evaluate.PAIRS[0]
+
+    def by_hand(**options):
+        drawn = model.pipe(
+            [prompt] * 3, num_inference_steps=1, latents=noise, output_type="pt", **options
+        )
+        return drawn.images * 2 - 1
+
+    def ours(name, strength=0.0):
+        method = evaluate.Method(name, strength)
+        return evaluate.draw(model, prompt, negative, method, 1, noise, 0)
+
+    assert torch.equal(ours("none"), by_hand(guidance_scale=0))
+    assert torch.equal(
+        ours("cfg", 3.0), by_hand(guidance_scale=3.0, negative_prompt=[negative] * 3)
+    )
+    handle = enable_nasa(model.pipe, negative, alpha=0.7)
+    steered = by_hand(guidance_scale=0)
+    handle.disable()
+    assert torch.equal(ours("nasa", 0.7), steered)
+    assert not torch.equal(ours("nasa", 0.7), ours("none"))
+
+
+def test_every_negative_is_open_in_its_prompt():
+    from nasa_distill.world.captions import read
+
+    for prompt, negative in evaluate.PAIRS:
+        assert not set(read(prompt)) & set(read(negative))
+
+
+def test_wilson_intervals():
+    """Of the tables: 10 of 20, and the ends that a normal interval gets wrong."""
+    assert Share(10, 20).interval == pytest.approx((0.2993, 0.7007), abs=1e-4)
+    assert Share(0, 10).interval == pytest.approx((0, 0.2775), abs=1e-4)
+    assert Share(10, 10).interval == pytest.approx((0.7225, 1), abs=1e-4)
+    assert str(Share(0, 0)) == "-"
+
+
+def test_findings_say_what_the_numbers_say():
+    """A NASA that only destroys is not praised."""
+
+    def cell(name, strength, removed, valid, good):
+        counts = evaluate.Counts(1100, removed, 1000, valid, valid, good, good)
+        return evaluate.Cell("student", 1, evaluate.Method(name, strength), [counts])
+
+    results = evaluate.Results(
+        [cell("none", 0, 500, 1000, 450), cell("cfg", 2.0, 700, 900, 600)]
+        + [cell("nasa", 0.5, 510, 990, 455), cell("nasa", 1.0, 900, 100, 50)],
+        {},
+    )
+    text = " ".join(report.findings(results, 1))
+    assert "best alpha is nasa 0.5" in text and "cannot be told apart" in text
+    assert "best guidance scale is cfg 2" in text and "do not overlap" in text
+
+
+# ---- the teacher's target ------------------------------------------------------------------------
+
+
+def test_the_posterior_mean_is_bayes_rule():
+    random_ = torch.Generator().manual_seed(0)
+    known = torch.randn(5, 2, 3, 3, generator=random_)
+    rates = torch.rand(4, 5, generator=random_)
+    rates[0, 2] = 0
+    alpha = torch.tensor([0.9, 0.5, 0.1, 0.01]).view(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    x_t = alpha * known[:4] + sigma * torch.randn(4, 2, 3, 3, generator=random_)
+    ours = teacher.posterior_mean(x_t, alpha, sigma, known, rates)
+    for row in range(4):
+        distances = (x_t[row] - alpha[row] * known).double().square().flatten(1).sum(1)
+        weight = rates[row] * (-0.5 * distances / sigma[row].double().square().flatten()).exp()
+        expected = (weight / weight.sum() @ known.double().flatten(1)).view(2, 3, 3)
+        torch.testing.assert_close(ours[row].double(), expected, atol=1e-5, rtol=1e-5)
+    clean = teacher.posterior_mean(known, alpha[:1], alpha[:1] * 0.01, known / alpha[0], rates[1:2])
+    torch.testing.assert_close(clean, known / alpha[0])
+
+
+def test_pairs_are_those_of_the_teacher(world):
+    model = load(world / "teacher" / "pipeline")
+    noise, x0, captions = warmup.make_pairs(model, 1, world, RECIPE.guidance, RECIPE.ddim_steps)
+    assert len(noise) == len(x0) == len(captions) == warmup.CHUNK
+    # eight of them by the stock pipeline, which guides them itself
+    drawn = model.pipe(
+        captions[:8],
+        negative_prompt=[""] * 8,
+        latents=noise[:8],
+        num_inference_steps=RECIPE.ddim_steps,
+        guidance_scale=RECIPE.guidance,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(drawn, x0[:8], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="is of a run with guidance=1.5, this one has 3.0"):
+        warmup.make_pairs(model, 1, world, 3.0, RECIPE.ddim_steps)
+
+
+# ---- one loop for all ----------------------------------------------------------------------------
+
+
+def test_fit_stops_and_goes_on(tmp_path):
+    def loss(module, step, random_):
+        x = torch.randn(8, 3, generator=random_)
+        return (module(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def module():
+        torch.manual_seed(0)
+        return torch.nn.Linear(3, 1)
+
+    class Stop(Exception):
+        pass
+
+    def interrupted(linear, step, random_):
+        if step == 7:
+            raise Stop
+        return loss(linear, step, random_)
+
+    settings = Settings(steps=10, learning_rate=0.1, warmup=1)
+    whole = fit(module(), loss, settings, tmp_path / "whole", "line", save_every=3)
+    with pytest.raises(Stop):
+        fit(module(), interrupted, settings, tmp_path / "broken", "line", save_every=3)
+    resumed = fit(module(), loss, settings, tmp_path / "broken", "line", save_every=3)
+    assert torch.equal(whole.weight, resumed.weight)
+    logs = [(tmp_path / name / "line.jsonl").read_text() for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+    with pytest.raises(FloatingPointError, match="loss of the line is nan at step 0; nothing was"):
+        fit(module(), lambda *_: torch.tensor(torch.nan), settings, tmp_path / "nan", "line")
+
+
+def test_clip_scores_of_images_of_any_model(world, tmp_path, capsys):
+    """Against the embeddings taken one by one, normalised by hand."""
+    clip = Clip.load(world / "clip" / "model")
+    for number, scene in enumerate(scenes()[:3]):
+        pixels = ((render(scene) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    header = "image,prompt,negative,present,absent\n"
+    rows = "".join(f"{i}.png,red,blue,circle,square\n" for i in range(3))
+    (tmp_path / "pairs.csv").write_text(header + rows)
+    command = ["score", "--clip", str(world / "clip" / "model"), "--out", str(tmp_path / "s.json")]
+    assert main([*command, "--pairs", str(tmp_path / "pairs.csv")]) == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+
+    images = torch.cat([metrics.load_image(tmp_path / f"{i}.png") for i in range(3)])
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(clip.images(images), dim=1)
+    text = torch.nn.functional.normalize(clip.texts(["red", "blue", "circle", "square"]), dim=1)
+    cosines = image @ text.T
+    assert result["clip_pos"] == pytest.approx(cosines[:, 0].mean().item(), abs=1e-5)
+    assert result["clip_neg"] == pytest.approx(cosines[:, 1].mean().item(), abs=1e-5)
+    removed = (cosines[:, 3] > cosines[:, 2]).float().mean().item()
+    assert result["removed"] == pytest.approx(removed)
+
+    for content, message in (
+        ("image,prompt\na.png,red\n", "has no column 'negative'"),
+        (header.replace(",absent", "") + "0.png,red,blue,circle\n", "both present and absent"),
+        (header, "has no rows"),
+        (header + "0.png,red,,circle,square\n", "line 2 of .* has no negative"),
+    ):
+        (tmp_path / "bad.csv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            metrics.read_pairs(tmp_path / "bad.csv")
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is empty; it must hold one prompt per line"),
+        ("a photo of a shape\n\na photo of a red shape\n", "line 2 of .* is empty"),
+        ("a photo of a cat\n", "'cat' in 'a photo of a cat' is not a word"),
+        (None, "cannot read .*No such file"),
+    ],
+)
+def test_bad_data_is_one_line(tmp_path, capsys, content, message):
+    data, negatives = tmp_path / "prompts.txt", tmp_path / "negatives.txt"
+    negatives.write_text("red\n")
+    if content is not None:
+        data.write_text(content)
+    command = ["train", "--preset", "world", "--teacher", "nowhere", "--out", str(tmp_path)]
+    assert main([*command, "--data", str(data), "--negatives", str(negatives)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    import re
+
+    assert re.search(message, error)
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
+    data = tmp_path / "prompts.txt"
+    data.write_text("a cat\n")
+    command = ["train", "--preset", "sd15", "--teacher", str(tmp_path), "--out", str(tmp_path)]
+    assert main([*command, "--data", str(data), "--negatives", str(data)]) == 1
+    assert "holds no diffusers pipeline" in capsys.readouterr().err
+
+
+def test_settings_on_the_command_line_have_their_types():
+    given = ["kappa=0.5,3", "steps=7", "student_nasa=false", "lora_targets=to_q,to_v"]
+    assert parse_settings(given) == {
+        "kappa": (0.5, 3.0),
+        "steps": 7,
+        "student_nasa": False,
+        "lora_targets": ("to_q", "to_v"),
+    }
+    for bad in ("steps=many", "kappa=1", "colour=red", "student_nasa=perhaps", "steps"):
+        with pytest.raises(ValueError, match=f"--set {bad}"):
+            parse_settings([bad])

@@ -1,0 +1,89 @@
+"""The model that comes with the package: its size, its quality, and the demonstration of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from nasa_distill import demo, evaluate, report, shipped
+from nasa_distill.cli import main
+from nasa_distill.fit import generator
+from nasa_distill.networks import load
+from PIL import Image
+
+# on other noise and captions than those of the card, so a little below what it says
+VALID, FOLLOWED, ALPHA = 0.7, 0.8, 0.5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(shipped.path())
+
+
+def test_it_is_small_and_safe():
+    files = [path for path in shipped.FOLDER.rglob("*") if path.is_file()]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 3 and sum(path.stat().st_size for path in weights) <= shipped.LIMIT
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    assert "## Limits" in (shipped.FOLDER / "README.md").read_text()
+
+
+def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, model):
+    size = shipped.pack(shipped.path(), tmp_path / "again")
+    assert size == sum(path.stat().st_size for path in shipped.FOLDER.rglob("*.safetensors"))
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert opened.unet.dtype == opened.vae.dtype == opened.text_encoder.dtype == torch.float32
+
+
+def test_the_results_are_those_of_this_model():
+    """The page is made from the numbers, and the card says no other."""
+    folder = Path(__file__).parents[2] / "docs" / "distill"
+    results = report.read(folder / "results.json")
+    assert results.about["student"] == evaluate.checksum(shipped.path())
+    pictures = [folder / "sweep-1.png", folder / "samples.png"]
+    assert report.markdown(results, pictures, folder) == (folder / "results.md").read_text()
+    assert all(path.exists() for path in pictures)
+    quality = results.quality["student, 1 step"].shares
+    card = (shipped.FOLDER / "README.md").read_text()
+    readme = (folder.parents[1] / "README.md").read_text()
+    for name in ("valid", "followed if valid"):
+        assert str(quality[name]).replace(" (", " % (") in card
+    best = report.best(results.cells, "nasa")
+    for name in ("removed", "valid", "all three"):
+        assert str(best.total.shares[name]).replace(" (", " % (") in readme
+
+
+def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert "holds no model; install from the repository" in capsys.readouterr().err
+
+
+def test_the_demonstration(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "IMAGES", 40)
+    monkeypatch.setattr(demo.layers, "LAYERS", ())
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "alpha 0 equals the stock images, bit for bit: yes" in output
+    assert "after disable() likewise: yes" in output
+    image = Image.open(tmp_path / "alpha.png")
+    assert image.width == demo.SHOWN * 64 and image.height > len(demo.ALPHAS) * 64
+
+
+def test_its_quality_is_what_the_card_says(model):
+    quality = evaluate.quality(model, 1, 300, seed=1)
+    assert quality.shares["valid"].value > VALID
+    assert quality.shares["followed if valid"].value > FOLLOWED
+
+
+def test_a_negative_prompt_removes_in_one_step(model):
+    """What is the same in each pair's measurement: more is gone with NASA than without."""
+    prompt, negative = "a photo of a shape", "red"
+    noise = torch.randn(200, *model.latent_shape, generator=generator(2, 0))
+    gone = {}
+    for method in (evaluate.NONE, evaluate.Method("nasa", ALPHA)):
+        images = evaluate.draw(model, prompt, negative, method, 1, noise, 0)
+        gone[method.name] = evaluate.Counts.of(images, prompt, negative)
+    none, steered = gone["none"].shares["removed"], gone["nasa"].shares["removed"]
+    # beyond the two intervals, so not by chance
+    assert steered.interval[0] > none.interval[1]
