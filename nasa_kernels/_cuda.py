@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from nasa_kernels.shared import attend_shared
 
 LIBRARY = Path(__file__).with_name("_C.so")
 NOT_BUILT = (
@@ -66,3 +69,15 @@ def supports(device: torch.device, head_dim: int, backward: bool = False) -> str
 def _shared_bytes(head_dim: int, backward: bool) -> int:
     library = ctypes.CDLL(str(LIBRARY))
     return library.nasa_kernels_shared_bytes(ctypes.c_int(head_dim), ctypes.c_bool(backward))
+
+
+def forward(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+    rule, text_pos, text_neg,
+) -> Tensor:  # fmt: skip
+    """Joint attention: PyTorch's over the image keys, then one launch that adds both prompts."""
+    o_shared, lse_shared = attend_shared(q, k, v, scale)
+    return torch.ops.nasa_kernels.forward_joint_cuda.default(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+        o_shared, lse_shared, rule, text_pos, text_neg,
+    )  # fmt: skip

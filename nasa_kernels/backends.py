@@ -25,8 +25,10 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 _PREFERENCE = {
     "cuda": ("triton", "cuda", "reference"),
     "cpu": ("cpu", "reference"),
-    "meta": ("triton",),
+    "meta": ("triton", "cpu"),
 }
+# which have a backward pass for joint attention
+_JOINT_BACKWARD = ("cpu", "reference")
 _DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
     "triton": (torch.float16, torch.bfloat16, torch.float32),
@@ -73,11 +75,15 @@ _choices: dict[tuple, str] = {}
 
 @torch.compiler.assume_constant_result
 def choose(
-    device: torch.device, dtype: torch.dtype, head_dim: int = 64, differentiable: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    differentiable: bool = False,
+    joint: bool = False,
 ) -> str:
     """The back end that `backend=None` takes."""
     # a dictionary and not functools.cache: the compiler does not look through the latter
-    key = (device, dtype, head_dim, differentiable)
+    key = (device, dtype, head_dim, differentiable, joint)
     choice = _choices.get(key)
     if choice is None:
         candidates = _PREFERENCE.get(device.type, ())
@@ -85,6 +91,7 @@ def choose(
             name
             for name in candidates
             if dtype in _DTYPES[name]
+            and not (joint and differentiable and name not in _JOINT_BACKWARD)
             and not why_not(name, device)
             and not (name == "cuda" and _cuda.supports(device, head_dim, differentiable))
         ]
@@ -92,7 +99,9 @@ def choose(
     return choice
 
 
-def require(function: str, name: str, q: Tensor, differentiable: bool = False) -> None:
+def require(
+    function: str, name: str, q: Tensor, differentiable: bool = False, joint: bool = False
+) -> None:
     """Raise unless back end `name` takes a call with this `q`."""
     if name not in NAMES:
         raise ValueError(f"{function}: backend must be None or one of {NAMES}, got {name!r}")
@@ -107,6 +116,11 @@ def require(function: str, name: str, q: Tensor, differentiable: bool = False) -
         raise ValueError(
             f"{function}: backend {name!r} takes {dtypes}, got q of {q.dtype}; "
             "cast the inputs or use backend='reference'"
+        )
+    if joint and differentiable and name not in _JOINT_BACKWARD:
+        raise RuntimeError(
+            f"{function}: backend {name!r} has no backward pass for joint attention; use one of "
+            f"{_JOINT_BACKWARD}, or torch.no_grad() where no gradient is needed"
         )
     if name == "cuda" and q.device.type == "cuda":
         reason = _shape_refusal(q.device, q.shape[3], differentiable)

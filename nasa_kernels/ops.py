@@ -5,7 +5,8 @@
                      returns what backward_NAME wants to have kept
     backward_NAME    the gradients that are asked for
 
-and the same three for joint attention, `joint_forward_NAME` and so on. Inference has an operator
+and for joint attention `joint_forward_NAME`, and with a gradient `joint_attention_cpu` and
+`joint_backward_cpu`. Inference has an operator
 of its own because a registered gradient costs microseconds of host time in every call, used or not.
 
 Torch only. A back end is imported when its operator first runs, so importing the package, tracing
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu")
-JOINT_BACKENDS = ()
+# joint attention with a gradient is the cpu back end's; elsewhere the reference has it
+JOINT_BACKENDS = ("cuda", "triton", "cpu")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 # CPU for Triton as well: tests run the kernels there in its interpreter
 _DEVICES = {"triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
@@ -70,18 +72,11 @@ def _attention_fake(backend: str) -> Callable:
     return fake if backend in _KEPT else _forward_fake
 
 
-def _joint_attention_fake(backend: str) -> Callable:
-    def fake(q, *args):
-        b, l, h, _ = q.shape
-        # PyTorch's CPU attention is left in fp32
-        dtype = torch.float32 if backend == "cpu" else q.dtype
-        return (
-            _forward_fake(q),
-            torch.empty(q.shape, dtype=dtype, device=q.device),
-            torch.empty((b, h, l), dtype=torch.float32, device=q.device),
-        )
-
-    return fake
+def _joint_attention_fake(q, *args) -> tuple[Tensor, ...]:
+    b, l, h, _ = q.shape
+    o_shared = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse_shared = torch.empty((b, h, l), dtype=torch.float32, device=q.device)
+    return _forward_fake(q), o_shared, lse_shared
 
 
 def _backward_fake(*args) -> tuple[Tensor, ...]:
@@ -240,40 +235,54 @@ def _register(backend: str) -> tuple[Any, Any]:
     return forward, attention
 
 
-def _register_joint(backend: str) -> tuple[Any, Any]:
-    """Likewise `joint_forward_NAME` and `joint_attention_NAME`."""
+def _register_joint(backend: str) -> Any:
+    """`joint_forward_NAME`: both launches."""
     forward = _define(
         f"joint_forward_{backend}",
         f"({_JOINT_INPUTS}) -> Tensor",
         _forward_fake,
         _joint_forward_flops,
     )
+    module = {
+        "cuda": "nasa_kernels._cuda",
+        "triton": "nasa_kernels._triton.joint",
+        "cpu": "nasa_kernels.cpu_joint",
+    }[backend]
+    devices = _DEVICES.get(backend, ("CUDA",))
+    torch.library.impl(forward.name(), devices, _lazily(module, "forward"))
+    return forward
+
+
+def _register_joint_gradient() -> Any:
+    """`joint_attention_cpu` and `joint_backward_cpu`."""
     attention = _define(
-        f"joint_attention_{backend}",
+        "joint_attention_cpu",
         _attention_schema(_JOINT_INPUTS, _JOINT_KEPT),
-        _joint_attention_fake(backend),
+        _joint_attention_fake,
         _joint_forward_flops,
     )
     backward = _define(
-        f"joint_backward_{backend}",
+        "joint_backward_cpu",
         _backward_schema(_JOINT_INPUTS, _JOINT_KEPT, 8),
         _joint_backward_fake,
         _joint_backward_flops,
     )
-    module = {"triton": "nasa_kernels._triton.joint", "cpu": "nasa_kernels.cpu_joint"}[backend]
-    for operator, function in (
-        (forward, "forward"),
-        (attention, "attention"),
-        (backward, "backward"),
-    ):
-        torch.library.impl(operator.name(), _DEVICES[backend], _lazily(module, function))
+    for operator, function in ((attention, "attention"), (backward, "backward")):
+        torch.library.impl(operator.name(), "CPU", _lazily("nasa_kernels.cpu_joint", function))
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
-    return forward, attention
+    return attention
 
 
+# the second launch of the CUDA C++ kernels, implemented by the compiled extension
+_define(
+    "forward_joint_cuda",
+    f"({_INPUTS}, Tensor o_shared, Tensor lse_shared, int rule, int text_pos, int text_neg)"
+    " -> Tensor",
+    _forward_fake,
+    _forward_flops,
+)
 _OPERATORS = {backend: _register(backend) for backend in BACKENDS}
 FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
-_JOINT_OPERATORS = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
-JOINT_FORWARD = {backend: forward for backend, (forward, _) in _JOINT_OPERATORS.items()}
-JOINT_ATTENTION = {backend: attention for backend, (_, attention) in _JOINT_OPERATORS.items()}
+JOINT_FORWARD = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
+JOINT_ATTENTION = {"cpu": _register_joint_gradient()}

@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nasa_kernels.reference import additive_bias, nasa_attention_reference
+from nasa_kernels.reference import (
+    additive_bias,
+    joint,
+    nasa_attention_reference,
+    nasa_joint_attention_reference,
+)
 
 
 class Shape(NamedTuple):
@@ -73,15 +78,18 @@ def algorithm_1(
     """The paper's Algorithm 1 in eager PyTorch, every step rounded to the dtype of q."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
-        if mask is not None:
-            scores = scores + additive_bias(mask, q.dtype)[:, None, None, :]
-        return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
-
     if isinstance(alpha, Tensor):
         alpha = alpha.expand(q.shape[:3]).unsqueeze(-1).to(q.dtype)
-    return attend(k_pos, v_pos, mask_pos) - alpha * attend(k_neg, v_neg, mask_neg)
+    z_pos = eager_attention(q, k_pos, v_pos, mask_pos, scale)
+    return z_pos - alpha * eager_attention(q, k_neg, v_neg, mask_neg, scale)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T * scale + bias) v, every step rounded to the dtype of q."""
+    scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
+    if mask is not None:
+        scores = scores + additive_bias(mask, q.dtype)[:, None, None, :]
+    return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
 
 
 class Budget(NamedTuple):
@@ -134,6 +142,25 @@ def exact_and_budget(
     return exact, budget(exact, eager, largest_score(inputs, options.get("scale")), dtype)
 
 
+def exact_and_budget_of_joint(
+    inputs: dict[str, Any], alpha: float | Tensor, rule: str, text_queries: tuple[int, int],
+    mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+) -> tuple[Tensor, Budget]:  # fmt: skip
+    """The same for joint attention; eager is whole attentions over joined keys."""
+    doubles: dict[str, Any] = {name: x.double() for name, x in inputs.items()}
+    exact_alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
+    exact = nasa_joint_attention_reference(
+        **doubles, alpha=exact_alpha, rule=rule, text_queries=text_queries,
+        mask_pos=mask_pos, mask_neg=mask_neg,
+    )  # fmt: skip
+    clean, scale = without_nan(inputs), inputs["q"].shape[-1] ** -0.5
+    eager = joint(
+        eager_attention, *clean.values(), alpha, rule, text_queries, mask_pos, mask_neg, scale
+    ).nan_to_num(0.0)
+    # the attention over the shared keys is rounded once more, between the launches
+    return exact, budget(exact, eager, largest_score(inputs), inputs["q"].dtype, roundings=3)
+
+
 def largest_score(inputs: dict[str, Tensor], scale: float | None = None) -> float:
     """A bound on |q k^T * scale|: the longest query times the longest key."""
     clean = without_nan(inputs)
@@ -142,7 +169,8 @@ def largest_score(inputs: dict[str, Tensor], scale: float | None = None) -> floa
     def longest(x: Tensor) -> float:
         return x.double().norm(dim=-1).max().item() if x.numel() else 0.0
 
-    return abs(scale) * longest(clean["q"]) * max(longest(clean["k_pos"]), longest(clean["k_neg"]))
+    keys = (x for name, x in clean.items() if name[0] == "k")
+    return abs(scale) * longest(clean["q"]) * max(longest(k) for k in keys)
 
 
 def without_nan(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from nasa_kernels._triton.configs import forward_config, head_cut, programs_per_head, resident_cut
 from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
-from nasa_kernels._triton.softmax import mask_scores, nonzero, online_step, row_max
+from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
     dot,
@@ -53,7 +53,9 @@ def scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT: tl.constexpr):
 
 @triton.jit
 def weigh_resident(q, k, MASK, stride_mn, n, qk_scale, BLOCK_L: tl.constexpr, N_CUT: tl.constexpr):
-    """Weights p, rounded to the type of q, and their sums l before rounding."""
+    """Weights p, rounded to the type of q, their sums l before rounding, and the largest score, to
+    which both are relative, in base 2.
+    """
     scores = scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT)
     shift = row_max(scores) * qk_scale
     l = tl.zeros([BLOCK_L], tl.float32)
@@ -62,7 +64,7 @@ def weigh_resident(q, k, MASK, stride_mn, n, qk_scale, BLOCK_L: tl.constexpr, N_
         p = tl.exp2(scores[j] * qk_scale - shift[:, None])
         l += tl.sum(p, 1)
         weights = weights + (p.to(q[0].dtype),)
-    return weights, l
+    return weights, l, shift
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def attend_streamed(
 ):  # fmt: skip
     """z = p V (not normalised) and l = rowsum(p) over keys that pass in blocks.
 
-    m is the largest score so far; z and l are relative to it.
+    m is the largest score so far; z and l are relative to it. The last one is returned in base 2.
     """
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)
@@ -97,7 +99,7 @@ def attend_streamed(
         p, m, decay = online_step(s, m, qk_scale)
         l = l * decay + tl.sum(p, 1)
         z = add_dot(scale_rows(z, decay), p, v)
-    return z, l
+    return z, l, finite(m) * qk_scale
 
 
 @triton.jit
@@ -152,20 +154,20 @@ def forward_kernel(
         alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
 
         if len(NEG_CUT) > 0:
-            p_neg, l_neg = weigh_resident(
+            p_neg, l_neg, _ = weigh_resident(
                 q, k_neg, MASK_neg, stride_mnn, n_neg, qk_scale, BLOCK_L, NEG_CUT
             )
         else:
-            z_neg, l_neg = attend_streamed(
+            z_neg, l_neg, _ = attend_streamed(
                 q, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, qk_scale,
                 BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
             )  # fmt: skip
         if len(POS_CUT) > 0:
-            p_pos, l_pos = weigh_resident(
+            p_pos, l_pos, _ = weigh_resident(
                 q, k_pos, MASK_pos, stride_mpn, n_pos, qk_scale, BLOCK_L, POS_CUT
             )
         else:
-            z_pos, l_pos = attend_streamed(
+            z_pos, l_pos, _ = attend_streamed(
                 q, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, qk_scale,
                 BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
             )  # fmt: skip

@@ -216,7 +216,7 @@ def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text
         term = steered.terms[i]
         # value sign flip counts negative keys in its softmax at any alpha, other rules do not
         rule = steered.rule if is_on else "nasa-cross"
-        return nasa_kernels.nasa_joint_attention(  # type: ignore[attr-defined]
+        return nasa_kernels.nasa_joint_attention(
             q_rows, k_image, v_image, k_pos, v_pos, k_negatives[i], v_negatives[i],
             image_alpha(term, queries, sum(text_queries)) if is_on else 0.0,
             rule=rule, text_queries=text_queries,

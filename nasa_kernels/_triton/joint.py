@@ -1,0 +1,164 @@
+"""Fused joint attention, forward pass: the second launch.
+
+The first launch (`nasa_kernels/shared.py`) left O_s and s, the attention over the image keys and
+its log-sum-exp. This one attends to both prompts and merges, by a rule, in fp32:
+
+    O = c_s O_s + c_p z+ / l+ + c_n z- / l-        c = function of s, p, n and alpha
+
+`nasa_kernels/joint.py` has the table of the rules. z, l and the two ways to hold a prompt are
+those of `forward.py`. Log-sum-exps are base 2 here.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut
+from nasa_kernels._triton.forward import attend_streamed, column, load_alpha, weigh_resident
+from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
+from nasa_kernels._triton.softmax import finite, nonzero
+from nasa_kernels._triton.tiles import load_prompt, load_rows, store_block
+from nasa_kernels.reference import RULES
+from nasa_kernels.shared import attend_shared
+
+_NASA = tl.constexpr(RULES.index("nasa"))
+_NASA_CROSS = tl.constexpr(RULES.index("nasa-cross"))
+_VSF = tl.constexpr(RULES.index("vsf"))
+_LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def share(x, y):
+    """2^(x - L) and 2^(y - L), L = log2(2^x + 2^y); 0 where both are -inf."""
+    highest = finite(tl.maximum(x, y))
+    w_x, w_y = tl.exp2(x - highest), tl.exp2(y - highest)
+    total = nonzero(w_x + w_y)
+    return w_x / total, w_y / total
+
+
+@triton.jit
+def coefficients(s, p, n, alpha, is_pos, is_neg, RULE: tl.constexpr):
+    """c_s, c_p, c_n of each row; `is_pos`, `is_neg`: rows of the text's own queries."""
+    a_s, a_p = share(s, p)
+    b_s, b_n = share(s, n)
+    if RULE == _VSF:
+        highest = finite(tl.maximum(tl.maximum(s, p), n))
+        w_s, w_p, w_n = tl.exp2(s - highest), tl.exp2(p - highest), tl.exp2(n - highest)
+        total = nonzero(w_s + w_p + w_n)
+        c_s, c_p, c_n = w_s / total, w_p / total, -alpha * (w_n / total)
+    elif RULE == _NASA:
+        c_s, c_p, c_n = a_s - alpha * b_s, a_p, -alpha * b_n
+    elif RULE == _NASA_CROSS:
+        c_s, c_p, c_n = a_s, a_p, -alpha
+    else:
+        c_s, c_p, c_n = a_s, a_p, -alpha * b_n
+    c_s = tl.where(is_pos, a_s, tl.where(is_neg, b_s, c_s))
+    c_p = tl.where(is_pos, a_p, tl.where(is_neg, 0.0, c_p))
+    c_n = tl.where(is_pos, 0.0, tl.where(is_neg, b_n, c_n))
+    return c_s, c_p, c_n
+
+
+@triton.jit(do_not_specialize=["L", "n_pos", "n_neg", "first_pos", "first_neg"])
+def joint_kernel(
+    Q, K_pos, V_pos, K_neg, V_neg, O_shared, LSE_shared, O, MASK_pos, MASK_neg, ALPHA,
+    stride_qb, stride_ql, stride_qh,
+    stride_kpb, stride_kpn, stride_kph, stride_vpb, stride_vpn, stride_vph,
+    stride_knb, stride_knn, stride_knh, stride_vnb, stride_vnn, stride_vnh,
+    stride_mpb, stride_mpn, stride_mnb, stride_mnn,
+    stride_ab, stride_al, stride_ah,
+    H, L, n_pos, n_neg, first_pos, first_neg, alpha, qk_scale,
+    RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
+    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    Q += tl.multiple_of(b * stride_qb + h * stride_qh, ALIGN)
+    K_pos += tl.multiple_of(b * stride_kpb + h * stride_kph, ALIGN)
+    V_pos += tl.multiple_of(b * stride_vpb + h * stride_vph, ALIGN)
+    K_neg += tl.multiple_of(b * stride_knb + h * stride_knh, ALIGN)
+    V_neg += tl.multiple_of(b * stride_vnb + h * stride_vnh, ALIGN)
+    if MASK_pos is not None:
+        MASK_pos += b * stride_mpb
+    if MASK_neg is not None:
+        MASK_neg += b * stride_mnb
+
+    row = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    # [BLOCK_L, d]
+    q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
+    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
+    if len(NEG_CUT) > 0:
+        k_neg, v_neg = load_prompt(
+            K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, NEG_CUT, D, D_CUT,
+            ALIGN,
+        )  # fmt: skip
+        p_neg, l_neg, m_neg = weigh_resident(
+            q, k_neg, MASK_neg, stride_mnn, n_neg, qk_scale, BLOCK_L, NEG_CUT
+        )
+    else:
+        z_neg, l_neg, m_neg = attend_streamed(
+            q, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, qk_scale,
+            BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
+        )  # fmt: skip
+    if len(POS_CUT) > 0:
+        k_pos, v_pos = load_prompt(
+            K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, POS_CUT, D, D_CUT,
+            ALIGN,
+        )  # fmt: skip
+        p_pos, l_pos, m_pos = weigh_resident(
+            q, k_pos, MASK_pos, stride_mpn, n_pos, qk_scale, BLOCK_L, POS_CUT
+        )
+    else:
+        z_pos, l_pos, m_pos = attend_streamed(
+            q, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, qk_scale,
+            BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
+        )  # fmt: skip
+
+    # log2(0) = -inf: a prompt without keys
+    s = tl.load(LSE_shared + bh * L + row, mask=row < L, other=0.0) * _LOG2E
+    c_s, c_p, c_n = coefficients(
+        s, m_pos + tl.log2(l_pos), m_neg + tl.log2(l_neg), alpha_row,
+        (row >= first_pos) & (row < first_neg), row >= first_neg, RULE,
+    )  # fmt: skip
+    c_s = c_s[:, None]
+    c_p, c_n = (c_p / nonzero(l_pos))[:, None], (c_n / nonzero(l_neg))[:, None]
+
+    # O_shared and O are [b, l, h, d], contiguous
+    first = (b * L * H + h) * D
+    o_shared = load_rows(O_shared + first, row, row < L, H * D, D, D_CUT, 1)
+    start = 0
+    for i in tl.static_range(len(D_CUT)):
+        z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
+        z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
+        o = c_s * o_shared[i].to(tl.float32) + c_p * z_pos_i + c_n * z_neg_i
+        store_block(O + first, o, row, row < L, H * D, start, D, D_CUT[i])
+        start += D_CUT[i]
+
+
+def forward(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+    rule, text_pos, text_neg,
+):  # fmt: skip
+    """Both launches. The public function checked shapes, dtypes and layouts."""
+    b, l, h, d = q.shape
+    o = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
+    if o.numel() == 0:
+        return o
+    o_shared, lse_shared = attend_shared(q, k, v, scale)
+    pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
+    config = forward_config(d, q.dtype, resident=len(pos_cut) > 0)
+    with on_device(q):
+        joint_kernel[triton.cdiv(l, config.BLOCK_L), b * h](
+            q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, mask_pos, mask_neg, alpha_map,
+            *q.stride()[:3],
+            *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
+            *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
+            *strides_or_zeros(alpha_map, 3),
+            h, l, k_pos.shape[1], k_neg.shape[1], l - text_pos - text_neg, l - text_neg,
+            alpha, scale * LOG2E,
+            RULE=rule, D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
+            BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
+            ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return o

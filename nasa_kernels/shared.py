@@ -1,0 +1,53 @@
+"""The first launch of joint attention: PyTorch's own attention over the image keys, with its
+log-sum-exp, which lets the keys of the prompts be added afterwards.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """O [b, l, h, d] in the dtype of q and the natural log-sum-exp [b, h, l] in fp32, both
+    contiguous. Without keys they are 0 and -inf.
+    """
+    b, l, h, d = q.shape
+    if q.numel() == 0 or k.shape[1] == 0:
+        lse = torch.full((b, h, l), float("-inf"), dtype=torch.float32, device=q.device)
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
+    # PyTorch's kernels want rows of 16 bytes
+    padding = -d % 8
+    if padding:
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+    # [b, h, l, d]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    elif q.dtype == torch.float32:
+        o, lse, *_ = _aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, compute_log_sumexp=True, scale=scale
+        )
+    elif _cudnn_takes(q, k, v):
+        o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, compute_log_sumexp=True, scale=scale
+        )
+    else:
+        o, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    # some pad lse to whole tiles of queries, or give it a dimension more
+    lse = lse.reshape(b, h, -1)[..., :l].contiguous()
+    return o.transpose(1, 2)[..., :d].contiguous(), lse
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """cuDNN's attention is the faster one on Hopper and later, up to a head_dim of 128."""
+    return (
+        q.device.type == "cuda"
+        and q.shape[3] <= 128
+        # it has not been asked about prompts that are broadcast
+        and 0 not in (*k.stride(), *v.stride())
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    )

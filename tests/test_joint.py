@@ -1,0 +1,215 @@
+"""Joint attention on every back end, against fp64 and against properties that hold exactly."""
+
+import re
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, mask_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from nasa_kernels import (
+    backends,
+    nasa_attention,
+    nasa_joint_attention,
+    nasa_joint_attention_reference,
+    ops,
+)
+from nasa_kernels.reference import RULES
+from nasa_kernels.testing import exact_and_budget_of_joint, largest_score
+
+BACKENDS = tuple(
+    name for name in (*ops.JOINT_BACKENDS, "reference") if backends.why_not(name, DEVICE) is None
+)
+# b, image queries, h, d, shared keys, positive keys, negative keys, text queries
+SIZES = {
+    "flux": (1, 70, 2, 128, 70, 40, 33, (40, 33)),
+    "streamed": (2, 37, 1, 64, 100, 150, 170, (0, 0)),
+    "short-and-long": (1, 33, 1, 64, 20, 17, 200, (17, 0)),
+    "odd": (2, 19, 3, 33, 31, 7, 9, (2, 5)),
+    "no-shared": (1, 20, 2, 64, 0, 12, 16, (12, 16)),
+    "no-negative": (1, 20, 2, 64, 24, 12, 0, (0, 0)),
+    "no-positive": (1, 20, 2, 64, 24, 0, 12, (0, 3)),
+    "only-text": (1, 0, 2, 40, 24, 12, 8, (12, 8)),
+}
+
+
+def make(name="odd", dtype=torch.float32, requires_grad=False):
+    b, image, h, d, n, n_pos, n_neg, text = SIZES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(length):
+        x = torch.randn(b, length, h, d, generator=generator).to(DEVICE, dtype)
+        return x.requires_grad_(requires_grad)
+
+    lengths = (image + sum(text), n, n, n_pos, n_pos, n_neg, n_neg)
+    names = ("q", "k", "v", "k_pos", "v_pos", "k_neg", "v_neg")
+    return {name: normal(x) for name, x in zip(names, lengths, strict=True)}, text
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_fp64(backend, size, rule, dtype):
+    inputs, text = make(size, dtype)
+    o = nasa_joint_attention(**inputs, alpha=0.6, rule=rule, text_queries=text, backend=backend)
+    assert o.dtype == dtype
+    assert o.is_contiguous()
+    exact, budget = exact_and_budget_of_joint(inputs, 0.6, rule, text)
+    budget.check(o, exact)
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_and_alpha_per_query(backend, rule, kind):
+    inputs, text = make()
+    alpha = torch.randn(2, 26, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    masks = {"mask_pos": mask_of(kind, 2, 7), "mask_neg": mask_of(kind, 2, 9, seed=2)}
+    # a sample whose negative has no key left; what masked rows hold must not count
+    masks["mask_neg"][1] = False if kind == "bool" else float("-inf")
+    inputs["v_neg"][1] = float("nan")
+    o = nasa_joint_attention(
+        **inputs, alpha=alpha, rule=rule, text_queries=text, **masks, backend=backend
+    )
+    exact, budget = exact_and_budget_of_joint(inputs, alpha, rule, text, **masks)
+    budget.check(o, exact)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("rule", RULES[:3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alpha_0_is_the_plain_joint_attention(backend, rule, kind):
+    inputs, _ = make("streamed", torch.float16)
+    alpha = 0.0 if kind == "number" else torch.zeros((), device=DEVICE)
+    o = nasa_joint_attention(**inputs, alpha=alpha, rule=rule, backend=backend)
+    empty = {name: inputs[name][:, :0] for name in ("k_neg", "v_neg")}
+    plain = nasa_joint_attention(**inputs | empty, alpha=0.7, rule="nasa-text", backend=backend)
+    assert torch.equal(o, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_shared_keys_it_is_cross_attention(backend):
+    """The first three rules are one operation then."""
+    inputs, _ = make("no-shared")
+    prompts = {name: inputs[name] for name in ("q", "k_pos", "v_pos", "k_neg", "v_neg")}
+    expected = nasa_attention(**prompts, alpha=0.6, backend=backend)
+    for rule in RULES[:3]:
+        o = nasa_joint_attention(**inputs, alpha=0.6, rule=rule, backend=backend)
+        torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_prompts_cancel(backend):
+    inputs, _ = make("streamed")
+    inputs |= {"k_neg": inputs["k_pos"], "v_neg": inputs["v_pos"]}
+    o = nasa_joint_attention(**inputs, alpha=1.0, rule="nasa", backend=backend)
+    assert o.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_text_queries_do_not_see_the_other_prompt(backend):
+    inputs, text = make("flux", torch.float16)
+    call = {"rule": "nasa", "text_queries": text, "backend": backend}
+    o = nasa_joint_attention(**inputs, alpha=0.6, **call)
+    other = {name: torch.randn_like(inputs[name]) for name in ("k_neg", "v_neg")}
+    changed = nasa_joint_attention(**inputs | other, alpha=0.1, **call)
+    assert torch.equal(o[:, 70:110], changed[:, 70:110])
+    assert not torch.equal(o[:, :70], changed[:, :70])
+    assert not torch.equal(o[:, 110:], changed[:, 110:])
+
+
+@pytest.mark.parametrize("size", ["flux", "streamed", "odd", "no-shared", "no-negative"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x in backends._JOINT_BACKWARD])
+def test_gradients(backend, rule, size):
+    inputs, text = make(size, torch.float32, requires_grad=True)
+    b, l, h, _ = inputs["q"].shape
+    alpha = torch.rand(b, l, h, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    inputs["alpha"] = alpha.requires_grad_()
+    n_pos = inputs["k_pos"].shape[1]
+    options = {"rule": rule, "text_queries": text, "mask_pos": mask_of("bias", b, n_pos)}
+    grad_o = torch.randn_like(inputs["q"])
+    o = nasa_joint_attention(**inputs, **options, backend=backend)
+    found = torch.autograd.grad(o, list(inputs.values()), grad_o)
+    doubles = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    exact_o = nasa_joint_attention_reference(**doubles, **options)
+    exact = torch.autograd.grad(exact_o, list(doubles.values()), grad_o.double(), allow_unused=True)
+    for name, a, e in zip(inputs, found, exact, strict=True):
+        e = torch.zeros_like(a) if e is None else e
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_flops_of_flux_stay_below_1_13_of_stock():
+    def normal(n):
+        return torch.empty(1, n, 24, 128, dtype=torch.bfloat16, device="meta")
+
+    image, text = 4096, 256
+    stock = 4 * 24 * 128 * (image + text) ** 2
+    prompt = (normal(text),) * 4
+    with FlopCounterMode(display=False) as counter:
+        nasa_joint_attention(
+            normal(image + 2 * text), normal(image), normal(image), *prompt, 0.5,
+            text_queries=(text, text),
+        )  # fmt: skip
+    assert counter.get_total_flops() / stock < 1.13
+
+
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x != "reference"])
+def test_opcheck(backend):
+    inputs, text = make("odd")
+    arguments = (*inputs.values(), mask_of("bool", 2, 7), None, None, 0.5, 0.25, 1, *text)
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.JOINT_FORWARD[backend], arguments, test_utils=utilities)
+    if backend in ops.JOINT_ATTENTION:
+        torch.library.opcheck(ops.JOINT_ATTENTION[backend], arguments, test_utils=utilities)
+        _, *kept = ops.JOINT_ATTENTION[backend](*arguments)
+        backward = getattr(torch.ops.nasa_kernels, f"joint_backward_{backend}").default
+        grad_o, needs = torch.randn_like(inputs["q"]), [True, False, True, True, True, True, False]
+        arguments = (grad_o, *kept, *arguments, [*needs, False])
+        torch.library.opcheck(backward, arguments, test_utils=utilities)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole(backend):
+    inputs, text = make("flux")
+
+    def block(alpha, **x):
+        return nasa_joint_attention(**x, alpha=alpha, text_queries=text, backend=backend) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for alpha in (0.3, 0.6):
+        torch.testing.assert_close(compiled(alpha, **inputs), block(alpha, **inputs))
+
+
+WRONG = {
+    "rule": ({"rule": "nag"}, "rule must be one of ('nasa', 'nasa-text', 'nasa-cross', 'vsf')"),
+    "text-type": ({"text_queries": 5}, "text_queries must be two integers"),
+    "text-many": ({"text_queries": (20, 7)}, "no more than the 26 queries of q together"),
+    "text-negative": ({"text_queries": (-1, 0)}, "text_queries must be at least 0"),
+    "shared": ({"k": torch.zeros(2, 31, 3, 8)}, "k must be [2 or 1, n, 3 or 1, 33] to match q"),
+    "lengths": ({"v": torch.zeros(2, 30, 3, 33)}, "k has 31 tokens but v has 30"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors(name):
+    changes, message = WRONG[name]
+    inputs, text = make()
+    changes = {k: x.to(DEVICE) if torch.is_tensor(x) else x for k, x in changes.items()}
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        nasa_joint_attention(**{**inputs, "text_queries": text, **changes}, alpha=0.5)
+    assert str(error.value).startswith("nasa_joint_attention: ")
+
+
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x not in backends._JOINT_BACKWARD])
+def test_a_gradient_that_is_not_there_is_refused(backend):
+    inputs, text = make(requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no backward pass for joint attention"):
+        nasa_joint_attention(**inputs, alpha=0.5, text_queries=text, backend=backend)
+
+
+def test_the_bound_on_scores_covers_the_shared_keys():
+    inputs, _ = make()
+    assert largest_score({**inputs, "k": inputs["k"] * 100}) > 10 * largest_score(inputs)
