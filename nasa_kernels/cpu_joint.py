@@ -20,7 +20,7 @@ def attention(
     rule, text_pos, text_neg,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """O, and of the shared keys O_s [b, l, h, d] and lse_s [b, h, l], both in fp32."""
-    o_shared, lse_shared = attend_shared(*(x.float() for x in (q, k, v)), scale)
+    o_shared, lse_shared = attend_shared(q.float(), k.float(), v.float(), scale)
     # [b, h, l, d]
     queries = q.float().transpose(1, 2)
     o_pos, lse_pos = _attend(queries, k_pos, v_pos, mask_pos, scale)

@@ -111,31 +111,40 @@ def _forward_flops(q, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwarg
 def _joint_forward_flops(
     q, k, v, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwargs
 ) -> int:
-    """Q K^T and P V of the three segments."""
-    return 2 * _product(q, k, k_pos, k_neg)
+    """Q K^T and P V of the three segments; queries of one text do not see the other."""
+    *_, text_pos, text_neg = args
+    return 2 * (
+        _product(q, k) + _product(q, k_pos, less=text_neg) + _product(q, k_neg, less=text_pos)
+    )
 
 
 def _backward_flops(*args, out_shape=None, **kwargs) -> int:
     *_, q, k_pos, _, k_neg, _, _, _, _, _, _, needs = args
-    return _gradient_flops(q, (k_pos, k_neg), needs)
+    return _gradient_flops((_product(q, k_pos), _product(q, k_neg)), needs)
 
 
 def _joint_backward_flops(*args, out_shape=None, **kwargs) -> int:
-    *_, q, k, _, k_pos, _, k_neg, _, _, _, _, _, _, _, _, _, needs = args
-    return _gradient_flops(q, (k, k_pos, k_neg), needs)
+    *_, q, k, _, k_pos, _, k_neg, _, _, _, _, _, _, _, text_pos, text_neg, needs = args
+    products = (
+        _product(q, k),
+        _product(q, k_pos, less=text_neg),
+        _product(q, k_neg, less=text_pos),
+    )
+    return _gradient_flops(products, needs)
 
 
-def _gradient_flops(q, segments, needs) -> int:
+def _gradient_flops(products: Sequence[int], needs: Sequence[bool]) -> int:
     """Q K^T again and dO V^T, then one product for each of dQ, dK and dV that is asked for."""
-    flops = (2 + needs[0]) * _product(q, *segments)
-    for i, k in enumerate(segments):
-        flops += (needs[1 + 2 * i] + needs[2 + 2 * i]) * _product(q, k)
+    flops = (2 + needs[0]) * sum(products)
+    for i, product in enumerate(products):
+        flops += (needs[1 + 2 * i] + needs[2 + 2 * i]) * product
     return flops
 
 
-def _product(q, *segments) -> int:
+def _product(q, *segments, less: int = 0) -> int:
+    """Of the queries, all but `less`, with the keys of the segments."""
     b, l, h, d = q
-    return 2 * b * h * l * d * sum(k[1] for k in segments)
+    return 2 * b * h * (l - less) * d * sum(k[1] for k in segments)
 
 
 # --------------------------------------------------------------------------------------- autograd

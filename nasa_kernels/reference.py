@@ -159,8 +159,12 @@ def nasa_joint_attention_reference(
     """`nasa_joint_attention` without its checks and its kernels; the arguments mean the same."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = q.dtype
-    tensors = (q, k, v, k_pos, v_pos, k_neg, v_neg)
     if dtype in (torch.float16, torch.bfloat16):
-        tensors = tuple(x.float() for x in tensors)
-    o = joint(attend, *tensors, alpha, rule, text_queries, mask_pos, mask_neg, scale)
+        q, k, v, k_pos, v_pos, k_neg, v_neg = (
+            x.float() for x in (q, k, v, k_pos, v_pos, k_neg, v_neg)
+        )
+    o = joint(
+        attend, q, k, v, k_pos, v_pos, k_neg, v_neg, alpha,
+        rule, text_queries, mask_pos, mask_neg, scale,
+    )  # fmt: skip
     return o.to(dtype).contiguous()

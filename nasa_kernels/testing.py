@@ -154,9 +154,8 @@ def exact_and_budget_of_joint(
         mask_pos=mask_pos, mask_neg=mask_neg,
     )  # fmt: skip
     clean, scale = without_nan(inputs), inputs["q"].shape[-1] ** -0.5
-    eager = joint(
-        eager_attention, *clean.values(), alpha, rule, text_queries, mask_pos, mask_neg, scale
-    ).nan_to_num(0.0)
+    options = (alpha, rule, text_queries, mask_pos, mask_neg, scale)
+    eager = joint(eager_attention, *(*clean.values(), *options)).nan_to_num(0.0)
     # the attention over the shared keys is rounded once more, between the launches
     return exact, budget(exact, eager, largest_score(inputs), inputs["q"].dtype, roundings=3)
 

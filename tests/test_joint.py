@@ -29,6 +29,8 @@ SIZES = {
     "no-shared": (1, 20, 2, 64, 0, 12, 16, (12, 16)),
     "no-negative": (1, 20, 2, 64, 24, 12, 0, (0, 0)),
     "no-positive": (1, 20, 2, 64, 24, 0, 12, (0, 3)),
+    # tiles of nothing but text, and tiles that are mixed
+    "much-text": (1, 40, 1, 16, 24, 130, 140, (130, 140)),
     "only-text": (1, 0, 2, 40, 24, 12, 8, (12, 8)),
 }
 
@@ -152,6 +154,9 @@ def test_flops_of_flux_stay_below_1_13_of_stock():
             normal(image + 2 * text), normal(image), normal(image), *prompt, 0.5,
             text_queries=(text, text),
         )  # fmt: skip
+    # the image's queries with all keys, the text's with their own and the image's
+    pairs = image * (image + 2 * text) + 2 * text * (image + text)
+    assert counter.get_total_flops() == 4 * 24 * 128 * pairs
     assert counter.get_total_flops() / stock < 1.13
 
 

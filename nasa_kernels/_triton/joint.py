@@ -83,7 +83,12 @@ def joint_kernel(
     if MASK_neg is not None:
         MASK_neg += b * stride_mnb
 
-    row = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first_row = tl.program_id(0) * BLOCK_L
+    row = first_row + tl.arange(0, BLOCK_L)
+    # a tile of nothing but one text's own queries does not read the other's keys
+    all_pos = (first_row >= first_pos) & (first_row + BLOCK_L <= first_neg)
+    n_neg = tl.where(all_pos, 0, n_neg)
+    n_pos = tl.where(first_row >= first_neg, 0, n_pos)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
