@@ -1,27 +1,18 @@
 """`bench flops`: FLOPs of one denoiser call by method, counted on the meta device.
 
-The architectures are those of `nasa_diffusers.flops` and some more; a model that `enable_nasa`
-does not take has no numbers of ours. Encoding a negative prompt is no part of a denoiser call and
-happens once per prompt: it is counted by itself.
+The architectures are those of `nasa_diffusers.flops` and some more. Encoding a negative prompt is
+no part of a denoiser call and happens once per prompt: it is counted by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    WanTransformer3DModel,
-)
-from nasa_diffusers import enable_nasa
+from diffusers import PixArtTransformer2DModel, WanTransformer3DModel
 from nasa_diffusers import flops as counted
-from nasa_diffusers.families import family_of
 from nasa_diffusers.flops import Model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,35 +34,9 @@ EXTRA: dict[str, Model] = {
         4096,
         {"added_cond_kwargs": {"resolution": _meta(1, 2), "aspect_ratio": _meta(1, 1)}},
     ),
-    "SD3-medium, 1024 px": Model(
-        SD3Transformer2DModel,
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 192,
-        },
-        (16, 128, 128),
-        333,
-        4096,
-        {"pooled_projections": _meta(1, 2048)},
-    ),
-    "FLUX.1-schnell, 1024 px": Model(
-        FluxTransformer2DModel,
-        {},
-        (4096, 64),
-        256,
-        4096,
-        {
-            "pooled_projections": _meta(1, 768),
-            "img_ids": _meta(4096, 3),
-            "txt_ids": _meta(256, 3),
-        },
-    ),
     "Wan 2.1 14B, 480p, 81 frames": Model(WanTransformer3DModel, {}, (16, 21, 60, 104), 512, 4096),
 }
-# a model that nasa_diffusers.flops has as well is taken from there
-MODELS = {**counted.MODELS, **EXTRA, **counted.MODELS}
+MODELS = {**counted.MODELS, **EXTRA}
 
 METHODS: dict[str, Callable[[Any, torch.Tensor], contextlib.AbstractContextManager]] = {
     "stock": lambda denoiser, negative: contextlib.nullcontext(),
@@ -81,7 +46,7 @@ METHODS: dict[str, Callable[[Any, torch.Tensor], contextlib.AbstractContextManag
 
 
 def count(name: str) -> dict[str, int]:
-    """FLOPs by method; `nasa` only where `nasa_diffusers` steers the model."""
+    """FLOPs by method."""
     model = MODELS[name]
     with torch.device("meta"):
         denoiser = model.build(**model.config).eval()
@@ -92,21 +57,9 @@ def count(name: str) -> dict[str, int]:
             found[method] = _count_call(denoiser, model, text)
     # two calls, or one with a doubled batch, of the stock model
     found["cfg"] = 2 * found["stock"]
-    if _is_steered(denoiser):
-        pipe: Any = SimpleNamespace(transformer=denoiser)
-        enable_nasa(pipe, negative_prompt_embeds=negative, alpha=0.5)
-        # the first call fills the cache that the later ones read
-        found["nasa-first"] = _count_call(denoiser, model, text)
-        found["nasa-later"] = _count_call(denoiser, model, text)
-    return found
-
-
-def _is_steered(denoiser: Any) -> bool:
-    try:
-        family_of(denoiser)
-    except ValueError:
-        return False
-    return True
+    # the first call fills the cache that the later ones read
+    ours = counted.count_model(name, model)
+    return {**found, "nasa-first": ours.first, "nasa-later": ours.later}
 
 
 @torch.no_grad()
@@ -175,7 +128,7 @@ ENCODERS: dict[str, tuple[tuple[Callable[[], Any], ...], int]] = {
     "OpenCLIP-H (SD 2.1)": ((_open_clip_h,), 77),
     "CLIP-L and OpenCLIP-G (SDXL)": ((_clip_l, _open_clip_g), 77),
     "T5-XXL (PixArt-alpha)": ((_t5_xxl,), 120),
-    "T5-XXL (FLUX.1-schnell)": ((_t5_xxl,), 256),
+    "T5-XXL (FLUX.1 schnell)": ((_t5_xxl,), 256),
     "T5-XXL (PixArt-sigma)": ((_t5_xxl,), 300),
     "Gemma 2 2B (Sana)": ((_gemma_2b,), 300),
     "UMT5-XXL (Wan)": ((lambda: _t5_xxl("UMT5"),), 512),

@@ -50,7 +50,7 @@ MODELS: dict[str, Model] = {
     ),
 } | flops.MODELS
 ON_GPU = (
-    "SDXL, 1024 px", "SD 1.5, 512 px", "PixArt-alpha, 1024 px", "FLUX.1-schnell, 1024 px",
+    "SDXL, 1024 px", "SD 1.5, 512 px", "PixArt-alpha, 1024 px", "FLUX.1 schnell, 1024 px",
     "Wan 2.1 1.3B, 480p, 9 frames",
 )  # fmt: skip
 ON_CPU = ("SD 1.5, 128 px",)

@@ -309,8 +309,8 @@ def tiny(name):
     return model.Model(real.build, config, (4, 8, 8), 5, 24)
 
 
-TINY = ("SD 1.5, 512 px", "Wan 2.1 1.3B, 480p, 81 frames", "SD3-medium, 1024 px",
-        "FLUX.1-schnell, 1024 px")  # fmt: skip
+TINY = ("SD 1.5, 512 px", "Wan 2.1 1.3B, 480p, 81 frames", "SD3 medium, 1024 px",
+        "FLUX.1 schnell, 1024 px")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -378,7 +378,7 @@ def test_flops_by_method():
     assert counted["cfg"] == 2 * counted["stock"]
     ours = nasa_flops.count("SD 1.5, 512 px")
     assert (ours.first, ours.later) == (counted["nasa-first"], counted["nasa-later"])
-    joint = flops.count("SD3-medium, 1024 px")
+    joint = flops.count("SD3 medium, 1024 px")
     l, n, layers, width = 4096, 333, 24, 1536
     attention = 4 * layers * width * (l + n) ** 2
     # the negative text through the blocks; the last block projects it and no more

@@ -186,8 +186,12 @@ class Count:
 
 
 def count(name: str) -> Count:
-    """Count one of `MODELS`, with a negative prompt as long as the positive one."""
-    model = MODELS[name]
+    """Count one of `MODELS`."""
+    return count_model(name, MODELS[name])
+
+
+def count_model(name: str, model: Model) -> Count:
+    """Count an architecture, with a negative prompt as long as the positive one."""
     with torch.device("meta"):
         denoiser = model.build(**model.config).eval()
         sample = torch.empty(1, *model.latents)
