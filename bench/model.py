@@ -119,7 +119,7 @@ def _nag(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
 @contextlib.contextmanager
 def _nasa(denoiser: Denoiser, first: bool = False) -> Iterator[Callable[..., Tensor]]:
     pipe: Any = SimpleNamespace(transformer=denoiser.module)
-    handle = enable_nasa(pipe, negative_prompt_embeds=denoiser.negative, alpha=0.5)
+    handle = enable_nasa(pipe, negative_prompt_embeds=denoiser.negative, alpha=0.5, rule="nasa")
 
     def first_call(module: Any = None) -> Tensor:
         handle.clear_cache()

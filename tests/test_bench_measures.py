@@ -337,7 +337,7 @@ def test_methods_that_are_off_are_the_stock_model(name):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TINY[:2])
+@pytest.mark.parametrize("name", TINY)
 def test_rows_of_a_model(here, name):
     wanted = ["nasa", "stock", "algorithm-1", "nasa-first", "nag", "cfg"]
     rows = model.time_model(here, name, tiny(name), torch.float32, wanted, ["eager"])
