@@ -106,8 +106,8 @@ FAULTS = (
         "test_nag.py published and cpu and basic",
     ),
     Fault(
-        "flops", "ops.py", "return 2 * _pairs(q, k_pos, k_neg) * 2",
-        "return 2 * _pairs(q, k_pos) * 2", "test_ops.py test_flops_forward and cpu",
+        "flops", "ops.py", "return 2 * _product(q, k_pos, k_neg)",
+        "return 2 * _product(q, k_pos)", "test_ops.py test_flops_forward and cpu",
     ),
     Fault(
         "needs-ignored", "ops.py", "if needed else (0,)", "if True else (0,)",
@@ -118,7 +118,20 @@ FAULTS = (
         "torch.autocast(device, enabled=True)", "test_ops.py test_autocast",
     ),
     Fault(
-        "dtype-unchecked", "attention.py", "if x.dtype != q.dtype:", "if False:",
+        "joint-share", "_triton/joint.py", "return w_x / total, w_y / total",
+        "return w_x / total, w_y", "test_joint.py matches_fp64 and triton and flux and float32",
+    ),
+    Fault(
+        "joint-row-kind", "_triton/joint.py", "(row >= first_pos) & (row < first_neg), row",
+        "(row >= first_pos) & (row <= first_neg), row",
+        "test_joint.py matches_fp64 and triton and flux and float32",
+    ),
+    Fault(
+        "joint-gradient", "rules.py", "negative = b_s * b_n * by_b", "negative = b_s * by_b",
+        "test_joint.py test_gradients and cpu and flux",
+    ),
+    Fault(
+        "dtype-unchecked", "checks.py", "if x.dtype != q.dtype:", "if False:",
         "test_errors.py k-dtype",
     ),
 )  # fmt: skip
