@@ -46,6 +46,7 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
+    # any: a file cut short is an OSError, other bytes raise what they like. The cause is told
     except Exception as error:
         raise ValueError(
             f"checkpoint.load: {path} is not a checkpoint of this command ({error}); move it away "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def pack(source: Path, target: Path) -> int:
     # transformers 5 writes tokenizer.json alone, which transformers 4 does not read
     pipe.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
     _prefix(partial / "text_encoder" / "model.safetensors")
+    for config in partial.rglob("*.json"):
+        _forget_folder(config)
     size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
     if size > LIMIT:
         shutil.rmtree(partial)
@@ -57,6 +60,13 @@ def pack(source: Path, target: Path) -> int:
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return size
+
+
+def _forget_folder(config: Path) -> None:
+    """diffusers writes where a model was loaded from, which is a folder of this machine."""
+    settings = json.loads(config.read_text())
+    if settings.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _prefix(path: Path) -> None:
