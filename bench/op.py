@@ -108,7 +108,7 @@ def run_case(
                 facts.pop(provider.name, None)
         before = clock_mhz(case.device)
         running = {key: t for key, t in timers.items() if key[0] in facts}
-        measure(running.values())
+        measure(running.values(), seconds=session.seconds)
         clocks = {"mhz_before": before, "mhz_after": clock_mhz(case.device)}
         return _rows(session, case, providers, running, facts, clocks)
     finally:

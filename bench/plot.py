@@ -35,6 +35,7 @@ COLOURS = {
     "stacked": "#cc79a7",
     "stock": "#999999",
     "nag": "#e69f00",
+    "nag-ours": "#f0c674",
     "cfg": "#666666",
 }
 OTHER = "#bbbbbb"
@@ -44,6 +45,7 @@ LABELS = {
     "nasa": "NASA",
     "algorithm-1": "Algorithm 1",
     "nag": "NAG, as published",
+    "nag-ours": "NAG on our kernels",
     "cfg": "classifier-free guidance",
 }
 FIGURES: dict[str, Callable[[list[Row]], Figure | None]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Session:
     clock: Callable[[], float] = time.monotonic
     rates: Rates = field(default_factory=Rates)
     left_out: dict[str, str] = field(default_factory=dict)  # case and provider, reason
+    seconds: float = 1.0  # of sampling, for each call; whole models get three times that
 
     def __post_init__(self):
         self.started = self.clock()
@@ -43,11 +44,7 @@ class Session:
 
     def within(self, minutes: float) -> Session:
         """The same session for one of several commands, with minutes of its own."""
-        part = Session(
-            self.machine, self.device, self.out, self.console, minutes, self.clock, self.rates
-        )
-        part.left_out = self.left_out
-        return part
+        return replace(self, minutes=minutes)
 
     def write(self, rows: list[Row], *, counted: bool = False) -> None:
         (rows_of.replace if counted else rows_of.append)(self.out, rows)

@@ -40,7 +40,7 @@ class Clock:
 
 @pytest.fixture
 def here(tmp_path):
-    return session.Session(MACHINE, CPU, tmp_path / "rows.csv", session.console())
+    return session.Session(MACHINE, CPU, tmp_path / "rows.csv", session.console(), seconds=0.02)
 
 
 # ---- timers --------------------------------------------------------------------------------------
@@ -339,10 +339,15 @@ def test_methods_that_are_off_are_the_stock_model(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_rows_of_a_model(here, name):
-    wanted = ["nasa", "stock", "algorithm-1", "nasa-first", "nag", "cfg"]
+    wanted = ["nasa", "stock", "algorithm-1", "nasa-first", "nag", "nag-ours", "cfg"]
     rows = model.time_model(here, name, tiny(name), torch.float32, wanted, ["eager"])
-    assert sorted(r.provider for r in rows) == sorted(wanted) and not here.left_out
     by = {r.provider: r for r in rows}
+    assert sorted(by) == sorted(set(wanted) - {reason.split(" on ")[0] for reason in here.left_out})
+    # a method that a family does not have is left out and says so
+    if name in TINY[:2]:
+        assert not here.left_out and by["nag-ours"].error_against == "nag"
+    else:
+        assert all("method='nag' is not there" in reason for reason in here.left_out.values())
     assert by["nasa"].error_against == "algorithm-1" and by["nasa"].l2_error < 1e-5
     assert by["nasa"].launches < by["nasa-first"].launches < by["nag"].launches
     assert all(r.baseline_us == by["stock"].p50_us for r in rows)
@@ -353,22 +358,26 @@ def test_a_wrong_model_method_gets_no_row(here, monkeypatch):
     wanted = ["stock", "nasa"]
     rows = model.time_model(here, "sd", tiny(TINY[0]), torch.float32, wanted, ["eager"])
     assert {r.provider for r in rows} == {"stock"}
-    assert "from Algorithm 1" in here.left_out["nasa on sd"]
+    assert "from algorithm-1" in here.left_out["nasa on sd"]
+    monkeypatch.setitem(model.METHODS, "nag-ours", model.METHODS["stock"])
+    rows = model.time_model(here, "sd", tiny(TINY[0]), torch.float32, ["nag-ours"], ["eager"])
+    assert not rows and "from nag," in here.left_out["nag-ours on sd"]
 
 
 def test_rows_of_a_layer(here):
     shape = Shape("sd15-8", 1, 64, 8, 16, 13, 13)
     rows = layer.time_layer(here, shape, torch.float32, list(layer.METHODS))
-    assert {r.provider: r.launches for r in rows if r.provider != "nag"} == {
+    assert {r.provider: r.launches for r in rows if r.provider not in ("nag", "nag-ours")} == {
         "stock": 5, "algorithm-1": 10, "nasa-first": 6, "nasa": 3, "cfg": 7,
     }  # fmt: skip
     assert not here.left_out
 
 
 def test_a_wrong_layer_gets_no_row(here, monkeypatch):
-    monkeypatch.setitem(layer.METHODS, "nasa", layer.METHODS["stock"])
     shape = Shape("sd15-8", 1, 64, 8, 16, 13, 13)
-    assert layer.time_layer(here, shape, torch.float32, ["nasa"]) == []
+    for method in ("nasa", "nag-ours"):
+        monkeypatch.setitem(layer.METHODS, method, layer.METHODS["stock"])
+        assert layer.time_layer(here, shape, torch.float32, [method]) == []
 
 
 def test_flops_by_method():
