@@ -15,13 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from nasa_kernels import backends
+from nasa_kernels import backends, ops
 from nasa_kernels.attention import nasa_attention
-
-_BLEND_SCHEMA = (
-    "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau)"
-    " -> Tensor"
-)
 
 
 def nag_attention(
@@ -86,7 +81,7 @@ def nag_attention(
     if backend is None:
         backend = backends.choose(z_pos.device, z_pos.dtype, q.shape[3], differentiable)
     if backend == "triton" and not differentiable:
-        return BLEND(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+        return ops.BLEND(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
     return blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
 
 
@@ -116,28 +111,6 @@ def blend(
         o = share * (guided * shrink) + (1 - share) * z_pos
         o = torch.where(share == 0, z_pos, o)
     return o.to(dtype)
-
-
-# ---- operator ------------------------------------------------------------------------------------
-
-
-def _blend_triton(*args):
-    from nasa_kernels._triton.nag import blend as kernel
-
-    return kernel(*args)
-
-
-def _blend_fake(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau) -> Tensor:
-    return torch.empty(z_pos.shape, dtype=z_pos.dtype, device=z_pos.device)
-
-
-torch.library.define(
-    "nasa_kernels::nag_blend_triton", _BLEND_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,)
-)
-# CPU as well: tests run the kernel there in Triton's interpreter
-torch.library.impl("nasa_kernels::nag_blend_triton", ("CUDA", "CPU"), _blend_triton)
-torch.library.register_fake("nasa_kernels::nag_blend_triton", _blend_fake)
-BLEND = torch.ops.nasa_kernels.nag_blend_triton.default
 
 
 # ---- checks --------------------------------------------------------------------------------------

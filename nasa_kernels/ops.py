@@ -147,6 +147,11 @@ def _product(q, *segments, less: int = 0) -> int:
     return 2 * b * h * (l - less) * d * sum(k[1] for k in segments)
 
 
+def _no_flops(*args, out_shape=None, **kwargs) -> int:
+    """PyTorch counts products of matrices, and nothing of what works element by element."""
+    return 0
+
+
 # --------------------------------------------------------------------------------------- autograd
 
 
@@ -295,3 +300,13 @@ FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
 JOINT_FORWARD = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
 JOINT_ATTENTION = {"cpu": _register_joint_gradient()}
+
+# the end of normalised attention guidance: `nag.py` has its formula
+BLEND = _define(
+    "nag_blend_triton",
+    "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau)"
+    " -> Tensor",
+    _forward_fake,
+    _no_flops,
+)
+torch.library.impl(BLEND.name(), _DEVICES["triton"], _lazily("nasa_kernels._triton.nag", "blend"))

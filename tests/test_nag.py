@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BACKENDS, DEVICE, DTYPES, make_inputs, mask_of
+from torch.utils.flop_counter import FlopCounterMode
 
-from nasa_kernels import nag, nag_attention
+from nasa_kernels import nag_attention, ops
 from nasa_kernels.reference import attend
 from nasa_kernels.testing import Shape, budget, largest_score
 
@@ -179,7 +180,7 @@ def test_gradients(backend, settings):
 def test_the_blend_is_the_kernel_only_where_it_is_asked_for(backend, monkeypatch):
     inputs = make_inputs(BASIC, torch.float32, DEVICE)
     calls = []
-    monkeypatch.setattr(nag, "BLEND", lambda *args: calls.append(args) or args[0])
+    monkeypatch.setattr(ops, "BLEND", lambda *args: calls.append(args) or args[0])
     nag_attention(**inputs, **STRONG, backend=backend)
     assert bool(calls) == (backend == "triton")
     inputs["q"].requires_grad_()
@@ -193,10 +194,20 @@ def test_opcheck(with_map):
     z_pos, z_neg = (torch.randn(2, 5, 3, 16, device=DEVICE) for _ in range(2))
     share = torch.rand(2, 1, 1, device=DEVICE).expand(2, 5, 1) if with_map else None
     torch.library.opcheck(
-        torch.ops.nasa_kernels.nag_blend_triton.default,
+        ops.BLEND,
         (z_pos, z_neg, share, 0.5, 3.0, 2.5),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+@pytest.mark.parametrize("device", [DEVICE, "meta"], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flops_are_those_of_two_attentions(backend, device):
+    """Whether the blend is a kernel or PyTorch's own operations."""
+    inputs = {k: x.to(device) for k, x in make_inputs(BASIC, torch.float32, "cpu").items()}
+    with FlopCounterMode(display=False) as counter:
+        nag_attention(**inputs, **STRONG, backend=backend)
+    assert counter.get_total_flops() == 4 * 2 * 19 * 3 * 40 * (77 + 33)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
