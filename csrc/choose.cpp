@@ -1,13 +1,11 @@
 // Which kernel takes a call.
 //
-// forward_short and forward_long give the same bits, so on sm_80 alpha 0 is the positive prompt
-// alone whatever the negative one is. forward_sm90 adds up in the order of wgmma: on Hopper a
-// positive prompt that alone is forward_sm90's goes to the other kernels beside a negative one that
-// forward_sm90 does not take (too many keys for it, or rows that TMA cannot read), and the two
-// agree to the last rounding only. Alpha 0 as a number leaves the negative prompt out before this
-// choice.
-//
-// A joint attention is theirs on every GPU: its prompts are longer than forward_sm90 holds.
+// The kernels of one architecture give the same bits whether they hold the prompts or stream them:
+// forward_short those of forward_long, forward_sm90 those of forward_sm90_long. What the negative
+// prompt's length leads to cannot be seen, so alpha 0 is the positive prompt alone whatever the
+// negative one is. Hopper's add up in the order of wgmma, the others in that of mma.sync: for rows
+// that TMA cannot read, those of the positive prompt decide, because bindings.cpp copies a negative
+// prompt that would make the difference.
 #include <algorithm>
 
 #include "device.h"
@@ -20,12 +18,11 @@ namespace {
 bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
-    if (device.major != 9 || p.shared.o != nullptr || !p.aligned || !has_sm90(p.d, short_keys(p)))
-        return false;
+    if (device.major != 9 || !p.aligned || !has_sm90(p.d)) return false;
     if (!moves(p.l, p.q_stride_l)) return false;
+    if (p.shared.o != nullptr && !moves(p.l, p.shared.o_stride_l)) return false;
     for (const Prompt& prompt : p.prompt) {
-        if (prompt.n > kBlockKeys || !moves(prompt.n, prompt.k_stride_n) ||
-            !moves(prompt.n, prompt.v_stride_n)) {
+        if (!moves(prompt.n, prompt.k_stride_n) || !moves(prompt.n, prompt.v_stride_n)) {
             return false;
         }
     }
@@ -41,12 +38,16 @@ cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     if (p.b == 0 || p.l == 0 || p.h == 0) return cudaSuccess;
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
+    const int keys = short_keys(p);
+    const bool fits = std::max(p.prompt[kPos].n, p.prompt[kNeg].n) <= kBlockKeys;
 #ifdef NASA_WITH_SM90
-    if (sm90_takes(p, device)) return forward_sm90(p, device, stream);
+    if (sm90_takes(p, device)) {
+        return fits && has_sm90_short(p.d, keys) ? forward_sm90(p, device, stream)
+                                                 : forward_sm90_long(p, device, stream);
+    }
 #endif
     const int d = padded_head_dim(p.d);
-    const int keys = short_keys(p);
-    if (std::max(p.prompt[kPos].n, p.prompt[kNeg].n) <= kBlockKeys && has_short(d, keys) &&
+    if (fits && has_short(d, keys) &&
         short_shared_bytes(d, keys) <= device.shared_per_block) {
         return forward_short(p, device, stream);
     }

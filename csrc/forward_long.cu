@@ -168,7 +168,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cp_async_wait<0>();
     __syncwarp();
     if (p.shared.o != nullptr) {
-        merge<T, Tile<kColumns>::kPitch>(z, inverse, z_neg, inverse_neg, weights, warp_rows, 0);
+        merge(z, inverse, z_neg, inverse_neg, weights, [&](int j, float (&c)[4]) {
+            fetch<T, Tile<kColumns>::kPitch>(c, warp_rows, j);
+        });
     } else {
         subtract(z, inverse, z_neg, inverse_neg, alpha);
     }

@@ -154,7 +154,9 @@ __global__ void __launch_bounds__(kThreads, kKeys == kClipKeys ? 3 : 2)
             multiply<T, kPitch>(z_pos, p_pos, prompts + Layout::kPromptTile + 16 * column);
             multiply<T, kPitch>(z_neg, p_neg, prompts + 3 * Layout::kPromptTile + 16 * column);
             if (joint) {
-                merge<T, kPitch>(z_pos, inverse_pos, z_neg, inverse_neg, weights, q_tile, column);
+                merge(z_pos, inverse_pos, z_neg, inverse_neg, weights, [&](int j, float (&c)[4]) {
+                    fetch<T, kPitch>(c, q_tile, column + j);
+                });
             } else {
                 subtract(z_pos, inverse_pos, z_neg, inverse_neg, alpha);
             }

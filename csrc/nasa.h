@@ -118,11 +118,17 @@ constexpr bool has_short(int d, int keys) {
     return keys == kClipKeys ? d <= 160 : d == 64 || d == 80 || d == 128;
 }
 
-// Kernels of forward_sm90 that exist: the head_dims of the models, exactly.
-constexpr bool has_sm90(int d, int keys) {
-    if (d == 64 || d == 72 || d == 128) return true;
-    return keys == kClipKeys && (d == 40 || d == 80 || d == 160);
+// Kernels for Hopper that exist: the head_dims of the models, exactly.
+constexpr bool has_sm90(int d) {
+    return d == 40 || d == 64 || d == 72 || d == 80 || d == 128 || d == 160;
 }
+// Those of forward_sm90; every other call is forward_sm90_long's.
+constexpr bool has_sm90_short(int d, int keys) {
+    return has_sm90(d) && (keys == kClipKeys || d == 64 || d == 72 || d == 128);
+}
+// Keys that a tile of forward_sm90_long holds: beside two accumulators of 160 columns, the scores of
+// 128 keys would not fit the registers.
+constexpr int sm90_stream_keys(int d) { return d <= 128 ? kBlockKeys : kClipKeys; }
 
 // Columns of O that a block of forward_long makes. A head_dim above 96 is shared by two blocks or
 // four: beside a block of scores, two accumulators of all its columns would not fit the registers.
@@ -167,6 +173,7 @@ constexpr int short_keys(const ForwardParams& p) {
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream);
 cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_sm90(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_sm90_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
 
 // How many blocks should share the query rows: enough to fill the GPU when there are few keys.

@@ -119,6 +119,10 @@ __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrive, and let the phase wait for `bytes` of copies, too.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -179,6 +183,17 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Registers per thread of this warpgroup from here on, less or more than the kernel started with.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // ---- products of a warpgroup (sm_90a) --------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -205,163 +220,72 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma_values(float (&c)[kTiles][4], const uint32_t (&a)[4],
                                              uint64_t b, bool add);
 
-// Register lists: one, five and eight column tiles
+// Accumulators by column tiles: one, five and eight of them as operands, 5 to 20 as a register list
 #define NASA_C1(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define NASA_C5(j) NASA_C1(j), NASA_C1(j + 1), NASA_C1(j + 2), NASA_C1(j + 3), NASA_C1(j + 4)
 #define NASA_C8(j) NASA_C5(j), NASA_C1(j + 5), NASA_C1(j + 6), NASA_C1(j + 7)
 
 // clang-format off
-#define NASA_WGMMA_N80(T, type)                                                                   \
+#define NASA_D5                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+    ", %16, %17, %18, %19"
+#define NASA_D8 NASA_D5                                            \
+    ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NASA_D9 NASA_D8    \
+    ", %32, %33, %34, %35"
+#define NASA_D10 NASA_D9   \
+    ", %36, %37, %38, %39"
+#define NASA_D16 NASA_D10                                                              \
+    ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55" \
+    ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define NASA_D20 NASA_D16                                                              \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+// the operands after the accumulators are numbered from 4 * tiles on
+#define NASA_WGMMA(T, type, tiles, n, a_, b_, add_, ...)                                          \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma<T, 10>(                                                 \
-        float (&c)[10][4], uint64_t a, uint64_t b, bool add) {                                    \
+    __device__ __forceinline__ void wgmma<T, tiles>(                                              \
+        float (&c)[tiles][4], uint64_t a, uint64_t b, bool add) {                                 \
         asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %42, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"                                    \
-            "}, %40, %41, add, 1, 1, 0, 0;\n}"                                                    \
-            : NASA_C5(0), NASA_C5(5)                                                              \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_ ", 0;\n"                               \
+            "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" NASA_D##tiles    \
+            "}, %" #a_ ", %" #b_ ", add, 1, 1, 0, 0;\n}"                                          \
+            : __VA_ARGS__                                                                         \
             : "l"(a), "l"(b), "r"(int(add)));                                                     \
     }
-NASA_WGMMA_N80(__half, "f16")
-NASA_WGMMA_N80(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_N80
-
-#define NASA_WGMMA_N128(T, type)                                                                  \
+#define NASA_WGMMA_VALUES(T, type, tiles, n, a0, a1, a2, a3, b_, add_, ...)                       \
     template <>                                                                                   \
-    __device__ __forceinline__ void wgmma<T, 16>(                                                 \
-        float (&c)[16][4], uint64_t a, uint64_t b, bool add) {                                    \
+    __device__ __forceinline__ void wgmma_values<T, tiles>(                                       \
+        float (&c)[tiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {                     \
         asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                     \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "         \
-            "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "         \
-            "%60, %61, %62, %63"                                                                  \
-            "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                    \
-            : NASA_C8(0), NASA_C8(8)                                                              \
-            : "l"(a), "l"(b), "r"(int(add)));                                                     \
-    }
-NASA_WGMMA_N128(__half, "f16")
-NASA_WGMMA_N128(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_N128
-
-#define NASA_WGMMA_VALUES_N40(T, type)                                                            \
-    template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 5>(                                           \
-        float (&c)[5][4], const uint32_t (&a)[4], uint64_t b, bool add) {                         \
-        asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %25, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n40k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19"                                                             \
-            "}, {%20, %21, %22, %23}, %24, add, 1, 1, 1;\n}"                                      \
-            : NASA_C5(0)                                                                          \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_ ", 0;\n"                               \
+            "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" NASA_D##tiles    \
+            "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_ ", add, 1, 1, 1;\n}"             \
+            : __VA_ARGS__                                                                         \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
     }
-NASA_WGMMA_VALUES_N40(__half, "f16")
-NASA_WGMMA_VALUES_N40(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_VALUES_N40
-
-#define NASA_WGMMA_VALUES_N64(T, type)                                                            \
-    template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 8>(                                           \
-        float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {                         \
-        asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31"                                                                            \
-            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"                                      \
-            : NASA_C8(0)                                                                          \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
-    }
-NASA_WGMMA_VALUES_N64(__half, "f16")
-NASA_WGMMA_VALUES_N64(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_VALUES_N64
-
-#define NASA_WGMMA_VALUES_N72(T, type)                                                            \
-    template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 9>(                                           \
-        float (&c)[9][4], const uint32_t (&a)[4], uint64_t b, bool add) {                         \
-        asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %41, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n72k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31, %32, %33, %34, %35"                                                        \
-            "}, {%36, %37, %38, %39}, %40, add, 1, 1, 1;\n}"                                      \
-            : NASA_C8(0), NASA_C1(8)                                                              \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
-    }
-NASA_WGMMA_VALUES_N72(__half, "f16")
-NASA_WGMMA_VALUES_N72(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_VALUES_N72
-
-#define NASA_WGMMA_VALUES_N80(T, type)                                                            \
-    template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 10>(                                          \
-        float (&c)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {                        \
-        asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %45, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type " {"                      \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"                                    \
-            "}, {%40, %41, %42, %43}, %44, add, 1, 1, 1;\n}"                                      \
-            : NASA_C5(0), NASA_C5(5)                                                              \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
-    }
-NASA_WGMMA_VALUES_N80(__half, "f16")
-NASA_WGMMA_VALUES_N80(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_VALUES_N80
-
-#define NASA_WGMMA_VALUES_N128(T, type)                                                           \
-    template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 16>(                                          \
-        float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {                        \
-        asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                     \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "         \
-            "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "         \
-            "%60, %61, %62, %63"                                                                  \
-            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"                                      \
-            : NASA_C8(0), NASA_C8(8)                                                              \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
-    }
-NASA_WGMMA_VALUES_N128(__half, "f16")
-NASA_WGMMA_VALUES_N128(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_VALUES_N128
-
-#define NASA_WGMMA_VALUES_N160(T, type)                                                           \
-    template <>                                                                                   \
-    __device__ __forceinline__ void wgmma_values<T, 20>(                                          \
-        float (&c)[20][4], const uint32_t (&a)[4], uint64_t b, bool add) {                        \
-        asm volatile(                                                                             \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %85, 0;\n"                                      \
-            "wgmma.mma_async.sync.aligned.m64n160k16.f32." type "." type " {"                     \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "                   \
-            "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "         \
-            "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, "         \
-            "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "         \
-            "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, "         \
-            "%75, %76, %77, %78, %79"                                                             \
-            "}, {%80, %81, %82, %83}, %84, add, 1, 1, 1;\n}"                                      \
-            : NASA_C5(0), NASA_C5(5), NASA_C5(10), NASA_C5(15)                                    \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                 \
-    }
-NASA_WGMMA_VALUES_N160(__half, "f16")
-NASA_WGMMA_VALUES_N160(__nv_bfloat16, "bf16")
-#undef NASA_WGMMA_VALUES_N160
+#define NASA_WGMMAS(T, type)                                                                      \
+    NASA_WGMMA(T, type, 10, 80, 40, 41, 42, NASA_C5(0), NASA_C5(5))                               \
+    NASA_WGMMA(T, type, 16, 128, 64, 65, 66, NASA_C8(0), NASA_C8(8))                              \
+    NASA_WGMMA_VALUES(T, type, 5, 40, 20, 21, 22, 23, 24, 25, NASA_C5(0))                         \
+    NASA_WGMMA_VALUES(T, type, 8, 64, 32, 33, 34, 35, 36, 37, NASA_C8(0))                         \
+    NASA_WGMMA_VALUES(T, type, 9, 72, 36, 37, 38, 39, 40, 41, NASA_C8(0), NASA_C1(8))             \
+    NASA_WGMMA_VALUES(T, type, 10, 80, 40, 41, 42, 43, 44, 45, NASA_C5(0), NASA_C5(5))            \
+    NASA_WGMMA_VALUES(T, type, 16, 128, 64, 65, 66, 67, 68, 69, NASA_C8(0), NASA_C8(8))           \
+    NASA_WGMMA_VALUES(T, type, 20, 160, 80, 81, 82, 83, 84, 85, NASA_C5(0), NASA_C5(5),           \
+                      NASA_C5(10), NASA_C5(15))
+NASA_WGMMAS(__half, "f16")
+NASA_WGMMAS(__nv_bfloat16, "bf16")
 // clang-format on
 
+#undef NASA_WGMMAS
+#undef NASA_WGMMA_VALUES
+#undef NASA_WGMMA
+#undef NASA_D20
+#undef NASA_D16
+#undef NASA_D10
+#undef NASA_D9
+#undef NASA_D8
+#undef NASA_D5
 #undef NASA_C8
 #undef NASA_C5
 #undef NASA_C1

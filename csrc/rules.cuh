@@ -58,17 +58,16 @@ __device__ __forceinline__ float weighted(float weight, float x) {
     return weight == 0.f ? 0.f : __fmul_rn(weight, x);
 }
 
-// O of one joint row into z_pos; the tile holds this warp's rows of O_s from column tile `column`
-// on
-template <typename T, int kPitch, int kTiles>
+// O of the joint rows into z_pos; fetch(j, c) is what O_s holds where z_pos[j] belongs
+template <int kTiles, typename Fetch>
 __device__ __forceinline__ void merge(float (&z_pos)[kTiles][4], const float (&inverse_pos)[2],
                                       const float (&z_neg)[kTiles][4],
                                       const float (&inverse_neg)[2], const Weights (&w)[2],
-                                      const unsigned char* tile, int column) {
+                                      Fetch fetch) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
         float shared[4];
-        fetch<T, kPitch>(shared, tile, column + j);
+        fetch(j, shared);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int r = i / 2;

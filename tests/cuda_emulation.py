@@ -276,6 +276,19 @@ class Call:
         return self.memory.upload(host), host
 
 
+def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint) -> Call:
+    """A forward call as csrc/bindings.cpp hands it to the launchers."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    number = 0.0 if alpha_map is not None else alpha
+    call = Call(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, scale)
+    if joint is not None:
+        call.add(joint, (q, k_pos, v_pos, k_neg, v_neg))
+        if joint.text_neg or joint.rule == "vsf":
+            call.params.prompt[NEG].n = k_neg.shape[1]
+    return call
+
+
 def forward(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
@@ -284,20 +297,17 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
 
-    path: "short" or "long" where both take the call; None is the launcher's choice.
+    path: "short" or "long" where both take the call; None is the launcher's choice. "sm90-short"
+        and "sm90-long" are forward_sm90's.
     blocks_per_head: Blocks that share the rows of a head in forward_short.
     """
+    if path is not None and path.startswith("sm90-"):
+        return forward_sm90(
+            q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos, mask_neg, scale,
+            path.removeprefix("sm90-"), blocks_per_head, joint,
+        )  # fmt: skip
     b, l, h, d = q.shape
-    scale = d**-0.5 if scale is None else scale
-    alpha_map = alpha if isinstance(alpha, Tensor) else None
-    call = Call(
-        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
-        0.0 if alpha_map is not None else alpha, scale,
-    )  # fmt: skip
-    if joint is not None:
-        call.add(joint, (q, k_pos, v_pos, k_neg, v_neg))
-        if joint.text_neg or joint.rule == "vsf":
-            call.params.prompt[NEG].n = k_neg.shape[1]
+    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
     n_pos, n_neg = (call.params.prompt[side].n for side in (POS, NEG))
     if q.numel() == 0:
         return call.o
@@ -316,48 +326,93 @@ def forward(
     return call.memory.download(call.params.o, like=call.o)
 
 
+MAPPED_BYTES = 256
+# of the Params of csrc/sm90.cuh: q, o, o_shared, k and v of both prompts
+MAPS = 7
+
+
 def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
-    """A `Mapped` of csrc/forward_sm90.cu: a tensor map of x as [b, h, rows, d], and its steps."""
+    """A `Mapped` of csrc/sm90.cuh: a tensor map of x as [b, h, rows, d], and its steps."""
     b, _, h, _ = x.shape
     step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
     # [b or 1, h or 1, rows, d]
     view = x[: b if step_b else 1, :, : h if step_h else 1].transpose(1, 2)
     tensor_map = ptx.tensor_map(call.memory, address, view, (1, 1, box_rows, 64), swizzle=128)
     steps = struct.pack("<3i", step_h, step_b, first_row)
-    return (tensor_map + steps).ljust(256, b"\0")
+    return (tensor_map + steps).ljust(MAPPED_BYTES, b"\0")
+
+
+# csrc/sm90.cuh
+GROUP_ROWS, ATOM_BYTES, QUERY_STAGES = 64, 128, 2
+
+
+def stream_keys(d: int) -> int:
+    return BLOCK_KEYS if d <= 128 else CLIP_KEYS
+
+
+def path_of_sm90(d: int, n_pos: int, n_neg: int) -> str:
+    """forward_sm90 or forward_sm90_long."""
+    longest = max(n_pos, n_neg)
+    return "short" if longest <= (BLOCK_KEYS if d in (64, 72, 128) else CLIP_KEYS) else "long"
+
+
+class Sm90Kernel(NamedTuple):
+    """What the launchers give to a kernel for Hopper: of its K and V tiles, its warpgroups."""
+
+    file: str
+    sizes: tuple[int, ...]
+    keys: int
+    groups: int  # with rows
+    threads: int
+    shared: int
+
+    @classmethod
+    def of(cls, path: str, d: int, n: int) -> "Sm90Kernel":
+        atoms = -(-d // 64)
+        rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
+        if path == "short":
+            keys = CLIP_KEYS if n <= CLIP_KEYS else BLOCK_KEYS
+            groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
+            tiles = 4 * atoms * keys * ATOM_BYTES
+            shared = tiles + groups * rows + 2 * keys * 4 + 8 * (2 + groups * barriers)
+            return cls("forward_sm90", (d, keys), keys, groups, groups * 128, shared)
+        keys, groups = stream_keys(d), 2
+        slots = 8 if d <= 64 else 4 if d <= 80 else 3
+        parked = 0 if d <= 80 else 16 if d <= 128 else 8
+        tiles = slots * atoms * keys * ATOM_BYTES + groups * 128 * parked * 16
+        shared = tiles + groups * rows + slots * keys * 4 + 8 * (3 * slots + groups * barriers)
+        return cls("forward_sm90_long", (d,), keys, groups, groups * 128 + 128, shared)
 
 
 def forward_sm90(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
-    scale: float | None = None, blocks_per_head: int = 1,
+    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+    joint: Joint | None = None,
 ) -> Tensor:  # fmt: skip
-    """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a."""
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a.
+
+    path: "short" or "long" where both take the call; None is the launcher's choice.
+    blocks_per_head: Blocks that share the rows of a head.
+    """
     b, l, h, d = q.shape
-    scale = d**-0.5 if scale is None else scale
-    alpha_map = alpha if isinstance(alpha, Tensor) else None
-    call = Call(
-        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
-        0.0 if alpha_map is not None else alpha, scale,
-    )  # fmt: skip
+    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
     p = call.params
-    keys = CLIP_KEYS if max(k_pos.shape[1], k_neg.shape[1]) <= CLIP_KEYS else BLOCK_KEYS
-    groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
-    maps = [mapped(call, p.q, q, 64), mapped(call, p.o, call.o, 64)]
+    n_pos, n_neg = (p.prompt[side].n for side in (POS, NEG))
+    how = Sm90Kernel.of(path or path_of_sm90(d, n_pos, n_neg), d, max(n_pos, n_neg))
+    maps = [mapped(call, p.q, q, GROUP_ROWS), mapped(call, p.o, call.o, GROUP_ROWS)]
+    maps.append(mapped(call, p.shared.o, joint.o, GROUP_ROWS) if joint else bytes(MAPPED_BYTES))
     for tensors, field in (((k_pos, k_neg), "k"), ((v_pos, v_neg), "v")):
         for side in (POS, NEG):
             prompt = p.prompt[side]
             if prompt.n:
-                maps.append(mapped(call, getattr(prompt, field), tensors[side], keys))
+                maps.append(mapped(call, getattr(prompt, field), tensors[side], how.keys))
             else:
-                maps.append(mapped(call, p.q, q[:1, :, :1].expand_as(q), keys, first_row=l))
+                maps.append(mapped(call, p.q, q[:1, :, :1].expand_as(q), how.keys, first_row=l))
     params = b"".join(maps) + bytes(p)
-    loaded = kernel("forward_sm90", "forward_sm90_kernel", q.dtype, d, keys)
-    atoms = -(-d // 64)
-    tiles = 4 * atoms * keys * 128 + groups * 2 * atoms * 64 * 128
-    shared = tiles + 8 * keys + 8 * (2 + 2 * groups)
+    loaded = kernel(how.file, f"{how.file}_kernel", q.dtype, *how.sizes)
     params = params.ljust(-(-len(params) // 128) * 128, b"\0")
-    call.launch(loaded, b * h * blocks_per_head, 128 * groups, shared, params, blocks_per_head)
+    call.launch(loaded, b * h * blocks_per_head, how.threads, how.shared, params, blocks_per_head)
     return call.memory.download(p.o, like=call.o)
 
 

@@ -45,7 +45,7 @@ size_t parameter_bytes(const std::string& name) {
         return sizeof(nasa::BackwardParams);
     }
     if (name.find("sm90") == std::string::npos) return sizeof(nasa::ForwardParams);
-    return (6 * 256 + sizeof(nasa::ForwardParams) + 127) / 128 * 128;
+    return (7 * 256 + sizeof(nasa::ForwardParams) + 127) / 128 * 128;
 }
 
 // What cuTensorMapEncodeTiled is told, in place of the 128 opaque bytes

@@ -22,6 +22,7 @@ LOCAL = ("LDL", "STL")
 # what the kernels exist for, by a part of their name
 NEEDED = {
     "forward_sm90_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"),
+    "forward_sm90_long_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"),
     "forward_short_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "forward_long_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "backward_queries_kernel": ("HMMA", "LDSM", "LDGSTS"),

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_emulation import RULES, Joint, assert_as_accurate_as_eager, forward, nvcc
+from cuda_emulation import (
+    RULES,
+    Joint,
+    assert_as_accurate_as_eager,
+    forward,
+    forward_sm90,
+    nvcc,
+)
 from test_cuda_forward import NAN, Shape, make, strided
 from torch import Tensor
 
@@ -17,7 +24,8 @@ pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot 
 
 DTYPES = (torch.float16, torch.bfloat16)
 MINUS_INFINITY = float("-inf")
-# (path, shape): rows of every kind in one tile, and tiles of one kind alone
+PATHS = ("short", "long", "sm90-short", "sm90-long")
+# rows of every kind in one tile, and tiles of one kind alone
 SD3 = Shape("sd3", 1, 150, 1, 77, 30, 64)
 FLUX = Shape("flux", 1, 70, 1, 140, 256, 128)
 
@@ -103,7 +111,7 @@ def test_the_oracle_is_attention_over_the_joined_keys(rule):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("path", ["short", "long"])
+@pytest.mark.parametrize("path", PATHS)
 def test_rules_match_fp64(path, rule, dtype):
     """150 rows: 77 of the image, 43 of the positive text, 30 of the negative one."""
     check(SD3, dtype, make_joint(SD3, dtype, rule=rule, text_pos=43, text_neg=30), path=path)
@@ -126,8 +134,26 @@ def test_shapes_match_fp64(shape, rule):
     check(shape, torch.bfloat16, joint, alpha=0.8)
 
 
+@pytest.mark.parametrize(
+    ("shape", "path"),
+    [
+        (FLUX, "sm90-long"),
+        (Shape("many-tiles", 1, 64 * 7 + 5, 1, 150, 30, 64), "sm90-long"),
+        (Shape("many-tiles", 2, 64 * 7 + 5, 1, 77, 30, 40), "sm90-short"),
+        (Shape("d160", 1, 70, 2, 77, 33, 160), "sm90-short"),
+        (Shape("d160", 1, 70, 2, 177, 33, 160), "sm90-long"),
+        (Shape("d128", 1, 200, 1, 128, 100, 128), "sm90-short"),
+    ],
+    ids=str,
+)
+def test_shapes_match_fp64_on_hopper(shape, path):
+    """More rounds than stages; blocks whose rows leave out a prompt, and blocks that do not."""
+    joint = make_joint(shape, torch.bfloat16, text_pos=33, text_neg=5)
+    check(shape, torch.bfloat16, joint, alpha=0.8, path=path)
+
+
 @pytest.mark.parametrize("rule", RULES[:3])
-@pytest.mark.parametrize("path", ["short", "long"])
+@pytest.mark.parametrize("path", PATHS)
 def test_without_shared_keys_it_is_the_attention_of_the_two_prompts(path, rule):
     """Bit for bit, whatever O_s holds."""
     inputs = make(SD3, torch.bfloat16)
@@ -137,7 +163,7 @@ def test_without_shared_keys_it_is_the_attention_of_the_two_prompts(path, rule):
     assert torch.equal(forward(**inputs, joint=nothing, path=path), forward(**inputs, path=path))
 
 
-@pytest.mark.parametrize("path", ["short", "long"])
+@pytest.mark.parametrize("path", PATHS)
 def test_equal_prompts_cancel_to_zero(path):
     shape = SD3._replace(n_neg=SD3.n_pos)
     inputs = make(shape, torch.float16)
@@ -146,20 +172,21 @@ def test_equal_prompts_cancel_to_zero(path):
     assert forward(**inputs, alpha=1.0, joint=joint, path=path).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("run", [forward, forward_sm90], ids=["sm80", "sm90"])
 @pytest.mark.parametrize("rule", RULES[:3])
 @pytest.mark.parametrize("shape", [SD3, FLUX], ids=str)
-def test_alpha_zero_is_the_attention_over_shared_and_positive_keys(shape, rule):
+def test_alpha_zero_is_the_attention_over_shared_and_positive_keys(shape, rule, run):
     """Whatever the negative prompt is, also where alpha is a map and its rows hold NaN."""
     inputs = make(shape, torch.bfloat16)
     joint = make_joint(shape, torch.bfloat16, rule=rule)
     none = {"k_neg": inputs["k_neg"][:, :0], "v_neg": inputs["v_neg"][:, :0]}
-    alone = forward(**(inputs | none), alpha=0.0, joint=joint)
-    assert torch.equal(forward(**inputs, alpha=0.0, joint=joint), alone)
+    alone = run(**(inputs | none), alpha=0.0, joint=joint)
+    assert torch.equal(run(**inputs, alpha=0.0, joint=joint), alone)
     zeros = torch.zeros(shape.b, shape.l, shape.h)
     inputs["v_neg"][:, 3:] = NAN
-    assert torch.equal(forward(**inputs, alpha=zeros, joint=joint), alone)
+    assert torch.equal(run(**inputs, alpha=zeros, joint=joint), alone)
     text = joint._replace(rule="nasa-cross", text_pos=shape.l)
-    assert torch.equal(forward(**inputs, alpha=0.7, joint=text), alone)
+    assert torch.equal(run(**inputs, alpha=0.7, joint=text), alone)
 
 
 def test_alpha_zero_under_vsf_keeps_the_negative_prompt_in_the_denominator():
@@ -169,21 +196,22 @@ def test_alpha_zero_under_vsf_keeps_the_negative_prompt_in_the_denominator():
                                        alpha=torch.zeros(1, SD3.l, 1)))  # fmt: skip
 
 
+@pytest.mark.parametrize("run", [forward, forward_sm90], ids=["sm80", "sm90"])
 @pytest.mark.parametrize("shape", [SD3, FLUX], ids=str)
-def test_a_text_attends_to_its_own_prompt_alone(shape):
+def test_a_text_attends_to_its_own_prompt_alone(shape, run):
     """NaN in the other one changes nothing, in tiles of one kind of rows and in tiles of all."""
     inputs = make(shape, torch.bfloat16)
     text = shape.l // 2
     joint = make_joint(shape, torch.bfloat16, text_pos=shape.l - text, text_neg=text)
-    sound = forward(**inputs, alpha=0.5, joint=joint)
+    sound = run(**inputs, alpha=0.5, joint=joint)
     for side, rows in (("neg", slice(None, -text)), ("pos", slice(-text, None))):
         poisoned = inputs | {f"v_{side}": torch.full_like(inputs[f"v_{side}"], NAN)}
-        o = forward(**poisoned, alpha=0.5, joint=joint)
+        o = run(**poisoned, alpha=0.5, joint=joint)
         assert torch.equal(o[:, rows], sound[:, rows])
         assert o.isnan().any()
 
 
-@pytest.mark.parametrize("path", ["short", "long"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_segment_without_keys_contributes_nothing(rule, path):
     """Row by row for the shared keys, by a mask for a prompt; and a row without any key is 0."""
@@ -201,19 +229,28 @@ def test_nothing_but_shared_keys():
     """No prompt has a key: the long kernel walks over nothing."""
     shape = SD3._replace(n_pos=0, n_neg=0, d=128)
     joint = make_joint(shape, torch.float16, rule="nasa-cross")
-    assert torch.equal(forward(**make(shape, torch.float16), joint=joint, path="long"), joint.o)
+    for path in ("long", "sm90-short", "sm90-long"):
+        assert torch.equal(forward(**make(shape, torch.float16), joint=joint, path=path), joint.o)
 
 
-def test_the_kernel_cannot_be_seen_in_the_result():
+@pytest.mark.parametrize("kind", ["", "sm90-"], ids=["sm80", "sm90"])
+def test_the_kernel_cannot_be_seen_in_the_result(kind):
     inputs = make(SD3, torch.bfloat16)
     joint = make_joint(SD3, torch.bfloat16, text_pos=43, text_neg=30)
-    short = forward(**inputs, joint=joint, path="short")
-    assert torch.equal(short, forward(**inputs, joint=joint, path="long"))
-    assert torch.equal(short, forward(**inputs, joint=joint, path="short", blocks_per_head=2))
+    short = forward(**inputs, joint=joint, path=kind + "short")
+    assert torch.equal(short, forward(**inputs, joint=joint, path=kind + "long"))
+    assert torch.equal(
+        short, forward(**inputs, joint=joint, path=kind + "short", blocks_per_head=2)
+    )
 
 
-@pytest.mark.parametrize("path", ["short", "long"])
-@pytest.mark.parametrize("how", ["bhnd", "odd-rows", "odd-start"])
+@pytest.mark.parametrize(
+    ("how", "path"),
+    [
+        *((how, path) for how in ("bhnd", "odd-rows", "odd-start") for path in PATHS[:2]),
+        *((how, path) for how in ("bhnd", "padded-rows") for path in PATHS[2:]),
+    ],
+)
 def test_strides_do_not_matter(how, path):
     shape = Shape("strides", 2, 18, 2, 21, 30, 40)
     inputs = make(shape, torch.float16)
@@ -227,16 +264,18 @@ def test_strides_do_not_matter(how, path):
     assert torch.equal(forward(**inputs, joint=joint._replace(lse=heads), path=path), expected)
 
 
-def test_masks_and_alpha_maps_match_fp64():
+@pytest.mark.parametrize("path", ["long", "sm90-long"])
+def test_masks_and_alpha_maps_match_fp64(path):
     generator = torch.Generator().manual_seed(3)
     mask_pos, mask_neg = (torch.rand(1, n, generator=generator) < 0.6 for n in (140, 256))
     alpha = torch.linspace(-1, 2, FLUX.l)[None, :, None]
     joint = make_joint(FLUX, torch.float16, rule="nasa-text", text_pos=9, text_neg=20)
-    check(FLUX, torch.float16, joint, alpha, mask_pos=mask_pos, mask_neg=mask_neg)
+    check(FLUX, torch.float16, joint, alpha, path, mask_pos=mask_pos, mask_neg=mask_neg)
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize("run", [forward, forward_sm90], ids=["sm80", "sm90"])
+def test_large_scores_do_not_overflow(run):
     inputs = make(SD3, torch.bfloat16)
     shared = make_joint(SD3, torch.bfloat16)
-    o = forward(**(inputs | {"q": inputs["q"] * 100}), joint=shared._replace(lse=shared.lse * 100))
+    o = run(**(inputs | {"q": inputs["q"] * 100}), joint=shared._replace(lse=shared.lse * 100))
     assert o.isfinite().all()

@@ -5,13 +5,23 @@ blocks, shared memory, arguments and tensor maps.
 """
 
 import ctypes
+import itertools
 import re
 from typing import NamedTuple
 
 import cuda_emulation
 import pytest
 import torch
-from cuda_emulation import REPORTS, BackwardParams, ForwardParams, nvcc
+from cuda_emulation import (
+    MAPPED_BYTES,
+    MAPS,
+    REPORTS,
+    BackwardParams,
+    ForwardParams,
+    Sm90Kernel,
+    nvcc,
+    path_of_sm90,
+)
 from test_cuda_backward import make_grad
 from test_cuda_forward import EDGES, MODELS, Shape, make
 from test_cuda_joint import make_joint
@@ -81,6 +91,10 @@ def forward_params(launch: cuda_emulation.Launch) -> ForwardParams:
     return ForwardParams.from_buffer_copy(launch.args[0])
 
 
+def sm90_params(launch: cuda_emulation.Launch) -> ForwardParams:
+    return ForwardParams.from_buffer_copy(launch.args[0][MAPS * MAPPED_BYTES :])
+
+
 CALLS = [s for s in (*MODELS, *EDGES) if s.n_pos + s.n_neg]
 
 
@@ -135,6 +149,9 @@ SM90 = (
     Shape("sdxl", 2, 65, 2, 77, 77, 64),
     Shape("pixart", 1, 33, 1, 120, 77, 72),
     Shape("sd15", 1, 17, 3, 77, 20, 160),
+    Shape("wan", 1, 130, 2, 140, 260, 128),
+    Shape("sd15-long", 2, 70, 1, 77, 81, 40),
+    Shape("sd15-16-long", 1, 70, 1, 160, 81, 160),
 )
 
 
@@ -145,29 +162,35 @@ def told(map_bytes: bytes) -> dict:
     return {"address": words[0], "shape": words[1:5], "strides": words[5:8], "box": box}
 
 
-@pytest.mark.parametrize("broadcast", [False, True], ids=["own", "broadcast"])
+@pytest.mark.parametrize("how", ["own", "broadcast", "joint"])
 @pytest.mark.parametrize("shape", SM90, ids=str)
-def test_hopper_launches_what_the_emulation_runs(recorder, shape, broadcast):
-    inputs = make(shape, torch.bfloat16)
-    if broadcast:
+def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
+    inputs, joint = make(shape, torch.bfloat16), None
+    if how == "broadcast":
         inputs = {
             name: x if name == "q" else x[:1, :, :1].expand(shape.b, -1, shape.h, -1)
             for name, x in inputs.items()
         }
-    groups = 3 if shape.d <= 80 and max(shape.n_pos, shape.n_neg) <= 80 else 2
-    cuda_emulation.forward_sm90(**inputs, blocks_per_head=-(-shape.l // (64 * groups)))
+    elif how == "joint":
+        joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
+    longest = max(shape.n_pos, shape.n_neg)
+    path = path_of_sm90(shape.d, shape.n_pos, shape.n_neg)
+    rows = 64 * Sm90Kernel.of(path, shape.d, longest).groups
+    cuda_emulation.forward_sm90(**inputs, blocks_per_head=-(-shape.l // rows), joint=joint)
     launch = REPORTS[-1]
-    params = launch.args[0]
-    call = ForwardParams.from_buffer_copy(params[6 * 256 :])
+    params, call = launch.args[0], sm90_params(launch)
     (record,) = launches(recorder, H200, call)
     assert recorded(record) == emulated(launch)
-    arguments = bytes(record.arguments)
-    assert arguments[6 * 256 : 6 * 256 + ctypes.sizeof(call)] == bytes(call)
+    arguments, first = bytes(record.arguments), MAPS * MAPPED_BYTES
+    assert arguments[first : first + ctypes.sizeof(call)] == bytes(call)
     assert arguments[len(params) : len(params) + 4] == launch.args[1].to_bytes(4, "little")
-    for i, expected in enumerate(launch.memory.tensor_maps):
-        mapped = arguments[256 * i : 256 * (i + 1)]
+    # without shared keys there is no map of O_s
+    places = [i for i in range(MAPS) if joint or i != 2]
+    for i, expected in zip(places, launch.memory.tensor_maps, strict=True):
+        place = slice(MAPPED_BYTES * i, MAPPED_BYTES * (i + 1))
+        mapped = arguments[place]
         # step_h, step_b, first_row
-        assert mapped[128:140] == params[256 * i + 128 : 256 * i + 140]
+        assert mapped[128:140] == params[place][128:140]
         actual = told(mapped)
         assert actual["address"] == expected.address
         assert actual["shape"] == list(expected.shape)
@@ -188,7 +211,7 @@ def test_hopper_launches_what_the_emulation_runs(recorder, shape, broadcast):
 )
 def test_hopper_leaves_other_calls_to_the_other_kernels(recorder, change, reason):
     cuda_emulation.forward_sm90(**make(SM90[0], torch.bfloat16))
-    params = ForwardParams.from_buffer_copy(REPORTS[-1].args[0][6 * 256 :])
+    params = sm90_params(REPORTS[-1])
     assert "sm90" in launches(recorder, H200, params)[0].name
     assert "sm90" not in launches(recorder, A100, params)[0].name
     for name, value in change.items():
@@ -199,16 +222,33 @@ def test_hopper_leaves_other_calls_to_the_other_kernels(recorder, change, reason
     assert "short" in launches(recorder, H200, params)[0].name
 
 
-def test_hopper_leaves_a_joint_call_to_the_other_kernels(recorder):
+def test_hopper_leaves_a_shared_segment_that_does_not_move_to_the_other_kernels(recorder):
     shape = SM90[0]
     joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
     cuda_emulation.forward(**make(shape, torch.bfloat16), joint=joint)
     params = forward_params(REPORTS[-1])
+    assert "sm90" in launches(recorder, H200, params)[0].name
+    params.shared.o_strides[1] = 0
     (record,) = launches(recorder, H200, params)
     assert "short" in record.name
     assert bytes(record.arguments)[: ctypes.sizeof(params)] == bytes(params)
-    params.shared.o = 0
-    assert "sm90" in launches(recorder, H200, params)[0].name
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["two-prompts", "joint"])
+def test_hopper_takes_a_positive_prompt_whatever_the_negative_one_is(recorder, joint):
+    """Its two kernels give the same bits, so alpha 0 keeps those of the positive prompt alone."""
+    shape = SM90[2]
+    segment = make_joint(shape, torch.bfloat16) if joint else None
+    cuda_emulation.forward(**make(shape, torch.bfloat16), joint=segment)
+    params = forward_params(REPORTS[-1])
+    recorder.test_use_device(*H200)
+    lengths = (0, 1, 80, 81, 128, 129, 5000)
+    for params.d, n_pos, n_neg in itertools.product((40, 64, 128, 160), lengths, lengths):
+        params.prompt[0].n, params.prompt[1].n = n_pos, n_neg
+        assert recorder.test_forward(ctypes.byref(params)) == 0
+        path = path_of_sm90(params.d, n_pos, n_neg)
+        name = recorder.test_launch(0).contents.name
+        assert ("sm90_long" if path == "long" else "sm90_kernel") in name, (params.d, n_pos, n_neg)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
