@@ -17,6 +17,9 @@ from torch import Tensor
 
 from nasa_kernels import backends, ops
 from nasa_kernels.attention import nasa_attention
+from nasa_kernels.checks import autocast, check_mask, check_prompt, check_queries
+
+_NAME = "nag_attention"
 
 
 def nag_attention(
@@ -60,10 +63,26 @@ def nag_attention(
         ValueError: As `nasa_attention`, or a NAG parameter is out of its range.
         RuntimeError: As `nasa_attention`.
     """
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        q, k_pos, v_pos, k_neg, v_neg = autocast(q, k_pos, v_pos, k_neg, v_neg)
+        with torch.autocast(device, enabled=False):
+            return nag_attention(
+                q, k_pos, v_pos, k_neg, v_neg,
+                nag_scale=nag_scale, nag_tau=nag_tau, nag_alpha=nag_alpha,
+                mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend,
+            )  # fmt: skip
+    check_queries(_NAME, q)
+    k_pos, v_pos = check_prompt(_NAME, q, k_pos, v_pos, "_pos")
+    k_neg, v_neg = check_prompt(_NAME, q, k_neg, v_neg, "_neg")
+    if mask_pos is not None:
+        mask_pos = check_mask(_NAME, q, k_pos, mask_pos, "mask_pos")
+    if mask_neg is not None:
+        mask_neg = check_mask(_NAME, q, k_neg, mask_neg, "mask_neg")
     _check_number("nag_scale", nag_scale)
     _check_number("nag_tau", nag_tau)
     if nag_tau <= 0:
-        raise ValueError(f"nag_attention: nag_tau must be above 0, got {nag_tau}")
+        raise ValueError(f"{_NAME}: nag_tau must be above 0, got {nag_tau}")
     alpha_map, alpha = _check_alpha(q, nag_alpha)
 
     def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,10 +137,10 @@ def blend(
 
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise ValueError(f"nag_attention: {name} must be a number, got {type(value).__name__}")
+        raise ValueError(f"{_NAME}: {name} must be a number, got {type(value).__name__}")
     # of a symbol the compiler cannot ask this
     if isinstance(value, (int, float)) and not math.isfinite(value):
-        raise ValueError(f"nag_attention: {name} must be finite, got {value}")
+        raise ValueError(f"{_NAME}: {name} must be finite, got {value}")
 
 
 def _check_alpha(q: Tensor, nag_alpha: float | Tensor) -> tuple[Tensor | None, float]:
@@ -129,23 +148,21 @@ def _check_alpha(q: Tensor, nag_alpha: float | Tensor) -> tuple[Tensor | None, f
     if not isinstance(nag_alpha, Tensor):
         _check_number("nag_alpha", nag_alpha)
         return None, float(nag_alpha)
-    if q.dim() != 4:
-        raise ValueError(f"nag_attention: q must be [b, l, h, d], got {list(q.shape)}")
     rows = (*q.shape[:2], 1)
     if nag_alpha.dtype != torch.float32 and not nag_alpha.dtype == q.dtype == torch.float64:
         raise ValueError(
-            f"nag_attention: a tensor nag_alpha must be fp32, got {nag_alpha.dtype}; call "
+            f"{_NAME}: a tensor nag_alpha must be fp32, got {nag_alpha.dtype}; call "
             "nag_alpha.float()"
         )
     sizes = zip(nag_alpha.shape, rows[3 - nag_alpha.dim() :], strict=True)
     if nag_alpha.dim() > 3 or any(size not in (1, row) for size, row in sizes):
         raise ValueError(
-            f"nag_attention: nag_alpha must broadcast to [b, l, 1] {list(rows)}, got "
+            f"{_NAME}: nag_alpha must broadcast to [b, l, 1] {list(rows)}, got "
             f"{list(nag_alpha.shape)}; it is the same for all heads, whose common norm it blends"
         )
     if nag_alpha.device != q.device:
         raise ValueError(
-            f"nag_attention: nag_alpha must be on the device of q, {q.device}, got "
+            f"{_NAME}: nag_alpha must be on the device of q, {q.device}, got "
             f"{nag_alpha.device}; call nag_alpha.to(q.device)"
         )
     return nag_alpha.expand(rows), 0.0

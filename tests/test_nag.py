@@ -241,6 +241,10 @@ def test_compiles_whole(backend):
         ({"nag_alpha": torch.ones(2, 19, 3)}, "must broadcast to [b, l, 1]"),
         ({"nag_alpha": torch.ones((), dtype=torch.float64)}, "call nag_alpha.float()"),
         ({"q": torch.zeros(2, 3)}, "q must be [b, l, h, d]"),
+        # the negative's tensors by their own name, also where they are not used
+        ({"k_neg": torch.zeros(3)}, "nag_attention: k_neg must be [2 or 1, n,"),
+        ({"k_neg": torch.zeros(3), "nag_alpha": 0.0}, "nag_attention: k_neg must be [2 or 1, n,"),
+        ({"mask_neg": torch.ones(2, 1)}, "nag_attention: mask_neg must be [2 or 1, "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
