@@ -28,7 +28,7 @@ _PREFERENCE = {
     "meta": ("triton", "cpu"),
 }
 # which have a backward pass for joint attention
-_JOINT_BACKWARD = ("cpu", "reference")
+_JOINT_BACKWARD = ("triton", "cpu", "reference")
 _DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
     "triton": (torch.float16, torch.bfloat16, torch.float32),

@@ -28,7 +28,7 @@ def attention(
     c = rules.coefficients(
         rule,
         Segments(lse_shared, lse_pos, lse_neg),
-        _alpha(q, alpha_map, alpha),
+        rules.alpha_per_row(q, alpha_map, alpha),
         text_pos,
         text_neg,
     )
@@ -55,7 +55,7 @@ def backward(
         o.append(o_i)
         lse.append(lse_i)
     # c_i, and the gradients of lse_i
-    weights = _alpha(q, alpha_map, alpha)
+    weights = rules.alpha_per_row(q, alpha_map, alpha)
     c = rules.coefficients(rule, Segments(*lse), weights, text_pos, text_neg)
     u = Segments(*(torch.linalg.vecdot(do, o_i) for o_i in o))
     dlse, dalpha = rules.gradients(rule, Segments(*lse), weights, u, text_pos, text_neg)
@@ -110,9 +110,3 @@ def _attend_prompt(
     if x.present is not None:
         lse = torch.where(x.present.any(2), lse, float("-inf"))
     return o, lse
-
-
-def _alpha(q: Tensor, alpha_map: Tensor | None, alpha: float) -> Tensor:
-    """[b, h, l]"""
-    b, l, h, _ = q.shape
-    return torch.full((b, h, l), alpha) if alpha_map is None else alpha_map.transpose(1, 2)

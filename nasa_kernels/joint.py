@@ -72,7 +72,7 @@ def nasa_joint_attention(
         rule: One of `"nasa"`, `"nasa-text"`, `"nasa-cross"`, `"vsf"`.
         text_queries: How many of the last queries are the positive's and the negative's own.
         mask_pos, mask_neg, scale, backend: As in `nasa_attention`. Gradients are computed by
-            `"cpu"` and `"reference"`; `None` takes the reference for them on a GPU.
+            `"triton"`, `"cpu"` and `"reference"`.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`, its rows in the order of `q`.

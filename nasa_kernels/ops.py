@@ -5,9 +5,9 @@
                      returns what backward_NAME wants to have kept
     backward_NAME    the gradients that are asked for
 
-and for joint attention `joint_forward_NAME`, and with a gradient `joint_attention_cpu` and
-`joint_backward_cpu`. Inference has an operator
-of its own because a registered gradient costs microseconds of host time in every call, used or not.
+and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`.
+Inference has an operator of its own because a registered gradient costs microseconds of host time
+in every call, used or not.
 
 Torch only. A back end is imported when its operator first runs, so importing the package, tracing
 and counting need neither Triton nor a GPU. A call crosses the operator boundary once.
@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu")
-# joint attention with a gradient is the cpu back end's; elsewhere the reference has it
 JOINT_BACKENDS = ("cuda", "triton", "cpu")
+# those with a gradient for joint attention; elsewhere the reference has it
+JOINT_GRADIENT_BACKENDS = ("triton", "cpu")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 # CPU for Triton as well: tests run the kernels there in its interpreter
 _DEVICES = {"triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
@@ -72,11 +73,15 @@ def _attention_fake(backend: str) -> Callable:
     return fake if backend in _KEPT else _forward_fake
 
 
-def _joint_attention_fake(q, *args) -> tuple[Tensor, ...]:
-    b, l, h, _ = q.shape
-    o_shared = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse_shared = torch.empty((b, h, l), dtype=torch.float32, device=q.device)
-    return _forward_fake(q), o_shared, lse_shared
+def _joint_attention_fake(backend: str) -> Callable:
+    def fake(q, *args) -> tuple[Tensor, ...]:
+        b, l, h, _ = q.shape
+        dtype = torch.float32 if backend == "cpu" else q.dtype
+        o_shared = torch.empty(q.shape, dtype=dtype, device=q.device)
+        lse_shared = torch.empty((b, h, l), dtype=torch.float32, device=q.device)
+        return _forward_fake(q), o_shared, lse_shared
+
+    return fake
 
 
 def _backward_fake(*args) -> tuple[Tensor, ...]:
@@ -267,22 +272,27 @@ def _register_joint(backend: str) -> Any:
     return forward
 
 
-def _register_joint_gradient() -> Any:
-    """`joint_attention_cpu` and `joint_backward_cpu`."""
+def _register_joint_gradient(backend: str) -> Any:
+    """Define `joint_backward_NAME`, and define and return `joint_attention_NAME`."""
     attention = _define(
-        "joint_attention_cpu",
+        f"joint_attention_{backend}",
         _attention_schema(_JOINT_INPUTS, _JOINT_KEPT),
-        _joint_attention_fake,
+        _joint_attention_fake(backend),
         _joint_forward_flops,
     )
     backward = _define(
-        "joint_backward_cpu",
+        f"joint_backward_{backend}",
         _backward_schema(_JOINT_INPUTS, _JOINT_KEPT, 8),
         _joint_backward_fake,
         _joint_backward_flops,
     )
-    for operator, function in ((attention, "attention"), (backward, "backward")):
-        torch.library.impl(operator.name(), "CPU", _lazily("nasa_kernels.cpu_joint", function))
+    of_attention, of_backward = {
+        "triton": ("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+        "cpu": ("nasa_kernels.cpu_joint", "nasa_kernels.cpu_joint"),
+    }[backend]
+    devices = _DEVICES[backend]
+    torch.library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
+    torch.library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
 
@@ -299,7 +309,9 @@ _OPERATORS = {backend: _register(backend) for backend in BACKENDS}
 FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
 JOINT_FORWARD = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
-JOINT_ATTENTION = {"cpu": _register_joint_gradient()}
+JOINT_ATTENTION = {
+    backend: _register_joint_gradient(backend) for backend in JOINT_GRADIENT_BACKENDS
+}
 
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(

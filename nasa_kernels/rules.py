@@ -30,6 +30,14 @@ class Segments(NamedTuple):
     neg: Tensor
 
 
+def alpha_per_row(q: Tensor, alpha_map: Tensor | None, alpha: float) -> Tensor:
+    """alpha of a call in fp32, from its map [b, l, h] or from the number."""
+    b, l, h, _ = q.shape
+    if alpha_map is None:
+        return torch.full((b, h, l), alpha, dtype=torch.float32, device=q.device)
+    return alpha_map.transpose(1, 2)
+
+
 def coefficients(rule: int, lse: Segments, alpha: Tensor, text_pos: int, text_neg: int) -> Segments:
     parts = [
         _coefficients(kind, Segments(*(x[..., rows] for x in lse)), alpha[..., rows])

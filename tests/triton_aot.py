@@ -18,10 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from nasa_kernels._triton import backward, configs, forward
+from nasa_kernels._triton import backward, configs, forward, joint, joint_backward
 from nasa_kernels.testing import MODEL_SHAPES
 
 MODELS = ("sd15-64", "sd15-32", "sd15-16", "sdxl-64", "pixart-1024", "sana-1.6b", "wan-1.3b")
+# head_dim and keys of the image and of each text
+JOINT_MODELS = {"flux": (128, 4096, 512), "sd3": (64, 4096, 333)}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -86,27 +88,42 @@ def main(arch: int) -> None:
         for name, value in (("architecture", arch), ("shared_memory", SHARED_MEMORY[arch])):
             if hasattr(module, name):
                 setattr(module, name, lambda device, value=value: value)
-    forward.forward_kernel = CompileOnly(forward.forward_kernel)
-    backward.query_kernel = CompileOnly(backward.query_kernel)
-    backward.key_kernel = CompileOnly(backward.key_kernel)
+    kernels = {
+        "forward": (forward, "forward_kernel"),
+        "queries": (backward, "query_kernel"),
+        "keys": (backward, "key_kernel"),
+        "joint": (joint, "joint_kernel"),
+        "joint-statistics": (joint_backward, "statistics_kernel"),
+        "joint-queries": (joint_backward, "query_kernel"),
+    }
+    compilers = {}
+    for name, (module, kernel) in kernels.items():
+        compilers[name] = CompileOnly(getattr(module, kernel))
+        setattr(module, kernel, compilers[name])
+
+    def report(model: str) -> None:
+        for name, kernel in compilers.items():
+            if kernel.compiled is not None:
+                row = {"kernel": name, "model": model, "triton": triton.__version__}
+                print(json.dumps(row | statistics(kernel.compiled)), flush=True)
+                kernel.compiled = None
+
+    def empty(b, n, h, d):
+        return torch.empty(b, n, h, d, dtype=torch.bfloat16)
+
     for shape in MODEL_SHAPES:
-        if shape.name not in MODELS:
-            continue
-
-        def empty(n, shape=shape):
-            return torch.empty(16, n, shape.h, shape.d, dtype=torch.bfloat16)
-
-        q, k = empty(64), empty(shape.n_pos)
-        rest = (None, None, None, 0.5, shape.d**-0.5)
-        forward.forward(q, k, k, k, k, *rest)
-        backward.backward(q, q, k, k, k, k, *rest, [True] * 6)
-        for name, kernel in (
-            ("forward", forward.forward_kernel),
-            ("queries", backward.query_kernel),
-            ("keys", backward.key_kernel),
-        ):
-            row = {"kernel": name, "model": shape.name, "triton": triton.__version__}
-            print(json.dumps(row | statistics(kernel.compiled)), flush=True)
+        if shape.name in MODELS:
+            q, k = (empty(16, n, shape.h, shape.d) for n in (64, shape.n_pos))
+            rest = (None, None, None, 0.5, shape.d**-0.5)
+            forward.forward(q, k, k, k, k, *rest)
+            backward.backward(q, q, k, k, k, k, *rest, [True] * 6)
+            report(shape.name)
+    for model, (d, image, text) in JOINT_MODELS.items():
+        q, k, prompt = (empty(1, n, 24, d) for n in (64, image, text))
+        arguments = (q, k, k, *(prompt,) * 4, None, None, None, 0.5, d**-0.5, 0, 16, 16)
+        _, *kept = joint.attention(*arguments)
+        joint_backward.backward(q, *kept, *arguments, [True] * 8)
+        report(model)
 
 
 if __name__ == "__main__":

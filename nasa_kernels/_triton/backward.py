@@ -2,7 +2,7 @@
 
     w+ = 1, w- = -alpha          O = w+ P+ V+ + w- P- V-            P = softmax(Q K^T * scale)
 
-    dP = dO V^T    u = rowsum(P * dP)    dS = w P * (dP - u)
+    dP = dO V^T    u = rowsum(P * dP)    dS = P * w (dP - u)
     dQ = scale * sum over both prompts of dS K       dK = scale * dS^T Q
     dV = w P^T dO                                    dalpha = -u-
 
@@ -11,12 +11,19 @@ writes dQ, and leaves the log-sum-exp and u of each row. `key_kernel` owns a blo
 prompt and walks over the queries. The forward pass saves nothing: rowsum(dO * O), which other
 attentions save, mixes the two prompts and cannot give u+ and u-.
 
-Names as in `forward.py`. lse is base 2, of unscaled scores: 2^(s c - lse) = P, c = scale log2(e).
+In joint attention (`joint_backward.py`) w is a function of the log-sum-exps, which then have a
+gradient of their own: dS = P * (w (dP - u) + dlse).
+
+Names as in `forward.py`. lse is base 2, of unscaled scores: 2^(s c - lse) = P, c = scale log2(e);
+never -inf, which would make NaN of the scores of keys that are not there.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from nasa_kernels._triton.configs import (
     architecture,
@@ -36,6 +43,8 @@ from nasa_kernels._triton.tiles import (
     load_keys,
     load_prompt,
     load_rows,
+    of_head,
+    prompt_of_head,
     scale_rows,
     store_rows,
     transposed,
@@ -72,12 +81,12 @@ def queries_resident(
 
 
 @triton.jit
-def queries_streamed(
-    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, w, qk_scale,
+def statistics_streamed(
+    q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, qk_scale,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The same for a prompt that passes in blocks, twice: for the statistics, then for dQ."""
+    """lse and u of each row over keys that pass in blocks; -inf and 0 where it has none."""
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)
     u = tl.zeros([BLOCK_L], tl.float32)
@@ -90,8 +99,15 @@ def queries_streamed(
         p, m, decay = online_step(s, m, qk_scale)
         l = l * decay + tl.sum(p, 1)
         u = u * decay + tl.sum(p * dot(do, transposed(v)), 1)
-    l = nonzero(l)
-    lse, u = finite(m) * qk_scale + tl.log2(l), u / l
+    return finite(m) * qk_scale + tl.log2(l), u / nonzero(l)
+
+
+@triton.jit
+def add_streamed(
+    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, lse, u, w, dlse, qk_scale,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """dQ / scale plus the part of keys that pass in blocks."""
     for start in range(0, n, BLOCK_N):
         k, v = load_keys(
             K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
@@ -99,9 +115,19 @@ def queries_streamed(
         key = start + tl.arange(0, BLOCK_N)
         s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
         p = tl.exp2(s * qk_scale - lse[:, None])
-        ds = p * (dot(do, transposed(v)) - u[:, None]) * w[:, None]
+        dp = dot(do, transposed(v))
+        ds = gradient_of_scores(p, p * w[:, None], dp, u[:, None], dlse)
         dq = add_dot(dq, ds, transposed(k))
-    return dq, lse, u
+    return dq
+
+
+@triton.jit
+def gradient_of_scores(p, weighted, dp, u, dlse):
+    """dS from p and w p; u and dlse stand beside their rows, dlse is None where it is 0."""
+    ds = weighted * (dp - u)
+    if dlse is not None:
+        ds += p * dlse
+    return ds
 
 
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg"])
@@ -119,16 +145,16 @@ def query_kernel(
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    Q += tl.multiple_of(b * stride_qb + h * stride_qh, ALIGN)
-    DO += tl.multiple_of(b * stride_db + h * stride_dh, ALIGN)
-    K_pos += tl.multiple_of(b * stride_kpb + h * stride_kph, ALIGN)
-    V_pos += tl.multiple_of(b * stride_vpb + h * stride_vph, ALIGN)
-    K_neg += tl.multiple_of(b * stride_knb + h * stride_knh, ALIGN)
-    V_neg += tl.multiple_of(b * stride_vnb + h * stride_vnh, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
+    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
+    DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
+    K_pos, V_pos, MASK_pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, b, h,
+        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
+    )  # fmt: skip
+    K_neg, V_neg, MASK_neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, b, h,
+        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
+    )  # fmt: skip
 
     row = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
@@ -144,9 +170,14 @@ def query_kernel(
             -alpha_row, qk_scale, NEG_CUT, D, D_CUT, ALIGN,
         )  # fmt: skip
     else:
-        dq, lse_neg, u_neg = queries_streamed(
+        lse_neg, u_neg = statistics_streamed(
+            q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
+            qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
+        )  # fmt: skip
+        lse_neg = finite(lse_neg)
+        dq = add_streamed(
             dq, q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            -alpha_row, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
+            lse_neg, u_neg, -alpha_row, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
         )  # fmt: skip
     if len(POS_CUT) > 0:
         dq, lse_pos, u_pos = queries_resident(
@@ -154,9 +185,14 @@ def query_kernel(
             ones, qk_scale, POS_CUT, D, D_CUT, ALIGN,
         )  # fmt: skip
     else:
-        dq, lse_pos, u_pos = queries_streamed(
+        lse_pos, u_pos = statistics_streamed(
+            q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
+            qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
+        )  # fmt: skip
+        lse_pos = finite(lse_pos)
+        dq = add_streamed(
             dq, q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            ones, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
+            lse_pos, u_pos, ones, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
         )  # fmt: skip
 
     if DQ is not None:
@@ -170,30 +206,32 @@ def query_kernel(
     tl.store(U_neg + statistic, u_neg, mask=row < L)
 
 
-@triton.jit(do_not_specialize=["L", "n"])
+@triton.jit(do_not_specialize=["L", "n", "first_hidden", "hidden"])
 def key_kernel(
-    DO, Q, K, V, MASK, ALPHA, LSE, U, DK, DV,
+    DO, Q, K, V, MASK, W, LSE, U, DLSE, DK, DV,
     stride_db, stride_dl, stride_dh, stride_qb, stride_ql, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_mb, stride_mn,
-    stride_ab, stride_al, stride_ah,
-    B, H, L, n, alpha, scale, qk_scale,
-    NEGATIVE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, N_CUT: tl.constexpr,
+    stride_wb, stride_wl, stride_wh,
+    B, H, L, n, first_hidden, hidden, w, scale, qk_scale,
+    SIGN: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, N_CUT: tl.constexpr,
     KEYS: tl.constexpr, BLOCK_L: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of KEYS keys; the splits of the queries each write a part `[split, b, n, h, d]`."""
+    """dK and dV of KEYS keys; the splits of the queries each write a part `[split, b, n, h, d]`.
+
+    SIGN times W, or where it is None times the number w, are the weights of the rows; where both
+    are None it is 1. `hidden` tiles of queries, from `first_hidden` on, do not see the keys.
+    """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     split = tl.program_id(2)
     first = tl.program_id(0) * KEYS
-    Q += tl.multiple_of(b * stride_qb + h * stride_qh, ALIGN)
-    DO += tl.multiple_of(b * stride_db + h * stride_dh, ALIGN)
-    K += tl.multiple_of(b * stride_kb + h * stride_kh, ALIGN)
-    V += tl.multiple_of(b * stride_vb + h * stride_vh, ALIGN)
-    if MASK is not None:
-        MASK += b * stride_mb
-    LSE += bh * L
-    U += bh * L
+    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
+    DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
+    K, V, MASK = prompt_of_head(
+        K, V, MASK, b, h, stride_kb, stride_kh, stride_vb, stride_vh, stride_mb, ALIGN
+    )
+    statistics = bh * L
 
     k, v = (), ()
     dk, dv = (), ()
@@ -207,19 +245,23 @@ def key_kernel(
         dk, dv = dk + (zeros(N_CUT[j], D_CUT),), dv + (zeros(N_CUT[j], D_CUT),)
         start += N_CUT[j]
 
-    for tile in range(split, tl.cdiv(L, BLOCK_L), tl.num_programs(2)):
+    for i in range(split, tl.cdiv(L, BLOCK_L) - hidden, tl.num_programs(2)):
+        tile = tl.where(i < first_hidden, i, i + hidden)
         row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
         # [BLOCK_L, d]
         q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
         do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
         # rows past the end: q and dO are zeros, so they add nothing whatever lse is
-        lse = tl.load(LSE + row, mask=row < L, other=0.0)
-        u = tl.load(U + row, mask=row < L, other=0.0)
-        w = tl.full([BLOCK_L], 1.0, tl.float32)
-        if NEGATIVE:
-            w = -load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
+        lse = tl.load(LSE + statistics + row, mask=row < L, other=0.0)
+        u = tl.load(U + statistics + row, mask=row < L, other=0.0)
+        w_row = tl.full([BLOCK_L], 1.0, tl.float32)
+        if W is not None or w is not None:
+            w_row = SIGN * load_alpha(W, w, stride_wb, stride_wl, stride_wh, b, h, row, row < L)
+        dlse = None
+        if DLSE is not None:
+            dlse = tl.load(DLSE + statistics + row, mask=row < L, other=0.0)[None, :]
         dk, dv = add_gradients(
-            dk, dv, q, do, k, v, lse, u, w, MASK, stride_mn, first, n, qk_scale, N_CUT
+            dk, dv, q, do, k, v, lse, u, w_row, dlse, MASK, stride_mn, first, n, qk_scale, N_CUT
         )
 
     part = ((split.to(tl.int64) * B + b) * n * H + h) * D
@@ -233,8 +275,9 @@ def key_kernel(
 
 @triton.jit
 def add_gradients(
-    dk, dv, q, do, k, v, lse, u, w, MASK, stride_mn, first, n, qk_scale, N_CUT: tl.constexpr
-):
+    dk, dv, q, do, k, v, lse, u, w, dlse, MASK, stride_mn, first, n, qk_scale,
+    N_CUT: tl.constexpr,
+):  # fmt: skip
     """dK / scale and dV plus what one tile of queries adds. Scores stand keys by queries."""
     dk_sum, dv_sum = (), ()
     start = first
@@ -244,8 +287,10 @@ def add_gradients(
         s = dot(k[j], transposed(q))
         s = tl.trans(mask_scores(tl.trans(s), MASK, stride_mn, key, n, qk_scale, RAGGED=True))
         p = tl.exp2(s * qk_scale - lse[None, :])
-        ds = p * (dot(v[j], transposed(do)) - u[None, :]) * w[None, :]
-        dv_sum = dv_sum + (add_dot(dv[j], p * w[None, :], do),)
+        weighted = p * w[None, :]
+        dp = dot(v[j], transposed(do))
+        ds = gradient_of_scores(p, weighted, dp, u[None, :], dlse)
+        dv_sum = dv_sum + (add_dot(dv[j], weighted, do),)
         dk_sum = dk_sum + (add_dot(dk[j], ds, q),)
         start += N_CUT[j]
     return dk_sum, dv_sum
@@ -289,55 +334,67 @@ def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, a
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
 
-    def keys(k, v, mask, lse, u, negative):
-        needed = needs[3:5] if negative else needs[1:3]
-        if not any(needed):
-            return q.new_empty(0), q.new_empty(0)
-        found = _key_gradients(
-            do,
-            q,
-            k,
-            v,
-            mask,
-            alpha_map if negative else None,
-            lse,
-            u,
-            alpha,
-            scale,
-            negative,
-            align,
-        )
-        return (x if wanted else q.new_empty(0) for x, wanted in zip(found, needed, strict=True))
-
-    dk_pos, dv_pos = keys(k_pos, v_pos, mask_pos, lse_pos, u_pos, negative=False)
-    dk_neg, dv_neg = keys(k_neg, v_neg, mask_neg, lse_neg, u_neg, negative=True)
+    dk_pos, dv_pos = key_gradients(
+        do, q, k_pos, v_pos, mask_pos, Rows(lse_pos, u_pos), scale, align, needs[1:3]
+    )
+    negative = Rows(lse_neg, u_neg, alpha_map, alpha, sign=-1)
+    dk_neg, dv_neg = key_gradients(
+        do, q, k_neg, v_neg, mask_neg, negative, scale, align, needs[3:5]
+    )
     # [b, h, l] -> [b, l, h]
     dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else u_neg.new_empty(0)
     return q.new_empty(0) if dq is None else dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha
 
 
-def _key_gradients(do, q, k, v, mask, alpha_map, lse, u, alpha, scale, negative, align):
+class Rows(NamedTuple):
+    """What the gradients of keys ask about each query."""
+
+    lse: Tensor  # [b, h, l]
+    u: Tensor
+    # the weights: sign * w_map [b, l, h], or sign * w, or 1
+    w_map: Tensor | None = None
+    w: float | None = None
+    sign: int = 1
+    dlse: Tensor | None = None  # [b, h, l]
+    # queries that do not see the keys, from the first to behind the last
+    hidden: tuple[int, int] = (0, 0)
+
+
+def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
+    """dK and dV of one prompt; empty where they are not `needed`."""
     b, l, h, d = q.shape
     n = k.shape[1]
-    if q.numel() == 0 or n == 0:
-        return q.new_zeros(k.shape), q.new_zeros(v.shape)
+    if not any(needed):
+        return q.new_empty(0), q.new_empty(0)
     config = backward_keys_config(d, q.dtype)
-    keys = min(n, config.BLOCK_N)
-    blocks = triton.cdiv(n, keys)
-    # queries are split, and the parts summed, only where heads and keys do not fill the GPU
-    splits = min(
-        triton.cdiv(l, config.BLOCK_L), triton.cdiv(multiprocessors(q.device), b * h * blocks)
-    )
-    dtype = q.dtype if splits == 1 else torch.float32
-    dk, dv = (torch.empty((splits, b, n, h, d), dtype=dtype, device=q.device) for _ in range(2))
-    with on_device(q):
-        key_kernel[blocks, b * h, splits](
-            do, q, k, v, mask, alpha_map, lse, u, dk, dv,
-            *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *strides_or_zeros(mask, 2), *strides_or_zeros(alpha_map, 3),
-            b, h, l, n, alpha, scale, scale * LOG2E,
-            NEGATIVE=negative, D=d, D_CUT=head_cut(d), N_CUT=cut(keys), KEYS=keys,
-            BLOCK_L=config.BLOCK_L, ALIGN=align,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return (dk[0], dv[0]) if splits == 1 else (dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype))
+    tiles, first_hidden, hidden = visible_tiles(l, config.BLOCK_L, rows.hidden)
+    if b * h * n * d * tiles == 0:
+        dk, dv = q.new_zeros(k.shape), q.new_zeros(v.shape)
+    else:
+        keys = min(n, config.BLOCK_N)
+        blocks = triton.cdiv(n, keys)
+        # queries are split, and the parts summed, only where heads and keys do not fill the GPU
+        splits = min(tiles, triton.cdiv(multiprocessors(q.device), b * h * blocks))
+        dtype = q.dtype if splits == 1 else torch.float32
+        dk, dv = (torch.empty((splits, b, n, h, d), dtype=dtype, device=q.device) for _ in range(2))
+        with on_device(q):
+            key_kernel[blocks, b * h, splits](
+                do, q, k, v, mask, rows.w_map, rows.lse, rows.u, rows.dlse, dk, dv,
+                *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *strides_or_zeros(mask, 2), *strides_or_zeros(rows.w_map, 3),
+                b, h, l, n, first_hidden, hidden, rows.w, scale, scale * LOG2E,
+                SIGN=rows.sign, D=d, D_CUT=head_cut(d), N_CUT=cut(keys), KEYS=keys,
+                BLOCK_L=config.BLOCK_L, ALIGN=align,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        dk, dv = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
+    return (x if wanted else q.new_empty(0) for x, wanted in zip((dk, dv), needed, strict=True))
+
+
+def visible_tiles(l: int, block: int, hidden: tuple[int, int]) -> tuple[int, int, int]:
+    """Of the tiles of queries: how many see the keys, and the first and number of the others."""
+    tiles = triton.cdiv(l, block)
+    first = triton.cdiv(hidden[0], block)
+    last = tiles if hidden[1] == l else hidden[1] // block
+    count = max(0, last - first)
+    return tiles - count, first, count

@@ -31,6 +31,8 @@ from nasa_kernels._triton.tiles import (
     load_keys,
     load_prompt,
     load_rows,
+    of_head,
+    prompt_of_head,
     scale_rows,
     store_block,
     zeros,
@@ -125,19 +127,18 @@ def forward_kernel(
     D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    # int64: b * stride_b passes 2^31 elements for video
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    Q += tl.multiple_of(b * stride_qb + h * stride_qh, ALIGN)
-    K_pos += tl.multiple_of(b * stride_kpb + h * stride_kph, ALIGN)
-    V_pos += tl.multiple_of(b * stride_vpb + h * stride_vph, ALIGN)
-    K_neg += tl.multiple_of(b * stride_knb + h * stride_knh, ALIGN)
-    V_neg += tl.multiple_of(b * stride_vnb + h * stride_vnh, ALIGN)
+    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
+    K_pos, V_pos, MASK_pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, b, h,
+        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
+    )  # fmt: skip
+    K_neg, V_neg, MASK_neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, b, h,
+        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
+    )  # fmt: skip
     O += (b * L * H + h) * D
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
 
     # empty tuples where a prompt is streamed
     k_neg, v_neg = load_prompt(

@@ -17,7 +17,7 @@ from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut
 from nasa_kernels._triton.forward import attend_streamed, column, load_alpha, weigh_resident
 from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
 from nasa_kernels._triton.softmax import finite, nonzero
-from nasa_kernels._triton.tiles import load_prompt, load_rows, store_block
+from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, prompt_of_head, store_block
 from nasa_kernels.reference import RULES
 from nasa_kernels.shared import attend_shared
 
@@ -58,6 +58,13 @@ def coefficients(s, p, n, alpha, is_pos, is_neg, RULE: tl.constexpr):
     return c_s, c_p, c_n
 
 
+@triton.jit
+def visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L: tl.constexpr):
+    """Keys that a tile of queries reads: nothing but one text's own does not read the other's."""
+    all_pos = (first_row >= first_pos) & (first_row + BLOCK_L <= first_neg)
+    return tl.where(first_row >= first_neg, 0, n_pos), tl.where(all_pos, 0, n_neg)
+
+
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg", "first_pos", "first_neg"])
 def joint_kernel(
     Q, K_pos, V_pos, K_neg, V_neg, O_shared, LSE_shared, O, MASK_pos, MASK_neg, ALPHA,
@@ -73,22 +80,19 @@ def joint_kernel(
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    Q += tl.multiple_of(b * stride_qb + h * stride_qh, ALIGN)
-    K_pos += tl.multiple_of(b * stride_kpb + h * stride_kph, ALIGN)
-    V_pos += tl.multiple_of(b * stride_vpb + h * stride_vph, ALIGN)
-    K_neg += tl.multiple_of(b * stride_knb + h * stride_knh, ALIGN)
-    V_neg += tl.multiple_of(b * stride_vnb + h * stride_vnh, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
+    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
+    K_pos, V_pos, MASK_pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, b, h,
+        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
+    )  # fmt: skip
+    K_neg, V_neg, MASK_neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, b, h,
+        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
+    )  # fmt: skip
 
     first_row = tl.program_id(0) * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
-    # a tile of nothing but one text's own queries does not read the other's keys
-    all_pos = (first_row >= first_pos) & (first_row + BLOCK_L <= first_neg)
-    n_neg = tl.where(all_pos, 0, n_neg)
-    n_pos = tl.where(first_row >= first_neg, 0, n_pos)
+    n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
@@ -140,16 +144,22 @@ def joint_kernel(
         start += D_CUT[i]
 
 
-def forward(
+def forward(*args):
+    return attention(*args)[0]
+
+
+def attention(
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
     rule, text_pos, text_neg,
 ):  # fmt: skip
-    """Both launches. The public function checked shapes, dtypes and layouts."""
+    """Both launches: O, and O_s and s of the first one. The public function checked shapes, dtypes
+    and layouts.
+    """
     b, l, h, d = q.shape
     o = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
-    if o.numel() == 0:
-        return o
     o_shared, lse_shared = attend_shared(q, k, v, scale)
+    if o.numel() == 0:
+        return o, o_shared, lse_shared
     pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
     config = forward_config(d, q.dtype, resident=len(pos_cut) > 0)
     with on_device(q):
@@ -166,4 +176,4 @@ def forward(
             ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return o
+    return o, o_shared, lse_shared

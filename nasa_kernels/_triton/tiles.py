@@ -37,6 +37,26 @@ def cut(size: int, widest: int = 256) -> tuple[int, ...]:
 
 
 @triton.jit
+def of_head(X, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
+    """X from sample b and head h on. Both are int64: b * stride_b passes 2^31 for video."""
+    return X + tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
+
+
+@triton.jit
+def prompt_of_head(
+    K, V, MASK, b, h, stride_kb, stride_kh, stride_vb, stride_vh, stride_mb, ALIGN: tl.constexpr
+):
+    """K, V and the mask of a prompt from sample b and head h on."""
+    if MASK is not None:
+        MASK += b * stride_mb
+    return (
+        of_head(K, b, h, stride_kb, stride_kh, ALIGN),
+        of_head(V, b, h, stride_vb, stride_vh, ALIGN),
+        MASK,
+    )
+
+
+@triton.jit
 def load_rows(X, rows, valid, stride, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr):
     """Rows of a matrix [*, D] as a tuple of blocks; zeros past D and where `valid` is false."""
     # int64: a row index times its stride passes 2^31 elements for video
