@@ -92,7 +92,7 @@ Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
     return prompt;
 }
 
-// Everything of a call but O.
+// Everything of a call but O. `aligned` is of q and the positive prompt yet.
 ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
                         const Tensor& k_neg, const Tensor& v_neg,
                         const std::optional<Tensor>& mask_pos,
@@ -134,8 +134,23 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
     p.scale = static_cast<float>(scale) * kLog2E;
     p.type = type_of(q);
     p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(k_pos) &&
-                starts_on_16_bytes(v_pos) && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
+                starts_on_16_bytes(v_pos);
     return p;
+}
+
+// What choose.cpp asks of the rows of K and V, on the GPUs where it matters
+bool suits_tma(const Tensor& x) {
+    return starts_on_16_bytes(x) && (x.size(1) <= 1 || x.stride(1) != 0);
+}
+
+// The negative prompt does not choose the kernel: where the rows of the others let TMA read them,
+// one with other rows is copied. Returns what must live until the launch.
+std::vector<Tensor> settle_negative(ForwardParams& p, const Tensor& k, const Tensor& v,
+                                    const std::optional<Tensor>& mask) {
+    if (!p.aligned || (suits_tma(k) && suits_tma(v))) return {};
+    const std::vector<Tensor> copies{torch::stable::clone(k), torch::stable::clone(v)};
+    p.prompt[kNeg] = prompt_of(copies[0], copies[1], mask);
+    return copies;
 }
 
 cudaStream_t current_stream(const Tensor& q) {
@@ -169,7 +184,11 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
     ForwardParams p =
         params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
     // exactly the attention over the positive prompt, and at its price
-    if (p.alpha_map == nullptr && p.alpha == 0.f) p.prompt[kNeg].n = 0;
+    if (p.alpha_map == nullptr && p.alpha == 0.f) {
+        p.prompt[kNeg].n = 0;
+        return launch_forward(p, q);
+    }
+    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg);
     return launch_forward(p, q);
 }
 
@@ -214,7 +233,9 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
     // then no row asks for the negative prompt
     if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && shared.rule != Rule::kVsf) {
         p.prompt[kNeg].n = 0;
+        return launch_forward(p, q);
     }
+    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg);
     return launch_forward(p, q);
 }
 
@@ -237,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     p.grad_stride_b = grad.stride(0);
     p.grad_stride_l = grad.stride(1);
     p.grad_stride_h = grad.stride(2);
-    p.call.aligned = p.call.aligned && starts_on_16_bytes(grad);
+    p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg) &&
+                     starts_on_16_bytes(grad);
 
     const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
         return torch::stable::new_empty(q, sizes, std::make_optional(type));

@@ -6,7 +6,6 @@ when the result misses the accuracy rule.
 """
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import cuda_emulation
@@ -45,6 +44,14 @@ SHUFFLE = r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+)[^;]*;"
 QK = 1 << 62 | 64 << 32 | 1 << 16
 PV = 1 << 62 | 64 << 32 | 640 << 16
 WGMMA_FENCE = r"wgmma\.fence\.sync\.aligned;"
+WGMMA_WAIT = r"wgmma\.wait_group\.sync\.aligned 0;"
+PROXY_FENCE = r"fence\.proxy\.async\.shared::cta;"
+GROUP_BARRIER = r"barrier\.sync[^;]*;"
+ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
+# In forward_sm90_long: 0-3 warps that clean (K free, V arrived; both prompts), 4 Q, 5-8 K and V of
+# the negative prompt (arrived, clean), 9-12 of the positive one, 13 O_s, 14-17 the free slots
+WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
+PASS = "setp.eq.u32 complete, 0, 0;"
 FAULTS = (
     Fault("missing-block-barrier", "forward_short", r"bar\.sync\s+0;", "", -1),
     Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
@@ -71,14 +78,33 @@ FAULTS = (
     Fault("swapped-fragment", "backward_keys", MMA_B, swap_b, -1),
     Fault("missing-wgmma-wait", "forward_sm90", r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;"),
     Fault("missing-wgmma-fence", "forward_sm90", WGMMA_FENCE, "", 1),
-    Fault("missing-proxy-fence", "forward_sm90", r"fence\.proxy\.async\.shared::cta;", "", -1),
-    Fault("missing-group-barrier", "forward_sm90", r"barrier\.sync[^;]*;", "", -1),
+    Fault("missing-proxy-fence", "forward_sm90", PROXY_FENCE, "", -1),
+    Fault("missing-group-barrier", "forward_sm90", GROUP_BARRIER, "", -1),
     Fault("missing-wait-for-store", "forward_sm90", r"cp\.async\.bulk\.wait_group\.read 0;", ""),
     Fault("wrong-swizzle", "forward_sm90", str(QK), str(QK + (1 << 62) - (1 << 64)), None),
     Fault("wrong-stride", "forward_sm90", str(QK), str(QK - (32 << 32)), None),
     Fault("wrong-leading-offset", "forward_sm90", str(PV), str(PV - (639 << 16)), None),
     Fault("wrong-box-bytes", "forward_sm90", r"(expect_tx[^;]*), (%r\d+);", r"\1, 8192;", -1),
-)
+    Fault("joint-missing-wait", "forward_sm90", WAIT, PASS, -1, True),
+    Fault("joint-missing-group-barrier", "forward_sm90", GROUP_BARRIER, "", 0, True),
+    Fault("joint-lost-logarithm", "forward_sm90", r"lg2\.approx\.ftz\.f32", "mov.f32", 0, True),
+    Fault("missing-wait-for-k", "forward_sm90_long", WAIT, PASS, 5),
+    Fault("missing-wait-for-clean-bias", "forward_sm90_long", WAIT, PASS, 6),
+    Fault("missing-wait-for-clean-v", "forward_sm90_long", WAIT, PASS, 8),
+    Fault("cleans-before-v-arrives", "forward_sm90_long", WAIT, PASS, 1),
+    Fault("bias-in-use", "forward_sm90_long", WAIT, PASS, 2),
+    Fault("slot-in-use", "forward_sm90_long", WAIT, PASS, -1),
+    Fault("lost-arrival", "forward_sm90_long", ARRIVE, "", 5),
+    Fault("missing-wgmma-wait", "forward_sm90_long", WGMMA_WAIT, "", 0),
+    Fault("frees-v-in-use", "forward_sm90_long", WGMMA_WAIT, "", 3),
+    Fault("missing-wgmma-fence", "forward_sm90_long", WGMMA_FENCE, "", 1),
+    Fault("missing-proxy-fence", "forward_sm90_long", PROXY_FENCE, "", 0),
+    Fault("lost-sum", "forward_sm90_long", r"setp\.ne\.b32 add, %r\d+, 0;",
+          "setp.ne.b32 add, 0, 0;", 5),
+    Fault("joint-missing-wait", "forward_sm90_long", WAIT, PASS, 13, True),
+    Fault("joint-missing-group-barrier", "forward_sm90_long", GROUP_BARRIER, "", 0, True),
+    Fault("joint-missing-proxy-fence", "forward_sm90_long", PROXY_FENCE, "", -1, True),
+)  # fmt: skip
 
 
 def plant(fault: Fault, text: str) -> str:
@@ -102,8 +128,15 @@ SHAPES = {
     "forward_short": Shape("fault", 1, 150, 1, 77, 60, 64),
     "forward_long": Shape("fault", 1, 40, 1, 300, 200, 64),
     "forward_sm90": Shape("fault", 1, 64 * 7 + 5, 1, 77, 60, 72),
+    "forward_sm90_long": Shape("fault", 1, 64 * 3 + 5, 1, 270, 300, 72),
     "backward_queries": Shape("fault", 1, 40, 1, 60, 170, 64),
     "backward_keys": Shape("fault", 1, 200, 1, 100, 60, 64),
+}
+PATHS = {
+    "forward_short": "short",
+    "forward_long": "long",
+    "forward_sm90": "sm90-short",
+    "forward_sm90_long": "sm90-long",
 }
 
 
@@ -112,8 +145,7 @@ def run_joint(file: str) -> None:
     shape = SHAPES[file]
     inputs = make(shape, torch.bfloat16)
     joint = make_joint(shape, torch.bfloat16, text_pos=shape.l // 4, text_neg=shape.l // 4)
-    path = file.removeprefix("forward_")
-    o = cuda_emulation.forward(**inputs, joint=joint, path=path)
+    o = cuda_emulation.forward(**inputs, joint=joint, path=PATHS[file])
     wide = {name: x.double() for name, x in inputs.items()}
     exact = oracle(wide, joint._replace(o=joint.o.double()), 0.5)
     assert_as_accurate_as_eager(o, exact, oracle(inputs, joint, 0.5))
@@ -135,12 +167,7 @@ def run(file: str) -> None:
         for name, gradient in actual.items():
             assert_as_accurate_as_eager(gradient, exact[name], low[name])
         return
-    forwards: dict[str, Callable] = {
-        "forward_short": lambda: cuda_emulation.forward(**poisoned, **mask, path="short"),
-        "forward_long": lambda: cuda_emulation.forward(**poisoned, **mask, path="long"),
-        "forward_sm90": lambda: cuda_emulation.forward_sm90(**poisoned, **mask),
-    }
-    o = forwards[file]()
+    o = cuda_emulation.forward(**poisoned, **mask, path=PATHS[file])
     exact = eager(**exact_inputs, alpha=0.5, **mask)
     assert_as_accurate_as_eager(o, exact, eager(**inputs, alpha=0.5, **mask))
 
@@ -158,7 +185,7 @@ def test_without_a_fault_the_call_is_green(file):
     run(file)
 
 
-@pytest.mark.parametrize("file", ["forward_short", "forward_long"])
+@pytest.mark.parametrize("file", PATHS)
 def test_without_a_fault_the_joint_call_is_green(file):
     run_joint(file)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, DTYPES, make_inputs, mask_of
+from cases import BACKENDS, DEVICE, DTYPES, make_inputs, mask_of, strided
 
 from nasa_kernels import nasa_attention
 from nasa_kernels.testing import Shape
@@ -43,6 +43,18 @@ def test_alpha_zero_is_plain_attention(backend, dtype, shape):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     u = torch.finfo(dtype).eps
     torch.testing.assert_close(plain, expected.to(dtype), rtol=u, atol=8 * 2**-23)
+
+
+@EVERY_BACKEND
+def test_alpha_zero_ignores_where_the_rows_of_the_negative_prompt_start(backend):
+    """Rows that TMA could not read, or that do not move, must not lead to other sums."""
+    inputs = make_inputs(RESIDENT, torch.float16, DEVICE)
+    plain = nasa_attention(**inputs, alpha=0, backend=backend)
+    zero = torch.zeros((), device=DEVICE)
+    for view in (strided, lambda x: x[:, :1].expand_as(x)):
+        views = {name: view(inputs[name]) for name in ("k_neg", "v_neg")}
+        o = nasa_attention(**{**inputs, **views}, alpha=zero, backend=backend)
+        assert torch.equal(o, plain)
 
 
 @EVERY_BACKEND
