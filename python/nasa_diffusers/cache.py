@@ -1,11 +1,7 @@
 """Keys and values of the text, projected once and kept until something they depend on changes.
 
-A prompt is recognised by its values, so the same prompt encoded again is the same prompt. A
-kept projection is used again only if every module, weight version, dtype, adapter, adapter
-scale and merge that made it is still the same, and only where no gradient is recorded.
-
-The one change PyTorch does not count is a write through `.data`, such as an EMA copied into the
-weights in the middle of a run: call `handle.clear_cache()` after it.
+A prompt is recognised by its values, so the same prompt encoded again is the same prompt. What a
+kept projection depends on besides is in `weights.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from nasa_diffusers.weights import Fingerprint, Record, version
 
 DEFAULT_LIMIT = 512 << 20
 MAX_OLDER_CALLS = 4
@@ -33,43 +31,54 @@ class Prompts:
     """
 
     def __init__(self, texts: Sequence[Tensor], counts: Sequence[Count] = ()):
-        self.texts = tuple(texts)
+        # the values: whoever has the tensors may write to them
+        self.copies = [text.detach().clone() for text in texts]
         self.counts = tuple(counts)
-        self.versions = [_version(text) for text in texts]
-        # in inference mode PyTorch does not count writes: the values themselves are the record
-        self.copies = [text.clone() if text.is_inference() else None for text in texts]
+        self._see(texts)
         # every row the same, as for several images of one prompt: one row serves them all
         self.are_uniform = [not text.is_meta and bool((text == text[:1]).all()) for text in texts]
         self.folded = [
             _fold(count(text), text.shape[1], text.device)
             for text, count in zip(texts, counts, strict=False)
-        ] or [None] * len(self.texts)
+        ] or [None] * len(self.copies)
         self.entries: dict[int, Entry] = {}
-        self.nbytes = sum(text.numel() * text.element_size() for text in texts)
+        self.nbytes = sum(text.numel() * text.element_size() for text in self.copies)
 
-    def are_unchanged(self) -> bool:
-        return all(
-            _version(text) == version if copy is None else torch.equal(text, copy)
-            for text, version, copy in zip(self.texts, self.versions, self.copies, strict=True)
-        )
+    def _see(self, texts: Sequence[Tensor]) -> None:
+        self.objects = [weakref.ref(text) for text in texts]
+        self.versions = [version(text) for text in texts]
 
     def are(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> bool:
-        """True for the same objects, unchanged: no value is compared."""
+        """True for the same objects, unchanged as far as PyTorch counts writes."""
         same = (
             self.counts == tuple(counts)
-            and len(texts) == len(self.texts)
-            and all(mine is text for mine, text in zip(self.texts, texts, strict=True))
+            and len(texts) == len(self.copies)
+            and all(mine() is text for mine, text in zip(self.objects, texts, strict=True))
         )
-        return same and self.are_unchanged()
+        # in inference mode no write is counted, and only the values tell
+        return same and all(
+            torch.equal(copy, text) if text.is_inference() else version(text) == seen
+            for text, seen, copy in zip(texts, self.versions, self.copies, strict=True)
+        )
 
     def equal(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> bool:
-        """True for the same values, bit for bit."""
-        return (
-            self.counts == tuple(counts)
-            and len(texts) == len(self.texts)
-            and all(map(_equal, self.texts, texts))
-            and self.are_unchanged()
-        )
+        """True for the same values."""
+        if self.counts != tuple(counts) or len(texts) != len(self.copies):
+            return False
+        if any(text.is_meta for text in texts):
+            return self.are(texts, counts)
+        if not all(map(_equal, self.copies, texts)):
+            return False
+        self._see(texts)
+        return True
+
+    def forget_what_changed(self) -> None:
+        """Drop what was made by weights that have other values now, in whatever way they got
+        them."""
+        entries = list(self.entries.values())
+        if entries and not Record.hold(entry.made_by for entry in entries):
+            self.nbytes -= sum(entry.nbytes for entry in entries)
+            self.entries = {}
 
 
 def all_tokens(text: Tensor) -> int:
@@ -103,77 +112,20 @@ def _fold(length: int, tokens: int, device: torch.device) -> Fold | None:
     return Fold(length, bias)
 
 
-def _equal(mine: Tensor, text: Tensor) -> bool:
-    if mine is text:
-        return True
-    same_kind = (mine.shape, mine.dtype, mine.device) == (text.shape, text.dtype, text.device)
-    return same_kind and not text.is_meta and torch.equal(mine, text)
+def _equal(copy: Tensor, text: Tensor) -> bool:
+    same_kind = (copy.shape, copy.dtype, copy.device) == (text.shape, text.dtype, text.device)
+    return same_kind and torch.equal(copy, text)
 
 
 @dataclass(frozen=True)
 class Entry:
-    made_by: Fingerprint
+    made_by: Record
     made: list[tuple[Tensor, ...]]  # one tuple per text
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for made in self.made for x in made)
-
-
-class Fingerprint:
-    """Everything a projection's result depends on besides its input, cheap to compare."""
-
-    key: tuple
-    alive: list[weakref.ref]  # an id says nothing once its object is gone
-    is_complete: bool  # False: a dropout draws, or a weight's writes are not counted
-
-    def __init__(self, modules: Iterable[nn.Module | None], earlier: Fingerprint | None = None):
-        key = [_autocast_dtype()] if earlier is None else list(earlier.key)
-        self.alive = [] if earlier is None else list(earlier.alive)
-        self.is_complete = earlier is None or earlier.is_complete
-        for root in modules:
-            for module in root.modules() if root is not None else ():
-                key.append(id(module))
-                self.alive.append(weakref.ref(module))
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    if tensor is None:
-                        continue
-                    # an offloaded weight rests on meta and is another object after each use
-                    is_meta = tensor.is_meta
-                    self.is_complete &= not tensor.is_inference()
-                    key += (_version(tensor), tensor.dtype, 0 if is_meta else id(tensor))
-                    if not is_meta:
-                        self.alive.append(weakref.ref(tensor))
-                if hasattr(module, "merged_adapters"):
-                    key.append(_adapters(module))
-                elif isinstance(module, nn.Dropout) and module.training and module.p > 0:
-                    self.is_complete = False
-        self.key = tuple(key)
-
-    def matches(self, other: Fingerprint) -> bool:
-        return self.key == other.key and all(ref() is not None for ref in self.alive)
-
-
-def _autocast_dtype() -> tuple:
-    """Autocast to another dtype makes other keys of the same weights."""
-    return tuple(
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        for device in ("cpu", "cuda")
-    )
-
-
-def _adapters(layer) -> tuple:
-    """The state of a PEFT layer that its weights do not show."""
-    return (
-        tuple(layer.active_adapters),
-        layer.disable_adapters,
-        tuple(layer.merged_adapters),
-        tuple(getattr(layer, "scaling", {}).items()),
-    )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+        tensors = (x for made in self.made for x in made)
+        return self.made_by.nbytes + sum(x.numel() * x.element_size() for x in tensors)
 
 
 class TextCache:
@@ -193,11 +145,17 @@ class TextCache:
         with self._lock:
             self._calls = []
 
-    def recognise(self, texts: Sequence[Tensor], counts: Sequence[Count] = ()) -> Prompts:
+    def recognise(
+        self, texts: Sequence[Tensor], counts: Sequence[Count] = (), *, afresh: bool = False
+    ) -> Prompts:
         """The prompts of a denoiser call: known ones where their values are known. `counts` say
-        of each text how many leading tokens stand for all."""
+        of each text how many leading tokens stand for all. `afresh` compares values even where
+        the objects are those of the last call."""
         with self._lock:
-            prompts = self._find(texts, counts) or Prompts(texts, counts)
+            prompts = None if afresh else self._find(Prompts.are, texts, counts)
+            if prompts is None:
+                prompts = self._find(Prompts.equal, texts, counts) or Prompts(texts, counts)
+                prompts.forget_what_changed()
             older = [other for other in self._calls if other is not prompts]
             # text has counts; image prompts, which have none, do not drive it out
             alike = [other for other in older if bool(other.counts) == bool(counts)]
@@ -206,29 +164,35 @@ class TextCache:
             self._calls = [*older, prompts]
             return prompts
 
-    def _find(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> Prompts | None:
-        # the objects of the last step first
-        for same in (Prompts.are, Prompts.equal):
-            for prompts in reversed(self._calls):
-                if same(prompts, texts, counts):
-                    return prompts
-        return None
+    def _find(
+        self,
+        same: Callable[[Prompts, Sequence[Tensor], Sequence[Count]], bool],
+        texts: Sequence[Tensor],
+        counts: Sequence[Count],
+    ) -> Prompts | None:
+        return next((each for each in reversed(self._calls) if same(each, texts, counts)), None)
 
     def through(
         self,
         owner: nn.Module,
-        made_by: Fingerprint,
+        modules: Iterable[nn.Module | None],
+        earlier: Fingerprint | None,
         prompts: Prompts,
         project: Callable[[], list[tuple[Tensor, ...]]],
-    ) -> list[tuple[Tensor, ...]]:
-        """What `owner` makes of the prompts: kept from an earlier call, or projected now."""
+    ) -> tuple[list[tuple[Tensor, ...]], Fingerprint]:
+        """What `owner` makes of the prompts with its `modules`, kept from an earlier call or
+        projected now, and the fingerprint of all that made it."""
+        modules = list(modules)
+        made_by = Fingerprint(modules, earlier)
         entry = prompts.entries.get(id(owner))
-        if entry is not None and made_by.is_complete and entry.made_by.matches(made_by):
-            return entry.made
+        if entry is not None and entry.made_by.matches(made_by):
+            return entry.made, made_by
         made = project()
+        # as a projection leaves its weights: casting and offloading hooks move them to and fro
+        made_by = Fingerprint(modules, earlier)
         if made_by.is_complete:
-            self._keep(prompts, owner, Entry(made_by, made))
-        return made
+            self._keep(prompts, owner, Entry(Record(made_by), made))
+        return made, made_by
 
     def _keep(self, prompts: Prompts, owner: nn.Module, entry: Entry) -> None:
         """Keep `entry` if it fits, at the price of prompts used less recently."""

@@ -56,6 +56,11 @@ class Caller:
         return index // order, -(-len(timesteps) // order)
 
     @property
+    def begins(self) -> bool:
+        """True in the first step of its loop."""
+        return self.variables.get("i") == 0
+
+    @property
     def prompts(self) -> int | None:
         """How many prompts the call has; each one gives `num_images_per_prompt` rows."""
         return self.variables.get("batch_size")

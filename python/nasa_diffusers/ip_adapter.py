@@ -17,7 +17,6 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as stock
 from torch import Tensor
 
-from nasa_diffusers.cache import Fingerprint
 from nasa_diffusers.methods import KeysValues
 
 if TYPE_CHECKING:
@@ -82,5 +81,9 @@ def _keys_values(attn: Any, images: list[Tensor], text: Steered) -> list[tuple[T
 
     if text.images is None or torch.compiler.is_compiling():
         return project()
-    made_by = Fingerprint([*processor.to_k_ip, *processor.to_v_ip], text.images.made_by)
-    return text.images.cache.through(processor, made_by, text.images.prompts, project)
+    images_seen = text.images
+    modules = (*processor.to_k_ip, *processor.to_v_ip)
+    made, _ = images_seen.cache.through(
+        processor, modules, images_seen.made_by, images_seen.prompts, project
+    )
+    return made

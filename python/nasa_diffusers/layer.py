@@ -14,7 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from nasa_diffusers import ip_adapter
-from nasa_diffusers.cache import Fingerprint, TextCache
+from nasa_diffusers.cache import TextCache
 from nasa_diffusers.methods import KeysValues, Signed, nothing, steer, subtract
 from nasa_diffusers.steered import Steered
 
@@ -115,8 +115,9 @@ class CrossAttentionHook(Hook):
             shorter = zip(texts, folds, strict=True)
             return self._project(attn, [x if f is None else x[:, : f.length] for x, f in shorter])
 
-        made_by = Fingerprint(self.family.projections(attn), text.made_by)
-        made = self.cache.through(attn, made_by, text.prompts, project)
+        made, _ = self.cache.through(
+            attn, self.family.projections(attn), text.made_by, text.prompts, project
+        )
         # offloading may have moved the text since its padding was found
         device = made[0][0].device
         masks = [m if f is None else f.bias.to(device) for m, f in zip(masks, folds, strict=True)]
@@ -157,8 +158,7 @@ class TextHook(Hook):
 
         if text.prompts is None or not text.is_cached:
             return text.projected([x for (x,) in project()], None)
-        made_by = Fingerprint([module], text.made_by)
-        made = self.cache.through(module, made_by, text.prompts, project)
+        made, made_by = self.cache.through(module, [module], text.made_by, text.prompts, project)
         return text.projected([x for (x,) in made], made_by)
 
 

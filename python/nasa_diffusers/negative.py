@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from nasa_diffusers.cache import Fingerprint
+from nasa_diffusers.weights import Fingerprint, Record
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.base import Family
@@ -76,7 +77,8 @@ class Negative:
     prompts: Terms  # empty when embeddings were given
     has_own_alphas: bool
     max_sequence_length: int | None
-    encoders: Fingerprint | None
+    encoders: Record | None
+    tokenizers: Sequence[Any]
     # of `encode_prompt`: those of the call the prompts were encoded for
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -97,7 +99,7 @@ class Negative:
         mask = None if mask is None else mask.bool()
         if not embeds.requires_grad:
             embeds, mask = _trim(embeds.clone(), mask)
-        return Negative((Encoded("embeddings", 1.0, embeds, mask),), (), False, None, None)
+        return Negative((Encoded("embeddings", 1.0, embeds, mask),), (), False, None, None, ())
 
     def current(self, pipe: DiffusionPipeline, family: Family, options: dict[str, Any]) -> Negative:
         """The same prompts, encoded again if a text encoder has changed (a LoRA, say), or if this
@@ -105,7 +107,9 @@ class Negative:
         modules = text_encoders(pipe)
         if self.encoders is None or not modules:
             return self
-        if options == self.options and self.encoders.matches(Fingerprint(modules)):
+        now = Fingerprint(modules)
+        is_same = options == self.options and all(map(is_, tokenizers(pipe), self.tokenizers))
+        if is_same and self.encoders.matches(now, compare_values=True):
             return self
         return _encode(
             pipe, family, self.prompts, self.has_own_alphas, self.max_sequence_length, options
@@ -115,6 +119,10 @@ class Negative:
 def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
+
+
+def tokenizers(pipe: DiffusionPipeline) -> list[Any]:
+    return [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
 
 
 def _parse(negative_prompt: NegativePrompt) -> tuple[Terms, bool]:
@@ -164,8 +172,11 @@ def _encode(
         mask = None if mask is None else mask.bool()
         _check_embeds(embeds, mask)
         terms.append(Encoded(" | ".join(names), weight, *_trim(embeds, mask)))
-    encoders = Fingerprint(text_encoders(pipe))
-    return Negative(tuple(terms), prompts, has_own_alphas, max_sequence_length, encoders, options)
+    encoders = Record(Fingerprint(text_encoders(pipe)))
+    return Negative(
+        tuple(terms), prompts, has_own_alphas, max_sequence_length, encoders, tokenizers(pipe),
+        options,
+    )  # fmt: skip
 
 
 def _trim(embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

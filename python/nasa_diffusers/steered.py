@@ -21,7 +21,8 @@ from nasa_diffusers.alpha import LayerAlpha
 from nasa_diffusers.methods import KeysValues, Nag
 
 if TYPE_CHECKING:
-    from nasa_diffusers.cache import Fingerprint, Prompts, TextCache
+    from nasa_diffusers.cache import Prompts, TextCache
+    from nasa_diffusers.weights import Fingerprint
 
 
 @dataclass(frozen=True, eq=False)

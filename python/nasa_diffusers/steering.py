@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers.alpha import Alpha, LayerAlpha
-from nasa_diffusers.cache import Fingerprint, TextCache, all_tokens
+from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
 from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, spread
 from nasa_diffusers.steered import Images, Prepared, Steered, Term
+from nasa_diffusers.weights import Fingerprint
 from nasa_diffusers.window import Window
+
+# hooks of diffusers that change weights for the time of a forward pass
+MOVING = ("group_offloading", "layerwise_casting")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,8 @@ class Steering:
         self.cache = cache
         self.parameters = list(inspect.signature(denoiser.forward).parameters)
         self.alphas: dict[tuple, LayerAlpha] = {}
-        self.last_negative: tuple[weakref.ref, Negative] | None = None
+        self.last_negative: Negative | None = None
+        self.last_text: Callable[[], Tensor | None] = lambda: None
         self.layers = {
             name: (attn, family.layer_hook(denoiser, name, cache, guided[name]))
             for name, attn in family.layers(denoiser)
@@ -124,9 +129,12 @@ class Steering:
         elif caller is not None and caller.uses_cfg is not False and caller.is_unconditional(text):
             return None
         self.family.check_call(denoiser, kwargs)
-        steered = self._steer(settings, text, sample, first, caller)
+        # a new text, or the first step: weights may have changed in ways that nothing counts
+        afresh = self.last_text() is not text or (caller is not None and caller.begins)
+        self.last_text = weakref.ref(text)
+        steered = self._steer(settings, text, sample, first, caller, afresh)
         if steered.prompts is not None:
-            steered = replace(steered, images=self._images(kwargs))
+            steered = replace(steered, images=self._images(kwargs, afresh))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
             steered = self._prepare(steered)
         kwargs["encoder_hidden_states"] = steered
@@ -144,9 +152,15 @@ class Steering:
         return window.holds(*caller.step)
 
     def _steer(
-        self, settings: Settings, text: Tensor, sample: Tensor, first: int, caller: Caller | None
+        self,
+        settings: Settings,
+        text: Tensor,
+        sample: Tensor,
+        first: int,
+        caller: Caller | None,
+        afresh: bool,
     ) -> Steered:
-        negative = self._current_negative(settings, text, caller)
+        negative = self._current_negative(settings, caller, afresh)
         prompts = None if caller is None else caller.prompts
         placed = [term.rows(text, first, prompts) for term in negative.terms]
         for embeds, _ in placed:
@@ -163,6 +177,7 @@ class Steering:
                     self.family.distinct_tokens if mask is None else all_tokens
                     for mask in (None, *(mask for _, mask in placed))
                 ],
+                afresh=afresh,
             )
         alphas = (
             self._alpha(settings.alpha, term.weight, sample, first, prompts)
@@ -176,7 +191,7 @@ class Steering:
             needs_grad=torch.is_grad_enabled(),
         )  # fmt: skip
 
-    def _images(self, kwargs: dict[str, Any]) -> Images | None:
+    def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
         """The image prompts of an IP-Adapter, where the call brings some."""
         embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
         projection = getattr(self.denoiser, "encoder_hid_proj", None)
@@ -184,7 +199,8 @@ class Steering:
             return None
         if not embeds or not all(isinstance(x, Tensor) for x in embeds):
             return None
-        return Images(self.cache.recognise(embeds), Fingerprint([projection]), self.cache)
+        prompts = self.cache.recognise(embeds, afresh=afresh)
+        return Images(prompts, Fingerprint([projection]), self.cache)
 
     # ---- compiled denoisers ------------------------------------------------------------------
 
@@ -201,7 +217,7 @@ class Steering:
 
     def _can_prepare(self, kwargs: dict[str, Any]) -> bool:
         """False where projections are not yet, in this hook, what they are in the forward pass:
-        LoRAs that the call rescales, weights that offloading brings with a block."""
+        LoRAs that the call rescales, weights that a hook brings, or casts, with a block."""
         for name, value in kwargs.items():
             if name.endswith("attention_kwargs") and value and value.get("scale") is not None:
                 return False
@@ -209,8 +225,9 @@ class Steering:
             return False
         for module in self.path_to_layers:
             registry = getattr(module, "_diffusers_hook", None)
-            moves = registry is not None and registry.get_hook("group_offloading") is not None
-            if moves or hasattr(module, "_hf_hook"):
+            if registry is not None and any(map(registry.get_hook, MOVING)):
+                return False
+            if hasattr(module, "_hf_hook"):
                 return False
         return True
 
@@ -234,19 +251,17 @@ class Steering:
         return replace(steered, prepared=Prepared(text.text, keys_values))
 
     def _current_negative(
-        self, settings: Settings, text: Tensor, caller: Caller | None
+        self, settings: Settings, caller: Caller | None, afresh: bool
     ) -> Negative:
         """Encodes again after a text encoder changed, or for a call with another clip_skip or
-        text LoRA scale; looks only when a prompt is new."""
-        if self.last_negative is not None:
-            last_text, negative = self.last_negative
-            if last_text() is text and negative is settings.negative:
-                return negative
+        text LoRA scale; looks only when a prompt is new or a run begins."""
+        if not afresh and self.last_negative is settings.negative:
+            return settings.negative
         options = {} if caller is None else caller.text_options(self.family.text_options)
         negative = settings.negative.current(self.pipe, self.family, options)
         if self.settings is settings:
             self.settings = replace(settings, negative=negative)
-            self.last_negative = weakref.ref(text), negative
+            self.last_negative = negative
         return negative
 
     def _alpha(

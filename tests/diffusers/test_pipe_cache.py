@@ -85,69 +85,6 @@ def attn(pipe):
     return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
 
 
-def write_in_place(pipe):
-    with torch.no_grad():
-        attn(pipe).to_k.weight.mul_(2)
-
-
-def load_state_dict(pipe):
-    weights = {key: 1.5 * value for key, value in attn(pipe).state_dict().items()}
-    attn(pipe).load_state_dict(weights)
-
-
-def assign_state_dict(pipe):
-    weights = {key: 1.5 * value for key, value in attn(pipe).state_dict().items()}
-    attn(pipe).load_state_dict(weights, assign=True)
-
-
-def replace_parameter(pipe):
-    attn(pipe).to_v.weight = torch.nn.Parameter(2 * attn(pipe).to_v.weight.detach())
-
-
-def replace_module(pipe):
-    torch.manual_seed(0)
-    attn(pipe).to_k = torch.nn.Linear(32, 64, bias=False)
-
-
-def fuse_and_write(pipe):
-    pipe.unet.fuse_qkv_projections()
-    with torch.no_grad():
-        attn(pipe).to_kv.weight.mul_(2)
-
-
-CHANGES = [
-    write_in_place,
-    load_state_dict,
-    assign_state_dict,
-    replace_parameter,
-    replace_module,
-    fuse_and_write,
-]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_never_stale(sd, draw, change):
-    fresh = testing.stable_diffusion()
-    change(fresh)
-    with nasa(fresh, "blurry", alpha=0.5):
-        expected = draw(fresh, steps=2)
-    with nasa(sd, "blurry", alpha=0.5):
-        before = draw(sd, steps=2)
-        change(sd)
-        assert_same_image(draw(sd, steps=2), expected)
-    assert not torch.allclose(before, expected)
-
-
-def test_a_write_through_data_needs_clear_cache(sd, draw):
-    """The one change that PyTorch does not count, as documented."""
-    with nasa(sd, "blurry", alpha=0.5) as handle:
-        before = draw(sd)
-        attn(sd).to_k.weight.data.mul_(2)
-        assert torch.equal(draw(sd), before)
-        handle.clear_cache()
-        assert not torch.equal(draw(sd), before)
-
-
 def test_weights_made_in_inference_mode_are_not_cached(sd, draw, count):
     """PyTorch counts no writes to them, so nothing they make is kept."""
     with torch.inference_mode():
@@ -205,6 +142,8 @@ def test_reported_bytes_are_those_of_the_tensors(sd, draw):
     # K and V of 77 + 77 tokens, fp32, over the widths of the layers, and the two texts
     widths = [hook[0].inner_dim for hook in handle._steerings[0].layers.values()]
     expected = 2 * 77 * 4 * (2 * sum(widths) + 32)
+    # the values by which to_k and to_v are recognised: of small ones all
+    expected += 2 * 4 * 32 * sum(widths)
     assert handle.report().cache_bytes == expected
     handle.disable()
     assert handle.report().cache_bytes == 0
@@ -214,11 +153,13 @@ def test_projected_text_is_kept_too(draw):
     """PixArt and Sana project the text before the blocks; that, too, once."""
     for pipe in (testing.pixart(), testing.sana()):
         calls = []
+        linear = pipe.transformer.caption_projection.linear_1
+        linear.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         with nasa(pipe, "blurry", alpha=0.5):
-            draw(pipe)
-            linear = pipe.transformer.caption_projection.linear_1
-            linear.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             kept = draw(pipe)
+            assert len(calls) == 2
+            calls.clear()
+            assert torch.equal(draw(pipe), kept)
             assert not calls
             with torch.no_grad():
                 linear.weight.mul_(2)

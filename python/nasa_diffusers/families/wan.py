@@ -6,7 +6,7 @@ left alone. Wan 2.2 has two transformers, for early and for late steps: both are
 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
-from nasa_diffusers.cache import Fingerprint, distinct_tokens
+from nasa_diffusers.cache import distinct_tokens
 from nasa_diffusers.families.base import Family, on_device, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.layer import TextHook
@@ -98,9 +98,10 @@ class WanTextHook(TextHook):
             return [(module.text_embedder(x),) for x in texts]
 
         if text.is_cached:
-            made_by = Fingerprint([module.text_embedder], text.made_by)
             owner = module if positive is None else module.text_embedder
-            made = self.cache.through(owner, made_by, text.prompts, embed)
+            made, made_by = self.cache.through(
+                owner, [module.text_embedder], text.made_by, text.prompts, embed
+            )
         else:
             made_by, made = None, embed()
         projected = [x for (x,) in made]
