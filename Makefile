@@ -44,7 +44,7 @@ gpu:
 	$(PY) -m nasa_kernels
 	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
 	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_nag.py \
-	    tests/test_bench_gpu.py
+	    tests/test_joint.py tests/test_joint_backward.py tests/test_bench_gpu.py
 	$(BENCH) all --minutes 8
 	-$(BENCH) plot
 

@@ -12,7 +12,11 @@ import ptx
 import pytest
 import torch
 
-from nasa_kernels.reference import nasa_attention_reference
+from nasa_kernels.reference import (
+    RULES,
+    nasa_attention_reference,
+    nasa_joint_attention_reference,
+)
 
 triton = pytest.importorskip("triton")
 
@@ -119,6 +123,35 @@ def test_matches_fp64(case):
     issued = " ".join(opcode for report in reports for opcode in report.counts)
     if case.dtype != FP32:
         assert ("wgmma" if case.arch == 90 else "mma.sync") in issued
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rule"), [(90, BF16, "nasa-cross"), (80, FP16, "vsf")], ids=str
+)
+def test_joint_attention_matches_fp64(arch, dtype, rule):
+    """Forward and backward; tiles that see one text only, and tiles that see both."""
+    generator = torch.Generator().manual_seed(0)
+    text_pos, text_neg, image, scale = 90, 12, 30, 0.2
+    lengths = (image + text_pos + text_neg, 50, 50, 21, 21, 33, 33)
+    tensors = [torch.randn(1, n, 1, 32, generator=generator).to(dtype) for n in lengths]
+    grad_o = torch.randn(tensors[0].shape, generator=generator).to(dtype)
+    mask = torch.randn(1, 33, generator=generator)
+    mask[:, 3] = float("-inf")
+    alpha_map = torch.rand(1, lengths[0], 1, generator=generator)
+    leaves = [x.double().requires_grad_() for x in (*tensors, alpha_map)]
+    o = nasa_joint_attention_reference(
+        *leaves, rule=rule, text_queries=(text_pos, text_neg), mask_neg=mask, scale=scale
+    )
+    expected = [o.detach(), *torch.autograd.grad(o, leaves, grad_o.double())]
+    arguments = (
+        *tensors, None, mask, alpha_map, 0.0, scale, RULES.index(rule), text_pos, text_neg
+    )  # fmt: skip
+    with ptx.triton_on_cpu(arch, check_races=True, proxy_fences=FENCES):
+        o, *kept = torch.ops.nasa_kernels.joint_attention_triton(*arguments)
+        found = torch.ops.nasa_kernels.joint_backward_triton(grad_o, *kept, *arguments, [True] * 8)
+    names = ("o", "dq", "dk", "dv", "dk_pos", "dv_pos", "dk_neg", "dv_neg", "dalpha")
+    for name, x, y in zip(names, (o, *found), expected, strict=True):
+        assert_close(name, x, y, dtype)
 
 
 def test_inputs_are_views():

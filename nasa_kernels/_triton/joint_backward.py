@@ -195,8 +195,7 @@ def backward(
     c = rules.coefficients(rule, natural, weights, text_pos, text_neg)
     dlse, dalpha = rules.gradients(rule, natural, weights, Segments(*u), text_pos, text_neg)
     c, dlse = torch.stack(c), torch.stack(dlse)
-    # queries that do not see a segment, or find no key in it, give it P = 0 whatever the scores are
-    lse[1, ..., first_neg:] = lse[2, ..., first_pos:first_neg] = float("inf")
+    # where no key was found P is 0: 2^(-inf - inf), not the NaN of 2^(-inf + inf)
     lse.masked_fill_(lse == float("-inf"), float("inf"))
 
     if needs[0] and q.numel() > 0:
