@@ -136,32 +136,19 @@ cudaError_t launch_sm90(const ForwardParams& p, const Device& device, cudaStream
         params, device, Layout::kGroups, Layout::kThreads, Layout::kBytes, stream);
 }
 
-// The kernels that has_sm90_short speaks of
-template <typename T>
-cudaError_t launch_head_dim(const ForwardParams& p, const Device& device, cudaStream_t stream) {
-    if (short_keys(p) == kClipKeys) {
-        switch (p.d) {
-            case 40: return launch_sm90<T, 40, kClipKeys>(p, device, stream);    // SD 1.5, 64x64
-            case 64: return launch_sm90<T, 64, kClipKeys>(p, device, stream);    // SD 2.1, SDXL
-            case 72: return launch_sm90<T, 72, kClipKeys>(p, device, stream);    // PixArt
-            case 80: return launch_sm90<T, 80, kClipKeys>(p, device, stream);    // SD 1.5, 32x32
-            case 128: return launch_sm90<T, 128, kClipKeys>(p, device, stream);  // Wan, FLUX
-            case 160: return launch_sm90<T, 160, kClipKeys>(p, device, stream);  // SD 1.5, 16x16
-        }
-    }
-    switch (p.d) {
-        case 64: return launch_sm90<T, 64, kBlockKeys>(p, device, stream);
-        case 72: return launch_sm90<T, 72, kBlockKeys>(p, device, stream);
-        case 128: return launch_sm90<T, 128, kBlockKeys>(p, device, stream);
-    }
-    return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t forward_sm90(const ForwardParams& p, const Device& device, cudaStream_t stream) {
-    return p.type == Type::kHalf ? launch_head_dim<__half>(p, device, stream)
-                                 : launch_head_dim<__nv_bfloat16>(p, device, stream);
+    return dispatch_exact(p.type, p.d, [&](auto type, auto head_dim) {
+        using T = typename decltype(type)::type;
+        if (short_keys(p) == kClipKeys) {
+            return launch_sm90<T, head_dim, kClipKeys>(p, device, stream);
+        }
+        if constexpr (has_sm90_short(head_dim, kBlockKeys)) {
+            return launch_sm90<T, head_dim, kBlockKeys>(p, device, stream);
+        }
+        return cudaErrorInvalidValue;
+    });
 }
 
 }  // namespace nasa

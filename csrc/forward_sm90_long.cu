@@ -235,25 +235,12 @@ cudaError_t launch_stream(const ForwardParams& p, const Device& device, cudaStre
                                                         Layout::kBytes, stream);
 }
 
-// The head_dims that has_sm90 speaks of
-template <typename T>
-cudaError_t launch_head_dim(const ForwardParams& p, const Device& device, cudaStream_t stream) {
-    switch (p.d) {
-        case 40: return launch_stream<T, 40>(p, device, stream);
-        case 64: return launch_stream<T, 64>(p, device, stream);
-        case 72: return launch_stream<T, 72>(p, device, stream);
-        case 80: return launch_stream<T, 80>(p, device, stream);
-        case 128: return launch_stream<T, 128>(p, device, stream);
-        case 160: return launch_stream<T, 160>(p, device, stream);
-    }
-    return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t forward_sm90_long(const ForwardParams& p, const Device& device, cudaStream_t stream) {
-    return p.type == Type::kHalf ? launch_head_dim<__half>(p, device, stream)
-                                 : launch_head_dim<__nv_bfloat16>(p, device, stream);
+    return dispatch_exact(p.type, p.d, [&](auto type, auto head_dim) {
+        return launch_stream<typename decltype(type)::type, head_dim>(p, device, stream);
+    });
 }
 
 }  // namespace nasa

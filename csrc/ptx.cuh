@@ -55,25 +55,21 @@ template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1);
 
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4],
-                                                     uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
-                                                            uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// clang-format off
+#define NASA_MMA(T, type)                                                                         \
+    template <>                                                                                   \
+    __device__ __forceinline__ void mma_m16n8k16<T>(float (&c)[4], const uint32_t (&a)[4],        \
+                                                    uint32_t b0, uint32_t b1) {                   \
+        asm volatile(                                                                             \
+            "mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                        \
+            "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                               \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                      \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                      \
+    }
+NASA_MMA(__half, "f16")
+NASA_MMA(__nv_bfloat16, "bf16")
+#undef NASA_MMA
+// clang-format on
 
 // ---- numbers ---------------------------------------------------------------------------------
 
@@ -220,7 +216,7 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma_values(float (&c)[kTiles][4], const uint32_t (&a)[4],
                                              uint64_t b, bool add);
 
-// Accumulators by column tiles: one, five and eight of them as operands, 5 to 20 as a register list
+// Accumulators of column tiles: one, five and eight as operands, 5 to 20 as a list of registers
 #define NASA_C1(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define NASA_C5(j) NASA_C1(j), NASA_C1(j + 1), NASA_C1(j + 2), NASA_C1(j + 3), NASA_C1(j + 4)
 #define NASA_C8(j) NASA_C5(j), NASA_C1(j + 5), NASA_C1(j + 6), NASA_C1(j + 7)

@@ -338,4 +338,21 @@ cudaError_t launch_rows(const Params& params, const Device& device, int groups, 
                            static_cast<int>(blocks_per_head));
 }
 
+// As dispatch of launch.h, for the head_dims that has_sm90 speaks of
+template <typename F>
+cudaError_t dispatch_exact(Type type, int d, F launch_for) {
+    const auto for_type = [&](auto tag) {
+        switch (d) {
+            case 40: return launch_for(tag, std::integral_constant<int, 40>{});    // SD 1.5, 64x64
+            case 64: return launch_for(tag, std::integral_constant<int, 64>{});    // SD 2.1, SDXL
+            case 72: return launch_for(tag, std::integral_constant<int, 72>{});    // PixArt
+            case 80: return launch_for(tag, std::integral_constant<int, 80>{});    // SD 1.5, 32x32
+            case 128: return launch_for(tag, std::integral_constant<int, 128>{});  // Wan, FLUX
+            case 160: return launch_for(tag, std::integral_constant<int, 160>{});  // SD 1.5, 16x16
+        }
+        return cudaErrorInvalidValue;
+    };
+    return type == Type::kHalf ? for_type(TypeTag<__half>{}) : for_type(TypeTag<__nv_bfloat16>{});
+}
+
 }  // namespace nasa::sm90

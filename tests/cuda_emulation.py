@@ -76,71 +76,43 @@ def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int) -> ptx.LoadedK
 # ---- csrc/nasa.h -------------------------------------------------------------------------------
 
 
+ADDRESS, INT64, INT, FLOAT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+def fields(**types: type) -> list[tuple[str, type]]:
+    return list(types.items())
+
+
 class Mask(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_uint64),
-        ("strides", ctypes.c_int64 * 2),
-        ("type", ctypes.c_int),
-    ]
+    _fields_ = fields(data=ADDRESS, strides=INT64 * 2, type=INT)
 
 
 class Prompt(ctypes.Structure):
-    _fields_ = [
-        ("k", ctypes.c_uint64),
-        ("v", ctypes.c_uint64),
-        ("k_strides", ctypes.c_int64 * 3),
-        ("v_strides", ctypes.c_int64 * 3),
-        ("mask", Mask),
-        ("n", ctypes.c_int),
-    ]
+    _fields_ = fields(
+        k=ADDRESS, v=ADDRESS, k_strides=INT64 * 3, v_strides=INT64 * 3, mask=Mask, n=INT,
+    )  # fmt: skip
 
 
 class Shared(ctypes.Structure):
-    _fields_ = [
-        ("o", ctypes.c_uint64),
-        ("lse", ctypes.c_uint64),
-        ("o_strides", ctypes.c_int64 * 3),
-        ("lse_strides", ctypes.c_int64 * 3),
-        ("rule", ctypes.c_int),
-        ("first_text_pos", ctypes.c_int),
-        ("first_text_neg", ctypes.c_int),
-    ]
+    _fields_ = fields(
+        o=ADDRESS, lse=ADDRESS, o_strides=INT64 * 3, lse_strides=INT64 * 3, rule=INT,
+        first_text_pos=INT, first_text_neg=INT,
+    )  # fmt: skip
 
 
 class ForwardParams(ctypes.Structure):
-    _fields_ = [
-        ("q", ctypes.c_uint64),
-        ("o", ctypes.c_uint64),
-        ("q_strides", ctypes.c_int64 * 3),
-        ("prompt", Prompt * 2),
-        ("alpha_map", ctypes.c_uint64),
-        ("alpha_strides", ctypes.c_int64 * 3),
-        ("b", ctypes.c_int),
-        ("l", ctypes.c_int),
-        ("h", ctypes.c_int),
-        ("d", ctypes.c_int),
-        ("shared", Shared),
-        ("alpha", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("aligned", ctypes.c_bool),
-        ("type", ctypes.c_int),
-    ]
+    _fields_ = fields(
+        q=ADDRESS, o=ADDRESS, q_strides=INT64 * 3, prompt=Prompt * 2, alpha_map=ADDRESS,
+        alpha_strides=INT64 * 3, b=INT, l=INT, h=INT, d=INT, shared=Shared, alpha=FLOAT,
+        scale=FLOAT, aligned=ctypes.c_bool, type=INT,
+    )  # fmt: skip
 
 
 class BackwardParams(ctypes.Structure):
-    _fields_ = [
-        ("call", ForwardParams),
-        ("grad_o", ctypes.c_uint64),
-        ("grad_strides", ctypes.c_int64 * 3),
-        ("dq", ctypes.c_uint64),
-        ("dalpha", ctypes.c_uint64),
-        ("dk", ctypes.c_uint64 * 2),
-        ("dv", ctypes.c_uint64 * 2),
-        ("lse", ctypes.c_uint64),
-        ("u", ctypes.c_uint64),
-        ("partial", ctypes.c_uint64),
-        ("splits", ctypes.c_int),
-    ]
+    _fields_ = fields(
+        call=ForwardParams, grad_o=ADDRESS, grad_strides=INT64 * 3, dq=ADDRESS, dalpha=ADDRESS,
+        dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, partial=ADDRESS, splits=INT,
+    )  # fmt: skip
 
 
 MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}

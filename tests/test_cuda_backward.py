@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_emulation import assert_as_accurate_as_eager, backward, eager, nvcc
-from test_cuda_forward import ALPHAS, DTYPES, EDGES, MODELS, NAN, Shape, make, strided
+from test_cuda_forward import ALPHAS, DTYPES, EDGES, MODELS, Shape, cut_out, make, strided
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -80,26 +80,12 @@ def _with_grad(inputs: dict) -> tuple[torch.Tensor, ...]:
 def test_masked_keys_are_absent(shape):
     inputs = make(shape, torch.float16)
     grad_o = make_grad(inputs)
-    keep_pos = torch.arange(shape.n_pos) < shape.n_pos - 7
-    keep_neg = torch.arange(shape.n_neg) < 3
-    cut = dict(inputs)
-    for side, keep in (("pos", keep_pos), ("neg", keep_neg)):
-        for name in (f"k_{side}", f"v_{side}"):
-            cut[name] = inputs[name][:, keep]
-            inputs[name][:, ~keep] = NAN
-    masks = {
-        "mask_pos": keep_pos.expand(shape.b, -1),
-        "mask_neg": torch.zeros(shape.b, shape.n_neg).masked_fill(~keep_neg, float("-inf")),
-    }
-    ones = {
-        "mask_pos": torch.ones(shape.b, int(keep_pos.sum()), dtype=torch.bool),
-        "mask_neg": torch.zeros(shape.b, int(keep_neg.sum())),
-    }
+    cut, masks, ones = cut_out(inputs)
     actual = backward(grad_o, **inputs, **masks)
     expected = backward(grad_o, **cut, **ones)
     for name in ("q", "alpha"):
         assert torch.equal(actual[name], expected[name])
-    for side, keep in (("pos", keep_pos), ("neg", keep_neg)):
+    for side, keep in (("pos", masks["mask_pos"][0]), ("neg", masks["mask_neg"][0] == 0)):
         for name in (f"k_{side}", f"v_{side}"):
             assert torch.equal(actual[name][:, keep], expected[name])
             assert actual[name][:, ~keep].count_nonzero() == 0

@@ -134,6 +134,25 @@ def test_the_kernel_cannot_be_seen_in_the_result(shape):
     assert torch.equal(short, forward(**inputs, path="short", blocks_per_head=2))
 
 
+def cut_out(inputs: dict) -> tuple[dict, dict, dict]:
+    """Masks that leave out the last 7 positive and all but 3 negative keys, whose rows become NaN.
+
+    Returns ``(inputs without these keys, masks, masks of the shorter prompts)``: the kernel that a
+    shorter prompt leads to may be another one, but with a mask its scores are not.
+    """
+    b, n_pos, n_neg = (*inputs["k_pos"].shape[:2], inputs["k_neg"].shape[1])
+    keep_pos, keep_neg = torch.arange(n_pos) < n_pos - 7, torch.arange(n_neg) < 3
+    cut = dict(inputs)
+    for side, keep in (("pos", keep_pos), ("neg", keep_neg)):
+        for name in (f"k_{side}", f"v_{side}"):
+            cut[name] = inputs[name][:, keep]
+            inputs[name][:, ~keep] = NAN
+    bias = torch.zeros(b, n_neg).masked_fill(~keep_neg, float("-inf"))
+    masks = {"mask_pos": keep_pos.expand(b, -1), "mask_neg": bias}
+    ones = {"mask_pos": torch.ones(b, n_pos - 7, dtype=torch.bool), "mask_neg": torch.zeros(b, 3)}
+    return cut, masks, ones
+
+
 MASKED = (MODELS[0], MODELS[4], MODELS[5]._replace(n_pos=150, n_neg=40))
 
 
@@ -141,22 +160,7 @@ MASKED = (MODELS[0], MODELS[4], MODELS[5]._replace(n_pos=150, n_neg=40))
 def test_masked_keys_are_absent(shape):
     """Bit for bit the result without them, NaN in their rows included."""
     inputs = make(shape, torch.float16)
-    keep_pos = torch.arange(shape.n_pos) < shape.n_pos - 7
-    keep_neg = torch.arange(shape.n_neg) < 3
-    cut = dict(inputs)
-    for side, keep in (("pos", keep_pos), ("neg", keep_neg)):
-        for name in (f"k_{side}", f"v_{side}"):
-            cut[name] = inputs[name][:, keep]
-            inputs[name][:, ~keep] = NAN
-    masks = {
-        "mask_pos": keep_pos.expand(shape.b, -1),
-        "mask_neg": torch.zeros(shape.b, shape.n_neg).masked_fill(~keep_neg, float("-inf")),
-    }
-    # the kernel that a cut prompt leads to may be another one, its scores must not
-    ones = {
-        "mask_pos": torch.ones(shape.b, int(keep_pos.sum()), dtype=torch.bool),
-        "mask_neg": torch.zeros(shape.b, int(keep_neg.sum())),
-    }
+    cut, masks, ones = cut_out(inputs)
     assert torch.equal(forward(**inputs, **masks), forward(**cut, **ones))
 
 
