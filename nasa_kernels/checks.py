@@ -130,6 +130,24 @@ def check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -float(scale)) if scale < 0 else (q, float(scale))
 
 
+def check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
+    numbers = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
+    if not numbers or any(
+        isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in text_queries
+    ):
+        raise ValueError(
+            f"{function}: text_queries must be two integers, the queries of the positive and of "
+            f"the negative text, got {text_queries!r}"
+        )
+    text_pos, text_neg = text_queries
+    if text_pos < 0 or text_neg < 0 or text_pos + text_neg > q.shape[1]:
+        raise ValueError(
+            f"{function}: text_queries must be at least 0 and no more than the {q.shape[1]} "
+            f"queries of q together, got {text_queries!r}"
+        )
+    return text_pos, text_neg
+
+
 def check_transforms(function: str, differentiable: bool, *tensors: Tensor) -> None:
     """Refuse what would lose a derivative in silence, or end in an error about something else."""
     if differentiable and torch._C._are_functorch_transforms_active():

@@ -11,6 +11,7 @@ from nasa_kernels.checks import (
     check_prompt,
     check_queries,
     check_scale,
+    check_text_queries,
     check_transforms,
 )
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
@@ -103,7 +104,7 @@ def nasa_joint_attention(
         q, scale = check_scale(_NAME, q, scale)
     if rule not in RULES:
         raise ValueError(f"{_NAME}: rule must be one of {RULES}, got {rule!r}")
-    text_pos, text_neg = _check_text_queries(q, text_queries)
+    text_pos, text_neg = check_text_queries(_NAME, q, text_queries)
 
     if alpha_map is None and alpha_number == 0 and rule != "vsf" and text_neg == 0:
         # nothing of the negative is used, and nothing of it is read
@@ -132,21 +133,3 @@ def nasa_joint_attention(
     if differentiable:
         return ops.JOINT_ATTENTION[backend](*arguments)[0]
     return ops.JOINT_FORWARD[backend](*arguments)
-
-
-def _check_text_queries(q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
-    numbers = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
-    if not numbers or any(
-        isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in text_queries
-    ):
-        raise ValueError(
-            f"{_NAME}: text_queries must be two integers, the queries of the positive and of the "
-            f"negative text, got {text_queries!r}"
-        )
-    text_pos, text_neg = text_queries
-    if text_pos < 0 or text_neg < 0 or text_pos + text_neg > q.shape[1]:
-        raise ValueError(
-            f"{_NAME}: text_queries must be at least 0 and no more than the {q.shape[1]} queries "
-            f"of q together, got {text_queries!r}"
-        )
-    return text_pos, text_neg

@@ -5,7 +5,9 @@
     O = a G' + (1 - a) Z+                   s = nag_scale, tau = nag_tau, a = nag_alpha
 
 The norms need a query's whole row, and the attention kernels give every head to another program:
-so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest.
+so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest. In joint
+attention Z+ is over [image; positive text] and Z- over [image; negative text], as in the published
+code; both calls read the image's keys, since the operator returns one of the two.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from torch import Tensor
 
 from nasa_kernels import backends, ops
 from nasa_kernels.attention import nasa_attention
-from nasa_kernels.checks import autocast, check_mask, check_prompt, check_queries
-
-_NAME = "nag_attention"
+from nasa_kernels.checks import (
+    autocast,
+    check_mask,
+    check_prompt,
+    check_queries,
+    check_text_queries,
+)
+from nasa_kernels.joint import nasa_joint_attention
 
 
 def nag_attention(
@@ -63,27 +70,12 @@ def nag_attention(
         ValueError: As `nasa_attention`, or a NAG parameter is out of its range.
         RuntimeError: As `nasa_attention`.
     """
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        q, k_pos, v_pos, k_neg, v_neg = autocast(q, k_pos, v_pos, k_neg, v_neg)
-        with torch.autocast(device, enabled=False):
-            return nag_attention(
-                q, k_pos, v_pos, k_neg, v_neg,
-                nag_scale=nag_scale, nag_tau=nag_tau, nag_alpha=nag_alpha,
-                mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend,
-            )  # fmt: skip
-    check_queries(_NAME, q)
-    k_pos, v_pos = check_prompt(_NAME, q, k_pos, v_pos, "_pos")
-    k_neg, v_neg = check_prompt(_NAME, q, k_neg, v_neg, "_neg")
-    if mask_pos is not None:
-        mask_pos = check_mask(_NAME, q, k_pos, mask_pos, "mask_pos")
-    if mask_neg is not None:
-        mask_neg = check_mask(_NAME, q, k_neg, mask_neg, "mask_neg")
-    _check_number("nag_scale", nag_scale)
-    _check_number("nag_tau", nag_tau)
-    if nag_tau <= 0:
-        raise ValueError(f"{_NAME}: nag_tau must be above 0, got {nag_tau}")
-    alpha_map, alpha = _check_alpha(q, nag_alpha)
+    function = "nag_attention"
+    q, k_pos, v_pos, k_neg, v_neg = _autocast(q, k_pos, v_pos, k_neg, v_neg)
+    check_queries(function, q)
+    _check_prompts(function, q, (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg))
+    _check_scale_and_tau(function, nag_scale, nag_tau)
+    alpha_map, alpha = _check_alpha(function, q, nag_alpha)
 
     def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return nasa_attention(
@@ -94,11 +86,90 @@ def nag_attention(
     if alpha_map is None and alpha == 0:
         return z_pos
     z_neg = attend(k_neg, v_neg, mask_neg)
+    return _blend_on(backend, z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
 
+
+def nag_joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pos: Tensor,
+    v_pos: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    *,
+    nag_scale: float,
+    nag_tau: float,
+    nag_alpha: float | Tensor,
+    text_queries: tuple[int, int] = (0, 0),
+    mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Joint attention (FLUX, SD3) under normalised attention guidance (NAG, arXiv:2505.21179).
+
+    An image query gets what `nag_attention` says, of Z+ over [image; positive text] and Z- over
+    [image; negative text]. Queries of the texts get their plain attention, the positive text's
+    over [image; positive], the negative text's over [image; negative].
+
+    Args:
+        q, k, v, k_pos, v_pos, k_neg, v_neg, text_queries, mask_pos, mask_neg, scale, backend: As
+            `nasa_joint_attention` takes them.
+        nag_scale, nag_tau: As in `nag_attention`.
+        nag_alpha: As in `nag_attention`; a tensor broadcasts to `[b, image queries, 1]`.
+
+    Returns:
+        `[b, l, h, d]`, contiguous, in the dtype of `q`, its rows in the order of `q`.
+
+    Raises:
+        ValueError, RuntimeError: As `nag_attention` and `nasa_joint_attention` do.
+    """
+    function = "nag_joint_attention"
+    q, k, v, k_pos, v_pos, k_neg, v_neg = _autocast(q, k, v, k_pos, v_pos, k_neg, v_neg)
+    check_queries(function, q)
+    check_prompt(function, q, k, v, "")
+    _check_prompts(function, q, (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg))
+    _check_scale_and_tau(function, nag_scale, nag_tau)
+    text_pos, text_neg = check_text_queries(function, q, text_queries)
+    image = q.shape[1] - text_pos - text_neg
+    q_image, _, q_neg = q.split((image, text_pos, text_neg), dim=1)
+    alpha_map, alpha = _check_alpha(function, q_image, nag_alpha)
+
+    def attend(
+        queries: Tensor, texts: int, k_text: Tensor, v_text: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of the image's queries and of one text's, the last of `queries`."""
+        o = nasa_joint_attention(
+            queries, k, v, k_text, v_text, k_text[:, :0], v_text[:, :0], 0.0,
+            text_queries=(texts, 0), mask_pos=mask, scale=scale, backend=backend,
+        )  # fmt: skip
+        first, last = o.split((o.shape[1] - texts, texts), dim=1)
+        return first, last
+
+    o, pos = attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, mask_pos)
+    if alpha_map is None and alpha == 0:
+        _, neg = attend(q_neg, text_neg, k_neg, v_neg, mask_neg)
+    else:
+        z_neg, neg = attend(torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, mask_neg)
+        o = _blend_on(backend, o, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+    return torch.cat((o, pos, neg), dim=1)
+
+
+def _blend_on(
+    backend: str | None,
+    z_pos: Tensor,
+    z_neg: Tensor,
+    alpha_map: Tensor | None,
+    alpha: float,
+    nag_scale: float,
+    nag_tau: float,
+) -> Tensor:
+    """`blend`, in Triton where that is the back end and nothing is differentiated."""
     inputs = (z_pos, z_neg) if alpha_map is None else (z_pos, z_neg, alpha_map)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if backend is None:
-        backend = backends.choose(z_pos.device, z_pos.dtype, q.shape[3], differentiable)
+        backend = backends.choose(z_pos.device, z_pos.dtype, z_pos.shape[3], differentiable)
     if backend == "triton" and not differentiable:
         return ops.BLEND(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
     return blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
@@ -135,34 +206,61 @@ def blend(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_number(name: str, value: float) -> None:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the operators below will cast them."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    return autocast(*tensors)
+
+
+def _check_prompts(
+    function: str, q: Tensor, *prompts: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    """Both prompts under their own names, used or not: each is the positive one of its call."""
+    for side, (k, v, mask) in zip(("_pos", "_neg"), prompts, strict=True):
+        k, v = check_prompt(function, q, k, v, side)
+        if mask is not None:
+            check_mask(function, q, k, mask, f"mask{side}")
+
+
+def _check_scale_and_tau(function: str, nag_scale: float, nag_tau: float) -> None:
+    _check_number(function, "nag_scale", nag_scale)
+    _check_number(function, "nag_tau", nag_tau)
+    if nag_tau <= 0:
+        raise ValueError(f"{function}: nag_tau must be above 0, got {nag_tau}")
+
+
+def _check_number(function: str, name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise ValueError(f"{_NAME}: {name} must be a number, got {type(value).__name__}")
+        raise ValueError(f"{function}: {name} must be a number, got {type(value).__name__}")
     # of a symbol the compiler cannot ask this
     if isinstance(value, (int, float)) and not math.isfinite(value):
-        raise ValueError(f"{_NAME}: {name} must be finite, got {value}")
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
 
 
-def _check_alpha(q: Tensor, nag_alpha: float | Tensor) -> tuple[Tensor | None, float]:
+def _check_alpha(
+    function: str, q: Tensor, nag_alpha: float | Tensor
+) -> tuple[Tensor | None, float]:
     """nag_alpha as a map `[b, l, 1]` or as a number; the other one is None or 0."""
     if not isinstance(nag_alpha, Tensor):
-        _check_number("nag_alpha", nag_alpha)
+        _check_number(function, "nag_alpha", nag_alpha)
         return None, float(nag_alpha)
     rows = (*q.shape[:2], 1)
     if nag_alpha.dtype != torch.float32 and not nag_alpha.dtype == q.dtype == torch.float64:
         raise ValueError(
-            f"{_NAME}: a tensor nag_alpha must be fp32, got {nag_alpha.dtype}; call "
+            f"{function}: a tensor nag_alpha must be fp32, got {nag_alpha.dtype}; call "
             "nag_alpha.float()"
         )
     sizes = zip(nag_alpha.shape, rows[3 - nag_alpha.dim() :], strict=True)
     if nag_alpha.dim() > 3 or any(size not in (1, row) for size, row in sizes):
         raise ValueError(
-            f"{_NAME}: nag_alpha must broadcast to [b, l, 1] {list(rows)}, got "
+            f"{function}: nag_alpha must broadcast to [b, l, 1] {list(rows)}, got "
             f"{list(nag_alpha.shape)}; it is the same for all heads, whose common norm it blends"
         )
     if nag_alpha.device != q.device:
         raise ValueError(
-            f"{_NAME}: nag_alpha must be on the device of q, {q.device}, got "
+            f"{function}: nag_alpha must be on the device of q, {q.device}, got "
             f"{nag_alpha.device}; call nag_alpha.to(q.device)"
         )
     return nag_alpha.expand(rows), 0.0

@@ -11,7 +11,13 @@ import torch
 from cases import BACKENDS, DEVICE, DTYPES, make_inputs, mask_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from nasa_kernels import nag_attention, ops
+from nasa_kernels import (
+    backends,
+    nag_attention,
+    nag_joint_attention,
+    nasa_joint_attention,
+    ops,
+)
 from nasa_kernels.reference import attend
 from nasa_kernels.testing import Shape, budget, largest_score
 
@@ -294,3 +300,119 @@ def test_compiled_without_a_spill(arch):
         assert row["stack"] == row["ldl"] == row["stl"] == 0, row
         # a row of 5120 channels stays in the registers of its 256 threads
         assert row["registers"] <= 128, row
+
+
+# ---- joint attention -----------------------------------------------------------------------------
+
+JOINT_BACKENDS = tuple(
+    name for name in (*ops.JOINT_BACKENDS, "reference") if backends.why_not(name, DEVICE) is None
+)
+TEXT_QUERIES = {"both": (5, 4), "none": (0, 0), "negative": (0, 4), "only": (5, 4)}
+
+
+def make_joint(which, dtype=torch.float32):
+    """q, k, v, k_pos, v_pos, k_neg, v_neg of 21 image tokens, 5 and 4 of text."""
+    generator = torch.Generator().manual_seed(0)
+    image = 0 if which == "only" else 21
+    lengths = (image + sum(TEXT_QUERIES[which]), 21, 21, 5, 5, 4, 4)
+    names = ("q", "k", "v", "k_pos", "v_pos", "k_neg", "v_neg")
+    return {
+        name: torch.randn(2, n, 3, 16, generator=generator).to(DEVICE, dtype)
+        for name, n in zip(names, lengths, strict=True)
+    }
+
+
+def plain_joint_nag(inputs, text, mask_neg=None, **settings):
+    """Two whole attentions, over [image; positive] and over [image; negative], and the steps."""
+    rows = inputs["q"].shape[1] - sum(text)
+    q, q_pos, q_neg = inputs["q"].split((rows, *text), dim=1)
+    mask = None
+    if mask_neg is not None:
+        mask = torch.cat((torch.ones_like(inputs["k"][..., 0, 0], dtype=torch.bool), mask_neg), 1)
+
+    def joined(name):
+        return torch.cat((inputs[name[0]], inputs[name]), dim=1)
+
+    both = {"q": q} | {name: joined(name) for name in ("k_pos", "v_pos", "k_neg", "v_neg")}
+    o, ratio = plain_nag(both, **settings, mask_neg=mask)
+    scale = q.shape[-1] ** -0.5
+    texts = (
+        attend(q_pos, both["k_pos"], both["v_pos"], None, scale),
+        attend(q_neg, both["k_neg"], both["v_neg"], mask, scale),
+    )
+    return torch.cat((o, *texts), dim=1), ratio
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", TEXT_QUERIES)
+@pytest.mark.parametrize("backend", JOINT_BACKENDS)
+def test_joint_matches_the_published_formula(backend, which, dtype):
+    inputs, text = make_joint(which, dtype), TEXT_QUERIES[which]
+    doubles = {name: x.double() for name, x in inputs.items()}
+    _, ratio = plain_joint_nag(doubles, text, **BOTH_SIDES)
+    # half of the rows are above it
+    settings = BOTH_SIDES | {"nag_tau": ratio.median().item() if ratio.numel() else 2.0}
+    o = nag_joint_attention(**inputs, **settings, text_queries=text, backend=backend)
+    assert o.dtype == dtype and o.is_contiguous()
+    exact, _ = plain_joint_nag(doubles, text, **settings)
+    eager, _ = plain_joint_nag(inputs, text, **settings)
+    budget(exact, eager, largest_score(inputs), dtype, roundings=4).check(o, exact)
+
+
+@pytest.mark.parametrize("backend", JOINT_BACKENDS)
+def test_joint_with_a_mask_a_map_and_a_gradient(backend):
+    inputs, text = make_joint("both"), TEXT_QUERIES["both"]
+    mask = torch.tensor([[True, False, True, True], [True, True, True, False]], device=DEVICE)
+    share = torch.rand(2, 21, 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    settings = STRONG | {"nag_alpha": share}
+
+    def gradients(function):
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        o = function(leaves)
+        return o, torch.autograd.grad(o.square().sum(), tuple(leaves.values()))
+
+    plain, expected = gradients(lambda x: plain_joint_nag(x, text, mask, **settings)[0])
+    with torch.no_grad():
+        o = nag_joint_attention(
+            **inputs, **settings, text_queries=text, mask_neg=mask, backend=backend
+        )
+    assert torch.allclose(o, plain, rtol=1e-4, atol=1e-5)
+    if backend not in (*ops.JOINT_GRADIENT_BACKENDS, "reference"):
+        return
+    _, found = gradients(
+        lambda x: nag_joint_attention(
+            **x, **settings, text_queries=text, mask_neg=mask, backend=backend
+        )
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", JOINT_BACKENDS)
+def test_joint_with_a_share_of_0_is_plain_attention(backend):
+    """As a number or a tensor, and whatever the negative prompt holds."""
+    inputs, text = make_joint("both"), TEXT_QUERIES["both"]
+    plain = nasa_joint_attention(**inputs, alpha=0.0, text_queries=text, backend=backend)
+    inputs["v_neg"] = torch.full_like(inputs["v_neg"], float("inf"))
+    for share in (0.0, torch.zeros(2, 1, 1, device=DEVICE)):
+        settings = STRONG | {"nag_alpha": share}
+        o = nag_joint_attention(**inputs, **settings, text_queries=text, backend=backend)
+        assert torch.allclose(o[:, :26], plain[:, :26], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nag_tau": 0.0}, "nag_tau must be above 0, got 0"),
+        ({"nag_scale": "3"}, "nag_scale must be a number, got str"),
+        ({"nag_alpha": float("nan")}, "nag_alpha must be finite, got nan"),
+        ({"nag_alpha": torch.ones(30, 1)}, r"nag_alpha must broadcast to \[b, l, 1\] \[2, 21, 1\]"),
+        ({"text_queries": (20, 11)}, "no more than the 30 queries of q together"),
+        ({"text_queries": 9}, "text_queries must be two integers"),
+        ({"v_neg": torch.zeros(3)}, r"v_neg must be \[2 or 1, n, 3 or 1, 16\]"),
+    ],
+    ids=str,
+)
+def test_joint_refusals(options, message):
+    with pytest.raises(ValueError, match="nag_joint_attention: .*" + message):
+        nag_joint_attention(**make_joint("both") | {"text_queries": (5, 4)} | STRONG | options)

@@ -109,6 +109,7 @@ def enable_nasa(
         cfg=cfg,
         rule=rule,
         nag=nag,
+        vsf_takes_maps=family.vsf_takes_maps,
     )
     cache = TextCache()
     steerings = [
@@ -287,8 +288,6 @@ def _read_nag(
             if value is not None:
                 raise ValueError(f"enable_nasa: {name} goes with method='nag'; leave one out")
         return None
-    if "nag" not in family.methods:
-        raise ValueError(f"enable_nasa: method='nag' is not there for {family.name}")
     if alpha is not None:
         raise ValueError(
             "enable_nasa: alpha is the strength of NASA; method='nag' takes nag_alpha, the share "

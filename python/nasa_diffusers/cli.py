@@ -23,6 +23,7 @@ from tqdm import tqdm
 from nasa_diffusers.api import enable_nasa
 
 LABEL_HEIGHT = 16
+METHODS = ("nasa", "nag")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", action="append", help="pattern of layer names; repeat for more")
     add("--height", type=int, help="of the image in pixels")
     add("--width", type=int, help="of the image in pixels")
-    add("--method", choices=("nasa", "nag"), default="nasa", help="default: %(default)s")
+    add("--method", choices=METHODS, default="nasa", help="default: %(default)s")
     add("--rule", help="how NASA combines the prompts, 'vsf' for value sign flip; default: its own")
     add("--nag-scale", type=float, help="of --method nag, where 1 is off; default: the family's")
     add("--nag-tau", type=float, help="of --method nag; default: the family's")
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     flops = commands.add_parser("flops", help="count what NASA adds to real architectures")
     flops.set_defaults(run=run_flops)
     flops.add_argument("--model", action="append", help="one of the models; default: all")
+    flops.add_argument("--method", choices=METHODS, default="nasa", help="default: %(default)s")
     return parser
 
 
@@ -177,7 +179,7 @@ def run_flops(options: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
     with contextlib.closing(tqdm(names, unit="model", disable=not sys.stderr.isatty())) as bar:
-        print(markdown([count(name) for name in bar]))
+        print(markdown([count(name, options.method) for name in bar]))
 
 
 def _negatives(given: list[list[str]]) -> str | list[tuple[str, float]]:

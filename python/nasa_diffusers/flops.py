@@ -185,12 +185,12 @@ class Count:
         return (self.later - self.stock) / self.stock
 
 
-def count(name: str) -> Count:
+def count(name: str, method: str = "nasa") -> Count:
     """Count one of `MODELS`."""
-    return count_model(name, MODELS[name])
+    return count_model(name, MODELS[name], method)
 
 
-def count_model(name: str, model: Model) -> Count:
+def count_model(name: str, model: Model, method: str = "nasa") -> Count:
     """Count an architecture, with a negative prompt as long as the positive one."""
     with torch.device("meta"):
         denoiser = model.build(**model.config).eval()
@@ -210,7 +210,8 @@ def count_model(name: str, model: Model) -> Count:
 
     stock = call()
     pipe: Any = SimpleNamespace(transformer=denoiser)
-    handle = enable_nasa(pipe, negative_prompt_embeds=negative, alpha=0.5)
+    strength: dict[str, Any] = {"nag_alpha" if method == "nag" else "alpha": 0.5}
+    handle = enable_nasa(pipe, negative_prompt_embeds=negative, method=method, **strength)
     if model.words is not None:
         handle._steerings[0].family = FoldedWan(text, model.words)
     return Count(name, model.tokens, stock, first=call(), later=call(), words=model.words)

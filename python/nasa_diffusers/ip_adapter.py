@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as stock
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
 
 from nasa_diffusers.methods import KeysValues
@@ -27,6 +28,8 @@ PROCESSORS = (
     stock.IPAdapterXFormersAttnProcessor,
     stock.IPAdapterAttnProcessor2_0,
 )
+# in joint attention
+JOINT_PROCESSORS = (FluxIPAdapterAttnProcessor,)
 
 
 def image_terms(

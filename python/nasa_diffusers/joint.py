@@ -4,7 +4,8 @@ Such a block attends from all tokens to all tokens, [image; text], and changes b
 run once with every prompt's tokens side by side as its text, which all of a block but its
 attention treats token by token; the attention then keeps the prompts apart:
 
-    image queries             Z+ over [image; positive], less what `rule` takes from the negative
+    image queries             Z+ over [image; positive], less what `rule` takes from the negative,
+                              or under NAG both Z+ and Z- over [image; negative], blended
     positive text queries     [image; positive], as without NASA
     negative text queries     [image; negative]
 
@@ -26,7 +27,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 import nasa_kernels
+from nasa_diffusers import ip_adapter
 from nasa_diffusers.layer import Hook, TextHook
+from nasa_diffusers.methods import nothing, subtract
 from nasa_diffusers.steered import Steered, Term
 
 if TYPE_CHECKING:
@@ -166,6 +169,7 @@ class JointAttentionHook(Hook):
         self.family.check_attention(self.name, attn, attention_mask)
         # [b, l, h, d], then [b, l + n, h, d]
         q, k, v = self.family.image_heads(attn, hidden_states)
+        added = self.of_images(attn, texts, q, kwargs)
         if encoder_hidden_states is not None:
             text = self.family.text_heads(attn, encoder_hidden_states)
             q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
@@ -176,14 +180,33 @@ class JointAttentionHook(Hook):
         if not torch.compiler.is_compiling():
             channels = hidden_states.shape[2]
             self.last_call = JointCall(
-                q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text
-            )
+                q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text,
+                attends_twice=self.guided and texts.steered.nag is not None,
+            )  # fmt: skip
         o = steer(q, k, v, texts, self.guided, with_text=not drops_text).flatten(2)
         if encoder_hidden_states is None:
             return o
         image = o[:, : hidden_states.shape[1]]
         image = attn.to_out[1](attn.to_out[0](image))
-        return image, None if drops_text else attn.to_add_out(o[:, hidden_states.shape[1] :])
+        text_o = None if drops_text else attn.to_add_out(o[:, hidden_states.shape[1] :])
+        return (image, text_o) if added is None else (image, text_o, added)
+
+    def of_images(self, attn: Any, texts: Texts, q: Tensor, kwargs: dict) -> Tensor | None:
+        """What an IP-Adapter's images add to the image, `[b, l, c]`: FLUX.1 attends to them from
+        queries without positions, and the block adds the result as it is."""
+        if not isinstance(attn.processor, ip_adapter.JOINT_PROCESSORS):
+            return None
+        images = kwargs.get("ip_hidden_states")
+        if images is None:
+            raise ValueError(
+                f"nasa_diffusers: layer {self.name!r} has an IP-Adapter and the call brings no "
+                "image for it; pass ip_adapter_image, or take it off: pipe.unload_ip_adapter()"
+            )
+        backend, o = texts.steered.backend, None
+        for image, alpha in ip_adapter.image_terms(attn, q, images, None, texts.steered):
+            z = subtract(q, nothing(image), image, alpha, backend)
+            o = z if o is None else o + z
+        return None if o is None else o.flatten(2)
 
     @staticmethod
     def rotate(x: Tensor, rope: Rope) -> Any:
@@ -212,6 +235,18 @@ def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text
     k_image, k_pos, *k_negatives = k.split(sizes, dim=1)
     v_image, v_pos, *v_negatives = v.split(sizes, dim=1)
 
+    n_first = texts.lengths[1] if with_text else 0
+    n_pos = n_pos if with_text else 0
+    if guided and steered.nag is not None:
+        (term,) = steered.terms
+        return nasa_kernels.nag_joint_attention(
+            q[:, : queries + n_pos + n_first],
+            k_image, v_image, k_pos, v_pos, k_negatives[0], v_negatives[0],
+            nag_scale=steered.nag.scale, nag_tau=steered.nag.tau,
+            nag_alpha=term.alpha.at(queries), text_queries=(n_pos, n_first),
+            mask_neg=term.mask, backend=steered.backend,
+        )  # fmt: skip
+
     def joint(q_rows: Tensor, i: int, text_queries: tuple[int, int], is_on: bool = guided):
         term = steered.terms[i]
         # value sign flip counts negative keys in its softmax at any alpha, other rules do not
@@ -223,8 +258,6 @@ def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text
             mask_neg=guided_keys(term) if rule == "vsf" else term.mask, backend=steered.backend,
         )  # fmt: skip
 
-    n_first = texts.lengths[1] if with_text else 0
-    n_pos = n_pos if with_text else 0
     o = joint(q[:, : queries + n_pos + n_first], 0, (n_pos, n_first))
     if len(q_negatives) == 1:
         return o
@@ -265,6 +298,7 @@ class JointCall:
     channels: int
     token_flops: int  # of the linear layers that a text token passes in the block
     with_text: bool  # text tokens are queries, too
+    attends_twice: bool  # the image to itself, once for Z+ and once for Z-
 
     @property
     def texts(self) -> list[tuple[int, int, int]]:
@@ -276,7 +310,7 @@ class JointCall:
         linear layers, in every call."""
         b, rows, h, d = self.q
         queries = rows - sum(self.lengths)
-        total = 0
+        total = 4 * b * h * d * queries**2 if self.attends_twice else 0
         for n in self.lengths[1:]:
             scores = queries + (queries + n if self.with_text else 0)
             total += b * n * (4 * h * d * scores + self.token_flops)

@@ -6,14 +6,14 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from nasa_diffusers.alpha import Alpha, LayerAlpha
+from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
@@ -40,9 +40,11 @@ class Settings:
     cfg: bool | None
     rule: str = "nasa"
     nag: Nag | None = None
+    # value sign flip in joint attention has an alpha for each query
+    vsf_takes_maps: bool = False
 
     def __post_init__(self) -> None:
-        if self.rule == "vsf" and self.alpha.region is not None:
+        if self.rule == "vsf" and self.alpha.region is not None and not self.vsf_takes_maps:
             raise ValueError(
                 "enable_nasa: rule='vsf' weighs the values of keys, which all of the image shares, "
                 "so alpha cannot be a map over the image; give a number, or one per image"
@@ -52,6 +54,16 @@ class Settings:
                 "enable_nasa: method='nag' takes one negative prompt, a string or one per image, "
                 "since its norm is that of one difference; put several into one string"
             )
+
+
+class Batch(NamedTuple):
+    """The rows of a call, and where their image tokens lie."""
+
+    rows: int
+    first: int  # the guided rows begin here
+    prompts: int | None
+    device: torch.device
+    grids: tuple[Grid, ...]  # for a map over the image
 
 
 class Steering:
@@ -132,7 +144,7 @@ class Steering:
         # a new text, or the first step: weights may have changed in ways that nothing counts
         afresh = self.last_text() is not text or (caller is not None and caller.begins)
         self.last_text = weakref.ref(text)
-        steered = self._steer(settings, text, sample, first, caller, afresh)
+        steered = self._steer(settings, text, sample, kwargs, first, caller, afresh)
         if steered.prompts is not None:
             steered = replace(steered, images=self._images(kwargs, afresh))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
@@ -156,6 +168,7 @@ class Steering:
         settings: Settings,
         text: Tensor,
         sample: Tensor,
+        inputs: dict[str, Any],
         first: int,
         caller: Caller | None,
         afresh: bool,
@@ -179,10 +192,11 @@ class Steering:
                 ],
                 afresh=afresh,
             )
-        alphas = (
-            self._alpha(settings.alpha, term.weight, sample, first, prompts)
-            for term in negative.terms
-        )
+        grids: tuple[Grid, ...] = ()
+        if settings.alpha.region is not None:
+            grids = self.family.grids(self.denoiser, sample, inputs)
+        batch = Batch(sample.shape[0], first, prompts, sample.device, grids)
+        alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negative.terms)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
@@ -194,6 +208,9 @@ class Steering:
     def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
         """The image prompts of an IP-Adapter, where the call brings some."""
         embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
+        if embeds is None:
+            options = kwargs.get("joint_attention_kwargs") or {}
+            embeds = options.get("ip_adapter_image_embeds")
         projection = getattr(self.denoiser, "encoder_hid_proj", None)
         if projection is None or not isinstance(embeds, list):
             return None
@@ -264,36 +281,30 @@ class Steering:
             self.last_negative = negative
         return negative
 
-    def _alpha(
-        self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
-    ) -> LayerAlpha:
+    def _alpha(self, alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
         """One object for all steps of the same size: its tensors are made once."""
-        inference = torch.is_inference_mode_enabled()
-        key = (alpha, weight, tuple(sample.shape), sample.device, first, prompts, inference)
         if alpha.is_learned:
-            return self._make_alpha(alpha, weight, sample, first, prompts)
+            return _make_alpha(alpha, weight, batch)
+        key = (alpha, weight, batch, torch.is_inference_mode_enabled())
         if key not in self.alphas:
             if len(self.alphas) >= 16:
                 self.alphas.clear()
-            self.alphas[key] = self._make_alpha(alpha, weight, sample, first, prompts)
+            self.alphas[key] = _make_alpha(alpha, weight, batch)
         return self.alphas[key]
 
-    def _make_alpha(
-        self, alpha: Alpha, weight: float, sample: Tensor, first: int, prompts: int | None
-    ) -> LayerAlpha:
-        rows = sample.shape[0]
-        values = alpha.values.to(sample.device) * weight
-        values = spread(values, rows, first, prompts, "alpha")
-        is_for_all = values.shape[0] == 1 and first == 0
-        is_conditional = torch.arange(rows, device=sample.device) >= first
-        # [b], always: a graph that is compiled for one alpha takes one per image as well
-        values = torch.where(is_conditional, values, 0.0)
-        guided = None if is_for_all else values != 0
-        values = values[:, None, None]
-        if alpha.region is None:
-            return LayerAlpha(values, guided=guided)
-        grids = self.family.grids(self.denoiser, sample)
-        return LayerAlpha(values, alpha.region.to(sample.device), grids, guided=guided)
+
+def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
+    values = alpha.values.to(batch.device) * weight
+    values = spread(values, batch.rows, batch.first, batch.prompts, "alpha")
+    is_for_all = values.shape[0] == 1 and batch.first == 0
+    is_conditional = torch.arange(batch.rows, device=batch.device) >= batch.first
+    # [b], always: a graph that is compiled for one alpha takes one per image as well
+    values = torch.where(is_conditional, values, 0.0)
+    guided = None if is_for_all else values != 0
+    values = values[:, None, None]
+    if alpha.region is None:
+        return LayerAlpha(values, guided=guided)
+    return LayerAlpha(values, alpha.region.to(batch.device), batch.grids, guided=guided)
 
 
 def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

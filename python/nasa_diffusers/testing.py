@@ -180,18 +180,20 @@ T5_SIZE: dict[str, Any] = {
 }
 
 
+# of small transformers: 8x8 image tokens of 32 channels
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+LATENTS = {"sample_size": 16, "patch_size": 2, "in_channels": 4}
+
+
 def pixart(sigma: bool = False, seed: int = 0) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     """PixArt-alpha or -sigma in small: two blocks over 8x8 tokens."""
     torch.manual_seed(seed)
     transformer = PixArtTransformer2DModel(
-        sample_size=16,
+        **LATENTS,
+        **HEADS,
         num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
         cross_attention_dim=32,
         caption_channels=32,
-        patch_size=2,
-        in_channels=4,
         out_channels=8,
         norm_elementwise_affine=False,
     )
@@ -327,8 +329,7 @@ def flux(dev: bool = False, seed: int = 0) -> FluxPipeline:
         in_channels=16,
         num_layers=2,
         num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+        **HEADS,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         guidance_embeds=dev,
@@ -350,13 +351,10 @@ def stable_diffusion_3(medium: bool = False, seed: int = 0) -> StableDiffusion3P
     """SD3 in small, three blocks; or SD3.5 medium, with norms and a second attention."""
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
+        **LATENTS,
+        **HEADS,
         out_channels=4,
         num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=32,

@@ -50,6 +50,15 @@ class Algorithm1:
         return x if norm is None else norm(x)
 
 
+def published_nag(z_pos, z_neg, scale, tau, share):
+    """NAG's published steps, on `[b, l, h * d]`; `share` is its alpha."""
+    guided = z_pos * scale - z_neg * (scale - 1)
+    norm_pos = z_pos.norm(p=1, dim=-1, keepdim=True)
+    ratio = guided.norm(p=1, dim=-1, keepdim=True) / norm_pos
+    guided = guided * torch.minimum(ratio, torch.full_like(ratio, tau)) / ratio
+    return guided * share + z_pos * (1 - share)
+
+
 def algorithm_1(denoiser, negatives, layers=lambda name: True):
     """The denoiser with Algorithm 1 in its `attn2` layers; `negatives` in the layers' channels."""
     return installed(denoiser, Algorithm1(negatives), layers)

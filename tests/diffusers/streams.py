@@ -5,8 +5,18 @@ feed-forward. The attention is written out from the definition of each rule, wit
 over concatenated keys. Nothing of diffusers runs above a linear layer or a norm.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from oracle import published_nag
+
+
+class Nag(NamedTuple):
+    """In place of a rule: both attentions over all of their text, blended; alpha is the share."""
+
+    scale: float
+    tau: float
 
 
 def attend(q, k, v, mask=None):
@@ -18,14 +28,15 @@ def attend(q, k, v, mask=None):
 
 
 def image_attention(rule, alpha, image, pos, neg, mask):
-    """Image queries over their own keys and both prompts, each a tuple (q, k, v)."""
+    """Image queries over their own keys and both prompts, each a tuple (q, k, v); alpha is a
+    number or, for a map, `[1, l, 1, 1]`."""
     (q, k, v), (_, k_pos, v_pos), (_, k_neg, v_neg) = image, pos, neg
     present = q.new_ones(q.shape[0], k.shape[1], dtype=torch.bool)
     if mask is None:
         mask = q.new_ones(q.shape[0], k_neg.shape[1], dtype=torch.bool)
     with_neg = torch.cat([present, mask], 1)
     z_pos = attend(q, torch.cat([k, k_pos], 1), torch.cat([v, v_pos], 1))
-    if rule == "nasa":
+    if rule == "nasa" or isinstance(rule, Nag):
         taken = attend(q, torch.cat([k, k_neg], 1), torch.cat([v, v_neg], 1), with_neg)
     elif rule == "nasa-text":
         taken = attend(
@@ -36,8 +47,13 @@ def image_attention(rule, alpha, image, pos, neg, mask):
     elif rule == "vsf":
         pos_present = torch.ones_like(k_pos[..., 0, 0], dtype=torch.bool)
         everything = torch.cat([present, pos_present, mask], 1)
-        signed = torch.cat([v, v_pos, -alpha * v_neg], 1)
-        return attend(q, torch.cat([k, k_pos, k_neg], 1), signed, everything)
+        keys, nothing = torch.cat([k, k_pos, k_neg], 1), torch.zeros_like
+        z_pos = attend(q, keys, torch.cat([v, v_pos, nothing(v_neg)], 1), everything)
+        taken = attend(q, keys, torch.cat([nothing(v), nothing(v_pos), v_neg], 1), everything)
+    if isinstance(rule, Nag):
+        share = alpha.squeeze(-1) if isinstance(alpha, torch.Tensor) else alpha
+        merged = published_nag(z_pos.flatten(2), taken.flatten(2), *rule, share)
+        return merged.unflatten(2, z_pos.shape[2:])
     return z_pos - alpha * taken
 
 

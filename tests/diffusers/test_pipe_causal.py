@@ -131,8 +131,9 @@ def test_causvid_with_another_negative_from_the_second_chunk_on():
     pipe, positive = causal(testing.wan()), padded(9)
     first, second = padded(5, seed=2), padded(7, seed=3)
     with nasa(pipe, negative_prompt_embeds=first, alpha=0.5, cfg=False) as handle:
-        whole = stream(pipe, positive)
         count = Projections(pipe.transformer)
+        whole = stream(pipe, positive)
+        count.take()
 
         def switch(chunk):
             if chunk == 1:

@@ -6,7 +6,8 @@ from drawing import draw, negative_embeds
 from nasa_diffusers import enable_nasa, flops, nasa, testing
 from nasa_diffusers.families import family_of
 from test_pipe_adapters import IMAGE, load_ip_adapter
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.launches import Operators
 
 
 @pytest.mark.parametrize("name", ["SD 1.5, 512 px", "Sana 0.6B, 1024 px"])
@@ -53,21 +54,6 @@ def test_report_counts_what_the_counter_counts(sd):
     assert later - call() == report.attention_flops - handle.report().attention_flops
 
 
-class Launches(TorchDispatchMode):
-    """The operations that compute or copy something; views do neither."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split(".")[0]
-        is_view = any(result.alias_info for result in func._schema.returns)
-        if not is_view and name != "aten::_unsafe_view":
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def launches(pipe, denoiser, draw):
     """The operations of one cross-attention layer whose keys and values are cached."""
     calls = []
@@ -78,7 +64,7 @@ def launches(pipe, denoiser, draw):
     draw(pipe)
     hook.remove()
     args, kwargs = calls[-1]
-    with torch.no_grad(), Launches() as seen:
+    with torch.no_grad(), Operators() as seen:
         layer(*args, **kwargs)
     return seen.names
 

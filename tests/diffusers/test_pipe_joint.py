@@ -8,11 +8,13 @@ import diffusers
 import joint_cases
 import pytest
 import torch
+import torch.nn.functional as F
 from drawing import assert_same_image, relative_error
 from joint_cases import RULES, SIZE, negative
 from nasa_diffusers import enable_nasa, flops, nasa, testing
 from packaging.version import Version
 from peft import LoraConfig
+from streams import Nag
 
 CASES = {
     "flux-schnell": joint_cases.flux,
@@ -20,6 +22,10 @@ CASES = {
     "sd3": joint_cases.sd3,
     "sd3.5-medium": lambda **sizes: joint_cases.sd3(medium=True, **sizes),
 }
+
+
+NAG = {"method": "nag", "nag_scale": 20.0, "nag_tau": 2.0, "nag_alpha": 0.5}
+PUBLISHED = Nag(20.0, 2.0)
 
 
 @pytest.fixture(params=CASES)
@@ -111,6 +117,23 @@ def test_one_alpha_per_image(one_each, rule):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rule", [*RULES, "nag"])
+def test_a_map_over_the_image(one_each, rule):
+    """Its values pooled to the 4 x 6 tokens; where it is 0 the image is not steered."""
+    case, text = one_each, negative()
+    region = torch.rand(9, 12, generator=torch.Generator().manual_seed(5))
+    region[:, 6:] = 0
+    tokens = F.adaptive_avg_pool2d(region[None, None], (4, 6)).view(1, -1, 1, 1)
+    options = {"rule": rule, "alpha": region}
+    if rule == "nag":
+        rule, options = PUBLISHED, NAG | {"nag_alpha": region}
+    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **options) as handle:
+        assert_same_image(case(), case.expected(rule, [(text, tokens, None)]))
+        handle.alpha = torch.full((16, 24), 0.5)
+        assert_same_image(case(), case.expected(rule, [(text, 0.5, None)]))
+
+
+@torch.no_grad()
 def test_equal_prompts_cancel_in_the_text_streams(one_each):
     """With rule "nasa" and alpha 1 nothing is left of an image query's attention: Z+ - Z+."""
     case, text = one_each, negative(7)
@@ -135,6 +158,74 @@ def test_half_precision(one_each):
         ours = case(**cast)
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, exact) <= 1.5 * relative_error(eager, exact)
+
+
+# ---- NAG -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_nag_is_its_published_formula(case, tokens, backend):
+    """The published code's two image streams are one: both leave a block as the same tokens."""
+    text = negative(tokens)
+    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, backend=backend, **NAG) as handle:
+        ours = case()
+        assert handle.report().rule == "nag, scale 20, tau 2"
+    plain = case.expected(PUBLISHED, [(text, 0.5, None)])
+    assert_same_image(ours, plain)
+    # the clip did something
+    assert relative_error(plain, case.expected(Nag(20.0, 1e9), [(text, 0.5, None)])) > 1e-3
+
+
+@torch.no_grad()
+def test_nag_with_a_mask_and_a_share_per_image(one_each):
+    case, text = one_each, negative()
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1, 1]])
+    stock = case()
+    options = {"negative_prompt_embeds": text, "negative_prompt_attention_mask": mask}
+    with nasa(case.pipe, **options, cfg=False, **NAG | {"nag_alpha": [0.0, 0.5]}):
+        ours = case()
+    assert_same_image(ours[:1], stock[:1])
+    expected = case.expected(PUBLISHED, [(text, 0.5, mask.bool().expand(2, -1))])
+    assert_same_image(ours[1:], expected[1:])
+
+
+def test_nag_in_a_pipeline(one_each, draw):
+    case, pipe = one_each, one_each.pipe
+    stock = draw(pipe, steps=4, **SIZE)
+    with nasa(pipe, "blurry", **NAG, max_sequence_length=8) as handle:
+        ours = draw(pipe, steps=4, **SIZE)
+        handle.alpha = 0
+        assert torch.equal(draw(pipe, steps=4, **SIZE), stock)
+        with pytest.raises(ValueError, match="takes one negative prompt"):
+            handle.set_negative_prompt([("blurry", 0.3), ("red", 0.8)])
+    with two_streams(case, PUBLISHED, [(embeds(case, "blurry"), 0.5, None)]):
+        assert_same_image(ours, draw(pipe, steps=4, **SIZE))
+
+
+def test_nag_leaves_out_layers_and_has_gradients(one_each):
+    case, text = one_each, negative()
+    case.model.requires_grad_(True)
+    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **NAG):
+        ours = gradients(case)
+    case.expected(PUBLISHED, [(text, 0.5, None)]).square().mean().backward()
+    for name, p in case.model.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(ours[name], p.grad, rtol=1e-3, atol=1e-6), name
+    with torch.no_grad():
+        stock = case()
+        options = {"negative_prompt_embeds": text, "layers": "transformer_blocks.0.attn"}
+        with nasa(case.pipe, cfg=False, **options, **NAG):
+            assert relative_error(case(), stock) > 1e-4
+
+
+def test_defaults_of_nag(one_each):
+    """The NAG paper's, its scale counted 1 more."""
+    share = 0.25 if isinstance(one_each.pipe, diffusers.FluxPipeline) else 0.125
+    handle = enable_nasa(one_each.pipe, negative_prompt_embeds=negative(), method="nag")
+    nag = handle._steerings[0].settings.nag
+    assert (nag.scale, nag.tau, handle.alpha) == (5.0, 2.5, share)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -241,7 +332,8 @@ def test_settings_that_cannot_be(one_each):
         ({"rule": "nasa-image"}, "rule must be one of 'nasa-cross', 'nasa-text', 'nasa', 'vsf'"),
         ({"alpha": float("nan")}, "alpha must be a finite number"),
         ({"alpha": "strong"}, "alpha must be a finite number"),
-        ({"method": "nag"}, "method='nag' is not there for"),
+        ({"method": "nag", "alpha": 0.5}, "method='nag' takes nag_alpha"),
+        ({"method": "nag", "rule": "nasa"}, "rule='nasa' goes with method='nasa'"),
         ({"layers": "down_blocks.*"}, "matches none of the"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -443,8 +535,22 @@ def test_flops_of_the_real_architectures(name, share):
     assert 0.97 * share < counted.added_first < share
 
 
+@pytest.mark.parametrize("name", ["FLUX.1 schnell, 1024 px", "SD3 medium, 1024 px"])
+def test_nag_is_one_more_attention_of_the_image(name):
+    """The image's stream is computed once: two attentions, and nothing else, count it twice."""
+    plain, counted = flops.count(name), flops.count(name, method="nag")
+    config = flops.MODELS[name].config
+    if name.startswith("FLUX"):
+        layers, width = 19 + 38, 24 * 128
+    else:
+        layers, width = config["num_layers"], config["num_attention_heads"] * 64
+    assert counted.stock == plain.stock
+    assert counted.first - plain.first == layers * 4 * 4096**2 * width
+
+
 @torch.no_grad()
-def test_report_counts_what_the_counter_counts(one_each):
+@pytest.mark.parametrize("options", [{}, {"method": "nag"}], ids=["nasa", "nag"])
+def test_report_counts_what_the_counter_counts(one_each, options):
     case = one_each
     case.model.to("meta")
     inputs = {name: x.to("meta") for name, x in case.inputs.items()}
@@ -454,13 +560,18 @@ def test_report_counts_what_the_counter_counts(one_each):
             case(**inputs)
         return counter.get_total_flops()
 
-    with nasa(case.pipe, negative_prompt_embeds=negative(9).to("meta"), cfg=False) as handle:
+    stock, text = call(), negative(9).to("meta")
+    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **options) as handle:
         longer, report = call(), handle.report()
         handle.set_negative_prompt(negative_prompt_embeds=negative(5).to("meta"))
         difference = longer - call()
         reported = report.attention_flops - handle.report().attention_flops
     # the projection before the blocks, of one row of 4 tokens, is not in the report
     assert difference - 2 * 4 * 32 * 32 == reported
+    # the last block of SD3 drops its text, whose 7 tokens stock lets attend to all 31 before
+    is_flux = isinstance(case.pipe, diffusers.FluxPipeline)
+    saved = 0 if is_flux else 2 * 4 * 7 * 31 * 32
+    assert longer - stock - 2 * 9 * 32 * 32 == report.attention_flops - saved
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
@@ -475,10 +586,11 @@ def fresh_compiler():
 
 
 @torch.no_grad()
-def test_compiled_whole(one_each, fresh_compiler):
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, NAG], ids=["nasa", "nag"])
+def test_compiled_whole(one_each, fresh_compiler, options):
     case = one_each
     stock = case()
-    with nasa(case.pipe, negative_prompt_embeds=negative(), alpha=0.5, cfg=False) as handle:
+    with nasa(case.pipe, negative_prompt_embeds=negative(), **options, cfg=False) as handle:
         expected = case()
         case.model.compile(fullgraph=True, backend="eager")
         assert_same_image(case(), expected)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from drawing import assert_same_image, draw, negative_embeds, relative_error
 from nasa_diffusers import enable_nasa, nasa, testing
-from oracle import Algorithm1, installed
+from oracle import Algorithm1, installed, published_nag
 
 FAMILIES = {
     "sd": testing.stable_diffusion,
@@ -20,7 +20,7 @@ CHANNELS = {"sdxl": 64}
 
 
 class PlainNag(Algorithm1):
-    """NAG's published steps; `share` is its alpha, [b, 1, 1] or a number."""
+    """`share` is NAG's alpha, [b, 1, 1] or a number."""
 
     def __init__(self, text, mask, scale, tau, share):
         self.text, self.mask, self.scale, self.tau, self.share = text, mask, scale, tau, share
@@ -29,11 +29,7 @@ class PlainNag(Algorithm1):
         z_pos = self.merged(self.attend(attn, q, text, text_mask))
         rows, mask = self.rows(q)
         z_neg = self.merged(self.attend(attn, q, rows, mask))
-        guided = z_pos * self.scale - z_neg * (self.scale - 1)
-        norm_pos = z_pos.norm(p=1, dim=-1, keepdim=True)
-        ratio = guided.norm(p=1, dim=-1, keepdim=True) / norm_pos
-        guided = guided * torch.minimum(ratio, torch.full_like(ratio, self.tau)) / ratio
-        return guided * self.share + z_pos * (1 - self.share)
+        return published_nag(z_pos, z_neg, self.scale, self.tau, self.share)
 
     def merged(self, z):
         return z.transpose(1, 2).flatten(2)

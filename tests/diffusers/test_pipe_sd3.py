@@ -28,20 +28,6 @@ def test_guidance_leaves_the_unconditional_half_alone(case, draw, rule):
 
 
 @torch.no_grad()
-def test_region_follows_the_tokens(case):
-    """A map of one value is that number; half a map is neither it nor nothing."""
-    options = {"negative_prompt_embeds": negative(), "cfg": False}
-    stock = case()
-    with nasa(case.pipe, **options, alpha=0.5) as handle:
-        whole = case()
-        handle.alpha = torch.full((16, 24), 0.5)
-        assert_same_image(case(), whole)
-        handle.alpha = torch.cat([torch.zeros(8, 24), torch.full((8, 24), 0.5)])
-        half = case()
-    assert relative_error(half, whole) > 1e-4 and relative_error(half, stock) > 1e-4
-
-
-@torch.no_grad()
 def test_fused_projections():
     """Stock leaves out the norms of SD3.5 when it fuses, so there it is refused."""
     plain, medium = joint_cases.sd3(), joint_cases.sd3(medium=True)

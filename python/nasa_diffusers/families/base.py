@@ -30,7 +30,7 @@ class Family:
     denoisers: tuple[str, ...]  # class names
     # what `enable_nasa(rule=...)` may name, the default first
     rules: tuple[str, ...] = ("nasa", "vsf")
-    methods: tuple[str, ...] = ("nasa",)
+    vsf_takes_maps = False
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
     # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
@@ -60,8 +60,9 @@ class Family:
         `text_options` that the call has set."""
         raise NotImplementedError
 
-    def grids(self, denoiser: Denoiser, sample: Tensor) -> tuple[Grid, ...]:
-        """Frames, height and width of the image tokens, for every size a layer may have."""
+    def grids(self, denoiser: Denoiser, sample: Tensor, inputs: dict[str, Any]) -> tuple[Grid, ...]:
+        """Frames, height and width of the image tokens, for every size a layer may have. `inputs`
+        are all that the denoiser is called with."""
         raise NotImplementedError
 
     def distinct_tokens(self, text: Tensor) -> int:

@@ -7,8 +7,15 @@ Classifier-free guidance (`true_cfg_scale`) is two calls; the one with the pipel
 prompt is left alone.
 """
 
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from nasa_diffusers.alpha import Grid
 from nasa_diffusers.families.base import on_device
 from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
 from nasa_diffusers.joint import RopeBlockHook, SingleBlockHook
@@ -20,18 +27,24 @@ class Flux(Joint):
     name = "FLUX.1"
     denoisers = ("FluxTransformer2DModel",)
     doubles_batch = False
-    processors = (FluxAttnProcessor,)
+    processors = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
+    grids_of_ids = WeakTensorKeyDictionary()
+
+    def default_nag(self, denoiser):
+        """The NAG paper's."""
+        return 5.0, 2.5, 0.25
 
     def encode(self, pipe, prompts, max_sequence_length, **options):
         length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         embeds, *_ = pipe.encode_prompt(prompts, prompt_2=None, device=on_device(pipe), **length)
         return embeds, None
 
-    def grids(self, denoiser, sample):
-        raise ValueError(
-            "nasa_diffusers: FLUX.1 is not told the height and width of its image, so alpha cannot "
-            "be a map over it; give a number, or one per image"
-        )
+    def grids(self, denoiser, sample, inputs):
+        ids = inputs["img_ids"]
+        # looked at once a run: the pipelines hand over the same tensor in every step
+        if ids not in self.grids_of_ids:
+            self.grids_of_ids[ids] = grid_of(ids)
+        return (self.grids_of_ids[ids],)
 
     def blocks(self, denoiser):
         yield from super().blocks(denoiser)
@@ -49,3 +62,24 @@ class Flux(Joint):
         if hasattr(block, "proj_mlp"):
             return "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"
         return (*TEXT_LAYERS, "attn.to_add_out", "ff_context")
+
+
+def grid_of(ids: Tensor) -> Grid:
+    """The grid whose tokens, row by row, stand at `img_ids` `[l, 3]`: image, row and column."""
+    ids = ids[0] if ids.dim() == 3 else ids
+    _, height, width = ((ids.amax(0) - ids.amin(0)).long() + 1).tolist()
+    expected = torch.stack(
+        [
+            x.flatten()
+            for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        ],
+        dim=1,
+    )
+    found = (ids - ids.amin(0))[:, 1:].long().cpu()
+    if not torch.equal(found, expected):
+        raise ValueError(
+            f"nasa_diffusers: img_ids are not the {height} x {width} tokens of one image, row by "
+            "row (reference images stand beside it?), so alpha cannot be a map over it; give a "
+            "number, or one per image"
+        )
+    return 1, height, width

@@ -18,6 +18,7 @@ class Joint(Family):
     """The answers for blocks with one attention over `[image; text]`, called `attn`."""
 
     rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
+    vsf_takes_maps = True
 
     def default_alpha(self, denoiser: Denoiser) -> float:
         """The paper has none: half of PixArt's. What a query attends to is partly the image here,

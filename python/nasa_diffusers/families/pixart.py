@@ -7,7 +7,6 @@ class PixArt(Family):
     name = "PixArt"
     denoisers = ("PixArtTransformer2DModel",)
     text_modules = ("caption_projection",)
-    methods = ("nasa", "nag")
 
     def default_alpha(self, denoiser) -> float:
         """The paper's, for PixArt-alpha; -sigma has the same blocks."""
@@ -24,5 +23,5 @@ class PixArt(Family):
         )
         return embeds, mask
 
-    def grids(self, denoiser, sample):
+    def grids(self, denoiser, sample, inputs):
         return (token_grid(sample, denoiser.config.patch_size),)

@@ -16,7 +16,6 @@ class Sana(Family):
     denoisers = ("SanaTransformer2DModel",)
     text_modules = ("caption_projection", "caption_norm")
     text_options = ("lora_scale",)
-    methods = ("nasa", "nag")
     processors = (SanaAttnProcessor2_0,)
 
     def default_alpha(self, denoiser) -> float:
@@ -37,7 +36,7 @@ class Sana(Family):
         embeds, mask, *_ = pipe.encode_prompt(prompts, **options)
         return embeds, mask
 
-    def grids(self, denoiser, sample):
+    def grids(self, denoiser, sample, inputs):
         return (token_grid(sample, denoiser.config.patch_size),)
 
     def queries(self, attn, hidden_states):

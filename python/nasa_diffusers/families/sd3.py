@@ -22,6 +22,10 @@ class StableDiffusion3(Joint):
     )
     text_options = ("clip_skip", "lora_scale")
 
+    def default_nag(self, denoiser):
+        """The NAG paper's for SD3.5 large."""
+        return 5.0, 2.5, 0.125
+
     def encode(self, pipe, prompts, max_sequence_length, **options):
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
@@ -35,7 +39,7 @@ class StableDiffusion3(Joint):
         )
         return embeds, None
 
-    def grids(self, denoiser, sample):
+    def grids(self, denoiser, sample, inputs):
         return (token_grid(sample, denoiser.config.patch_size),)
 
     def check_call(self, denoiser, inputs):

@@ -13,7 +13,6 @@ class UNet(Family):
     name = "Stable Diffusion"
     denoisers = ("UNet2DConditionModel",)
     text_options = ("clip_skip", "lora_scale")
-    methods = ("nasa", "nag")
 
     def default_alpha(self, denoiser) -> float:
         """The paper's 0.1 for SD 1.5 and 0.2 for SD 2.1. It has none for SDXL: as SD 2.1, whose
@@ -42,7 +41,7 @@ class UNet(Family):
         )[0]
         return embeds, None
 
-    def grids(self, denoiser, sample):
+    def grids(self, denoiser, sample, inputs):
         # each level halves the image, rounding up
         height, width = sample.shape[-2:]
         grids = [(1, height, width)]

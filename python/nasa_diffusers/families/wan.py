@@ -17,7 +17,6 @@ class Wan(Family):
     name = "Wan"
     denoisers = ("WanTransformer3DModel",)
     doubles_batch = False
-    methods = ("nasa", "nag")
     processors: tuple[type, ...] = (WanAttnProcessor,)
     attention: type = WanAttention
 
@@ -39,7 +38,7 @@ class Wan(Family):
         )
         return embeds, None
 
-    def grids(self, denoiser, sample):
+    def grids(self, denoiser, sample, inputs):
         size = zip(sample.shape[-3:], denoiser.config.patch_size, strict=True)
         frames, height, width = (tokens // patch for tokens, patch in size)
         return ((frames, height, width),)
