@@ -133,9 +133,9 @@ def _ours(denoiser: Denoiser, first: bool = False, **how: Any) -> Iterator[Calla
         handle.disable()
 
 
-_NASA = {"alpha": 0.5, "rule": "nasa"}
+_NASA: dict[str, Any] = {"alpha": 0.5, "rule": "nasa"}
 # the defaults of `baselines.nag`
-_NAG = {"method": "nag", "nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}
+_NAG: dict[str, Any] = {"method": "nag", "nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}
 
 
 @contextlib.contextmanager
@@ -268,33 +268,44 @@ def time_model(
     wanted: Sequence[str],
     timings: Sequence[str],
 ) -> list[Row]:
-    """One method after the other, since each changes the model; the stock one first."""
-    denoiser = build(model, dtype, session.device)
+    """Eager calls of all methods in turn; graphs and compiled models one after the other."""
+    device = session.device
+    denoiser = build(model, dtype, device)
     gate = Gate(denoiser)
-    rows: list[Row] = []
-    for method in sorted(wanted, key=lambda m: m != BASELINE):
+    facts: dict[str, dict[str, Any]] = {}
+    timers: dict[str, list[Timer]] = {}
+    for method in wanted:
         try:
             gate.prepare(method)
             with METHODS[method](denoiser) as call:
-                facts = gate.check(method, call())
-                facts["launches"] = count_launches(call, session.device)
-                facts["peak_bytes"] = peak_bytes(call, session.device)
+                facts[method] = gate.check(method, call()) | {
+                    "launches": count_launches(call, device),
+                    "peak_bytes": peak_bytes(call, device),
+                    "mhz_before": clock_mhz(device),
+                }
+                timers[method] = []
                 for timing in timings:
-                    if method == "nasa-first" and timing != "eager":
+                    if timing == "eager" or method == "nasa-first":
                         continue
-                    before = clock_mhz(session.device)
-                    timer = _timer(denoiser, call, timing, session.device)
+                    timer = _timer(denoiser, call, timing, device)
                     measure([timer], seconds=3 * session.seconds)
-                    clocks = {"mhz_before": before, "mhz_after": clock_mhz(session.device)}
-                    rows += [
-                        _row(session, name, dtype, method, kind, **samples.columns(), **facts,
-                             **clocks)
-                        for kind, samples in timer.results.items()
-                    ]  # fmt: skip
                     timer.close()
+                    timers[method].append(timer)
         except (WrongResult, RuntimeError, ValueError) as error:
             session.leave_out(f"{method} on {name}", str(error))
-            rows = [row for row in rows if row.provider != method]
+            facts.pop(method, None)
+    if "eager" in timings:
+        eager = {method: _eager(denoiser, method, device) for method in facts}
+        measure(eager.values(), seconds=3 * session.seconds)
+        for method, timer in eager.items():
+            timers[method].append(timer)
+    rows = [
+        _row(session, name, dtype, method, kind, **samples.columns(), **facts[method],
+             mhz_after=clock_mhz(device))
+        for method in facts
+        for timer in timers[method]
+        for kind, samples in timer.results.items()
+    ]  # fmt: skip
     del denoiser, gate
     gc.collect()
     if session.device.type == "cuda":
@@ -306,15 +317,27 @@ def time_model(
     ]
 
 
+def _eager(denoiser: Denoiser, method: str, device: torch.device) -> Timer:
+    """A timer that puts the method on the model for each of its turns."""
+    current: list[Callable[..., Tensor]] = []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        with METHODS[method](denoiser) as call:
+            call()  # what is kept from one call to the next
+            current[:] = [call]
+            yield
+
+    run: Call = lambda: current[0]()  # noqa: E731
+    return HostTimer([run], "eager", synchronise=synchroniser(device), around=around)
+
+
 def _timer(denoiser: Denoiser, call: Any, timing: str, device: torch.device) -> Timer:
     if timing == "graph":
         return GraphTimer([call], timing, stream=torch.cuda.Stream(device), least=1)
-    run: Call = call
-    if timing == "compiled":
-        torch.compiler.reset()
-        compiled = torch.compile(denoiser.module)
-        run = lambda: call(compiled)  # noqa: E731
-    return HostTimer([run], timing, synchronise=synchroniser(device))
+    torch.compiler.reset()
+    compiled = torch.compile(denoiser.module)
+    return HostTimer([lambda: call(compiled)], timing, synchronise=synchroniser(device))
 
 
 def _row(

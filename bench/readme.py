@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.machine import RESULTS, ROOT, slug
+from bench.op import HEADLINE
 from bench.row import Row, latest, read
 from bench.session import number
 
@@ -126,8 +127,11 @@ def _device(rows: list[Row], results: Path) -> str:
     text = [f"**{first.device}**{threads}{driver}, {versions}, commit {commits}:"]
     for bench, timings in (("op", ("cold",)), ("layer", ("warm",)), ("model", ("graph", "eager"))):
         of = [r for r in timed if r.bench == bench and r.timing in timings]
+        if bench == "op":
+            of = [r for r in of if r.case.split("-b")[0] in HEADLINE]
         if of:
             text.append(_times(bench, of))
+    text.append(f"The other layers: `python -m bench show bench/results/{slug(first.device)}.csv`.")
     picture = f"{slug(first.device)}-speedup.png"
     if (results / "plots" / picture).exists():
         text.append(f"![Times as fast as Algorithm 1](bench/results/plots/{picture})")
