@@ -82,7 +82,8 @@ FAULTS = (
         "test_backward.py test_split_queries",
     ),
     Fault(
-        "batch-stride-of-the-mask", "_triton/tiles.py", "MASK += b * stride_mb", "MASK += 0", MASKS,
+        "batch-stride-of-the-mask", "_triton/forward.py", "MASK_neg += b * stride_mnb",
+        "MASK_neg += 0", MASKS,
     ),
     Fault(
         "alignment-of-odd-strides", "_triton/launch.py", "return 1", "return 8 * 1",

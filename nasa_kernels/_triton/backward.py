@@ -44,7 +44,6 @@ from nasa_kernels._triton.tiles import (
     load_prompt,
     load_rows,
     of_head,
-    prompt_of_head,
     scale_rows,
     store_rows,
     transposed,
@@ -147,14 +146,14 @@ def query_kernel(
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K_pos, V_pos, MASK_pos = prompt_of_head(
-        K_pos, V_pos, MASK_pos, b, h,
-        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
-    )  # fmt: skip
-    K_neg, V_neg, MASK_neg = prompt_of_head(
-        K_neg, V_neg, MASK_neg, b, h,
-        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
-    )  # fmt: skip
+    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
+    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
+    if MASK_pos is not None:
+        MASK_pos += b * stride_mpb
+    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
+    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
+    if MASK_neg is not None:
+        MASK_neg += b * stride_mnb
 
     row = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
@@ -228,9 +227,10 @@ def key_kernel(
     first = tl.program_id(0) * KEYS
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K, V, MASK = prompt_of_head(
-        K, V, MASK, b, h, stride_kb, stride_kh, stride_vb, stride_vh, stride_mb, ALIGN
-    )
+    K = of_head(K, b, h, stride_kb, stride_kh, ALIGN)
+    V = of_head(V, b, h, stride_vb, stride_vh, ALIGN)
+    if MASK is not None:
+        MASK += b * stride_mb
     statistics = bh * L
 
     k, v = (), ()

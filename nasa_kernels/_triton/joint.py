@@ -17,7 +17,7 @@ from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut
 from nasa_kernels._triton.forward import attend_streamed, column, load_alpha, weigh_resident
 from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
 from nasa_kernels._triton.softmax import finite, nonzero
-from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, prompt_of_head, store_block
+from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, store_block
 from nasa_kernels.reference import RULES
 from nasa_kernels.shared import attend_shared
 
@@ -81,14 +81,14 @@ def joint_kernel(
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
-    K_pos, V_pos, MASK_pos = prompt_of_head(
-        K_pos, V_pos, MASK_pos, b, h,
-        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
-    )  # fmt: skip
-    K_neg, V_neg, MASK_neg = prompt_of_head(
-        K_neg, V_neg, MASK_neg, b, h,
-        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
-    )  # fmt: skip
+    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
+    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
+    if MASK_pos is not None:
+        MASK_pos += b * stride_mpb
+    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
+    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
+    if MASK_neg is not None:
+        MASK_neg += b * stride_mnb
 
     first_row = tl.program_id(0) * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)

@@ -28,7 +28,6 @@ from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_
 from nasa_kernels._triton.tiles import (
     load_rows,
     of_head,
-    prompt_of_head,
     scale_rows,
     store_rows,
     zeros,
@@ -52,14 +51,14 @@ def statistics_kernel(
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K_pos, V_pos, MASK_pos = prompt_of_head(
-        K_pos, V_pos, MASK_pos, b, h,
-        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
-    )  # fmt: skip
-    K_neg, V_neg, MASK_neg = prompt_of_head(
-        K_neg, V_neg, MASK_neg, b, h,
-        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
-    )  # fmt: skip
+    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
+    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
+    if MASK_pos is not None:
+        MASK_pos += b * stride_mpb
+    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
+    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
+    if MASK_neg is not None:
+        MASK_neg += b * stride_mnb
 
     first_row = tl.program_id(0) * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
@@ -124,14 +123,14 @@ def query_kernel(
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
     K = of_head(K, b, h, stride_kb, stride_kh, ALIGN)
     V = of_head(V, b, h, stride_vb, stride_vh, ALIGN)
-    K_pos, V_pos, MASK_pos = prompt_of_head(
-        K_pos, V_pos, MASK_pos, b, h,
-        stride_kpb, stride_kph, stride_vpb, stride_vph, stride_mpb, ALIGN,
-    )  # fmt: skip
-    K_neg, V_neg, MASK_neg = prompt_of_head(
-        K_neg, V_neg, MASK_neg, b, h,
-        stride_knb, stride_knh, stride_vnb, stride_vnh, stride_mnb, ALIGN,
-    )  # fmt: skip
+    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
+    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
+    if MASK_pos is not None:
+        MASK_pos += b * stride_mpb
+    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
+    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
+    if MASK_neg is not None:
+        MASK_neg += b * stride_mnb
 
     first_row = tl.program_id(0) * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)

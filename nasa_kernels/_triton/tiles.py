@@ -43,20 +43,6 @@ def of_head(X, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def prompt_of_head(
-    K, V, MASK, b, h, stride_kb, stride_kh, stride_vb, stride_vh, stride_mb, ALIGN: tl.constexpr
-):
-    """K, V and the mask of a prompt from sample b and head h on."""
-    if MASK is not None:
-        MASK += b * stride_mb
-    return (
-        of_head(K, b, h, stride_kb, stride_kh, ALIGN),
-        of_head(V, b, h, stride_vb, stride_vh, ALIGN),
-        MASK,
-    )
-
-
-@triton.jit
 def load_rows(X, rows, valid, stride, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr):
     """Rows of a matrix [*, D] as a tuple of blocks; zeros past D and where `valid` is false."""
     # int64: a row index times its stride passes 2^31 elements for video
