@@ -96,16 +96,19 @@ def vae(shift_factor: float | None = None) -> AutoencoderKL:
     )
 
 
-def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 in small: 16x16 latents, 7 cross-attention layers at two sizes."""
+def stable_diffusion(seed: int = 0, version_2: bool = False) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 in small: 16x16 latents, 7 cross-attention layers at two sizes; or
+    2.1, with heads of one size, linear projections and v-prediction."""
     torch.manual_seed(seed)
+    differs = {"use_linear_projection": True, "upcast_attention": True} if version_2 else {}
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=4,
+        attention_head_dim=(4, 8) if version_2 else 4,
         cross_attention_dim=32,
+        **differs,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
@@ -114,7 +117,11 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
         text_encoder=CLIPTextModel(clip_config(32)),
         tokenizer=clip_tokenizer(),
         unet=unet,
-        scheduler=DDPMScheduler(clip_sample=False, steps_offset=1),
+        scheduler=DDPMScheduler(
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type="v_prediction" if version_2 else "epsilon",
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

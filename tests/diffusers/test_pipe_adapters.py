@@ -248,6 +248,17 @@ def test_ip_adapter(sd, draw, order, guidance):
             assert_same_image(draw(sd, **options), plain)
 
 
+def test_ip_adapter_of_sdxl(draw):
+    pipe, oracle = testing.stable_diffusion_xl(), testing.stable_diffusion_xl()
+    image = {"ip_adapter_image_embeds": [IMAGE]}
+    for each in (pipe, oracle):
+        load_ip_adapter(each)
+        each.set_ip_adapter_scale(0.6)
+    with nasa(pipe, "blurry", alpha=0.5):
+        ours = draw(pipe, steps=2, **image)
+    assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, steps=2, **image))
+
+
 def test_ip_adapter_with_masks(sd, draw):
     """Two images of one adapter, each in its half of the picture."""
     masks = torch.zeros(1, 2, 32, 32)

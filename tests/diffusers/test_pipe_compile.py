@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from counting import Projections
+from diffusers.hooks import HookRegistry, ModelHook
 from drawing import assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
@@ -58,6 +59,29 @@ def test_same_image(draw, compile, order):
         handle.alpha = 0
         assert_same_image(draw(pipe), stock)
     assert_same_image(draw(pipe), stock)
+
+
+def test_repeated_blocks_are_graphs_of_their_own_under_any_hook(draw):
+    """torch.compile ties a graph to a hooked `forward`: an empty hook of diffusers has as many."""
+
+    def repeated_blocks(pipe):
+        torch._dynamo.reset()
+        counters.clear()
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        return draw(pipe, **random_text("wan", 7, 1)), graphs()
+
+    stock, hooked, pipe = testing.wan(), testing.wan(), testing.wan()
+    for name, module in hooked.transformer.named_modules():
+        if name.endswith(".attn2"):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "empty")
+    negative = {"negative_prompt_embeds": random_text("wan", 9, 2)["prompt_embeds"]}
+    with nasa(stock, **negative, alpha=0.5):
+        expected = draw(stock, **random_text("wan", 7, 1))
+    with nasa(pipe, **negative, alpha=0.5):
+        image, ours = repeated_blocks(pipe)
+    assert_same_image(image, expected)
+    assert ours == repeated_blocks(hooked)[1] == 2
+    assert repeated_blocks(stock)[1] == 1
 
 
 def test_settings_do_not_recompile(draw):

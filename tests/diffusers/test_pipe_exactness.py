@@ -3,7 +3,7 @@
 import pytest
 import torch
 from drawing import assert_same_image, denoise, negative_embeds, relative_error
-from nasa_diffusers import disable_nasa, enable_nasa, nasa
+from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
 from oracle import algorithm_1
 
 NEGATIVE = "blurry"
@@ -65,6 +65,18 @@ def test_steered_image_is_algorithm_1(pipe, draw, steps):
         eager = draw(pipe, steps=steps)
     with nasa(pipe, NEGATIVE, alpha=0.5):
         assert_same_image(draw(pipe, steps=steps), eager)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_stable_diffusion_2(draw, steps):
+    pipe = testing.stable_diffusion(version_2=True)
+    stock = draw(pipe, steps=steps)
+    with algorithm_1(pipe.unet, [(negative_embeds(pipe), None, 0.5)]):
+        eager = draw(pipe, steps=steps)
+    with nasa(pipe, NEGATIVE, alpha=0.5) as handle:
+        assert_same_image(draw(pipe, steps=steps), eager)
+        handle.alpha = 0
+        assert torch.equal(draw(pipe, steps=steps), stock)
 
 
 @pytest.mark.parametrize("images", [1, 3])

@@ -3,6 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers.pipelines.wan import pipeline_wan
 from drawing import OPTIONS, assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
+from packaging.version import Version
 
 FAMILIES = {
     "pixart-alpha": testing.pixart,
@@ -112,6 +114,91 @@ def test_two_prompts_with_a_negative_each(pipe, draw):
     for i in range(2):
         with nasa(pipe, negatives[i], alpha=0.5):
             assert_same_image(both[i : i + 1], draw(pipe, prompts[i], seed=i))
+
+
+def test_several_negatives_are_a_sum(pipe, draw):
+    """Each under its own softmax, with its own mask and alpha."""
+    terms = [("blurry", 0.3), ("red, and fur", -0.2)]
+    with nasa(pipe, terms):
+        ours = draw(pipe)
+    with contextlib.ExitStack() as stack:
+        for model in denoisers(pipe):
+            negatives = [(*projected_negative(pipe, model, text), alpha) for text, alpha in terms]
+            stack.enter_context(algorithm_1(model, negatives))
+        assert_same_image(ours, draw(pipe))
+
+
+def test_window_of_steps(pipe, draw):
+    """The outputs of two steps: before the window as in stock, in it not."""
+    outputs = Outputs(pipe)
+    draw(pipe, steps=2)
+    stock = outputs.take()
+    with nasa(pipe, "blurry", alpha=0.5, start=1):
+        draw(pipe, steps=2)
+        late = outputs.take()
+    with nasa(pipe, "blurry", alpha=0.5, stop=0.5):
+        draw(pipe, steps=2)
+        early = outputs.take()
+    assert torch.equal(late[0], stock[0]) and not torch.allclose(late[1], stock[1])
+    assert not torch.allclose(early[0], stock[0])
+
+
+def test_max_sequence_length(pipe, draw):
+    """The negative prompt is cut there; what is encoded at most is the default."""
+    with nasa(pipe, "blurry and red", alpha=0.5, max_sequence_length=5) as handle:
+        draw(pipe)
+        assert handle.report().keys_neg == 5
+        short = draw(pipe)
+    with nasa(pipe, "blurry and red", alpha=0.5):
+        assert not torch.allclose(draw(pipe), short)
+
+
+def offload_model(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_sequentially(pipe):
+    for model in denoisers(pipe):
+        accelerate.cpu_offload(model, torch.device("cpu"))
+
+
+def offload_leaves(pipe):
+    for model in denoisers(pipe):
+        model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+def offload_blocks(pipe):
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    for model in denoisers(pipe):
+        model.enable_group_offload(torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize("order", ["before", "between calls"])
+@pytest.mark.parametrize(
+    "offload",
+    [offload_model, offload_sequentially, offload_leaves, offload_blocks],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("build", [testing.pixart, testing.sana, testing.wan])
+def test_offload(build, offload, order, draw, monkeypatch):
+    """Text passes a projection before the blocks, whose weights come and go as well."""
+    monkeypatch.setattr(pipeline_wan, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    if offload in (offload_leaves, offload_blocks) and Version(diffusers.__version__) < Version(
+        "0.36"
+    ):
+        pytest.skip("group offloading of diffusers 0.35 needs an accelerator")
+    pipe = build()
+    with nasa(pipe, "blurry", alpha=0.5):
+        expected = draw(pipe, steps=2)
+        if order == "between calls":
+            offload(pipe)
+            assert_same_image(draw(pipe, steps=2), expected)
+            assert_same_image(draw(pipe, steps=2), expected)
+    if order == "before":
+        offload(pipe)
+        with nasa(pipe, "blurry", alpha=0.5):
+            assert_same_image(draw(pipe, steps=2), expected)
+            assert_same_image(draw(pipe, steps=2), expected)
 
 
 def test_default_alpha_and_report(pipe, draw):

@@ -372,6 +372,7 @@ RECIPES = {
     "turbo-4": {"scheduler": diffusers.EulerAncestralDiscreteScheduler, "steps": 4},
     "dmd2-1": {"scheduler": diffusers.LCMScheduler, "steps": 1, "timesteps": [399]},
     "dmd2-4": {"scheduler": diffusers.LCMScheduler, "steps": 4, "timesteps": [999, 749, 499, 249]},
+    "lcm-1": {"scheduler": diffusers.LCMScheduler, "steps": 1, "guidance": 8.0},
     "lcm-4": {"scheduler": diffusers.LCMScheduler, "steps": 4, "guidance": 8.0},
 }
 
@@ -382,7 +383,9 @@ def test_few_step_recipes(recipe, draw):
     scheduler = options.pop("scheduler")
 
     def build():
-        pipe = testing.stable_diffusion_xl(time_cond_proj_dim=8 if recipe == "lcm-4" else None)
+        pipe = testing.stable_diffusion_xl(
+            time_cond_proj_dim=8 if recipe.startswith("lcm") else None
+        )
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
         return pipe
 
