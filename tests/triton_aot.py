@@ -120,7 +120,7 @@ def main(arch: int) -> None:
             report(shape.name)
     for model, (d, image, text) in JOINT_MODELS.items():
         q, k, prompt = (empty(1, n, 24, d) for n in (64, image, text))
-        arguments = (q, k, k, *(prompt,) * 4, None, None, None, 0.5, d**-0.5, 0, 16, 16)
+        arguments = (q, k, k, *(prompt,) * 4, None, None, None, 0.5, d**-0.5, 0, 32, 32)
         _, *kept = joint.attention(*arguments)
         joint_backward.backward(q, *kept, *arguments, [True] * 8)
         report(model)

@@ -219,7 +219,8 @@ def key_kernel(
     """dK and dV of KEYS keys; the splits of the queries each write a part `[split, b, n, h, d]`.
 
     SIGN times W, or where it is None times the number w, are the weights of the rows; where both
-    are None it is 1. `hidden` tiles of queries, from `first_hidden` on, do not see the keys.
+    are None it is 1. `hidden` tiles of queries, from `first_hidden` on, do not see the keys; None
+    where all do.
     """
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -245,9 +246,14 @@ def key_kernel(
         dk, dv = dk + (zeros(N_CUT[j], D_CUT),), dv + (zeros(N_CUT[j], D_CUT),)
         start += N_CUT[j]
 
-    for i in range(split, tl.cdiv(L, BLOCK_L) - hidden, tl.num_programs(2)):
-        tile = tl.where(i < first_hidden, i, i + hidden)
-        row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    tiles = tl.cdiv(L, BLOCK_L)
+    if hidden is not None:
+        tiles -= hidden
+    for tile in range(split, tiles, tl.num_programs(2)):
+        first_row = tile * BLOCK_L
+        if hidden is not None:
+            first_row += tl.where(tile < first_hidden, 0, hidden * BLOCK_L)
+        row = first_row + tl.arange(0, BLOCK_L)
         # [BLOCK_L, d]
         q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
         do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
@@ -382,7 +388,7 @@ def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
                 do, q, k, v, mask, rows.w_map, rows.lse, rows.u, rows.dlse, dk, dv,
                 *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 *strides_or_zeros(mask, 2), *strides_or_zeros(rows.w_map, 3),
-                b, h, l, n, first_hidden, hidden, rows.w, scale, scale * LOG2E,
+                b, h, l, n, first_hidden, hidden or None, rows.w, scale, scale * LOG2E,
                 SIGN=rows.sign, D=d, D_CUT=head_cut(d), N_CUT=cut(keys), KEYS=keys,
                 BLOCK_L=config.BLOCK_L, ALIGN=align,
                 num_warps=config.num_warps, num_stages=config.num_stages,
