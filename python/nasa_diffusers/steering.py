@@ -84,7 +84,8 @@ class Steering:
         self.pipe, self.denoiser, self.family = pipe, denoiser, family
         self.settings = settings
         self.cache = cache
-        self.parameters = list(inspect.signature(denoiser.forward).parameters)
+        # of the class: a hook on the denoiser may hide the signature of its own forward
+        self.parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.alphas: dict[tuple, LayerAlpha] = {}
         self.last_negative: Negative | None = None
         self.last_text: Callable[[], Tensor | None] = lambda: None

@@ -29,6 +29,7 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 # same size, so that bits are compared whatever they stand for
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Sample = dict[torch.dtype, Tensor]
+PLAIN = (nn.Parameter, Tensor)
 
 
 class Fingerprint:
@@ -46,16 +47,34 @@ class Fingerprint:
         for root in modules:
             for module in root.modules() if root is not None else ():
                 self.modules.append(module)
-                key += [id(module), *module._forward_hooks, *module._forward_pre_hooks]
-                for name in (*module._parameters, *module._buffers):
-                    key += self._add_weight(module, name)
-                if hasattr(module, "merged_adapters"):
+                key.append(id(module))
+                if module._forward_hooks or module._forward_pre_hooks:
+                    key += [*module._forward_hooks, *module._forward_pre_hooks]
+                for held in (module._parameters, module._buffers):
+                    for name, weight in held.items():
+                        if weight is not None:
+                            self.weights.append((module, name))
+                            self._add(weight, module, name, key)
+                attributes = vars(module)
+                if "merged_adapters" in attributes:
                     key.append(_adapters(module))
                 elif isinstance(module, nn.Dropout) and module.training and module.p > 0:
                     self.is_known = False
-                if _is_patched(module):
+                if "forward" in attributes and _is_patched(module):
                     self.is_known = False
         self.key: tuple[Any, ...] = tuple(key)
+
+    def _add(self, weight: Tensor, module: nn.Module, name: str, key: list[Any]) -> None:
+        is_plain = type(weight) in PLAIN and not weight.is_meta
+        for tensor in (weight,) if is_plain else _tensors(module, name):
+            if tensor.is_meta:
+                # of weights that rest on a disk: all that is known is who brings them
+                key.append(id(getattr(module, "_hf_hook", None)))
+                continue
+            if tensor.is_inference():
+                self.counts_writes = False
+            key += (version(tensor), tensor.dtype, id(tensor))
+            self.storages.append(tensor.untyped_storage()._cdata)
 
     @property
     def is_complete(self) -> bool:

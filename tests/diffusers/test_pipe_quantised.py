@@ -117,3 +117,19 @@ def test_quantised_transformer_with_masks(quantise):
     with nasa(pipe, "blurry", alpha=5.0):
         ours = draw(pipe)
     check(quantise, ours, eager, stock)
+
+
+@pytest.mark.filterwarnings("ignore")
+@needs("torchao")
+def test_a_write_to_a_part_of_a_quantised_weight():
+    """Its scale is a tensor of its own, whose writes the weight itself does not count."""
+    pipe, call = testing.stable_diffusion(), {"prompt": "a cat"}
+    quantise_torchao(pipe.unet)
+    with nasa(pipe, "blurry", alpha=5.0) as handle, torch.no_grad():
+        kept = draw(pipe, **call)
+        pipe.unet.to("cpu")
+        assert torch.equal(draw(pipe, **call), kept)
+        first_projection(pipe.unet).weight.scale.mul_(2)
+        written = draw(pipe, **call)
+        handle.clear_cache()
+        assert torch.equal(draw(pipe, **call), written) and not torch.equal(written, kept)

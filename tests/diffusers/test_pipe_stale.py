@@ -435,6 +435,33 @@ def test_encoder_of_the_negative_prompt(change):
     assert not torch.equal(before, ours)
 
 
+# ---- in a loop of one's own ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [write_in_place, swap_tensors, replace_data, to_half_and_back, cast_as_a_whole, patch_forward],
+    ids=lambda f: f.__name__,
+)
+def test_weights_between_two_calls_with_the_same_text(change):
+    """Nothing begins anew here, so nothing but objects, their memory and counts is looked at."""
+    pipe, fresh, text = (
+        testing.stable_diffusion(),
+        testing.stable_diffusion(),
+        random(1, 7, 32, seed=1),
+    )
+    sample = random(1, 4, 16, 16, seed=3)
+    with nasa(pipe, **NEGATIVE):
+        before = pipe.unet(sample, 500, text).sample
+        change(pipe)
+        ours = pipe.unet(sample, 500, text).sample
+    change(fresh)
+    with nasa(fresh, **NEGATIVE):
+        assert torch.equal(ours, fresh.unet(sample, 500, text).sample)
+    assert not torch.equal(ours, before)
+
+
 # ---- what cannot be seen, and the way out --------------------------------------------------------
 
 
