@@ -115,7 +115,8 @@ def run_world(options: argparse.Namespace) -> None:
     for name, steps in (("teacher", options.teacher_steps), ("student", options.student_steps)):
         if steps is not None:
             cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))
-            recipe = replace(recipe, **{name: cycles})
+            changed: dict[str, Any] = {name: cycles}
+            recipe = replace(recipe, **changed)
     if options.pairs is not None:
         recipe = replace(recipe, pairs=options.pairs)
     make(recipe, options.out)

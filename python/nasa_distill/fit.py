@@ -111,4 +111,4 @@ def fit(
                 {"settings": identity, "step": done, "optimiser": optimiser.state_dict()} | weights,
                 path,
             )
-    return average.to(memory_format=torch.contiguous_format)
+    return average.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -69,7 +69,10 @@ def to_transformers(state: dict[str, Tensor], head_vision: int, head_text: int) 
     vision_width, patch_size = patch.shape[0], patch.shape[-1]
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     words, text_width = state["token_embedding.weight"].shape
-    shared = {"hidden_act": "gelu", "projection_dim": state["text_projection"].shape[1]}
+    shared: dict[str, Any] = {
+        "hidden_act": "gelu",
+        "projection_dim": state["text_projection"].shape[1],
+    }
     config = CLIPConfig(
         text_config={
             "vocab_size": words,
