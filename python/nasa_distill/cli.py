@@ -42,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     world.set_defaults(run=run_world)
     add = world.add_argument
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
-    add("--teacher-steps", type=int, help="instead of the recipe's")
+    add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
-    add("--student-steps", type=int, help="of the warm-up, instead of the recipe's")
+    add("--student-steps", type=int, help="of each cycle, instead of the recipe's")
 
     train = commands.add_parser("train", help="NASA-T")
     train.set_defaults(run=run_train)
@@ -87,11 +87,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
-    score = commands.add_parser("score", help="CLIP+, CLIP- and removal, for images of any model")
+    score = commands.add_parser(
+        "score", help="CLIP+, CLIP-, removal and HPSv2, for images of any model"
+    )
     score.set_defaults(run=run_score)
     add = score.add_argument
     add("--pairs", type=Path, required=True, help="CSV: image,prompt,negative[,present,absent]")
     add("--clip", required=True, help="folder or hub id of a CLIPModel")
+    add("--hps", type=Path, help="weights of HPSv2, e.g. HPS_v2.1_compressed.pt: its score too")
     add("--out", type=Path, required=True, help="JSON file")
 
     pack = commands.add_parser("pack", help="make a pipeline the shipped one, in half precision")
@@ -109,10 +112,11 @@ def run_world(options: argparse.Namespace) -> None:
     from nasa_distill.world.make import Recipe, make
 
     recipe = Recipe()
-    if options.teacher_steps is not None:
-        recipe = replace(recipe, teacher=replace(recipe.teacher, steps=options.teacher_steps))
-    if options.student_steps is not None:
-        recipe = replace(recipe, student=replace(recipe.student, steps=options.student_steps))
+    for name, steps in (("teacher", options.teacher_steps), ("student", options.student_steps)):
+        if steps is not None:
+            cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))
+            changed: dict[str, Any] = {name: cycles}
+            recipe = replace(recipe, **changed)
     if options.pairs is not None:
         recipe = replace(recipe, pairs=options.pairs)
     make(recipe, options.out)
@@ -179,10 +183,12 @@ def run_ablate(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from nasa_distill import metrics
+    from nasa_distill import hps, metrics
     from nasa_distill.clip import Clip
 
-    result = metrics.score(options.pairs, Clip.load(options.clip))
+    clip = Clip.load(options.clip)
+    scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
+    result = metrics.score(options.pairs, clip, scorer)
     metrics.write(result, options.out)
     print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
 

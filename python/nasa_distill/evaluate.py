@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import random
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from nasa_diffusers import enable_nasa, nasa
+from nasa_diffusers import nasa
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -63,7 +62,8 @@ NONE = Method("none")
 CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
 NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
-VSF = tuple(Method("vsf", scale) for scale in (0.5, 1.0, 2.0))
+VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
+METHODS = (NONE, *CFG, *NASA, *NAG, *VSF)
 
 
 @dataclass
@@ -136,18 +136,6 @@ class Results:
     cells: list[Cell]
     about: dict[str, Any]  # commit, versions, seed, checksum
     quality: dict[str, Counts] = field(default_factory=dict)  # without any negative prompt
-
-
-def available() -> tuple[Method, ...]:
-    """The methods that the installed `enable_nasa` has."""
-    parameters = inspect.signature(enable_nasa).parameters
-    return (
-        NONE,
-        *CFG,
-        *NASA,
-        *(NAG if "method" in parameters else ()),
-        *(VSF if "rule" in parameters else ()),
-    )
 
 
 def draw(
@@ -234,7 +222,8 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
     """The first pair of prompts from the same noise, by several methods."""
     model, (prompt, negative) = load(student), PAIRS[0]
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
-    chosen = (NONE, CFG[1], Method("nasa", 0.25), Method("nasa", 0.5), Method("nasa", 1.0))
+    nasa = tuple(Method("nasa", alpha) for alpha in (0.25, 0.5, 1.0))
+    chosen = (NONE, CFG[1], *nasa, NAG[1], VSF[1])
     rows = []
     for method in chosen:
         drawn = draw(model, prompt, negative, method, steps, noise, seed)
@@ -248,12 +237,11 @@ def run(
     images: int,
     seed: int = 0,
     teacher: Path | None = None,
-    methods: tuple[Method, ...] | None = None,
+    methods: tuple[Method, ...] = METHODS,
 ) -> Results:
     """All methods on the student, and negative guidance on the teacher in 25."""
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
-    methods = available() if methods is None else methods
     distilled = load(student)
     jobs = [("student", distilled, count, method) for count in steps for method in methods]
     seen = {
@@ -264,7 +252,7 @@ def run(
     }
     if teacher is not None:
         taught = load(teacher)
-        jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, *CFG)]
+        jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, CFG[1])]
         for guidance in (0.0, 2.0):
             name = f"teacher, {TEACHER_STEPS} steps, " + (
                 f"guidance {guidance:g}" if guidance else "no guidance"

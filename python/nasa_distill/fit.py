@@ -68,6 +68,8 @@ def fit(
     path = out / f"{what}.pt"
     identity = {"what": what, **asdict(settings)}
     state = checkpoint.load(path, identity)
+    # a sixth faster on a CPU than images as planes
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(module).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(
         module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
@@ -109,4 +111,4 @@ def fit(
                 {"settings": identity, "step": done, "optimiser": optimiser.state_dict()} | weights,
                 path,
             )
-    return average
+    return average.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The paper's CLIP metrics for images of any model: CLIP+, CLIP- and the rate of removal.
+"""The paper's metrics for images of any model: CLIP+, CLIP-, the rate of removal, and HPSv2.
 
 A CSV file with the columns `image`, `prompt`, `negative` names the images, relative to itself; with
 `present` and `absent` (say "a photo of a man", "a photo of a woman") CLIP also judges which of the
@@ -58,15 +58,17 @@ def load_image(path: Path) -> Tensor:
 
 
 @torch.no_grad()
-def score(pairs: Path, clip: Clip) -> dict[str, Any]:
+def score(pairs: Path, clip: Clip, scorer: Clip | None = None) -> dict[str, Any]:
     """Cosines of each image to its prompt (CLIP+) and negative prompt (CLIP-), and their means.
 
-    `removed` is the share of images nearer to `absent` than to `present`, with its interval.
+    `removed` is the share of images nearer to `absent` than to `present`, with its interval;
+    `hps`, where there is a scorer (`hps.load`), 100 times its cosine of image and prompt.
     """
     scored: list[dict[str, Any]] = []
     device = clip.mean.device
     for row in tqdm(read_pairs(pairs), "images"):
-        image = clip.images(load_image(pairs.parent / row["image"]).to(device))
+        pixels = load_image(pairs.parent / row["image"]).to(device)
+        image = clip.images(pixels)
         texts = [row["prompt"], row["negative"]]
         if "present" in row:
             texts += [row["present"], row["absent"]]
@@ -74,10 +76,12 @@ def score(pairs: Path, clip: Clip) -> dict[str, Any]:
         values: dict[str, Any] = {"clip_pos": cosines[0], "clip_neg": cosines[1]}
         if "present" in row:
             values["removed"] = cosines[3] > cosines[2]
+        if scorer is not None:
+            own = F.cosine_similarity(scorer.images(pixels), scorer.texts([row["prompt"]]), dim=-1)
+            values["hps"] = 100 * own.item()
         scored.append(row | values)
-    means: dict[str, Any] = {
-        name: statistics.mean(row[name] for row in scored) for name in ("clip_pos", "clip_neg")
-    }
+    names = ("clip_pos", "clip_neg", *(("hps",) if scorer is not None else ()))
+    means: dict[str, Any] = {name: statistics.mean(row[name] for row in scored) for name in names}
     if "removed" in scored[0]:
         share = Share(sum(row["removed"] for row in scored), len(scored))
         means |= {"removed": share.value, "removed_interval": share.interval}

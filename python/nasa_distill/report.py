@@ -13,6 +13,8 @@ from nasa_distill import plot
 from nasa_distill.evaluate import PAIRS, Cell, Counts, Method, Results
 from nasa_distill.intervals import Share
 
+# other methods, and what their strength is
+OTHERS = {"cfg": "guidance scale", "nag": "scale of NAG", "vsf": "alpha of value sign flip"}
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
 
@@ -158,7 +160,7 @@ def best(cells: Sequence[Cell], name: str) -> Cell | None:
 def findings(results: Results, steps: int) -> list[str]:
     """Sentences that the numbers decide."""
     cells = [cell for cell in results.cells if cell.model == "student" and cell.steps == steps]
-    none, nasa, cfg = (best(cells, name) for name in ("none", "nasa", "cfg"))
+    none, nasa = best(cells, "none"), best(cells, "nasa")
     if none is None or nasa is None:
         return []
 
@@ -170,11 +172,14 @@ def findings(results: Results, steps: int) -> list[str]:
         )
 
     found = [f"Without a negative prompt: {says(none)}.", f"The best alpha is {says(nasa)}."]
-    if cfg is not None:
-        found.append(f"The best guidance scale is {says(cfg)}.")
-        a, b = (cell.total.shares["all three"] for cell in (nasa, cfg))
-        word = "overlap" if overlap(a, b) else "do not overlap"
-        found.append(f"Best against best, the intervals of all three {word}.")
+    for name, what in OTHERS.items():
+        if (other := best(cells, name)) is not None:
+            a, b = (cell.total.shares["all three"] for cell in (nasa, other))
+            word = "overlap" if overlap(a, b) else "do not overlap"
+            found.append(
+                f"The best {what} is {says(other)}; the intervals of all three, its and that of "
+                f"NASA's best, {word}."
+            )
     gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
     found.append(
         "NASA's best and no negative prompt "
@@ -218,6 +223,9 @@ of 288 possible images that is nearest.
 - **followed**: every attribute that the prompt names is
 - **valid**: the image is one of the world, within a mean squared distance of 0.02
 - **all three** at once
+
+`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`
+(value sign flip) are those of `enable_nasa`, by alpha, `nag_scale` and alpha.
 
 In percent, with Wilson's 95 % interval over the {pairs} prompt pairs together. A negative that is
 open in its prompt is absent from a share of images by itself: the row `none` says how many.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,24 @@ def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    settings: Settings, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, out: Path
+    cycles: Sequence[Settings], text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, out: Path
 ) -> UNet2DConditionModel:
-    """Train, or go on training, in the folder `out`; see `fit` for what it raises."""
-    torch.manual_seed(settings.seed)
+    """Train, or go on training, in the folder `out`; see `fit` for what it raises.
+
+    Args:
+        cycles: Each begins with the average of the one before, at a learning rate that rises again
+            (Loshchilov and Hutter, 2017), and takes its images from a seed of its own.
+    """
+    torch.manual_seed(cycles[0].seed)
+    unet: Any = world.make_unet()
+    for number, settings in enumerate(cycles):
+        unet = _cycle(unet, settings, text_encoder, tokenizer, out / f"cycle-{number}")
+    return unet
+
+
+def _cycle(
+    unet: Any, settings: Settings, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, out: Path
+) -> Any:
     scheduler = DDIMScheduler(**world.NOISE)
     images, rates = renders()
     codes = PatchCode().encode(images)
@@ -84,8 +98,7 @@ def train(
             for codes in [draw(unet, world.encode(tokenizer, text_encoder, [prompt, ""]), scale)]
         ]
 
-    unet: Any = world.make_unet()
-    return fit(unet, loss, settings, out, "teacher", check)
+    return fit(unet.requires_grad_(True), loss, settings, out, "teacher", check)
 
 
 def draw(unet: Any, texts: Tensor, guidance: float, images: int = 64) -> Tensor:
@@ -116,6 +129,7 @@ def ddim(
     text_neg: Tensor,
     guidance: float,
     steps: int,
+    guided_from: int = 999,
 ) -> Iterator[Tensor]:
     """The teacher's latents after each step of deterministic sampling, x_0 the last.
 
@@ -124,17 +138,19 @@ def ddim(
     Args:
         noise: `[b, c, 8, 8]`.
         text, text_neg: `[b or 1, n, c]`. At guidance 1 the second is not looked at.
+        guided_from: The first timestep with guidance. In the noise above it an image cannot be
+            told, and guidance costs more than it gives (Kynkäänniemi et al., 2024).
     """
     scheduler: Any = DDIMScheduler(**world.NOISE, timestep_spacing="trailing")
     scheduler.set_timesteps(steps, noise.device)
     text, text_neg = (x.expand(len(noise), -1, -1) for x in (text, text_neg))
     x = noise
     for t in scheduler.timesteps:
-        if guidance == 1:
-            x0 = unet(x, t, text).sample
+        if guidance == 1 or t > guided_from:
+            x0 = unet(x, t, text).sample.float()
         else:
             both = unet(torch.cat([x, x]), t, torch.cat([text_neg, text])).sample
-            x0_neg, x0_pos = both.chunk(2)
+            x0_neg, x0_pos = both.float().chunk(2)
             x0 = guide(x0_pos, x0_neg, guidance)
         x = scheduler.step(x0, t, x).prev_sample
         yield x

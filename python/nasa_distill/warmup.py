@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,29 @@ CHUNK = 128
 
 
 def make_pairs(
-    teacher: Model, count: int, out: Path, guidance: float, steps: int, seed: int = 0
+    teacher: Model,
+    count: int,
+    out: Path,
+    guidance: float,
+    steps: int,
+    guided_from: int = 999,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Noise, the teacher's latents for it, and the captions; what is in `out` is not made again.
+
+    The teacher runs in bf16: its images are told apart, or not, long before its rounding matters.
 
     Raises:
         ValueError: `out` holds pairs that were made otherwise.
     """
     made: list[dict[str, Any]] = []
+    teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds
     rates = torch.tensor([scene.rate for scene in scenes()], dtype=torch.float64)
     for number in tqdm(range(-(-count // CHUNK)), "pairs"):
         path = out / "pairs" / f"{number:04d}.pt"
         identity = {"guidance": guidance, "steps": steps, "seed": seed, "number": number}
+        identity["guided_from"] = guided_from
         chunk = checkpoint.load(path, identity)
         if chunk is None:
             rng, noise_of = random.Random(f"{seed} {number}"), generator(seed, number)
@@ -47,7 +58,8 @@ def make_pairs(
             captions = [draw_caption(scenes()[i], rng, 0.02) for i in rows.tolist()]
             noise = torch.randn(CHUNK, *teacher.latent_shape, generator=noise_of)
             text = teacher.encode(captions).embeds
-            *_, x0 = ddim(teacher.denoiser, noise, text, null, guidance, steps)
+            with torch.autocast(noise.device.type, torch.bfloat16):
+                *_, x0 = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
             chunk = {"settings": identity, "noise": noise, "x0": x0, "captions": captions}
             checkpoint.save(chunk, path)
         made.append(chunk)
@@ -56,9 +68,16 @@ def make_pairs(
 
 
 def train(
-    teacher: Model, pairs: tuple[Tensor, Tensor, list[str]], settings: Settings, out: Path
+    teacher: Model,
+    pairs: tuple[Tensor, Tensor, list[str]],
+    cycles: Sequence[Settings],
+    out: Path,
 ) -> Any:
-    """A one-step student, begun with the teacher's weights; see `fit` for what it raises."""
+    """A one-step student, begun with the teacher's weights; see `fit` for what it raises.
+
+    Args:
+        cycles: As of `teacher.train`.
+    """
     noise, x0, captions = pairs
     words = sorted(set(captions))
     index = {caption: i for i, caption in enumerate(words)}
@@ -83,5 +102,9 @@ def train(
             found.append({"prompt": prompt, **summary(draw(student, z, text), prompt)})
         return found
 
-    student = copy.deepcopy(teacher.denoiser).requires_grad_(True)
-    return fit(student, loss, settings, out, "student", check, check_every=250)
+    student = copy.deepcopy(teacher.denoiser)
+    for number, settings in enumerate(cycles):
+        student.requires_grad_(True)
+        folder = out / f"cycle-{number}"
+        student = fit(student, loss, settings, folder, "student", check, check_every=250)
+    return student

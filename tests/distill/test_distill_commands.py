@@ -1,5 +1,6 @@
 """The commands: the small world from nothing, NASA-T on it, its evaluation, and their errors."""
 
+import contextlib
 import csv
 import json
 from dataclasses import replace
@@ -19,7 +20,8 @@ from nasa_distill.world.scene import render, scenes
 from PIL import Image
 
 TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
-RECIPE = Recipe(clip=TINY, teacher=TINY, student=TINY, pairs=1, guidance=1.5, ddim_steps=2)
+CYCLES = (TINY, replace(TINY, seed=1))
+RECIPE = Recipe(clip=TINY, teacher=CYCLES, student=CYCLES, pairs=1, guidance=1.5, ddim_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,11 @@ def test_the_world_is_made_stage_by_stage(world):
         pipe = StableDiffusionPipeline.from_pretrained(world / name / "pipeline")
         assert pipe.unet.config.cross_attention_dim == 64
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")}
-    assert len(before) == 4
+    assert len(before) == 6
     make(RECIPE, world)  # all done: nothing is trained or drawn again
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")} == before
     with pytest.raises(ValueError, match="is of a run with steps=2, this one has 3"):
-        make(replace(RECIPE, teacher=replace(TINY, steps=3)), world)
+        make(replace(RECIPE, teacher=(replace(TINY, steps=3),)), world)
 
 
 def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
@@ -117,11 +119,16 @@ def test_methods_are_those_of_the_pipeline(world):
     assert torch.equal(
         ours("cfg", 3.0), by_hand(guidance_scale=3.0, negative_prompt=[negative] * 3)
     )
-    handle = enable_nasa(model.pipe, negative, alpha=0.7)
-    steered = by_hand(guidance_scale=0)
-    handle.disable()
-    assert torch.equal(ours("nasa", 0.7), steered)
-    assert not torch.equal(ours("nasa", 0.7), ours("none"))
+    for name, options in (
+        ("nasa", {"alpha": 2.0}),
+        ("nag", {"method": "nag", "nag_scale": 2.0}),
+        ("vsf", {"rule": "vsf", "alpha": 2.0}),
+    ):
+        handle = enable_nasa(model.pipe, negative, **options)
+        steered = by_hand(guidance_scale=0)
+        handle.disable()
+        assert torch.equal(ours(name, 2.0), steered)
+        assert not torch.equal(steered, ours("none"))
 
 
 def test_every_negative_is_open_in_its_prompt():
@@ -154,6 +161,7 @@ def test_findings_say_what_the_numbers_say():
     text = " ".join(report.findings(results, 1))
     assert "best alpha is nasa 0.5" in text and "cannot be told apart" in text
     assert "best guidance scale is cfg 2" in text and "do not overlap" in text
+    assert "scale of NAG" not in text  # it was not measured
 
 
 # ---- the teacher's target ------------------------------------------------------------------------
@@ -177,22 +185,38 @@ def test_the_posterior_mean_is_bayes_rule():
     torch.testing.assert_close(clean, known / alpha[0])
 
 
-def test_pairs_are_those_of_the_teacher(world):
+def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
     model = load(world / "teacher" / "pipeline")
-    noise, x0, captions = warmup.make_pairs(model, 1, world, RECIPE.guidance, RECIPE.ddim_steps)
+    how = (RECIPE.guidance, RECIPE.ddim_steps, RECIPE.guided_from)
+    noise, x0, captions = warmup.make_pairs(model, 1, world, *how)
     assert len(noise) == len(x0) == len(captions) == warmup.CHUNK
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+        _, exact, _ = warmup.make_pairs(model, 1, tmp_path, *how)
+    assert 0 < (x0 - exact).norm() / exact.norm() < 0.02
+
     # eight of them by the stock pipeline, which guides them itself
-    drawn = model.pipe(
-        captions[:8],
-        negative_prompt=[""] * 8,
-        latents=noise[:8],
-        num_inference_steps=RECIPE.ddim_steps,
-        guidance_scale=RECIPE.guidance,
-        output_type="latent",
-    ).images
-    torch.testing.assert_close(drawn, x0[:8], atol=1e-4, rtol=1e-4)
+    def guide_from_here(pipe, step, timestep, values):
+        pipe._guidance_scale = RECIPE.guidance
+        return values
+
+    drawn = {
+        first: model.pipe(
+            captions[:8],
+            negative_prompt=[""] * 8,
+            latents=noise[:8],
+            num_inference_steps=RECIPE.ddim_steps,
+            guidance_scale=first,
+            output_type="latent",
+            callback_on_step_end=guide_from_here,
+        ).images
+        for first in (1 + 1e-9, RECIPE.guidance)
+    }
+    torch.testing.assert_close(drawn[1 + 1e-9], exact[:8], atol=1e-4, rtol=1e-4)
+    assert (drawn[RECIPE.guidance] - exact[:8]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="is of a run with guidance=1.5, this one has 3.0"):
-        warmup.make_pairs(model, 1, world, 3.0, RECIPE.ddim_steps)
+        warmup.make_pairs(model, 1, world, 3.0, *how[1:])
 
 
 # ---- one loop for all ----------------------------------------------------------------------------
@@ -250,6 +274,10 @@ def test_clip_scores_of_images_of_any_model(world, tmp_path, capsys):
     assert result["clip_neg"] == pytest.approx(cosines[:, 1].mean().item(), abs=1e-5)
     removed = (cosines[:, 3] > cosines[:, 2]).float().mean().item()
     assert result["removed"] == pytest.approx(removed)
+    # any CLIP in the scorer's place: its score is a percentage of the same cosine
+    scored = metrics.score(tmp_path / "pairs.csv", clip, clip)
+    assert "hps" not in result
+    assert scored["hps"] == pytest.approx(100 * result["clip_pos"], abs=1e-3)
 
     for content, message in (
         ("image,prompt\na.png,red\n", "has no column 'negative'"),

@@ -12,7 +12,7 @@ from nasa_distill.networks import load
 from PIL import Image
 
 # on other noise and captions than those of the card, so a little below what it says
-VALID, FOLLOWED, ALPHA = 0.7, 0.8, 0.5
+VALID, FOLLOWED, ALPHA = 0.72, 0.83, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,9 @@ def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, model):
     assert size == sum(path.stat().st_size for path in shipped.FOLDER.rglob("*.safetensors"))
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
     assert opened.unet.dtype == opened.vae.dtype == opened.text_encoder.dtype == torch.float32
+    # diffusers would write the folder that the model came from
+    for path in (tmp_path / "again").rglob("*.json"):
+        assert "_name_or_path" not in path.read_text()
 
 
 def test_the_results_are_those_of_this_model():
