@@ -58,6 +58,11 @@ def mask_of(kind: str, b: int, n: int, seed: int = 1) -> Tensor:
     return torch.where(keep, bias, float("-inf")).to(DEVICE)
 
 
+def refuses_dtype(backend: str | None, error: ValueError) -> bool:
+    """Whether a test of every back end met one that does not take its dtype, as `cuda` fp32."""
+    return backend is not None and f"backend {backend!r} takes torch." in str(error)
+
+
 __all__ = [
     "BACKENDS",
     "DEVICE",
@@ -67,5 +72,6 @@ __all__ = [
     "MODELS",
     "make_inputs",
     "mask_of",
+    "refuses_dtype",
     "strided",
 ]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, make_inputs
+from cases import BACKENDS, DEVICE, make_inputs, refuses_dtype
 
 from nasa_kernels import backends, nasa_attention
 from nasa_kernels.testing import Shape
@@ -172,3 +172,15 @@ def test_triton_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     reason = backends.why_not.__wrapped__("triton", torch.device("cuda"))
     assert reason == "its kernels need compute capability 8.0, this GPU has 7.5"
+
+
+def test_a_dtype_that_a_back_end_does_not_take():
+    """On a GPU it skips the fp32 cases of `cuda`, and nothing else does."""
+    q = x(1, 1, 1, 8, device="meta")
+    with pytest.raises(ValueError, match="takes torch.float16, torch.bfloat16, got q of") as error:
+        backends.require("nasa_attention", "cuda", q)
+    assert refuses_dtype("cuda", error.value)
+    assert not refuses_dtype("triton", error.value) and not refuses_dtype(None, error.value)
+    with pytest.raises(ValueError) as error:
+        call(mask_pos=x(3, 5), backend="cpu")
+    assert not refuses_dtype("cpu", error.value)
