@@ -308,6 +308,11 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
     m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
 }
 
+// For nasa_kernels/_cuda.py
+extern "C" __attribute__((visibility("default"))) void nasa_kernels_overlap_launches(bool on) {
+    nasa::overlap_launches(on);
+}
+
 // For nasa_kernels/_cuda.py, which asks before a call: the shared memory a head_dim needs at least.
 extern "C" __attribute__((visibility("default"))) int nasa_kernels_shared_bytes(int head_dim,
                                                                                 bool backward) {

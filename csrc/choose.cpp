@@ -7,6 +7,7 @@
 // that TMA cannot read, those of the positive prompt decide, because bindings.cpp copies a negative
 // prompt that would make the difference.
 #include <algorithm>
+#include <atomic>
 
 #include "device.h"
 #include "nasa.h"
@@ -32,7 +33,12 @@ bool sm90_takes(const ForwardParams& p, const Device& device) {
 #endif
 }
 
+std::atomic<bool> overlap{false};
+
 }  // namespace
+
+void overlap_launches(bool on) { overlap.store(on, std::memory_order_relaxed); }
+bool launches_overlap() { return overlap.load(std::memory_order_relaxed); }
 
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     if (p.b == 0 || p.l == 0 || p.h == 0) return cudaSuccess;

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(Sm90Layout<T, kD, kKeys>::kThreads, 1)
         }
         ptx::fence_mbarrier_init();
     }
+    ptx::wait_for_earlier_grids();
     for (int i = threadIdx.x; i < 2 * kKeys; i += Layout::kThreads) {
         const Prompt& prompt = call.prompt[i / kKeys];
         bias[i] = key_bias(prompt.mask, b, i % kKeys, prompt.n);
@@ -115,11 +116,12 @@ __global__ void __launch_bounds__(Sm90Layout<T, kD, kKeys>::kThreads, 1)
         ptx::wgmma_wait<1>();
         // under the product of the positive prompt
         neg.push<T>(s_neg, call.prompt[kNeg], call.scale, bias + kKeys, 0, p_neg, rescale);
+        // not under the product: ptxas would run the products one by one for want of registers
+        pos.finish();
+        neg.finish();
         ptx::wgmma_fence();
         start_values<T, kD, kKeys>(z_neg, p_neg, values + Keys::kBytes, false);
         rows.release(tile, round);
-        pos.finish();
-        neg.finish();
         ptx::wgmma_wait<0>();
 
         rows.store(tile, round, z_pos, pos, z_neg, neg);
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(Sm90Layout<T, kD, kKeys>::kThreads, 1)
 template <typename T, int kD, int kKeys>
 cudaError_t launch_sm90(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     using Layout = Sm90Layout<T, kD, kKeys>;
-    Params params;
+    Params params{};
     if (const cudaError_t error = map_call(params, p, kKeys)) return error;
     return launch_rows<forward_sm90_kernel<T, kD, kKeys>>(
         params, device, Layout::kGroups, Layout::kThreads, Layout::kBytes, stream);

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
         }
         ptx::fence_mbarrier_init();
     }
+    ptx::wait_for_earlier_grids();
     __syncthreads();
 
     if (group == kGroups) {
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
 template <typename T, int kD>
 cudaError_t launch_stream(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     using Layout = StreamLayout<T, kD>;
-    Params params;
+    Params params{};
     if (const cudaError_t error = map_call(params, p, Layout::kKeys)) return error;
     return launch_rows<forward_sm90_long_kernel<T, kD>>(params, device, kGroups, kThreadsOfBlock,
                                                         Layout::kBytes, stream);

@@ -14,7 +14,8 @@
 namespace nasa {
 
 // Launch kKernel with `bytes` of shared memory. The opt-in above 48 KiB is made once per device.
-template <auto kKernel, typename... Args>
+// A kernel that waits for the grids before it, kWaits, may start while they end.
+template <auto kKernel, bool kWaits = false, typename... Args>
 cudaError_t launch(const Device& device, int64_t blocks, int threads, int bytes,
                    cudaStream_t stream, const Args&... args) {
     static std::atomic<uint64_t> allowed{0};  // one bit per device
@@ -27,6 +28,19 @@ cudaError_t launch(const Device& device, int64_t blocks, int threads, int bytes,
             return error;
         }
         allowed.fetch_or(bit, std::memory_order_relaxed);
+    }
+    if (kWaits && launches_overlap()) {
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = bytes;
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return cudaLaunchKernelEx(&config, kKernel, args...);
     }
     kKernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(args...);
     return cudaGetLastError();

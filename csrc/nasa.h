@@ -169,6 +169,11 @@ constexpr int short_keys(const ForwardParams& p) {
     return p.prompt[kPos].n <= kClipKeys && p.prompt[kNeg].n <= kClipKeys ? kClipKeys : kBlockKeys;
 }
 
+// Whether a kernel for Hopper may start while the one before it in the stream ends (programmatic
+// dependent launch). Off until it is measured.
+void overlap_launches(bool on);
+bool launches_overlap();
+
 // Launch on `stream` of the current device; nothing waits for the GPU.
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream);
 cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStream_t stream);

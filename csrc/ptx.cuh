@@ -190,6 +190,12 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Wait until the grids that this one was launched to overlap with have finished, and their writes
+// are visible.
+__device__ __forceinline__ void wait_for_earlier_grids() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // ---- products of a warpgroup (sm_90a) --------------------------------------------------------
 
 __device__ __forceinline__ void wgmma_fence() {

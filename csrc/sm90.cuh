@@ -326,7 +326,8 @@ inline cudaError_t map_call(Params& params, const ForwardParams& p, int keys) {
     return cudaSuccess;
 }
 
-// Launch a kernel of `groups` warpgroups with rows, one block per SM: each walks over its rows.
+// Launch a kernel of `groups` warpgroups with rows, one block per SM: each walks over its rows. It
+// waits for the grids before it by itself.
 template <auto kKernel>
 cudaError_t launch_rows(const Params& params, const Device& device, int groups, int threads,
                         int bytes, cudaStream_t stream) {
@@ -334,8 +335,8 @@ cudaError_t launch_rows(const Params& params, const Device& device, int groups, 
     const int64_t heads = static_cast<int64_t>(p.b) * p.h;
     const int64_t blocks_per_head =
         std::min(ceil_div(p.l, groups * kGroupRows), ceil_div(device.sms, heads));
-    return launch<kKernel>(device, heads * blocks_per_head, threads, bytes, stream, params,
-                           static_cast<int>(blocks_per_head));
+    return launch<kKernel, true>(device, heads * blocks_per_head, threads, bytes, stream, params,
+                                 static_cast<int>(blocks_per_head));
 }
 
 // As dispatch of launch.h, for the head_dims that has_sm90 speaks of

@@ -71,6 +71,15 @@ def _shared_bytes(head_dim: int, backward: bool) -> int:
     return library.nasa_kernels_shared_bytes(ctypes.c_int(head_dim), ctypes.c_bool(backward))
 
 
+def overlap_launches(on: bool) -> None:
+    """Whether a forward on Hopper may start while the kernel before it in the stream ends.
+
+    Programmatic dependent launch, in this whole process. Off by default: no GPU has measured it.
+    """
+    library = ctypes.CDLL(str(LIBRARY))
+    library.nasa_kernels_overlap_launches(ctypes.c_bool(on))
+
+
 def forward(
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
     rule, text_pos, text_neg,

@@ -238,7 +238,7 @@ class Call:
         """Run a kernel; a race in shared memory, or a read of what nobody wrote, is an error."""
         report = loaded.launch(
             grid, block, list(args), self.memory, shared, check_races=True,
-            count_bank_conflicts=True,
+            count_bank_conflicts=True, dependent="sm90" in loaded.name,
         )  # fmt: skip
         REPORTS.append(Launch(loaded, grid, block, shared, args, report, self.memory))
 

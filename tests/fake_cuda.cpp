@@ -17,6 +17,7 @@ struct Launch {
     char kernel[256];
     unsigned grid[3], block[3];
     uint64_t shared, allowed;  // dynamic shared memory asked for, and opted in to
+    uint64_t overlaps;         // may start while the kernel before it ends
     unsigned char arguments[4096];
 };
 
@@ -128,6 +129,20 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
     return cudaSuccess;
 }
 
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
+    const cudaError_t error =
+        cudaLaunchKernel(kernel, config->gridDim, config->blockDim, arguments,
+                         config->dynamicSmemBytes, config->stream);
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        const cudaLaunchAttribute& attribute = config->attrs[i];
+        launches.back().overlaps |=
+            attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+            attribute.val.programmaticStreamSerializationAllowed;
+    }
+    return error;
+}
+
 // What the compiler calls for <<<>>> and to register kernels
 cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* kernel) {
     *handle = reinterpret_cast<cudaKernel_t>(const_cast<void*>(kernel));
@@ -171,6 +186,7 @@ int test_forward(const nasa::ForwardParams* p) {
     launches.clear();
     return nasa::forward(*p, nullptr);
 }
+void test_overlap(bool on) { nasa::overlap_launches(on); }
 int test_backward(const nasa::BackwardParams* p) {
     launches.clear();
     return nasa::backward(*p, nullptr);

@@ -134,6 +134,10 @@ def failures(kernel: Kernel) -> list[str]:
         ]
         needed = next((codes for part, codes in NEEDED.items() if part in kernel.name), ())
         found += [f"{kernel.arch} {name}: no {code}" for code in needed if not kernel.opcodes[code]]
+        # ptxas says so, too, but only as information: a wait for each product
+        fences, products = kernel.opcodes["WARPGROUP"], kernel.opcodes["HGMMA"]
+        if 2 * fences > products > 0:
+            found.append(f"{kernel.arch} {name}: serialised, {fences} WARPGROUP, {products} HGMMA")
     return found
 
 

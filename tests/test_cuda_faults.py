@@ -85,6 +85,8 @@ FAULTS = (
     Fault("wrong-stride", "forward_sm90", str(QK), str(QK - (32 << 32)), None),
     Fault("wrong-leading-offset", "forward_sm90", str(PV), str(PV - (639 << 16)), None),
     Fault("wrong-box-bytes", "forward_sm90", r"(expect_tx[^;]*), (%r\d+);", r"\1, 8192;", -1),
+    Fault("missing-wait-for-grids", "forward_sm90", r"griddepcontrol\.wait;", ""),
+    Fault("missing-wait-for-grids", "forward_sm90_long", r"griddepcontrol\.wait;", ""),
     Fault("joint-missing-wait", "forward_sm90", WAIT, PASS, -1, True),
     Fault("joint-missing-group-barrier", "forward_sm90", GROUP_BARRIER, "", 0, True),
     Fault("joint-lost-logarithm", "forward_sm90", r"lg2\.approx\.ftz\.f32", "mov.f32", 0, True),

@@ -48,6 +48,7 @@ class Record(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint64),
         ("allowed", ctypes.c_uint64),
+        ("overlaps", ctypes.c_uint64),
         ("arguments", ctypes.c_ubyte * 4096),
     ]
 
@@ -249,6 +250,24 @@ def test_hopper_takes_a_positive_prompt_whatever_the_negative_one_is(recorder, j
         path = path_of_sm90(params.d, n_pos, n_neg)
         name = recorder.test_launch(0).contents.name
         assert ("sm90_long" if path == "long" else "sm90_kernel") in name, (params.d, n_pos, n_neg)
+
+
+@pytest.mark.parametrize("shape", [SM90[0], SM90[3]], ids=str)
+def test_a_kernel_that_waits_may_start_while_the_one_before_it_ends(recorder, shape):
+    """Off by default, and nothing else of the launch depends on it."""
+    cuda_emulation.forward(**make(shape, torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    try:
+        for gpu, on in ((H200, False), (H200, True), (A100, True)):
+            recorder.test_overlap(on)
+            (record,) = launches(recorder, gpu, params)
+            assert record.overlaps == ("sm90" in record.name and on)
+            if not on:
+                plain_launch = recorded(record), bytes(record.arguments)
+            elif gpu is H200:
+                assert (recorded(record), bytes(record.arguments)) == plain_launch
+    finally:
+        recorder.test_overlap(False)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

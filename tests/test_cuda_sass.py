@@ -72,5 +72,7 @@ def test_the_gate_sees_a_spill_and_a_missing_instruction():
     name = "forward_sm90_kernelI6__halfLi64ELi80EE"
     slow = sass.Kernel("sm_90a", name, 144, 0, 0, sass.Counter(HMMA=80, UTMALDG=3))
     assert {failure.split(": ")[1] for failure in sass.failures(slow)} >= {"no HGMMA"}
+    serial = sass.Kernel("sm_90a", name, 144, 0, 0, sass.Counter(HGMMA=18, WARPGROUP=36))
+    assert any("serialised" in failure for failure in sass.failures(serial))
     local = sass.Kernel("sm_90a", name, 144, 0, 0, sass.Counter(LDL=1))
     assert any("LDL" in failure for failure in sass.failures(local))

@@ -37,6 +37,17 @@ def test_every_thread_knows_who_it_is(grid, block):
     assert report.counts["st.global.b32"] >= 1
 
 
+def test_a_dependent_grid_waits_before_it_touches_global_memory():
+    out, memory = torch.zeros(64, dtype=torch.int32), ptx.Memory()
+    address = memory.upload(out)
+    early = ptx.load(ptx.module(IDENTITY))
+    early.launch((2,), 32, [address], memory)
+    with pytest.raises(ptx.Hazard, match=r"global memory before griddepcontrol\.wait"):
+        early.launch((2,), 32, [address], memory, dependent=True)
+    waits = IDENTITY.replace("ld.param", "griddepcontrol.wait; ld.param")
+    ptx.load(ptx.module(waits)).launch((2,), 32, [address], memory, dependent=True)
+
+
 def test_kernels_are_found_by_part_of_their_name():
     text = ptx.module(IDENTITY, IDENTITY.replace("identity", "identity_2"))
     assert ptx.load(text, "identity_2").name == "identity_2"

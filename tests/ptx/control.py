@@ -185,13 +185,25 @@ def barrier_reduce(m, code, modifiers):
     return step
 
 
+@instruction("griddepcontrol.wait")
+def wait_for_grids(m, code, modifiers):
+    """The grids before this one have finished, for the threads that wait."""
+
+    def step(active):
+        if m.dependent is not None:
+            m.dependent[active] = False
+
+    return step
+
+
 @instruction("bar.warp.sync", "barrier.warp.sync", together="members")
 def warp_sync(m, code, modifiers):
     return lambda active: None
 
 
 @instruction(
-    "membar", "fence.acq_rel", "fence.sc", "fence.mbarrier_init", "griddepcontrol", "nanosleep",
+    "membar", "fence.acq_rel", "fence.sc", "fence.mbarrier_init", "nanosleep",
+    "griddepcontrol.launch_dependents",
     "setmaxnreg", "prefetch", "prefetchu", "discard", "applypriority", "pmevent", "createpolicy",
     "fence.proxy.tensormap", "fence.proxy.alias",
 )  # fmt: skip

@@ -99,7 +99,7 @@ def copy_async(m, code, modifiers):
         short = np.unique(amount[reading]) if amount is not None else [size]
         for n in short:
             which = reading if amount is None else amount == n
-            m.memory.check(origin[which], int(n), threads[which], write=False)
+            m.check_global(origin[which], int(n), threads[which], write=False)
         data = np.zeros(len(threads), WORD[size])
         data[reading] = m.memory.words(size)[(origin[reading] - m.memory.BASE) // size]
         if amount is not None and (amount[reading] < size).any():

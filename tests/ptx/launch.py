@@ -69,6 +69,7 @@ class LoadedKernel:
         allow_uninitialized: bool = False,
         proxy_fences: bool = True,
         count_bank_conflicts: bool = False,
+        dependent: bool = False,
         max_steps: int = 20_000_000,
     ) -> Report:
         """Run the grid. Out-of-bounds and misaligned accesses, deadlocks, and registers touched
@@ -83,6 +84,8 @@ class LoadedKernel:
             proxy_fences: False leaves fence.proxy.async out of the checks: Triton 3.6 has none
                 between cp.async and wgmma, 3.9 has.
             count_bank_conflicts: Fill ``report.bank_conflicts``.
+            dependent: The grid may start while those before it run: global memory that a thread
+                touches before its griddepcontrol.wait is an error.
             max_steps: Instructions a wave of CTAs may issue before the launch is given up.
         """
         grid, block = _three(grid), _three(block)
@@ -109,6 +112,7 @@ class LoadedKernel:
             )
             machine.symbols |= constants
             machine.banks = banks
+            machine.dependent = np.ones(machine.count, bool) if dependent else None
             if check_races:
                 machine.watch = HazardMonitor(machine, allow_uninitialized, proxy_fences)
             if any(code.opcode.startswith("wgmma") for code in kernel.instructions):

@@ -49,7 +49,7 @@ def locate(m, code, space: str, threads, address, size: int, write: bool, atomic
         return m.local.words(size), m.local.index(threads, address, size, threads)
     check_alignment(address, size, threads)
     if space == "global":
-        m.memory.check(address, size, threads, write)
+        m.check_global(address, size, threads, write)
         return m.memory.words(size), (address - m.memory.BASE) // size
     if (address + size > m.parameters.size).any() or (address < 0).any() or write:
         raise OutOfBounds("outside the kernel's parameters", int(threads[0]))

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from .errors import Deadlock, Fault
+from .errors import Deadlock, Fault, Hazard
 from .isa import lookup
 from .memory import Memory, PrivateMemory
 from .operands import EVERYONE, Operands
@@ -88,6 +88,8 @@ class Machine(Operands):
         self.units: dict[type, object] = {}
         # called when all threads have exited
         self.finishers: list[Callable[[], None]] = []
+        # threads that may not touch global memory before griddepcontrol.wait; None: all may
+        self.dependent: np.ndarray | None = None
         # observers: a HazardMonitor and a BankCounter, where asked for
         self.watch = None
         self.banks = None
@@ -106,6 +108,17 @@ class Machine(Operands):
         if kind not in self.units:
             self.units[kind] = kind(self)
         return self.units[kind]
+
+    def check_global(
+        self, address: np.ndarray, size: int, threads: np.ndarray, write: bool
+    ) -> None:
+        self.check_dependent(threads)
+        self.memory.check(address, size, threads, write)
+
+    def check_dependent(self, threads: np.ndarray) -> None:
+        if self.dependent is not None and self.dependent[threads].any():
+            first = int(threads[self.dependent[threads]][0])
+            raise Hazard("touches global memory before griddepcontrol.wait", first)
 
     # ---- threads -----------------------------------------------------------------------------
 

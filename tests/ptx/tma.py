@@ -174,6 +174,8 @@ def copy_tile(m, code, modifiers):
         threads = m.threads(active)
         to, bars, maps = destination(active), barrier(active), map_address(active)
         starts = [c(active) for c in coordinates]
+        # the copy may read at once, though it is delivered late
+        m.check_dependent(threads)
         for i, thread in enumerate(threads.tolist()):
             entry = _map_at(m, code, thread, int(maps[i]))
             _check_rank(entry, rank, thread)
@@ -195,7 +197,7 @@ def _fetch(m, entry: TensorMap, box: list[int], thread: int) -> np.ndarray:
     item = entry.item.itemsize
     data = np.full(len(address), -1 if entry.fill_nan else 0).astype(entry.item)
     address = address[inside]
-    m.memory.check(address, item, np.full(len(address), thread), write=False)
+    m.check_global(address, item, np.full(len(address), thread), write=False)
     data[inside] = m.memory.words(item)[(address - m.memory.BASE) // item]
     return data.view(np.uint8)
 
@@ -217,7 +219,7 @@ def _store_tile(m, code, rank: int, reduce: Callable | None):
             _check_shared(m, thread, place, 128, int(origin[i]))
             address, inside = entry.elements([int(s[i]) for s in starts])
             who = np.full(int(inside.sum()), thread)
-            m.memory.check(address[inside], entry.item.itemsize, who, write=True)
+            m.check_global(address[inside], entry.item.itemsize, who, write=True)
             _queue_store(m, unit, code, thread, place, address, inside, reduce)
 
     return step
@@ -279,7 +281,7 @@ def copy_bytes(m, code, modifiers):
         for i, thread in enumerate(m.threads(active).tolist()):
             n, start = int(sizes[i]), int(origin[i])
             check_alignment(np.array([n, start]), 16, np.array([thread, thread]))
-            m.memory.check(np.array([start]), n, np.array([thread]), write=False)
+            m.check_global(np.array([start]), n, np.array([thread]), write=False)
             target = int(to[i]) + np.arange(n)
             _check_shared(m, thread, target, 16, int(to[i]))
             unit.load(Load(
@@ -303,7 +305,7 @@ def _store_bytes(m, code, reduce, item: int):
             check_alignment(np.array([n, int(to[i])]), 16, np.array([thread, thread]))
             place = int(origin[i]) + np.arange(n).reshape(-1, item)
             _check_shared(m, thread, place, 16, int(origin[i]))
-            m.memory.check(to[i : i + 1], n, np.array([thread]), write=True)
+            m.check_global(to[i : i + 1], n, np.array([thread]), write=True)
             address = int(to[i]) + np.arange(0, n, item)
             everything = np.ones(len(address), bool)
             _queue_store(m, unit, code, thread, place, address, everything, reduce)
