@@ -23,6 +23,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # the longest ones first: at the end one process would run them while the others wait
+    items.sort(key=lambda item: "test_triton_compile" not in item.nodeid)
     if GPU:
         return
     for item in items:
