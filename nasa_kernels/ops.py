@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu")
@@ -207,18 +207,18 @@ def _lazily(module: str, function: str) -> Callable:
 
 def _define(name: str, schema: str, fake: Callable, flops: Callable) -> Any:
     # define/impl, not custom_op: the eager call costs microseconds, and so do these kernels
-    torch.library.define(f"nasa_kernels::{name}", schema, tags=_TAGS)
-    torch.library.register_fake(f"nasa_kernels::{name}", fake)
+    library.define(f"nasa_kernels::{name}", schema, tags=_TAGS)
+    library.register_fake(f"nasa_kernels::{name}", fake)
     packet = getattr(torch.ops.nasa_kernels, name)
     register_flop_formula(packet)(flops)
     return packet.default
 
 
 def _connect(attention, backward, differentiable: Sequence[int]) -> None:
-    torch.library.register_autograd(
+    library.register_autograd(
         attention.name(), _differentiate(backward, differentiable), setup_context=_keep
     )
-    torch.library.register_autograd(
+    library.register_autograd(
         backward.name(), _refuse_second_derivative, setup_context=_ignore_inputs
     )
 
@@ -244,12 +244,12 @@ def _register(backend: str) -> tuple[Any, Any]:
     if backend in modules:
         of_forward, of_backward = modules[backend]
         devices = _DEVICES[backend]
-        torch.library.impl(forward.name(), devices, _lazily(of_forward, "forward"))
-        torch.library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
+        library.impl(forward.name(), devices, _lazily(of_forward, "forward"))
+        library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
     if kept:
-        torch.library.impl(attention.name(), devices, _lazily(of_forward, "attention"))
+        library.impl(attention.name(), devices, _lazily(of_forward, "attention"))
     else:
-        torch.library.impl(attention.name(), "CompositeExplicitAutograd", forward)
+        library.impl(attention.name(), "CompositeExplicitAutograd", forward)
     _connect(attention, backward, (0, 1, 2, 3, 4, 7))
     return forward, attention
 
@@ -268,7 +268,7 @@ def _register_joint(backend: str) -> Any:
         "cpu": "nasa_kernels.cpu_joint",
     }[backend]
     devices = _DEVICES.get(backend, ("CUDA",))
-    torch.library.impl(forward.name(), devices, _lazily(module, "forward"))
+    library.impl(forward.name(), devices, _lazily(module, "forward"))
     return forward
 
 
@@ -291,8 +291,8 @@ def _register_joint_gradient(backend: str) -> Any:
         "cpu": ("nasa_kernels.cpu_joint", "nasa_kernels.cpu_joint"),
     }[backend]
     devices = _DEVICES[backend]
-    torch.library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
-    torch.library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
+    library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
+    library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
 
@@ -321,4 +321,4 @@ BLEND = _define(
     _forward_fake,
     _no_flops,
 )
-torch.library.impl(BLEND.name(), _DEVICES["triton"], _lazily("nasa_kernels._triton.nag", "blend"))
+library.impl(BLEND.name(), _DEVICES["triton"], _lazily("nasa_kernels._triton.nag", "blend"))

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from cases import DEVICE, DTYPES, mask_of
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import backends, nasa_attention, nasa_joint_attention, ops
@@ -137,7 +138,7 @@ def test_opcheck(backend):
     inputs, text = make()
     arguments = (*inputs.values(), mask_of("bool", 2, 7), None, None, 0.5, 0.25, 1, *text)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.JOINT_FORWARD[backend], arguments, test_utils=utilities)
+    library.opcheck(ops.JOINT_FORWARD[backend], arguments, test_utils=utilities)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,7 @@ import torch
 from cases import DEVICE, DTYPES, mask_of
 from test_joint import BACKENDS, SIZES
 from test_joint import make as make_of
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import (
@@ -236,12 +237,12 @@ def test_opcheck(backend):
     inputs, text = make("tiny")
     leaves = [x.clone().requires_grad_() for x in inputs.values()]
     rest = (mask_of("bool", 2, 7), None, alpha_of(inputs).requires_grad_(), 0.5, 0.25, 1, *text)
-    torch.library.opcheck(ops.JOINT_ATTENTION[backend], (*leaves, *rest))
+    library.opcheck(ops.JOINT_ATTENTION[backend], (*leaves, *rest))
     arguments = (*inputs.values(), mask_of("bool", 2, 7), None, None, 0.5, 0.25, 1, *text)
     _, *kept = ops.JOINT_ATTENTION[backend](*arguments)
     backward = getattr(torch.ops.nasa_kernels, f"joint_backward_{backend}").default
     grad_o, needs = torch.randn_like(inputs["q"]), [True, False, True, True, True, True, False]
-    torch.library.opcheck(
+    library.opcheck(
         backward,
         (grad_o, *kept, *arguments, [*needs, False]),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

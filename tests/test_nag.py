@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BACKENDS, DEVICE, DTYPES, make_inputs, mask_of
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import (
@@ -199,7 +200,7 @@ def test_the_blend_is_the_kernel_only_where_it_is_asked_for(backend, monkeypatch
 def test_opcheck(with_map):
     z_pos, z_neg = (torch.randn(2, 5, 3, 16, device=DEVICE) for _ in range(2))
     share = torch.rand(2, 1, 1, device=DEVICE).expand(2, 5, 1) if with_map else None
-    torch.library.opcheck(
+    library.opcheck(
         ops.BLEND,
         (z_pos, z_neg, share, 0.5, 3.0, 2.5),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),

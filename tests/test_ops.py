@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from cases import BACKENDS, DEVICE, make_inputs, mask_of
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import backends, nasa_attention, nasa_attention_reference, ops
@@ -37,15 +38,15 @@ def kept_of(result):
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend, plain):
-    torch.library.opcheck(ops.ATTENTION[backend], arguments(alpha_map=not plain, masks=not plain))
+    library.opcheck(ops.ATTENTION[backend], arguments(alpha_map=not plain, masks=not plain))
     without = arguments(alpha_map=not plain, masks=not plain, requires_grad=False)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.FORWARD[backend], without, test_utils=utilities)
+    library.opcheck(ops.FORWARD[backend], without, test_utils=utilities)
     grad_o = torch.randn_like(without[0])
     backward = getattr(torch.ops.nasa_kernels, f"backward_{backend}").default
     needs = [True, False, True, True, True, not plain]
     kept = kept_of(ops.ATTENTION[backend](*without))
-    torch.library.opcheck(backward, (grad_o, *kept, *without, needs), test_utils=utilities)
+    library.opcheck(backward, (grad_o, *kept, *without, needs), test_utils=utilities)
 
 
 def test_the_seam_for_cuda_is_there():

@@ -1,6 +1,7 @@
 """Small pipelines, one per family, and how to draw with them."""
 
 import drawing
+import joint_cases
 import pytest
 import torch
 from nasa_diffusers import testing
@@ -34,3 +35,9 @@ def sd():
 @pytest.fixture(name="draw")
 def _draw():
     return drawing.draw
+
+
+@pytest.fixture(params=joint_cases.ONE_EACH)
+def one_each(request):
+    """A case of FLUX.1 and one of SD3."""
+    return joint_cases.CASES[request.param]()

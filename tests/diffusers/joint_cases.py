@@ -57,3 +57,22 @@ def sd3(medium=False, rows=2, tokens=7):
 
 def negative(tokens=9, seed=4):
     return random(1, tokens, 32, seed=seed)
+
+
+CASES = {
+    "flux-schnell": flux,
+    "flux-dev": lambda **sizes: flux(dev=True, **sizes),
+    "sd3": sd3,
+    "sd3.5-medium": lambda **sizes: sd3(medium=True, **sizes),
+}
+# one of each family, where the models of a family cannot differ
+ONE_EACH = ("flux-schnell", "sd3.5-medium")
+NAG = {"method": "nag", "nag_scale": 20.0, "nag_tau": 2.0, "nag_alpha": 0.5}
+
+
+def gradients(case):
+    """By name, of the mean square of a call."""
+    case().square().mean().backward()
+    found = {name: p.grad for name, p in case.model.named_parameters() if p.grad is not None}
+    case.model.zero_grad()
+    return found

@@ -1,6 +1,6 @@
 """`torch.compile(fullgraph=True)` of the denoiser: same image, no break, no needless recompile."""
 
-import diffusers
+import changes
 import pytest
 import torch
 from counting import Projections
@@ -8,7 +8,6 @@ from diffusers.hooks import HookRegistry, ModelHook
 from drawing import assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
-from packaging.version import Version
 from peft import LoraConfig
 from torch._dynamo.utils import counters
 
@@ -266,14 +265,11 @@ def test_a_lora_scale_of_the_call_acts_on_text_in_the_graph(draw):
 
 def test_weights_that_offloading_brings_with_a_block(draw):
     """On the CPU nothing moves, but the text must not be projected before its block is called."""
-    if Version(diffusers.__version__) < Version("0.36") and not torch.accelerator.is_available():
-        pytest.skip("group offloading of diffusers 0.35 needs an accelerator")
+    changes.skip_without_group_offload()
     pipe = testing.stable_diffusion()
     with nasa(pipe, "blurry", alpha=0.5):
         expected = draw(pipe)
-    pipe.unet.enable_group_offload(
-        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-    )
+    changes.offload_blocks(pipe.unet)
     with nasa(pipe, "blurry", alpha=0.5) as handle:
         pipe.unet.mid_block.attentions[0].compile(backend="eager")
         steering = handle._steerings[0]

@@ -3,7 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
-import accelerate
+import changes
 import diffusers
 import pytest
 import torch
@@ -11,7 +11,6 @@ from diffusers.pipelines.wan import pipeline_wan
 from drawing import OPTIONS, assert_same_image
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
-from packaging.version import Version
 
 FAMILIES = {
     "pixart-alpha": testing.pixart,
@@ -157,36 +156,30 @@ def offload_model(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
 
 
-def offload_sequentially(pipe):
-    for model in denoisers(pipe):
-        accelerate.cpu_offload(model, torch.device("cpu"))
+def of_denoisers(change):
+    def offload(pipe):
+        for model in denoisers(pipe):
+            change(model)
 
-
-def offload_leaves(pipe):
-    for model in denoisers(pipe):
-        model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-
-
-def offload_blocks(pipe):
-    options = {"offload_type": "block_level", "num_blocks_per_group": 1}
-    for model in denoisers(pipe):
-        model.enable_group_offload(torch.device("cpu"), **options)
+    offload.__name__ = change.__name__
+    return offload
 
 
 @pytest.mark.parametrize("order", ["before", "between calls"])
 @pytest.mark.parametrize(
     "offload",
-    [offload_model, offload_sequentially, offload_leaves, offload_blocks],
+    [
+        offload_model,
+        of_denoisers(changes.offload_sequentially),
+        of_denoisers(changes.offload_leaves),
+        of_denoisers(changes.offload_blocks),
+    ],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("build", [testing.pixart, testing.sana, testing.wan])
 def test_offload(build, offload, order, draw, monkeypatch):
     """Text passes a projection before the blocks, whose weights come and go as well."""
     monkeypatch.setattr(pipeline_wan, "ftfy", SimpleNamespace(fix_text=str), raising=False)
-    if offload in (offload_leaves, offload_blocks) and Version(diffusers.__version__) < Version(
-        "0.36"
-    ):
-        pytest.skip("group offloading of diffusers 0.35 needs an accelerator")
     pipe = build()
     with nasa(pipe, "blurry", alpha=0.5):
         expected = draw(pipe, steps=2)

@@ -7,7 +7,7 @@ pipeline to which the same was applied.
 import copy
 import threading
 
-import accelerate
+import changes
 import diffusers
 import pytest
 import torch
@@ -15,7 +15,6 @@ from diffusers.models import attention_processor as stock
 from drawing import assert_same_image, negative_embeds, relative_error
 from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
 from oracle import algorithm_1
-from packaging.version import Version
 
 
 def apply_nothing(pipe):
@@ -39,24 +38,19 @@ def apply_model_offload(pipe):
 
 
 def apply_sequential_offload(pipe):
-    # what enable_sequential_cpu_offload does to each model: weights rest on the meta device
-    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    changes.offload_sequentially(pipe.unet)
 
 
 def apply_leaf_group_offload(pipe):
-    pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    changes.offload_leaves(pipe.unet)
 
 
 def apply_block_group_offload(pipe):
-    pipe.unet.enable_group_offload(
-        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-    )
+    changes.offload_blocks(pipe.unet)
 
 
 def apply_fp8(pipe):
-    pipe.unet.enable_layerwise_casting(
-        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-    )
+    changes.cast_to_fp8(pipe.unet)
 
 
 CHANGES = [
@@ -75,9 +69,6 @@ CHANGES = [
 @pytest.mark.parametrize("apply", CHANGES, ids=lambda f: f.__name__[6:])
 def test_change(draw, apply, order):
     """Two calls in a row: some changes act only when a first call has ended."""
-    needs_accelerator = Version(diffusers.__version__) < Version("0.36")
-    if "group" in apply.__name__ and needs_accelerator and not torch.accelerator.is_available():
-        pytest.skip("group offloading of diffusers 0.35 needs an accelerator")
     # the oracle replaces processors, so it meets the change's weights but not its processors
     oracle = testing.stable_diffusion()
     negative = negative_embeds(oracle)
