@@ -27,8 +27,6 @@ _PREFERENCE = {
     "cpu": ("cpu", "reference"),
     "meta": ("triton", "cpu"),
 }
-# which have a backward pass for joint attention
-_JOINT_BACKWARD = ("triton", "cpu", "reference")
 _DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
     "triton": (torch.float16, torch.bfloat16, torch.float32),
@@ -79,11 +77,10 @@ def choose(
     dtype: torch.dtype,
     head_dim: int = 64,
     differentiable: bool = False,
-    joint: bool = False,
 ) -> str:
     """The back end that `backend=None` takes."""
     # a dictionary and not functools.cache: the compiler does not look through the latter
-    key = (device, dtype, head_dim, differentiable, joint)
+    key = (device, dtype, head_dim, differentiable)
     choice = _choices.get(key)
     if choice is None:
         candidates = _PREFERENCE.get(device.type, ())
@@ -91,7 +88,6 @@ def choose(
             name
             for name in candidates
             if dtype in _DTYPES[name]
-            and not (joint and differentiable and name not in _JOINT_BACKWARD)
             and not why_not(name, device)
             and not (name == "cuda" and _cuda.supports(device, head_dim, differentiable))
         ]
@@ -99,9 +95,7 @@ def choose(
     return choice
 
 
-def require(
-    function: str, name: str, q: Tensor, differentiable: bool = False, joint: bool = False
-) -> None:
+def require(function: str, name: str, q: Tensor, differentiable: bool = False) -> None:
     """Raise unless back end `name` takes a call with this `q`."""
     if name not in NAMES:
         raise ValueError(f"{function}: backend must be None or one of {NAMES}, got {name!r}")
@@ -116,11 +110,6 @@ def require(
         raise ValueError(
             f"{function}: backend {name!r} takes {dtypes}, got q of {q.dtype}; "
             "cast the inputs or use backend='reference'"
-        )
-    if joint and differentiable and name not in _JOINT_BACKWARD:
-        raise RuntimeError(
-            f"{function}: backend {name!r} has no backward pass for joint attention; use one of "
-            f"{_JOINT_BACKWARD}, or torch.no_grad() where no gradient is needed"
         )
     if name == "cuda" and q.device.type == "cuda":
         reason = _shape_refusal(q.device, q.shape[3], differentiable)

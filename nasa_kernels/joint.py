@@ -72,8 +72,7 @@ def nasa_joint_attention(
             holds the negative's keys all the same.
         rule: One of `"nasa"`, `"nasa-text"`, `"nasa-cross"`, `"vsf"`.
         text_queries: How many of the last queries are the positive's and the negative's own.
-        mask_pos, mask_neg, scale, backend: As in `nasa_attention`. Gradients are computed by
-            `"triton"`, `"cpu"` and `"reference"`.
+        mask_pos, mask_neg, scale, backend: As in `nasa_attention`.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`, its rows in the order of `q`.
@@ -116,9 +115,9 @@ def nasa_joint_attention(
         any(x.requires_grad for x in tensors) or (alpha_map is not None and alpha_map.requires_grad)
     )
     if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable, joint=True)
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
     else:
-        backends.require(_NAME, backend, q, differentiable, joint=True)
+        backends.require(_NAME, backend, q, differentiable)
     if backend == "reference":
         return nasa_joint_attention_reference(
             *tensors, alpha_number if alpha_map is None else alpha_map,
