@@ -230,8 +230,8 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
                         lse_shared.scalar_type() == ScalarType::Float &&
                         lse_shared.get_device_index() == q.get_device_index(),
                     "nasa_kernels: lse_shared must be fp32 [b, h, l] on the device of q");
-    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kVsf),
-                    "nasa_kernels: rule must be 0 to 3, got ", rule);
+    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kSum),
+                    "nasa_kernels: rule must be 0 to 4, got ", rule);
     set_text_rows(p, text_pos, text_neg);
     Shared& shared = p.shared;
     shared.lse = static_cast<const float*>(lse_shared.const_data_ptr());

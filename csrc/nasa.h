@@ -41,7 +41,7 @@ struct Prompt {
 };
 
 // How the segments of a joint attention are weighed: csrc/rules.cuh
-enum class Rule { kNasa, kNasaText, kNasaCross, kVsf };
+enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum };
 
 // The keys that both prompts share in a joint attention, those of the image itself: what another
 // kernel made of them. The last rows of q may be the texts' own queries.

@@ -27,7 +27,7 @@ WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
 BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
-RULES = ("nasa", "nasa-text", "nasa-cross", "vsf")
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum")
 # what the last launches did
 REPORTS: deque = deque(maxlen=4)
 
