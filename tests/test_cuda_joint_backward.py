@@ -206,3 +206,18 @@ def test_a_text_takes_no_gradient_from_the_other_prompt():
         assert found[f"k_{own}"].count_nonzero() > 0
         for name in (f"k_{other}", f"v_{other}"):
             assert found[name].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "weighed",
+    [
+        lambda rows: (rows.lse, rows.c, -rows.c * rows.u),
+        lambda rows: (rows.lse, rows.c, rows.dlse + rows.c * rows.u),
+        lambda rows: (rows.lse, torch.ones_like(rows.c), rows.dlse - rows.c * rows.u),
+    ],
+    ids=["no-dlse", "sign-of-u", "no-weight"],
+)
+def test_a_fault_between_the_launches_is_seen(weighed, monkeypatch):
+    monkeypatch.setattr(_cuda, "_weighed", weighed)
+    with pytest.raises(AssertionError):
+        check(MIXED, torch.bfloat16, "nasa")
