@@ -1,7 +1,8 @@
 """The back end for CPU tensors: PyTorch's fused CPU attention for each prompt, one epilogue.
 
-fp16 and bf16 are computed in fp32 and rounded once. For a gradient, Z and the log-sum-exp of each
-prompt are kept; without one they never exist as a whole in fp32, except where that is the result.
+fp16 is computed in fp32 and rounded once. bf16 is left to PyTorch's bf16 attention, which is faster
+than that and rounds Z of each prompt as well. For a gradient, Z and the log-sum-exp of each prompt
+are kept; without one fp16's never exist as a whole in fp32.
 """
 
 from typing import NamedTuple
@@ -18,17 +19,21 @@ _CHUNK_BYTES = 2 << 20
 
 
 class Prompt(NamedTuple):
-    k: Tensor  # [b, h, n, d], fp32
+    k: Tensor  # [b, h, n, d], in the precision of the computation
     v: Tensor
-    bias: Tensor | None  # [b, 1, 1, n]
+    bias: Tensor | None  # [b, 1, 1, n], fp32
     present: Tensor | None  # [b, 1, n, 1], keys that are not masked
 
 
-def prompt(k: Tensor, v: Tensor, mask: Tensor | None) -> Prompt:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def prompt(k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype = torch.float32) -> Prompt:
     """Rows of masked keys become zeros, since 0 * NaN is NaN. A sample without any key attends to
     those zeros under a bias of 0, which gives its Z = 0.
     """
-    k, v = (x.float().transpose(1, 2) for x in (k, v))
+    k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
     if mask is None:
         return Prompt(k, v, None, None)
     bias = additive_bias(mask, torch.float32)
@@ -39,7 +44,7 @@ def prompt(k: Tensor, v: Tensor, mask: Tensor | None) -> Prompt:
 
 
 def attend(q: Tensor, x: Prompt, scale: float) -> tuple[Tensor, Tensor]:
-    """Z [b, h, l, d] and its log-sum-exp [b, h, l] of one prompt, both in fp32."""
+    """Z [b, h, l, d] in the dtype of q, and its log-sum-exp [b, h, l] in fp32, of one prompt."""
     return _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
 
 
@@ -47,9 +52,10 @@ def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
     has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
     if not (has_pos or has_neg):
         return torch.zeros(q.shape, dtype=q.dtype)
-    pos, neg = prompt(k_pos, v_pos, mask_pos), prompt(k_neg, v_neg, mask_neg)
+    dtype = computed_in(q.dtype)
+    pos, neg = prompt(k_pos, v_pos, mask_pos, dtype), prompt(k_neg, v_neg, mask_neg, dtype)
     b, l, h, d = q.shape
-    heads = h if q.dtype == torch.float32 else max(1, min(h, _CHUNK_BYTES // (4 * b * l * d)))
+    heads = h if q.dtype == dtype else max(1, min(h, _CHUNK_BYTES // (4 * b * l * d)))
     if heads == h:
         return _forward(q, pos, neg, has_pos, has_neg, alpha_map, alpha, scale)[0]
     o = torch.empty(q.shape, dtype=q.dtype)
@@ -73,7 +79,8 @@ def attention(
 ) -> tuple[Tensor, ...]:
     """O, and what `backward` needs: Z and its log-sum-exp of each prompt."""
     has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
-    pos, neg = prompt(k_pos, v_pos, mask_pos), prompt(k_neg, v_neg, mask_neg)
+    dtype = computed_in(q.dtype)
+    pos, neg = prompt(k_pos, v_pos, mask_pos, dtype), prompt(k_neg, v_neg, mask_neg, dtype)
     return _forward(q, pos, neg, has_pos, has_neg, alpha_map, alpha, scale, keep=True)
 
 
@@ -82,9 +89,10 @@ def kept(q, k_pos, k_neg, alpha_map, alpha) -> tuple[Tensor, ...]:
     b, l, h, d = q.shape
     found: tuple[Tensor, ...] = ()
     for exists in _sides(q, k_pos, k_neg, alpha_map, alpha):
-        sizes = ((b, l, h, d), (b, l, h)) if exists else ((0, 0, 0), (0, 0))
-        empty = (torch.empty(x, dtype=torch.float32, device=q.device) for x in sizes)
-        found += tuple(x.transpose(1, 2) if exists else x for x in empty)
+        z_size, lse_size = ((b, l, h, d), (b, l, h)) if exists else ((0, 0, 0), (0, 0))
+        z = torch.empty(z_size, dtype=computed_in(q.dtype), device=q.device)
+        lse = torch.empty(lse_size, dtype=torch.float32, device=q.device)
+        found += tuple(x.transpose(1, 2) if exists else x for x in (z, lse))
     return found
 
 
@@ -99,17 +107,18 @@ def _forward(
     q: Tensor, pos: Prompt, neg: Prompt, has_pos: bool, has_neg: bool,
     alpha_map: Tensor | None, alpha: float, scale: float, keep: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    # [b, h, l, d], a view where q is fp32
-    queries = q.float().transpose(1, 2)
-    nothing = (torch.empty(0, 0, 0), torch.empty(0, 0))
+    # [b, h, l, d], a view where q is what is computed in
+    dtype = computed_in(q.dtype)
+    queries = q.to(dtype).transpose(1, 2)
+    nothing = (torch.empty(0, 0, 0, dtype=dtype), torch.empty(0, 0))
     z_pos, lse_pos = attend(queries, pos, scale) if has_pos else nothing
     z_neg, lse_neg = attend(queries, neg, scale) if has_neg else nothing
-    minuend = z_pos if has_pos else torch.zeros(q.shape).transpose(1, 2)
+    minuend = z_pos if has_pos else torch.zeros(q.shape, dtype=dtype).transpose(1, 2)
     if not has_neg:
         o = minuend.to(q.dtype, copy=keep)
     else:
-        # one pass subtracts in fp32 and rounds; fp32 needs no memory of its own
-        in_place = q.dtype == torch.float32 and not (keep and has_pos)
+        # one pass subtracts in fp32 and rounds, where it can in the memory of Z+
+        in_place = q.dtype == dtype and not (keep and has_pos)
         o = minuend if in_place else torch.empty(q.shape, dtype=q.dtype).transpose(1, 2)
         if alpha_map is None:
             torch.sub(minuend, z_neg, alpha=alpha, out=o)
@@ -125,22 +134,25 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
     # [b, h, l, d]
-    do, queries = (x.float().transpose(1, 2) for x in (grad_o, q))
+    dtype = computed_in(q.dtype)
+    do, queries = (x.to(dtype).transpose(1, 2) for x in (grad_o, q))
     dq = dk_pos = dv_pos = dk_neg = dv_neg = None
     if has_pos:
-        x = prompt(k_pos, v_pos, mask_pos)
+        x = prompt(k_pos, v_pos, mask_pos, dtype)
         dq, dk_pos, dv_pos = gradients(do, queries, x, z_pos, lse_pos, scale)
     if has_neg:
-        x = prompt(k_neg, v_neg, mask_neg)
-        dz = do * (-alpha if alpha_map is None else -_per_row(alpha_map))
+        x = prompt(k_neg, v_neg, mask_neg, dtype)
+        dz = do * -alpha if alpha_map is None else (do * -_per_row(alpha_map)).to(dtype)
         dq_neg, dk_neg, dv_neg = gradients(dz, queries, x, z_neg, lse_neg, scale)
         dq = dq_neg if dq is None else dq.add_(dq_neg)
     tensors = (q, k_pos, v_pos, k_neg, v_neg)
     found = (dq, dk_pos, dv_pos, dk_neg, dv_neg)
     dalpha = torch.empty(0)
     if needs[5]:
-        dalpha = -torch.linalg.vecdot(do, z_neg) if has_neg else torch.zeros(q.shape[:3]).mT
-        dalpha = dalpha.transpose(1, 2).contiguous()
+        b, l, h, _ = q.shape
+        dalpha = torch.zeros(b, l, h)
+        if has_neg:
+            dalpha = -torch.linalg.vecdot(do.float(), z_neg.float()).transpose(1, 2).contiguous()
     return *(
         as_input(gradient, x) if needed else x.new_empty(0)
         for gradient, x, needed in zip(found, tensors, needs[:5], strict=True)
@@ -148,7 +160,7 @@ def backward(
 
 
 def as_input(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """[b, h, n, d] in fp32, or None for zeros, as the gradient of x."""
+    """[b, h, n, d], or None for zeros, as the gradient of x."""
     if gradient is None:
         return torch.zeros(x.shape, dtype=x.dtype)
     return gradient.transpose(1, 2).to(x.dtype).contiguous()

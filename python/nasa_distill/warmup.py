@@ -2,7 +2,8 @@
 
 Variational score distillation from the teacher's own weights begins with averages of images, which
 have no direction to the nearest one; a student that has seen pairs of noise and image begins with
-images.
+images. A student of one step learns the end of the teacher's path from its beginning; a student of
+four steps, from the beginning of each quarter of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ from nasa_distill.world.captions import draw_caption
 from nasa_distill.world.scene import scenes
 
 CHUNK = 128
+QUARTERS = 4
+
+
+class Pairs(NamedTuple):
+    """The teacher's paths: n of them."""
+
+    states: Tensor  # [4, n, c, h, w]: noise, then the latents after a quarter, a half, ...
+    x0: Tensor  # [n, c, h, w], where the path ends
+    captions: list[str]
 
 
 def make_pairs(
@@ -35,14 +45,16 @@ def make_pairs(
     steps: int,
     guided_from: int = 999,
     seed: int = 0,
-) -> tuple[Tensor, Tensor, list[str]]:
+) -> Pairs:
     """Noise, the teacher's latents for it, and the captions; what is in `out` is not made again.
 
     The teacher runs in bf16: its images are told apart, or not, long before its rounding matters.
 
     Raises:
-        ValueError: `out` holds pairs that were made otherwise.
+        ValueError: `out` holds pairs that were made otherwise, or `steps` has no quarters.
     """
+    if steps % QUARTERS:
+        raise ValueError(f"warmup.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}")
     made: list[dict[str, Any]] = []
     teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds
@@ -59,39 +71,55 @@ def make_pairs(
             noise = torch.randn(CHUNK, *teacher.latent_shape, generator=noise_of)
             text = teacher.encode(captions).embeds
             with torch.autocast(noise.device.type, torch.bfloat16):
-                *_, x0 = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
-            chunk = {"settings": identity, "noise": noise, "x0": x0, "captions": captions}
+                path_ = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
+                latents = [noise, *path_]
+            *states, x0 = latents[:: steps // QUARTERS]
+            chunk = {"states": torch.stack(states), "x0": x0, "captions": captions}
+            chunk["settings"] = identity
             checkpoint.save(chunk, path)
         made.append(chunk)
-    captions = [caption for chunk in made for caption in chunk["captions"]]
-    return torch.cat([c["noise"] for c in made]), torch.cat([c["x0"] for c in made]), captions
+    return Pairs(
+        torch.cat([chunk["states"] for chunk in made], dim=1),
+        torch.cat([chunk["x0"] for chunk in made]),
+        [caption for chunk in made for caption in chunk["captions"]],
+    )
+
+
+def begins(teacher: Model, steps: int) -> Tensor:
+    """The timesteps at which the quarters of the path begin, the first `steps` of them."""
+    quarter = len(teacher.alphas_cumprod) // QUARTERS
+    return teacher.last_timestep - quarter * torch.arange(steps)
 
 
 def train(
     teacher: Model,
-    pairs: tuple[Tensor, Tensor, list[str]],
+    student: Any,
+    pairs: Pairs,
+    steps: int,
     cycles: Sequence[Settings],
     out: Path,
 ) -> Any:
-    """A one-step student, begun with the teacher's weights; see `fit` for what it raises.
+    """A student of one step or of four; see `fit` for what it raises.
 
     Args:
+        student: Where it begins, a network of the teacher's kind. It is not changed.
+        steps: 1 or 4, the quarters of the path that it learns to begin at.
         cycles: As of `teacher.train`.
     """
-    noise, x0, captions = pairs
-    words = sorted(set(captions))
+    words = sorted(set(pairs.captions))
     index = {caption: i for i, caption in enumerate(words)}
     texts = teacher.encode(words).embeds
-    rows_of = torch.tensor([index[caption] for caption in captions])
+    rows_of = torch.tensor([index[caption] for caption in pairs.captions])
+    taught = begins(teacher, steps)
 
-    def draw(student: Any, z: Tensor, text: Tensor) -> Tensor:
-        last = torch.full((len(z),), teacher.last_timestep)
-        return teacher.x0(student, z, last, Text(text, None))
+    def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return teacher.x0(student, x_t, timesteps, Text(text, None))
 
     def loss(student: Any, step: int, random_: torch.Generator) -> Tensor:
-        rows = torch.randint(len(noise), (settings.batch,), generator=random_)
-        drawn = draw(student, noise[rows], texts[rows_of[rows]])
-        return losses.regression_loss(drawn, x0[rows])
+        rows = torch.randint(len(pairs.x0), (settings.batch,), generator=random_)
+        quarter = torch.randint(steps, (settings.batch,), generator=random_)
+        x_t, text = pairs.states[quarter, rows], texts[rows_of[rows]]
+        return losses.regression_loss(draw(student, x_t, taught[quarter], text), pairs.x0[rows])
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
@@ -99,10 +127,11 @@ def train(
         for prompt in CHECKS:
             z = torch.randn(256, *teacher.latent_shape, generator=generator(7, 0))
             text = teacher.encode([prompt]).embeds.expand(len(z), -1, -1)
-            found.append({"prompt": prompt, **summary(draw(student, z, text), prompt)})
+            drawn = draw(student, z, taught[:1].expand(len(z)), text)
+            found.append({"prompt": prompt, **summary(drawn, prompt)})
         return found
 
-    student = copy.deepcopy(teacher.denoiser)
+    student = copy.deepcopy(student)
     for number, settings in enumerate(cycles):
         student.requires_grad_(True)
         folder = out / f"cycle-{number}"

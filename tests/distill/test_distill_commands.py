@@ -21,7 +21,15 @@ from PIL import Image
 
 TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
 CYCLES = (TINY, replace(TINY, seed=1))
-RECIPE = Recipe(clip=TINY, teacher=CYCLES, student=CYCLES, pairs=1, guidance=1.5, ddim_steps=2)
+RECIPE = Recipe(
+    clip=TINY,
+    teacher=CYCLES,
+    student=CYCLES,
+    four_step=(TINY,),
+    pairs=1,
+    guidance=1.5,
+    ddim_steps=4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +48,11 @@ def world(tmp_path_factory):
 
 
 def test_the_world_is_made_stage_by_stage(world):
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "four-step"):
         pipe = StableDiffusionPipeline.from_pretrained(world / name / "pipeline")
         assert pipe.unet.config.cross_attention_dim == 64
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")}
-    assert len(before) == 6
+    assert len(before) == 7
     make(RECIPE, world)  # all done: nothing is trained or drawn again
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")} == before
     with pytest.raises(ValueError, match="is of a run with steps=2, this one has 3"):
@@ -188,18 +196,22 @@ def test_the_posterior_mean_is_bayes_rule():
 def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
     model = load(world / "teacher" / "pipeline")
     how = (RECIPE.guidance, RECIPE.ddim_steps, RECIPE.guided_from)
-    noise, x0, captions = warmup.make_pairs(model, 1, world, *how)
-    assert len(noise) == len(x0) == len(captions) == warmup.CHUNK
+    states, x0, captions = warmup.make_pairs(model, 1, world, *how)
+    assert states.shape == (4, *x0.shape) and len(x0) == len(captions) == warmup.CHUNK
+    noise = states[0]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
-        _, exact, _ = warmup.make_pairs(model, 1, tmp_path, *how)
+        path, exact, _ = warmup.make_pairs(model, 1, tmp_path, *how)
     assert 0 < (x0 - exact).norm() / exact.norm() < 0.02
 
     # eight of them by the stock pipeline, which guides them itself
     def guide_from_here(pipe, step, timestep, values):
         pipe._guidance_scale = RECIPE.guidance
+        passed.append(values["latents"])
         return values
+
+    passed = []
 
     drawn = {
         first: model.pipe(
@@ -214,9 +226,24 @@ def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
         for first in (1 + 1e-9, RECIPE.guidance)
     }
     torch.testing.assert_close(drawn[1 + 1e-9], exact[:8], atol=1e-4, rtol=1e-4)
+    quarters = torch.stack([noise[:8], *passed[:3]])
+    torch.testing.assert_close(quarters, path[:, :8], atol=1e-4, rtol=1e-4)
     assert (drawn[RECIPE.guidance] - exact[:8]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="is of a run with guidance=1.5, this one has 3.0"):
         warmup.make_pairs(model, 1, world, 3.0, *how[1:])
+    with pytest.raises(ValueError, match="steps must be a multiple of 4, got 6"):
+        warmup.make_pairs(model, 1, world, RECIPE.guidance, 6)
+
+
+@pytest.mark.parametrize("name, steps", [("student", 1), ("four-step", 1), ("four-step", 4)])
+def test_the_pipeline_begins_where_the_student_was_taught(world, name, steps):
+    model = load(world / name / "pipeline")
+    seen = []
+    model.denoiser.register_forward_pre_hook(lambda _, given: seen.append(int(given[1])))
+    prompt = "a photo of a red circle"
+    images = model.pipe(prompt, num_inference_steps=steps, guidance_scale=0, output_type="pt")
+    assert images.images.shape == (1, 3, 32, 32)
+    assert seen == warmup.begins(model, steps).tolist() == [999, 749, 499, 249][:steps]
 
 
 # ---- one loop for all ----------------------------------------------------------------------------

@@ -105,7 +105,8 @@ def make_pipeline(
 ) -> StableDiffusionPipeline:
     """A stock pipeline: DDIM for a teacher, LCM's scheduler for a one- or few-step student."""
     kind = LCMScheduler if one_step else DDIMScheduler
-    spacing = {} if one_step else {"timestep_spacing": "trailing"}
+    # of four steps, LCM's are 999, 749, 499 and 249: where the quarters of the schedule begin
+    spacing = {"original_inference_steps": 8} if one_step else {"timestep_spacing": "trailing"}
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
