@@ -70,11 +70,19 @@ def recorder() -> ctypes.CDLL:
     library = ctypes.CDLL(str(cuda_emulation.build("recorder") / "recorder.so"))
     library.test_launch.restype = ctypes.POINTER(Record)
     library.test_partial_elements.restype = ctypes.c_int64
+    library.gpu = None
     return library
 
 
+def use(recorder, gpu: Gpu) -> None:
+    """A new device only where it is another GPU: the launchers know 64."""
+    if recorder.gpu != gpu:
+        recorder.test_use_device(*gpu)
+        recorder.gpu = gpu
+
+
 def launches(recorder, gpu: Gpu, params) -> list[Record]:
-    recorder.test_use_device(*gpu)
+    use(recorder, gpu)
     run = recorder.test_backward if isinstance(params, BackwardParams) else recorder.test_forward
     assert run(ctypes.byref(params)) == 0
     return [recorder.test_launch(i).contents for i in range(recorder.test_launches())]
@@ -142,7 +150,7 @@ def test_where_shared_memory_is_small_the_long_kernel_takes_the_call(recorder):
 def test_a_head_dim_that_does_not_fit_is_an_error_and_not_a_launch(recorder):
     cuda_emulation.forward(**make(EDGES[3], torch.bfloat16))
     params = forward_params(REPORTS[-1])
-    recorder.test_use_device(*RTX4090)
+    use(recorder, RTX4090)
     params.d = 256
     assert recorder.test_forward(ctypes.byref(params)) != 0
     assert recorder.test_launches() == 0
@@ -244,7 +252,7 @@ def test_hopper_takes_a_positive_prompt_whatever_the_negative_one_is(recorder, j
     segment = make_joint(shape, torch.bfloat16) if joint else None
     cuda_emulation.forward(**make(shape, torch.bfloat16), joint=segment)
     params = forward_params(REPORTS[-1])
-    recorder.test_use_device(*H200)
+    use(recorder, H200)
     lengths = (0, 1, 80, 81, 128, 129, 5000)
     for params.d, n_pos, n_neg in itertools.product((40, 64, 128, 160), lengths, lengths):
         params.prompt[0].n, params.prompt[1].n = n_pos, n_neg
@@ -307,7 +315,7 @@ def test_rows_that_are_hidden_are_no_reason_to_split(recorder):
     inputs = make(MODELS[0], torch.float16)
     cuda_emulation.backward(make_grad(inputs), **inputs)
     params = BackwardParams.from_buffer_copy(REPORTS[-1].args[0])
-    recorder.test_use_device(*H200)
+    use(recorder, H200)
     params.call.b, params.call.h, params.call.l = 1, 1, 64 * 20
     for hidden, splits in ((0, 10), (12, 4), (18, 1)):
         params.hidden = hidden
@@ -318,7 +326,7 @@ def test_splits_fill_the_gpu_where_there_are_few_keys(recorder):
     inputs = make(MODELS[0], torch.float16)
     cuda_emulation.backward(make_grad(inputs), **inputs)
     params = BackwardParams.from_buffer_copy(REPORTS[-1].args[0])
-    recorder.test_use_device(*H200)
+    use(recorder, H200)
     # one tile of keys per prompt and head: b h 2 blocks
     for b, h, l, splits in ((1, 8, 4096, 16), (16, 8, 4096, 1), (1, 8, 100, 1), (1, 1, 4096, 32)):
         params.call.b, params.call.h, params.call.l = b, h, l
@@ -329,6 +337,6 @@ def test_nothing_to_do_launches_nothing(recorder):
     cuda_emulation.forward(**make(MODELS[0], torch.float16))
     params = forward_params(REPORTS[-1])
     params.b = 0
-    recorder.test_use_device(*A100)
+    use(recorder, A100)
     assert recorder.test_forward(ctypes.byref(params)) == 0
     assert recorder.test_launches() == 0
