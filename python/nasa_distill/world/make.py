@@ -42,10 +42,11 @@ class Recipe:
     ddim_steps: int = 8
     student: tuple[Settings, ...] = (
         Settings(steps=2000, batch=64, learning_rate=6e-4, ema=0.99),
-        Settings(steps=1000, batch=64, learning_rate=4e-4, ema=0.99, seed=1),
+        Settings(steps=600, batch=64, learning_rate=4e-4, ema=0.99, seed=1),
     )
     four_step: tuple[Settings, ...] = (
-        Settings(steps=1000, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
+        Settings(steps=800, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
+        Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     )
 
 
