@@ -38,6 +38,8 @@ def nasa_joint_attention(
 ) -> Tensor:
     """Joint attention (FLUX, SD3) steered away from a negative prompt; one call serves a block.
 
+    With rule "sum", cross-attention to a further prompt, as to the image of an IP-Adapter.
+
     Keys come in three segments: the image's, shared by both prompts, and those of each prompt.
     Each segment i gives an attention O_i and the log-sum-exp of its scores, s, p and n. With
     L+ = lse(s, p), L- = lse(s, n) and L = lse(s, p, n), an image query gets
@@ -49,12 +51,15 @@ def nasa_joint_attention(
         "nasa-text"   e^(s-L+)                       e^(p-L+)    -alpha e^(n-L-)
         "nasa-cross"  e^(s-L+)                       e^(p-L+)    -alpha
         "vsf"         e^(s-L)                        e^(p-L)     -alpha e^(n-L)
+        "sum"         1                              1           -alpha
 
     "nasa" is Z+ - alpha Z- (the paper's equations 7 to 9) with each prompt in a joint attention
     of its own; the paper gives no algorithm for joint attention. It subtracts the image's
     attention to itself as well. "nasa-text" subtracts only the text's part of Z-, and
     "nasa-cross" the text under a softmax of its own, as cross-attention has it. "vsf" is value
-    sign flip: one softmax over all keys, negative values flipped.
+    sign flip: one softmax over all keys, negative values flipped. "sum" has no joint attention
+    in it: each segment under a softmax of its own, Z_shared + Z+ - alpha Z-, where a factor of
+    Z_shared goes into `v`. A segment without keys contributes 0.
 
     The image keys are read once, whatever the rule: the cost beside a stock joint attention is
     the negative's keys and queries, not a second attention.
@@ -69,8 +74,9 @@ def nasa_joint_attention(
         alpha: As in `nasa_attention`; a tensor broadcasts to `[b, l, h]`, and what stands beside
             queries of the text is not used. At 0 the image's O is the plain attention over
             [shared; pos] of the same back end, bit for bit, except for "vsf", whose softmax
-            holds the negative's keys all the same.
-        rule: One of `"nasa"`, `"nasa-text"`, `"nasa-cross"`, `"vsf"`.
+            holds the negative's keys all the same, and "sum", where it is Z_shared + Z+.
+        rule: One of `"nasa"`, `"nasa-text"`, `"nasa-cross"`, `"vsf"`, `"sum"`; `"cuda"` has not
+            the last.
         text_queries: How many of the last queries are the positive's and the negative's own.
         mask_pos, mask_neg, scale, backend: As in `nasa_attention`. Gradients are computed by
             `"triton"`, `"cpu"` and `"reference"`.
@@ -116,9 +122,9 @@ def nasa_joint_attention(
         any(x.requires_grad for x in tensors) or (alpha_map is not None and alpha_map.requires_grad)
     )
     if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable, joint=True)
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable, rule)
     else:
-        backends.require(_NAME, backend, q, differentiable, joint=True)
+        backends.require(_NAME, backend, q, differentiable, rule)
     if backend == "reference":
         return nasa_joint_attention_reference(
             *tensors, alpha_number if alpha_map is None else alpha_map,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RULES = ("nasa", "nasa-text", "nasa-cross", "vsf")
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum")
 
 
 def additive_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,6 +98,7 @@ def joint(
         nasa-cross  Z+ over [shared; pos]        Z- over neg
         vsf         both over [shared; pos; neg]: Z+ with 0 for the negative's values, Z- with 0
                     for all the others
+        sum         Z+ over shared plus that over pos       Z- over neg
     """
     b, l, h, d = q.shape
     image = l - sum(text_queries)
@@ -114,8 +115,12 @@ def joint(
             "nasa": with_neg,
             "nasa-text": _join((k, k_neg), (torch.zeros_like(v), v_neg), (None, mask_neg)),
             "nasa-cross": (k_neg, v_neg, mask_neg),
+            "sum": (k_neg, v_neg, mask_neg),
         }[rule]
-    o = attend(q, *kept, scale)
+    if rule == "sum":
+        o = attend(q, k, v, None, scale) + attend(q, k_pos, v_pos, mask_pos, scale)
+    else:
+        o = attend(q, *kept, scale)
     if isinstance(alpha, Tensor):
         # [b, l, h] -> [b, image, h, 1]
         alpha = alpha.to(q.dtype).expand(b, l, h)[:, :image].unsqueeze(-1)

@@ -88,11 +88,12 @@ def _coefficients(kind: str, lse: Segments, alpha: Tensor) -> Segments:
         return Segments(c_s, c_p, -alpha * w_n)
     a_s, a_p = _weights(lse.shared, lse.pos)
     b_s, b_n = _weights(lse.shared, lse.neg)
-    zero = torch.zeros_like(a_s)
+    zero, one = torch.zeros_like(a_s), torch.ones_like(a_s)
     return {
         "nasa": Segments(a_s - alpha * b_s, a_p, -alpha * b_n),
         "nasa-text": Segments(a_s, a_p, -alpha * b_n),
         "nasa-cross": Segments(a_s, a_p, -alpha),
+        "sum": Segments(one, one, -alpha),
         _POSITIVE: Segments(a_s, a_p, zero),
         _NEGATIVE: Segments(b_s, zero, b_n),
     }[kind]
@@ -117,12 +118,15 @@ def _gradients(
     a_s, a_p = _weights(lse.shared, lse.pos)
     b_s, b_n = _weights(lse.shared, lse.neg)
     zero = torch.zeros_like(a_s)
-    positive = a_s * a_p * (u.shared - u.pos) if kind != _NEGATIVE else zero
+    # the derivative of O by a_s
+    by_a = zero if kind in ("sum", _NEGATIVE) else u.shared - u.pos
+    positive = a_s * a_p * by_a
     # the derivative of O by b_s, and that by alpha
     by_b, by_alpha = {
         "nasa": (-alpha * (u.shared - u.neg), -(b_s * u.shared + b_n * u.neg)),
         "nasa-text": (alpha * u.neg, -b_n * u.neg),
         "nasa-cross": (zero, -u.neg),
+        "sum": (zero, -u.neg),
         _POSITIVE: (zero, zero),
         _NEGATIVE: (u.shared - u.neg, zero),
     }[kind]

@@ -128,6 +128,10 @@ FAULTS = (
         "test_joint.py matches_fp64 and triton and flux and float32",
     ),
     Fault(
+        "joint-sum", "_triton/joint.py", "c_s, c_p, c_n = 1.0, 1.0, -alpha",
+        "c_s, c_p, c_n = a_s, 1.0, -alpha", "test_joint.py a_sum_is and triton and streamed",
+    ),
+    Fault(
         "joint-gradient", "rules.py", "negative = b_s * b_n * by_b", "negative = b_s * by_b",
         "test_joint_backward.py matches_fp64 and cpu and flux",
     ),

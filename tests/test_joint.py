@@ -15,6 +15,18 @@ from nasa_kernels.testing import exact_and_budget_of_joint, largest_score
 BACKENDS = tuple(
     name for name in (*ops.JOINT_BACKENDS, "reference") if backends.why_not(name, DEVICE) is None
 )
+EVERY_RULE = pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        (name, rule)
+        for name in BACKENDS
+        for rule in RULES
+        if rule not in backends.MISSING_RULES.get(name, ())
+    ],
+)
+WITH_SUM = pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if "sum" not in backends.MISSING_RULES.get(name, ())]
+)
 # b, image queries, h, d, shared keys, positive keys, negative keys, text queries
 SIZES = {
     "flux": (1, 70, 2, 128, 70, 40, 33, (40, 33)),
@@ -28,6 +40,11 @@ SIZES = {
     "much-text": (1, 40, 1, 16, 24, 130, 140, (130, 140)),
     "only-text": (1, 0, 2, 40, 24, 12, 8, (12, 8)),
 }
+# the interpreter is slow, and the coefficients are computed in fp32 in any case
+SIZES_AND_DTYPES = (
+    *((size, dtype) for size in ("flux", "streamed", "odd") for dtype in DTYPES),
+    *((size, torch.float16) for size in SIZES if size not in ("flux", "streamed", "odd")),
+)
 
 
 def make(name="odd", dtype=torch.float32, sizes=SIZES):
@@ -42,10 +59,8 @@ def make(name="odd", dtype=torch.float32, sizes=SIZES):
     return {name: normal(x) for name, x in zip(names, lengths, strict=True)}, text
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "dtype"), SIZES_AND_DTYPES, ids=str)
+@EVERY_RULE
 def test_matches_fp64(backend, size, rule, dtype):
     inputs, text = make(size, dtype)
     o = nasa_joint_attention(**inputs, alpha=0.6, rule=rule, text_queries=text, backend=backend)
@@ -56,8 +71,7 @@ def test_matches_fp64(backend, size, rule, dtype):
 
 
 @pytest.mark.parametrize("kind", ["bool", "bias"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERY_RULE
 def test_masks_and_alpha_per_query(backend, rule, kind):
     inputs, text = make()
     alpha = torch.randn(2, 26, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -101,6 +115,64 @@ def test_equal_prompts_cancel(backend):
     inputs |= {"k_neg": inputs["k_pos"], "v_neg": inputs["v_pos"]}
     o = nasa_joint_attention(**inputs, alpha=1.0, rule="nasa", backend=backend)
     assert o.abs().max() < 1e-6
+
+
+# ---- rule "sum": Z_shared + Z+ - alpha Z- --------------------------------------------------------
+
+
+def three_attentions(inputs, backend, **options):
+    """`nasa_attention` over the prompts, and a plain attention over the shared keys."""
+    q, k, v, *prompts = inputs.values()
+    plain = nasa_attention(q, k, v, k[:, :0], v[:, :0], 0.0, backend=backend)
+    return plain + nasa_attention(q, *prompts, backend=backend, **options)
+
+
+@pytest.mark.parametrize("size", ["streamed", "no-shared", "no-positive", "no-negative"])
+@WITH_SUM
+def test_a_sum_is_three_attentions(backend, size):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    inputs, _ = make(size, dtype)
+    q = inputs["q"]
+    alpha = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = three_attentions(inputs, backend, alpha=alpha)
+    o = nasa_joint_attention(**inputs, alpha=alpha, rule="sum", backend=backend)
+    torch.testing.assert_close(o, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+@WITH_SUM
+def test_a_sum_at_alpha_0_has_nothing_of_the_negative(backend):
+    inputs, _ = make("streamed", torch.float16)
+    empty = {name: inputs[name][:, :0] for name in ("k_neg", "v_neg")}
+    plain = nasa_joint_attention(**inputs | empty, alpha=0.7, rule="sum", backend=backend)
+    for alpha in (0.0, torch.zeros((), device=DEVICE)):
+        o = nasa_joint_attention(**inputs, alpha=alpha, rule="sum", backend=backend)
+        assert torch.equal(o, plain)
+
+
+@WITH_SUM
+def test_in_a_sum_equal_segments_cancel(backend):
+    inputs, _ = make("flux")
+    inputs |= {"k_neg": inputs["k"], "v_neg": inputs["v"]}
+    prompt = (inputs["k_pos"], inputs["v_pos"])
+    nothing = (x[:, :0] for x in prompt)
+    expected = nasa_attention(inputs["q"], *prompt, *nothing, 0.0, backend=backend)
+    o = nasa_joint_attention(**inputs, alpha=1.0, rule="sum", backend=backend)
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
+
+
+def test_a_rule_that_a_back_end_has_not(monkeypatch):
+    """Refused where the back end is named, and reason for another where none is."""
+    inputs, _ = make("odd", torch.float16)
+    first = backends.choose(DEVICE, torch.float16)
+    monkeypatch.setattr(backends, "MISSING_RULES", {first: ("sum",)})
+    monkeypatch.setattr(backends, "_choices", {})
+    with pytest.raises(RuntimeError, match=f"backend '{first}' has no rule 'sum'.*use one of"):
+        nasa_joint_attention(**inputs, alpha=0.5, rule="sum", backend=first)
+    nasa_joint_attention(**inputs, alpha=0.5, rule="vsf", backend=first)
+    for rule, is_there in (("sum", False), ("vsf", True)):
+        choice = backends.choose(DEVICE, torch.float16, 33, rule=rule)
+        assert (choice == first) == is_there
+    nasa_joint_attention(**inputs, alpha=0.5, rule="sum")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -155,7 +227,7 @@ def test_compiles_whole(backend):
 
 
 WRONG = {
-    "rule": ({"rule": "nag"}, "rule must be one of ('nasa', 'nasa-text', 'nasa-cross', 'vsf')"),
+    "rule": ({"rule": "nag"}, f"rule must be one of {RULES}"),
     "text-type": ({"text_queries": 5}, "text_queries must be two integers"),
     "text-many": ({"text_queries": (20, 7)}, "no more than the 26 queries of q together"),
     "text-negative": ({"text_queries": (-1, 0)}, "text_queries must be at least 0"),

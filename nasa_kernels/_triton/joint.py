@@ -24,6 +24,7 @@ from nasa_kernels.shared import attend_shared
 _NASA = tl.constexpr(RULES.index("nasa"))
 _NASA_CROSS = tl.constexpr(RULES.index("nasa-cross"))
 _VSF = tl.constexpr(RULES.index("vsf"))
+_SUM = tl.constexpr(RULES.index("sum"))
 _LOG2E = tl.constexpr(LOG2E)
 
 
@@ -50,6 +51,8 @@ def coefficients(s, p, n, alpha, is_pos, is_neg, RULE: tl.constexpr):
         c_s, c_p, c_n = a_s - alpha * b_s, a_p, -alpha * b_n
     elif RULE == _NASA_CROSS:
         c_s, c_p, c_n = a_s, a_p, -alpha
+    elif RULE == _SUM:
+        c_s, c_p, c_n = 1.0, 1.0, -alpha
     else:
         c_s, c_p, c_n = a_s, a_p, -alpha * b_n
     c_s = tl.where(is_pos, a_s, tl.where(is_neg, b_s, c_s))

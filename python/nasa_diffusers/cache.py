@@ -179,17 +179,18 @@ class TextCache:
         earlier: Fingerprint | None,
         prompts: Prompts,
         project: Callable[[], list[tuple[Tensor, ...]]],
+        scale: float = 1.0,
     ) -> tuple[list[tuple[Tensor, ...]], Fingerprint]:
-        """What `owner` makes of the prompts with its `modules`, kept from an earlier call or
-        projected now, and the fingerprint of all that made it."""
+        """What `owner` makes of the prompts with its `modules` and at its `scale`, kept from an
+        earlier call or projected now, and the fingerprint of all that made it."""
         modules = list(modules)
-        made_by = Fingerprint(modules, earlier)
+        made_by = Fingerprint(modules, earlier, scale)
         entry = prompts.entries.get(id(owner))
         if entry is not None and entry.made_by.matches(made_by):
             return entry.made, made_by
         made = project()
         # as a projection leaves its weights: casting and offloading hooks move them to and fro
-        made_by = Fingerprint(modules, earlier)
+        made_by = Fingerprint(modules, earlier, scale)
         if made_by.is_complete:
             self._keep(prompts, owner, Entry(Record(made_by), made))
         return made, made_by

@@ -3,8 +3,10 @@
     O = (Z+ - alpha * Z-) + sum of scale_i * Z_i        (Z_i: attention over image prompt i)
 
 diffusers keeps an IP-Adapter's weights in the layer's processor. The terms are the ones its own
-processor adds, each in one call of the operator: the scale, and a mask over the image, are its
-alpha, and keys and values of an image are projected once, as those of the text are.
+processor adds. The images of a single adapter without a mask are a third segment of the call for
+the text, their scale in their values. Every other image, and all of them in NAG, is a call of the
+operator: the scale, and a mask over the image, are its alpha. Keys and values of an image are
+projected once, as those of the text are.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor
 
 from nasa_diffusers.methods import KeysValues
+from nasa_kernels import backends
 
 if TYPE_CHECKING:
     from nasa_diffusers.steered import Steered
@@ -30,6 +33,32 @@ PROCESSORS = (
 )
 # in joint attention
 JOINT_PROCESSORS = (FluxIPAdapterAttnProcessor,)
+
+
+def image_beside(
+    attn: Any,
+    q: Tensor,  # [b, l, h, d]
+    images: list[Tensor],
+    masks: Sequence[Tensor | None] | Tensor | None,
+    text: Steered,
+) -> KeysValues | None:
+    """The images that the call for the text takes along, so that Z_i is to be added as it is.
+
+    None where there is more than one adapter, a mask, a scale that is no number, or 0; in NAG,
+    whose norms are those of the text; and on a back end that has two segments.
+    """
+    scale = attn.processor.scale[0]
+    is_one = len(images) == len(attn.processor.scale) == 1 and masks is None
+    if not is_one or text.nag is not None or not isinstance(scale, (int, float)) or scale == 0:
+        return None
+    backend = text.backend
+    if backend is None:
+        backend = backends.choose(q.device, q.dtype, q.shape[3], text.needs_grad)
+    if backends.why_not_joint(backend, "sum", text.needs_grad) is not None:
+        return None
+    ((k, v),) = _keys_values(attn, images, text, scale)
+    # the tokens of all images side by side
+    return KeysValues(k.flatten(1, -3), v.flatten(1, -3))
 
 
 def image_terms(
@@ -71,22 +100,27 @@ def image_terms(
                 yield KeysValues(k[:, i], v[:, i]), -image_scale * where.float()
 
 
-def _keys_values(attn: Any, images: list[Tensor], text: Steered) -> list[tuple[Tensor, ...]]:
-    """K and V of each adapter's images, `[b, ..., n, h, d]`, kept like those of the text."""
+def _keys_values(
+    attn: Any, images: list[Tensor], text: Steered, scale: float = 1.0
+) -> list[tuple[Tensor, ...]]:
+    """K and `scale` times V of each adapter's images, `[b, ..., n, h, d]`, kept like the text's."""
     processor = attn.processor
 
     def project() -> list[tuple[Tensor, ...]]:
+        made = []
         layers = zip(images, processor.to_k_ip, processor.to_v_ip, strict=True)
-        return [
-            tuple(x.unflatten(-1, (attn.heads, -1)) for x in (to_k(image), to_v(image)))
-            for image, to_k, to_v in layers
-        ]
+        for image, to_k, to_v in layers:
+            k, v = to_k(image), to_v(image)
+            if scale != 1:
+                v = v * scale
+            made.append(tuple(x.unflatten(-1, (attn.heads, -1)) for x in (k, v)))
+        return made
 
     if text.images is None or torch.compiler.is_compiling():
         return project()
     images_seen = text.images
     modules = (*processor.to_k_ip, *processor.to_v_ip)
     made, _ = images_seen.cache.through(
-        processor, modules, images_seen.made_by, images_seen.prompts, project
+        processor, modules, images_seen.made_by, images_seen.prompts, project, scale
     )
     return made

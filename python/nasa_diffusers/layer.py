@@ -80,9 +80,11 @@ class CrossAttentionHook(Hook):
         signed = [
             Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
         ]
-        o = steer(q, pos, signed, text.rule, text.nag, text.backend)
+        masks, beside = kwargs.get("ip_adapter_masks"), None
         if images is not None:
-            masks = kwargs.get("ip_adapter_masks")
+            beside = ip_adapter.image_beside(attn, q, images, masks, text)
+        o = steer(q, pos, signed, text.rule, text.nag, text.backend, beside)
+        if images is not None and beside is None:
             for image, alpha in ip_adapter.image_terms(attn, q, images, masks, text):
                 o = o + subtract(q, nothing(image), image, alpha, text.backend)
         # [b, l, h, d] -> [b, l, h * d], a view

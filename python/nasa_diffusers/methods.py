@@ -16,13 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nasa_diffusers.alpha import LayerAlpha
-from nasa_kernels import nag_attention, nasa_attention
+from nasa_kernels import nag_attention, nasa_attention, nasa_joint_attention
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,11 @@ def steer(
     rule: str,
     nag: Nag | None,
     backend: str | None,
+    image: KeysValues | None = None,
 ) -> Tensor:
-    """The steered attention over the text, `[b, l, h, d]`."""
+    """The steered attention over the text, `[b, l, h, d]`, plus that over `image`."""
     if nag is not None:
+        assert image is None, "the norms of NAG are those of the text"
         (neg,) = negatives
         return nag_attention(
             q, pos.k, pos.v, neg.prompt.k, neg.prompt.v,
@@ -81,24 +83,32 @@ def steer(
             mask_pos=pos.mask, mask_neg=neg.prompt.mask, backend=backend,
         )  # fmt: skip
     if rule == "vsf":
-        return _flip_signs(q, pos, negatives, backend)
+        return _flip_signs(q, pos, negatives, backend, image)
     o: Tensor | None = None
     for prompt, alpha in negatives:
-        z = subtract(q, pos, prompt, alpha.at(q.shape[1]), backend)
+        z = subtract(q, pos, prompt, alpha.at(q.shape[1]), backend, image)
         o = z if o is None else o + z
         # Z+ counts once: a prompt without keys contributes 0 to the terms that follow
-        pos = nothing(pos)
+        pos, image = nothing(pos), None
     assert o is not None, "enable_nasa refuses an empty list of negative prompts"
     return o
 
 
 def subtract(
-    q: Tensor, pos: KeysValues, neg: KeysValues, alpha: float | Tensor, backend: str | None
+    q: Tensor,
+    pos: KeysValues,
+    neg: KeysValues,
+    alpha: float | Tensor,
+    backend: str | None,
+    image: KeysValues | None = None,
 ) -> Tensor:
-    """`Z+ - alpha Z-`, one launch."""
-    return nasa_attention(
-        q, pos.k, pos.v, neg.k, neg.v, alpha,
-        mask_pos=pos.mask, mask_neg=neg.mask, backend=backend,
+    """`Z+ - alpha Z-`, one launch; plus `Z_image`, two."""
+    masks: dict[str, Any] = {"mask_pos": pos.mask, "mask_neg": neg.mask}
+    if image is None:
+        return nasa_attention(q, pos.k, pos.v, neg.k, neg.v, alpha, **masks, backend=backend)
+    return nasa_joint_attention(
+        q, image.k, image.v, pos.k, pos.v, neg.k, neg.v, alpha,
+        rule="sum", **masks, backend=backend,
     )  # fmt: skip
 
 
@@ -108,7 +118,11 @@ def nothing(like: KeysValues) -> KeysValues:
 
 
 def _flip_signs(
-    q: Tensor, pos: KeysValues, negatives: Sequence[Signed], backend: str | None
+    q: Tensor,
+    pos: KeysValues,
+    negatives: Sequence[Signed],
+    backend: str | None,
+    image: KeysValues | None,
 ) -> Tensor:
     """One attention over the keys of all prompts, the values of the negative ones negated."""
     keys, values = [pos.k], [pos.v]
@@ -129,7 +143,7 @@ def _flip_signs(
                 biases[-1] = torch.where(alpha.guided[:, None], biases[-1], float("-inf"))
         bias = _side_by_side(biases)
     every = KeysValues(_side_by_side(keys), _side_by_side(values), bias)
-    return subtract(q, every, nothing(every), 0.0, backend)
+    return subtract(q, every, nothing(every), 0.0, backend, image)
 
 
 def _bias(prompt: KeysValues) -> Tensor:

@@ -35,7 +35,12 @@ PLAIN = (nn.Parameter, Tensor)
 class Fingerprint:
     """Everything that projections depend on now. Holds the weights: for the time of a call."""
 
-    def __init__(self, modules: Iterable[nn.Module | None], earlier: Fingerprint | None = None):
+    def __init__(
+        self,
+        modules: Iterable[nn.Module | None],
+        earlier: Fingerprint | None = None,
+        scale: float = 1.0,  # of what the modules make, where that is no weight of theirs
+    ):
         self.modules: list[nn.Module] = [] if earlier is None else list(earlier.modules)
         # where each weight is found, and the tensors it consists of
         self.weights: list[tuple[nn.Module, str]] = [] if earlier is None else [*earlier.weights]
@@ -44,6 +49,7 @@ class Fingerprint:
         self.is_known: bool = earlier is None or earlier.is_known
         self.counts_writes: bool = earlier is None or earlier.counts_writes
         key: list[Any] = [_autocast()] if earlier is None else list(earlier.key)
+        key.append(scale)
         for root in modules:
             for module in root.modules() if root is not None else ():
                 self.modules.append(module)

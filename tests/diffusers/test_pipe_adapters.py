@@ -6,10 +6,12 @@ import diffusers
 import pytest
 import torch
 from counting import Projections
-from drawing import assert_same_image, negative_embeds
+from drawing import assert_same_image, negative_embeds, relative_error
 from nasa_diffusers import nasa, testing
 from oracle import Algorithm1, algorithm_1
 from peft import LoraConfig
+
+import nasa_kernels
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 
@@ -259,18 +261,97 @@ def test_ip_adapter_of_sdxl(draw):
     assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, steps=2, **image))
 
 
-def test_ip_adapter_with_masks(sd, draw):
-    """Two images of one adapter, each in its half of the picture."""
+@pytest.fixture
+def two_segments(monkeypatch):
+    """As on a back end whose op has no third segment: an image is a call of its own."""
+    names = nasa_kernels.backends.NAMES
+    monkeypatch.setattr(nasa_kernels.backends, "MISSING_RULES", dict.fromkeys(names, ("sum",)))
+
+
+SEVERAL = [("blurry", 0.3), ("red", 0.8)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"negatives": SEVERAL}, {"negatives": SEVERAL, "rule": "vsf"}, {"alpha": torch.eye(4) / 2}],
+    ids=["several", "vsf", "map"],
+)
+def test_an_image_in_the_call_for_the_text_is_one_after_it(sd, draw, request, options):
+    load_ip_adapter(sd)
+    sd.set_ip_adapter_scale(0.6)
+    with nasa(sd, options.pop("negatives", "blurry"), **options):
+        together = draw(sd, ip_adapter_image_embeds=[IMAGE])
+        request.getfixturevalue("two_segments")
+        assert_same_image(together, draw(sd, ip_adapter_image_embeds=[IMAGE]))
+        sd.set_ip_adapter_scale(0.3)
+        assert not torch.allclose(together, draw(sd, ip_adapter_image_embeds=[IMAGE]))
+
+
+def test_ip_adapter_at_scale_0_is_none(sd, draw):
+    with nasa(sd, "blurry", alpha=0.5):
+        plain = draw(sd)
+        load_ip_adapter(sd)
+        sd.set_ip_adapter_scale(0.0)
+        assert torch.equal(draw(sd, ip_adapter_image_embeds=[IMAGE]), plain)
+
+
+def gradients_with_image(pipe):
+    """Of one call of the denoiser, the adapter's weights included wherever its processors are."""
+    weights = {f"unet.{name}": weight for name, weight in pipe.unet.named_parameters()}
+    for name, processor in pipe.unet.attn_processors.items():
+        processor = getattr(processor, "ip_processor", processor)
+        if hasattr(processor, "to_k_ip"):
+            for part, weight in processor.named_parameters():
+                weights[f"unet.{name}.{part}"] = weight
+    for weight in weights.values():
+        weight.requires_grad_(True).grad = None
+    pipe.unet.train()
+    sample, text = torch.linspace(-1, 1, 2048).view(2, 4, 16, 16), negative_embeds(pipe, "a cat")
+    added = {"image_embeds": [IMAGE.expand(2, -1, -1)]}
+    output = pipe.unet(sample, 500, text.expand(2, -1, -1), added_cond_kwargs=added).sample
+    output.square().mean().backward()
+    return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+
+
+def test_an_ip_adapter_learns_beside_a_negative_prompt(sd):
+    oracle = testing.stable_diffusion()
+    for pipe in (sd, oracle):
+        load_ip_adapter(pipe)
+        pipe.set_ip_adapter_scale(0.6)
+    oracle.unet.set_attn_processor(
+        {
+            name: WithImages([(negative_embeds(oracle), None, 0.5)], processor)
+            if ".attn2." in name
+            else processor
+            for name, processor in oracle.unet.attn_processors.items()
+        }
+    )
+    expected = gradients_with_image(oracle)
+    assert sum("attn2.processor.to_" in name for name in expected) == 2 * 7
+    for checkpointing in (False, True):
+        if checkpointing:
+            sd.unet.enable_gradient_checkpointing()
+        with nasa(sd, "blurry", alpha=0.5):
+            found = gradients_with_image(sd)
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            assert relative_error(found[name], x) < 1e-4, name
+
+
+@pytest.mark.parametrize("scales", [[[0.7, 0.4]], 0.7], ids=["two", "one"])
+def test_ip_adapter_with_masks(sd, draw, scales):
+    """Two images of one adapter, each in its half of the picture, and one in the first half."""
+    images = 2 if isinstance(scales, list) else 1
     masks = torch.zeros(1, 2, 32, 32)
     masks[:, 0, :, :16], masks[:, 1, :, 16:] = 1, 1
     options = {
-        "ip_adapter_image_embeds": [torch.cat([IMAGE, -IMAGE], dim=1)],
-        "cross_attention_kwargs": {"ip_adapter_masks": [masks]},
+        "ip_adapter_image_embeds": [torch.cat([IMAGE, -IMAGE], dim=1)[:, :images]],
+        "cross_attention_kwargs": {"ip_adapter_masks": [masks[:, :images]]},
     }
     oracle = testing.stable_diffusion()
     for pipe in (sd, oracle):
         load_ip_adapter(pipe)
-        pipe.set_ip_adapter_scale([[0.7, 0.4]])
+        pipe.set_ip_adapter_scale(scales)
     with nasa(sd, "blurry", alpha=0.5):
         ours = draw(sd, **options)
     assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, **options))
@@ -382,6 +463,11 @@ def test_ip_adapter_compiled(sd, draw):
         expected = draw(sd, **image)
         sd.unet.mid_block.compile(fullgraph=True, backend="eager")
         assert_same_image(draw(sd, **image), expected)
+        sd.set_ip_adapter_scale(0.3)
+        compiled = draw(sd, **image)
+        sd.unet.mid_block._compiled_call_impl = None
+        assert_same_image(compiled, draw(sd, **image))
+        assert not torch.allclose(compiled, expected)
 
 
 def test_ip_adapter_with_nag(sd, draw):

@@ -8,6 +8,7 @@ from nasa_diffusers.families import family_of
 from test_pipe_adapters import IMAGE, load_ip_adapter
 
 from bench.launches import Operators
+from nasa_kernels import backends
 
 
 @pytest.mark.parametrize("name", ["SD 1.5, 512 px", "Sana 0.6B, 1024 px"])
@@ -99,9 +100,11 @@ def test_a_further_negative_is_two_more_launches(sd, draw):
     assert names[3] == "aten::add"
 
 
-def test_an_ip_adapter_is_two_more_launches(sd):
-    """One for each image, its scale included, and one addition; stock takes eleven in all."""
+def test_an_ip_adapter_is_part_of_the_call(sd, monkeypatch):
+    """Its scale included; stock takes eleven operators in all. Elsewhere it is a further call of
+    the op, and one addition."""
     load_ip_adapter(sd)
+    sd.set_ip_adapter_scale(0.6)
 
     def draw_with_image(pipe):
         # two steps: in the second one the keys and values of the image are kept
@@ -109,8 +112,19 @@ def test_an_ip_adapter_is_two_more_launches(sd):
 
     stock = launches(sd, sd.unet, draw_with_image)
     with nasa(sd, "blurry", alpha=0.5):
+        together = launches(sd, sd.unet, draw_with_image)
+        sd.set_ip_adapter_scale(0.0)
+        assert "nasa_kernels::forward_cpu" in launches(sd, sd.unet, draw_with_image)
+        sd.set_ip_adapter_scale(0.6)
+        missing = dict.fromkeys(backends.NAMES, ("sum",))
+        monkeypatch.setattr(backends, "MISSING_RULES", missing)
         names = launches(sd, sd.unet, draw_with_image)
-    ours = [name.startswith("nasa_kernels::") for name in names]
+    assert [name.startswith("nasa_kernels::joint_forward") for name in together] == [
+        False,
+        True,
+        False,
+    ]
+    ours = [name.startswith("nasa_kernels::forward") for name in names]
     assert ours == [False, True, True, False, False] and names[3] == "aten::add"
     assert len(stock) >= 10
 
