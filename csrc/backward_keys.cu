@@ -1,6 +1,8 @@
 // Backward over the keys: dK+-, dV+- (sm_80 and up). Runs after backward_queries.cu.
 //
-//     dK = scale * dS^T Q,  dV = (w P)^T dO,  dS = w P * (dO V^T - u)
+//     dK = scale * dS^T Q,  dV = (w P)^T dO,  dS = P * (w dO V^T + shift),  shift = -w u
+//
+// For one segment of a joint attention it is launched alone: nasa.h has its shift.
 //
 // A block owns 80 keys of one prompt and head, 16 per warp, and walks over the query rows in tiles
 // of 64. It works on transposed tiles, keys by rows: P^T and dS^T come out of one product as the A
@@ -21,7 +23,7 @@ struct KeysLayout {
     static constexpr int kColumns = backward_columns(kD);
     static constexpr int kShares = kD / kColumns;
     static constexpr int kStages = keys_stages(kD);
-    // K, V [80, kD]; per stage Q, dO [64, kD] and lse, u, w [64] in fp32
+    // K, V [80, kD]; per stage Q, dO [64, kD] and lse, shift, w [64] in fp32
     static constexpr int kV = tile_bytes(kBackwardKeys, kD);
     static constexpr int kStage = 2 * kV;
     static constexpr int kGrad = tile_bytes(kBackwardRows, kD);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     const auto load_rows = [&](int tile) {
         unsigned char* stage =
             shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
-        const int first = tile * kBackwardRows;
+        const int first = (tile < p.first_hidden ? tile : tile + p.hidden) * kBackwardRows;
         const auto exists = [&](int row) { return row < call.l; };
         load_tile<kD, kBackwardRows, kKeyThreads>(
             stage,
@@ -133,15 +135,24 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
             const int row = first + threadIdx.x;
             const bool valid = row < call.l;
             // exp2(score - inf) is 0: rows that do not exist have no weights
-            values[0] = valid ? p.lse[row_values + row] : INFINITY;
-            values[kBackwardRows] = valid ? p.u[row_values + row] : 0.f;
-            values[2 * kBackwardRows] = !valid         ? 0.f
-                                        : side == kPos ? 1.f
-                                                       : -alpha_of(call, b, row, h);
+            float lse = INFINITY, shift = 0.f, weight = 0.f;
+            if (valid) {
+                lse = p.lse[row_values + row];
+                if (p.weight != nullptr) {
+                    weight = p.weight[row_values + row];
+                    shift = p.shift[row_values + row];
+                } else {
+                    weight = side == kPos ? 1.f : -alpha_of(call, b, row, h);
+                    shift = -weight * p.u[row_values + row];
+                }
+            }
+            values[0] = lse;
+            values[kBackwardRows] = shift;
+            values[2 * kBackwardRows] = weight;
         }
     };
 
-    const int tiles = (call.l + kBackwardRows - 1) / kBackwardRows;
+    const int tiles = (call.l + kBackwardRows - 1) / kBackwardRows - p.hidden;
     const int per_split = (tiles + p.splits - 1) / p.splits;
     const int first_tile = split * per_split;
     const int last_tile = min(first_tile + per_split, tiles);
@@ -182,10 +193,10 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
             for (int i = 0; i < 4; ++i) {
                 const int row = 8 * j + lane % 4 * 2 + i % 2;
                 const float score = fmaf(s[j][i], call.scale, bias[i / 2]);
-                const float weight =
-                    ptx::exp2(score - values[row]) * values[2 * kBackwardRows + row];
-                s[j][i] = weight;
-                dp[j][i] = weight * (dp[j][i] - values[kBackwardRows + row]);
+                const float probability = ptx::exp2(score - values[row]);
+                const float weight = values[2 * kBackwardRows + row];
+                s[j][i] = probability * weight;
+                dp[j][i] = probability * fmaf(weight, dp[j][i], values[kBackwardRows + row]);
             }
         }
         uint32_t weights[kTiles / 2][4], ds[kTiles / 2][4];
@@ -278,7 +289,7 @@ cudaError_t backward_splits(const BackwardParams& p, int& splits) {
     const int64_t blocks =
         std::max<int64_t>(1, p.call.b * p.call.h * key_blocks(p) * (d / backward_columns(d)));
     // two blocks per SM, and at least two tiles of rows for each
-    const int64_t tiles = ceil_div(p.call.l, kBackwardRows);
+    const int64_t tiles = ceil_div(p.call.l, kBackwardRows) - p.hidden;
     splits = static_cast<int>(std::max<int64_t>(1, std::min(2 * device.sms / blocks, tiles / 2)));
     return cudaSuccess;
 }

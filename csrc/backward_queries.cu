@@ -9,8 +9,11 @@
 // once more for dS. The last block of keys is still on chip then: a prompt of up to 80 keys, which
 // is one block, is read once and its scores are made once. The columns of a head_dim above 128 are
 // shared by two blocks or four.
+//
+// A joint attention runs it twice, because its weights stand between the two walks: first for lse
+// and u, those of the shared keys from the O_s that the forward pass kept, then for dQ.
 #include "launch.h"
-#include "softmax.cuh"
+#include "rules.cuh"
 
 namespace nasa {
 namespace {
@@ -70,12 +73,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int rows[2] = {first_row + warp * kWarpRows + lane / 4,
                          first_row + warp * kWarpRows + lane / 4 + 8};
 
+    const auto statistic = [&](int side, int row) {
+        const int64_t head = static_cast<int64_t>(b) * call.h + h;
+        return (side * static_cast<int64_t>(call.b) * call.h + head) * call.l + row;
+    };
+
     // [16, 80] of this warp: scores or weights, and dP = dO V^T; [16, kColumns]: dQ
     float s[kTiles][4], dp[kTiles][4], dq[kColumns / 8][4];
     clear(dq);
-    for (int side = 0; side < 2; ++side) {
-        const Prompt& prompt = call.prompt[side];
-        const int blocks = (prompt.n + kBackwardKeys - 1) / kBackwardKeys;
+    const bool weighed = p.weight != nullptr;
+    const bool joint = call.shared.o != nullptr;
+    for (int side = weighed ? kShared : kPos; side <= kNeg; ++side) {
+        const Prompt& prompt = side == kShared ? p.image : call.prompt[side];
+        const bool seen = side == kShared || attends(call, side, first_row, kBackwardRows);
+        const int blocks = seen ? (prompt.n + kBackwardKeys - 1) / kBackwardKeys : 0;
         const auto make_scores = [&](int block) {
             const int first = block * kBackwardKeys;
             __syncthreads();  // no warp reads the block before any more
@@ -106,41 +117,54 @@ __global__ void __launch_bounds__(kThreads, 1)
                                  prompt.n - first);
         };
 
-        OnlineSoftmax softmax;
-        float u[2] = {0.f, 0.f};
-        for (int block = 0; block < blocks; ++block) {
-            const float left = make_scores(block);
-            float rescale[2];
-            softmax.push(s, left, rescale);
+        // dS = P * (weight * dP + shift)
+        float inverse[2], lse[2], weight[2], shift[2];
+        if (weighed) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float partial = 0.f;
-#pragma unroll
-                for (int j = 0; j < kTiles; ++j) {
-                    partial = fmaf(s[j][2 * r], dp[j][2 * r], partial);
-                    partial = fmaf(s[j][2 * r + 1], dp[j][2 * r + 1], partial);
-                }
-                u[r] = u[r] * rescale[r] + partial;
+                const bool exists = rows[r] < call.l;
+                const int64_t i = statistic(side, rows[r]);
+                lse[r] = exists ? p.lse[i] : INFINITY;
+                weight[r] = exists ? p.weight[i] : 0.f;
+                shift[r] = exists ? p.shift[i] : 0.f;
             }
-        }
-
-        float inverse[2], lse[2], weight[2];
+        } else {
+            OnlineSoftmax softmax;
+            float u[2] = {0.f, 0.f};
+            for (int block = 0; block < blocks; ++block) {
+                const float left = make_scores(block);
+                float rescale[2];
+                softmax.push(s, left, rescale);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            inverse[r] = softmax.inverse_sum(r);
-            u[r] = quad_sum(u[r]) * inverse[r];
-            lse[r] = inverse[r] == 0.f ? INFINITY : softmax.lse(r, inverse[r]);
-            weight[r] = side == kPos ? 1.f : 0.f;
-            if (rows[r] >= call.l) continue;
-            if (side == kNeg) weight[r] = -alpha_of(call, b, rows[r], h);
-            if (lane % 4 == 0 && column == 0) {
-                const int64_t head = static_cast<int64_t>(b) * call.h + h;
-                const int64_t i =
-                    (side * static_cast<int64_t>(call.b) * call.h + head) * call.l + rows[r];
-                p.lse[i] = lse[r];
-                p.u[i] = u[r];
-                if (side == kNeg && p.dalpha != nullptr) {
-                    p.dalpha[(static_cast<int64_t>(b) * call.l + rows[r]) * call.h + h] = -u[r];
+                for (int r = 0; r < 2; ++r) {
+                    float partial = 0.f;
+#pragma unroll
+                    for (int j = 0; j < kTiles; ++j) {
+                        partial = fmaf(s[j][2 * r], dp[j][2 * r], partial);
+                        partial = fmaf(s[j][2 * r + 1], dp[j][2 * r + 1], partial);
+                    }
+                    u[r] = u[r] * rescale[r] + partial;
+                }
+            }
+
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                inverse[r] = softmax.inverse_sum(r);
+                u[r] = quad_sum(u[r]) * inverse[r];
+                // the rules want -inf where no key is, the walks +inf
+                lse[r] = inverse[r] == 0.f && !joint ? INFINITY : softmax.lse(r, inverse[r]);
+                weight[r] = side == kPos ? 1.f : 0.f;
+                shift[r] = 0.f;
+                if (rows[r] >= call.l) continue;
+                if (side == kNeg) weight[r] = -alpha_of(call, b, rows[r], h);
+                shift[r] = -weight[r] * u[r];
+                if (lane % 4 == 0 && column == 0) {
+                    const int64_t i = statistic(side, rows[r]);
+                    p.lse[i] = lse[r];
+                    p.u[i] = u[r];
+                    if (side == kNeg && p.dalpha != nullptr) {
+                        p.dalpha[(static_cast<int64_t>(b) * call.l + rows[r]) * call.h + h] = -u[r];
+                    }
                 }
             }
         }
@@ -152,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    s[j][i] *= weight[i / 2] * (dp[j][i] - u[i / 2]);
+                    s[j][i] *= fmaf(weight[i / 2], dp[j][i], shift[i / 2]);
                 }
             }
             uint32_t ds[kTiles / 2][4];
@@ -161,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         };
         // the block on chip first: its weights already refer to the final maximum
         for (int block = blocks - 1; block >= 0; --block) {
-            if (block == blocks - 1) {
+            if (block == blocks - 1 && !weighed) {
 #pragma unroll
                 for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -181,7 +205,27 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     }
     ptx::cp_async_wait<0>();
-    if (p.dq == nullptr) return;
+    if (p.dq == nullptr) {
+        if (!joint || column != 0) return;
+        // u of the shared keys, rowsum(dO * O_s): a quad takes its two rows
+        __syncthreads();  // there may have been no key
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float u = 0.f;
+            if (rows[r] < call.l) {
+                const T* grad_row = reinterpret_cast<const T*>(
+                    q_rows + Layout::kGrad + (lane / 4 + 8 * r) * Tile<kD>::kPitch);
+                const T* o_row = static_cast<const T*>(call.shared.o) + b * call.shared.o_stride_b +
+                                 rows[r] * call.shared.o_stride_l + h * call.shared.o_stride_h;
+                for (int c = lane % 4; c < call.d; c += 4) {
+                    u = fmaf(static_cast<float>(grad_row[c]), static_cast<float>(o_row[c]), u);
+                }
+            }
+            u = quad_sum(u);
+            if (lane % 4 == 0 && rows[r] < call.l) p.u[statistic(kShared, rows[r])] = u;
+        }
+        return;
+    }
 
     // the softmax scale itself: the kernels carry it times log2(e)
     const float scale = call.scale / kLog2E;

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "device.h"
 #include "nasa.h"
 
 // In libtorch_cuda.so. Weak: null under a torch without CUDA, where this library still loads.
@@ -192,8 +193,28 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
     return launch_forward(p, q);
 }
 
-// The same beside the keys that both prompts share: rule, the numbers of the last rows of q that
-// are the texts' own, and what another kernel made of the shared keys.
+// What another kernel made of the shared keys, and the numbers of the last rows of q that are the
+// texts' own
+void set_shared(ForwardParams& p, const Tensor& q, const Tensor& o_shared) {
+    check_rows(o_shared, "o_shared", q);
+    STD_TORCH_CHECK(o_shared.size(1) == q.size(1),
+                    "nasa_kernels: o_shared must have the shape of q, got ", o_shared.size(1),
+                    " rows for ", q.size(1));
+    p.shared.o = o_shared.const_data_ptr();
+    p.shared.o_stride_b = o_shared.stride(0);
+    p.shared.o_stride_l = o_shared.stride(1);
+    p.shared.o_stride_h = o_shared.stride(2);
+}
+
+void set_text_rows(ForwardParams& p, int64_t text_pos, int64_t text_neg) {
+    STD_TORCH_CHECK(text_pos >= 0 && text_neg >= 0 && text_pos + text_neg <= p.l,
+                    "nasa_kernels: text_pos and text_neg must be numbers of the ", p.l,
+                    " rows of q, got ", text_pos, " and ", text_neg);
+    p.shared.first_text_neg = p.l - static_cast<int>(text_neg);
+    p.shared.first_text_pos = p.shared.first_text_neg - static_cast<int>(text_pos);
+}
+
+// The same beside the keys that both prompts share.
 Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos,
                           const Tensor k_neg, const Tensor v_neg,
                           const std::optional<Tensor> mask_pos,
@@ -203,32 +224,21 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
                           int64_t text_pos, int64_t text_neg) {
     ForwardParams p =
         params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    check_rows(o_shared, "o_shared", q);
-    STD_TORCH_CHECK(o_shared.size(1) == q.size(1),
-                    "nasa_kernels: o_shared must have the shape of q, got ", o_shared.size(1),
-                    " rows for ", q.size(1));
+    set_shared(p, q, o_shared);
     STD_TORCH_CHECK(lse_shared.dim() == 3 && lse_shared.size(0) == p.b &&
                         lse_shared.size(1) == p.h && lse_shared.size(2) == p.l &&
                         lse_shared.scalar_type() == ScalarType::Float &&
                         lse_shared.get_device_index() == q.get_device_index(),
                     "nasa_kernels: lse_shared must be fp32 [b, h, l] on the device of q");
-    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kVsf),
-                    "nasa_kernels: rule must be 0 to 3, got ", rule);
-    STD_TORCH_CHECK(text_pos >= 0 && text_neg >= 0 && text_pos + text_neg <= p.l,
-                    "nasa_kernels: text_pos and text_neg must be numbers of the ", p.l,
-                    " rows of q, got ", text_pos, " and ", text_neg);
+    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kSum),
+                    "nasa_kernels: rule must be 0 to 4, got ", rule);
+    set_text_rows(p, text_pos, text_neg);
     Shared& shared = p.shared;
-    shared.o = o_shared.const_data_ptr();
-    shared.o_stride_b = o_shared.stride(0);
-    shared.o_stride_l = o_shared.stride(1);
-    shared.o_stride_h = o_shared.stride(2);
     shared.lse = static_cast<const float*>(lse_shared.const_data_ptr());
     shared.lse_stride_b = lse_shared.stride(0);
     shared.lse_stride_h = lse_shared.stride(1);
     shared.lse_stride_l = lse_shared.stride(2);
     shared.rule = static_cast<Rule>(rule);
-    shared.first_text_neg = p.l - static_cast<int>(text_neg);
-    shared.first_text_pos = shared.first_text_neg - static_cast<int>(text_pos);
     p.aligned = p.aligned && starts_on_16_bytes(o_shared);
     // then no row asks for the negative prompt
     if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && shared.rule != Rule::kVsf) {
@@ -239,17 +249,9 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
     return launch_forward(p, q);
 }
 
-// The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are
-// empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor grad_o, const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
-    const Tensor v_neg, const std::optional<Tensor> mask_pos, const std::optional<Tensor> mask_neg,
-    const std::optional<Tensor> alpha_map, double alpha, double scale,
-    const std::vector<bool> needs) {
-    STD_TORCH_CHECK(needs.size() == 6, "nasa_kernels: needs must be 6 flags, got ", needs.size());
-    BackwardParams p;
-    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    // the gradient of a sum is one number with strides of 0
+// dO of a backward call: what to keep until the launch, because the gradient of a sum is one number
+// with strides of 0
+Tensor set_grad(BackwardParams& p, const Tensor& grad_o, const Tensor& q) {
     const bool contiguous = grad_o.numel() == 0 || grad_o.size(3) == 1 || grad_o.stride(3) == 1;
     const Tensor grad = contiguous ? grad_o : torch::stable::contiguous(grad_o);
     check_rows(grad, "grad_o", q);
@@ -258,8 +260,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     p.grad_stride_b = grad.stride(0);
     p.grad_stride_l = grad.stride(1);
     p.grad_stride_h = grad.stride(2);
-    p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg) &&
-                     starts_on_16_bytes(grad);
+    p.call.aligned = p.call.aligned && starts_on_16_bytes(grad);
+    return grad;
+}
+
+// Scratch of the blocks that share the query rows; to keep until the launch
+Tensor set_splits(BackwardParams& p, const Tensor& q) {
+    p.splits = 1;
+    check(backward_splits(p, p.splits), q);
+    Tensor partial;
+    if (p.splits > 1) {
+        partial = torch::stable::new_empty(q, std::vector<int64_t>{p.splits, partial_elements(p)},
+                                           std::make_optional(ScalarType::Float));
+        p.partial = static_cast<float*>(partial.mutable_data_ptr());
+    }
+    return partial;
+}
+
+// The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg, alpha; the others are
+// empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
+    const Tensor grad_o, const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+    const Tensor v_neg, const std::optional<Tensor> mask_pos, const std::optional<Tensor> mask_neg,
+    const std::optional<Tensor> alpha_map, double alpha, double scale,
+    const std::vector<bool> needs) {
+    STD_TORCH_CHECK(needs.size() == 6, "nasa_kernels: needs must be 6 flags, got ", needs.size());
+    BackwardParams p{};
+    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
+    const Tensor grad = set_grad(p, grad_o, q);
 
     const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
         return torch::stable::new_empty(q, sizes, std::make_optional(type));
@@ -287,16 +316,120 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const Tensor rows = empty({2, 2, p.call.b, p.call.h, p.call.l}, ScalarType::Float);
     p.lse = static_cast<float*>(rows.mutable_data_ptr());
     p.u = p.lse + rows.numel() / 2;
-    p.partial = nullptr;
     p.splits = 1;
-    Tensor partial;
-    if (q.numel() > 0) check(backward_splits(p, p.splits), q);
-    if (p.splits > 1) {
-        partial = empty({p.splits, partial_elements(p)}, ScalarType::Float);
-        p.partial = static_cast<float*>(partial.mutable_data_ptr());
-    }
+    const Tensor partial = q.numel() > 0 ? set_splits(p, q) : Tensor();
     check(backward(p, current_stream(q)), q);
     return {dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha};
+}
+
+// The three launches of a joint attention's backward pass. Rows of numbers are fp32, one per head
+// and query; of the three segments they are in the order shared, positive, negative.
+
+const float* row_values(const Tensor& x, const char* name, const Tensor& q, bool segments) {
+    const int64_t rows = q.size(0) * q.size(2) * q.size(1);
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
+                        x.get_device_index() == q.get_device_index() &&
+                        x.numel() == (segments ? 3 * rows : rows),
+                    "nasa_kernels: ", name, " must be fp32 ",
+                    segments ? "[3, b, h, l]" : "[b, h, l]", ", contiguous, on the device of q");
+    return static_cast<const float*>(x.const_data_ptr());
+}
+
+// lse in base 2 and u, [2, 3, b, h, l]; lse of the shared keys is left out
+Tensor joint_statistics_cuda(const Tensor grad_o, const Tensor o_shared, const Tensor q,
+                             const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+                             const Tensor v_neg, const std::optional<Tensor> mask_pos,
+                             const std::optional<Tensor> mask_neg, double scale, int64_t text_pos,
+                             int64_t text_neg) {
+    BackwardParams p{};
+    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
+    p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
+    const Tensor grad = set_grad(p, grad_o, q);
+    set_shared(p.call, q, o_shared);
+    set_text_rows(p.call, text_pos, text_neg);
+    const Tensor rows =
+        torch::stable::new_empty(q, std::vector<int64_t>{2, 3, q.size(0), q.size(2), q.size(1)},
+                                 std::make_optional(ScalarType::Float));
+    if (q.numel() == 0) return rows;
+    p.lse = static_cast<float*>(rows.mutable_data_ptr()) + rows.numel() / 6;
+    p.u = p.lse + rows.numel() / 2;
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    check(backward(p, current_stream(q)), q);
+    return rows;
+}
+
+Tensor joint_queries_cuda(const Tensor grad_o, const Tensor o_shared, const Tensor q,
+                          const Tensor k, const Tensor v, const Tensor k_pos, const Tensor v_pos,
+                          const Tensor k_neg, const Tensor v_neg,
+                          const std::optional<Tensor> mask_pos,
+                          const std::optional<Tensor> mask_neg, const Tensor lse,
+                          const Tensor weight, const Tensor shift, double scale, int64_t text_pos,
+                          int64_t text_neg) {
+    BackwardParams p{};
+    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
+    check_rows(k, "k", q);
+    check_rows(v, "v", q);
+    p.image = prompt_of(k, v, {});
+    for (const Tensor& x : {k, v, k_neg, v_neg}) {
+        p.call.aligned = p.call.aligned && starts_on_16_bytes(x);
+    }
+    const Tensor grad = set_grad(p, grad_o, q);
+    set_shared(p.call, q, o_shared);
+    set_text_rows(p.call, text_pos, text_neg);
+    const Tensor dq = torch::stable::new_empty(
+        q, std::vector<int64_t>{q.size(0), q.size(1), q.size(2), q.size(3)});
+    if (q.numel() == 0) return dq;
+    const int64_t rows = lse.numel() / 3;
+    p.lse = const_cast<float*>(row_values(lse, "lse", q, true)) + rows;
+    p.weight = row_values(weight, "weight", q, true) + rows;
+    p.shift = row_values(shift, "shift", q, true) + rows;
+    p.dq = dq.mutable_data_ptr();
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    check(backward(p, current_stream(q)), q);
+    return dq;
+}
+
+// dK and dV of one segment, where `needs` asks for them. Rows [first_hidden, end_hidden) of q do
+// not see it: their weight and shift are 0, and tiles of nothing else are not read.
+std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, const Tensor k,
+                                           const Tensor v, const std::optional<Tensor> mask,
+                                           const Tensor lse, const Tensor weight,
+                                           const Tensor shift, double scale, int64_t first_hidden,
+                                           int64_t end_hidden, const std::vector<bool> needs) {
+    STD_TORCH_CHECK(needs.size() == 2, "nasa_kernels: needs must be 2 flags, got ", needs.size());
+    STD_TORCH_CHECK(0 <= first_hidden && first_hidden <= end_hidden && end_hidden <= q.size(1),
+                    "nasa_kernels: hidden rows must be among the ", q.size(1), " rows of q, got ",
+                    first_hidden, " to ", end_hidden);
+    BackwardParams p{};
+    p.call = params_of(q, k, v, k, v, mask, {}, {}, 0., scale);
+    p.call.prompt[kNeg].n = 0;
+    const Tensor grad = set_grad(p, grad_o, q);
+    const int tiles = (p.call.l + kBackwardRows - 1) / kBackwardRows;
+    // a last tile that is not full has no more rows to see
+    const int end = end_hidden == p.call.l ? tiles : static_cast<int>(end_hidden / kBackwardRows);
+    p.first_hidden = static_cast<int>((first_hidden + kBackwardRows - 1) / kBackwardRows);
+    p.hidden = std::max(0, end - p.first_hidden);
+    const bool empty =
+        q.numel() == 0 || k.numel() == 0 || p.hidden == tiles || !(needs[0] || needs[1]);
+    const auto gradient = [&](bool needed) {
+        const std::vector<int64_t> sizes =
+            needed ? std::vector<int64_t>{k.size(0), k.size(1), k.size(2), k.size(3)}
+                   : std::vector<int64_t>{0};
+        return empty ? torch::stable::new_zeros(q, sizes) : torch::stable::new_empty(q, sizes);
+    };
+    const Tensor dk = gradient(needs[0]), dv = gradient(needs[1]);
+    if (empty) return {dk, dv};
+    p.dk[kPos] = needs[0] ? dk.mutable_data_ptr() : nullptr;
+    p.dv[kPos] = needs[1] ? dv.mutable_data_ptr() : nullptr;
+    p.lse = const_cast<float*>(row_values(lse, "lse", q, false));
+    p.weight = row_values(weight, "weight", q, false);
+    p.shift = row_values(shift, "shift", q, false);
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    const Tensor partial = set_splits(p, q);
+    Device device;
+    check(current_device(device), q);
+    check(backward_keys(p, device, current_stream(q)), q);
+    return {dk, dv};
 }
 
 }  // namespace
@@ -306,6 +439,9 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
     m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
     m.impl("forward_joint_cuda", TORCH_BOX(&nasa::forward_joint_cuda));
     m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
+    m.impl("joint_statistics_cuda", TORCH_BOX(&nasa::joint_statistics_cuda));
+    m.impl("joint_queries_cuda", TORCH_BOX(&nasa::joint_queries_cuda));
+    m.impl("joint_keys_cuda", TORCH_BOX(&nasa::joint_keys_cuda));
 }
 
 // For nasa_kernels/_cuda.py

@@ -19,6 +19,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 constexpr int kPos = 0;
 constexpr int kNeg = 1;
+constexpr int kShared = -1;  // before them in the backward pass of a joint attention
 
 enum class Type { kHalf, kBfloat16 };
 enum class MaskType { kNone, kBool, kFloat, kHalf, kBfloat16 };
@@ -40,7 +41,7 @@ struct Prompt {
 };
 
 // How the segments of a joint attention are weighed: csrc/rules.cuh
-enum class Rule { kNasa, kNasaText, kNasaCross, kVsf };
+enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum };
 
 // The keys that both prompts share in a joint attention, those of the image itself: what another
 // kernel made of them. The last rows of q may be the texts' own queries.
@@ -74,18 +75,30 @@ struct ForwardParams {
 //     dQ = scale * (dS+ K+ + dS- K-)          dalpha = -u-
 //     dK+- = scale * dS+-^T Q                 dV+- = (w+- P+-)^T dO
 // A null pointer is a gradient that nobody asked for.
+//
+// In a joint attention the weight w of a row is a function of its log-sum-exps, which then have
+// gradients of their own, of all three segments of keys:
+//     dS = P * (w (dO V^T - u) + dlse) = P * (w dO V^T + shift)          shift = dlse - w u
+// Three launches: backward_queries without dq for lse and u, backward_queries with `weight` for
+// dQ, both with O_s in `call.shared`, and backward_keys for each segment. lse, u, weight and shift
+// are of kShared, kPos, kNeg then, and the pointers are those of kPos.
 struct BackwardParams {
-    ForwardParams call;  // its o is not used; `aligned` speaks for grad_o too
+    ForwardParams call;  // its o is not used; `aligned` speaks for grad_o and `image` too
+    Prompt image;        // the keys of kShared, where dQ is asked for
     const void* grad_o;  // [b, l, h, d]
     int64_t grad_stride_b, grad_stride_l, grad_stride_h;
-    void* dq;        // [b, l, h, d], contiguous
-    float* dalpha;   // [b, l, h], contiguous
-    void* dk[2];     // [b, n, h, d], contiguous; kPos, kNeg
-    void* dv[2];     // [b, n, h, d], contiguous; kPos, kNeg
-    float* lse;      // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
-    float* u;        // [2, b, h, l] scratch
-    float* partial;  // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
-    int splits;      // of the query rows, among the blocks that make one tile of dK and dV
+    void* dq;       // [b, l, h, d], contiguous
+    float* dalpha;  // [b, l, h], contiguous
+    void* dk[2];    // [b, n, h, d], contiguous; kPos, kNeg
+    void* dv[2];    // [b, n, h, d], contiguous; kPos, kNeg
+    float* lse;     // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
+    float* u;       // [2, b, h, l] scratch
+    const float* weight;  // [3, b, h, l], or null: w+ and w- of nasa_attention
+    const float* shift;   // [3, b, h, l], null where `weight` is
+    float* partial;       // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
+    int splits;           // of the query rows, among the blocks that make one tile of dK and dV
+    // tiles of query rows that do not see the keys of backward_keys: how many, and the first
+    int first_hidden, hidden;
 };
 
 // A head_dim is padded with zeros up to the next of these; 0 when it is larger than all of them.
@@ -126,8 +139,8 @@ constexpr bool has_sm90(int d) {
 constexpr bool has_sm90_short(int d, int keys) {
     return has_sm90(d) && (keys == kClipKeys || d == 64 || d == 72 || d == 128);
 }
-// Keys that a tile of forward_sm90_long holds: beside two accumulators of 160 columns, the scores of
-// 128 keys would not fit the registers.
+// Keys that a tile of forward_sm90_long holds: beside two accumulators of 160 columns, the scores
+// of 128 keys would not fit the registers.
 constexpr int sm90_stream_keys(int d) { return d <= 128 ? kBlockKeys : kClipKeys; }
 
 // Columns of O that a block of forward_long makes. A head_dim above 96 is shared by two blocks or
@@ -151,7 +164,7 @@ constexpr int queries_shared_bytes(int d) {
     return 2 * tile_bytes(kBackwardRows, d) + 2 * tile_bytes(kBackwardKeys, d) + kBackwardKeys * 4;
 }
 
-// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, u, w [64] in fp32
+// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
 constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
 constexpr int keys_shared_bytes(int d) {
     return 2 * tile_bytes(kBackwardKeys, d) +

@@ -11,10 +11,11 @@
 //     nasa-text     e^(s - L+)                       e^(p - L+)    e^(n - L-)
 //     nasa-cross    e^(s - L+)                       e^(p - L+)    1
 //     vsf           e^(s - L)                        e^(p - L)     e^(n - L)
+//     sum           1                                1             1
 //
 // The texts' own queries attend to the shared keys and to their own prompt, and to nothing else.
 // A segment without keys has -inf and weighs 0, and what weighs 0 may hold NaN. Alpha 0 leaves the
-// negative prompt out but for the denominator of vsf. Without shared keys the first three rules are
+// negative prompt out but for the denominator of vsf. Without shared keys all rules but vsf are
 // softmax.cuh's subtract, bit for bit.
 #pragma once
 
@@ -35,6 +36,9 @@ __device__ __forceinline__ float share(float x, float y, float z = -INFINITY) {
     return weight / (weight + ptx::exp2(y - top) + ptx::exp2(z - top));
 }
 
+// What a segment weighs under a softmax of its own
+__device__ __forceinline__ float whole(float lse) { return lse == -INFINITY ? 0.f : 1.f; }
+
 // The weights of query row l, from the log-sum-exps of its prompts in base 2.
 __device__ __forceinline__ Weights weigh(const ForwardParams& p, int b, int l, int h, float alpha,
                                          float pos, float neg) {
@@ -47,9 +51,10 @@ __device__ __forceinline__ Weights weigh(const ForwardParams& p, int b, int l, i
     if (shared.rule == Rule::kVsf) {
         return {share(s, pos, neg), share(pos, s, neg), share(neg, s, pos), alpha};
     }
-    Weights w{share(s, pos), share(pos, s), 0.f, alpha};
+    const bool sum = shared.rule == Rule::kSum;
+    Weights w{sum ? whole(s) : share(s, pos), sum ? whole(pos) : share(pos, s), 0.f, alpha};
     if (alpha == 0.f) return w;
-    w.neg = shared.rule != Rule::kNasaCross ? share(neg, s) : neg == -INFINITY ? 0.f : 1.f;
+    w.neg = sum || shared.rule == Rule::kNasaCross ? whole(neg) : share(neg, s);
     if (shared.rule == Rule::kNasa) w.shared = fmaf(-alpha, share(s, neg), w.shared);
     return w;
 }

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nasa_kernels import joint_gradients
+from nasa_kernels.joint_gradients import Launches
 from nasa_kernels.shared import attend_shared
 
 LIBRARY = Path(__file__).with_name("_C.so")
@@ -80,13 +82,58 @@ def overlap_launches(on: bool) -> None:
     library.nasa_kernels_overlap_launches(ctypes.c_bool(on))
 
 
-def forward(
+def forward(*args) -> Tensor:
+    return attention(*args)[0]
+
+
+def attention(
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
     rule, text_pos, text_neg,
-) -> Tensor:  # fmt: skip
-    """Joint attention: PyTorch's over the image keys, then one launch that adds both prompts."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Joint attention: PyTorch's over the image keys, then one launch that adds both prompts.
+
+    Also O_s and its log-sum-exp, of the first one.
+    """
     o_shared, lse_shared = attend_shared(q, k, v, scale)
-    return torch.ops.nasa_kernels.forward_joint_cuda.default(
+    o = torch.ops.nasa_kernels.forward_joint_cuda.default(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
         o_shared, lse_shared, rule, text_pos, text_neg,
     )  # fmt: skip
+    return o, o_shared, lse_shared
+
+
+def backward(
+    grad_o, o_shared, lse_shared,
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+    rule, text_pos, text_neg, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of `attention` that `needs` asks for."""
+    operators = torch.ops.nasa_kernels
+    prompts = (k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg)
+
+    def statistics():
+        lse, u = operators.joint_statistics_cuda.default(
+            grad_o, o_shared, q, *prompts, scale, text_pos, text_neg
+        )
+        return lse, u
+
+    def queries(rows):
+        return operators.joint_queries_cuda.default(
+            grad_o, o_shared, q, k, v, *prompts, *_weighed(rows), scale, text_pos, text_neg
+        )
+
+    def keys(segment, needed):
+        return operators.joint_keys_cuda.default(
+            grad_o, q, segment.k, segment.v, segment.mask, *_weighed(segment.rows), scale,
+            *segment.hidden, needed,
+        )  # fmt: skip
+
+    return joint_gradients.gradients(
+        Launches(statistics, queries, keys), lse_shared,
+        q, k, v, *prompts, alpha_map, alpha, rule, text_pos, text_neg, needs,
+    )  # fmt: skip
+
+
+def _weighed(rows: joint_gradients.Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, c and what is added: c (dP - u) + dlse = c dP + shift."""
+    return rows.lse, rows.c, torch.addcmul(rows.dlse, rows.c, rows.u, value=-1)

@@ -27,10 +27,6 @@ _PREFERENCE = {
     "cpu": ("cpu", "reference"),
     "meta": ("triton", "cpu"),
 }
-# which have a backward pass for joint attention
-_JOINT_BACKWARD = ("triton", "cpu", "reference")
-# rules of joint attention that a back end has not
-MISSING_RULES = {"cuda": ("sum",)}
 _DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
     "triton": (torch.float16, torch.bfloat16, torch.float32),
@@ -66,19 +62,6 @@ def why_not(name: str, device: torch.device) -> str | None:
     )
 
 
-def why_not_joint(name: str, rule: str, differentiable: bool) -> str | None:
-    """None when back end `name` has this rule of joint attention, otherwise why not."""
-    if rule in MISSING_RULES.get(name, ()):
-        having = tuple(other for other in NAMES if rule not in MISSING_RULES.get(other, ()))
-        return f"has no rule {rule!r} of joint attention; use one of {having}"
-    if differentiable and name not in _JOINT_BACKWARD:
-        return (
-            f"has no backward pass for joint attention; use one of {_JOINT_BACKWARD}, or "
-            "torch.no_grad() where no gradient is needed"
-        )
-    return None
-
-
 @torch.compiler.assume_constant_result
 def available(device: torch.device) -> tuple[str, ...]:
     """The back ends that run on tensors of `device`, in the order of `NAMES`."""
@@ -94,11 +77,10 @@ def choose(
     dtype: torch.dtype,
     head_dim: int = 64,
     differentiable: bool = False,
-    rule: str | None = None,
 ) -> str:
-    """The back end that `backend=None` takes; `rule` is that of a joint attention."""
+    """The back end that `backend=None` takes."""
     # a dictionary and not functools.cache: the compiler does not look through the latter
-    key = (device, dtype, head_dim, differentiable, rule)
+    key = (device, dtype, head_dim, differentiable)
     choice = _choices.get(key)
     if choice is None:
         candidates = _PREFERENCE.get(device.type, ())
@@ -106,7 +88,6 @@ def choose(
             name
             for name in candidates
             if dtype in _DTYPES[name]
-            and not (rule and why_not_joint(name, rule, differentiable))
             and not why_not(name, device)
             and not (name == "cuda" and _cuda.supports(device, head_dim, differentiable))
         ]
@@ -114,10 +95,8 @@ def choose(
     return choice
 
 
-def require(
-    function: str, name: str, q: Tensor, differentiable: bool = False, rule: str | None = None
-) -> None:
-    """Raise unless back end `name` takes a call with this `q`; `rule` is that of a joint one."""
+def require(function: str, name: str, q: Tensor, differentiable: bool = False) -> None:
+    """Raise unless back end `name` takes a call with this `q`."""
     if name not in NAMES:
         raise ValueError(f"{function}: backend must be None or one of {NAMES}, got {name!r}")
     reason = _refusal(name, q.device)
@@ -132,9 +111,6 @@ def require(
             f"{function}: backend {name!r} takes {dtypes}, got q of {q.dtype}; "
             "cast the inputs or use backend='reference'"
         )
-    reason = why_not_joint(name, rule, differentiable) if rule else None
-    if reason is not None:
-        raise RuntimeError(f"{function}: backend {name!r} {reason}")
     if name == "cuda" and q.device.type == "cuda":
         reason = _shape_refusal(q.device, q.shape[3], differentiable)
         if reason is not None:

@@ -75,11 +75,9 @@ def nasa_joint_attention(
             queries of the text is not used. At 0 the image's O is the plain attention over
             [shared; pos] of the same back end, bit for bit, except for "vsf", whose softmax
             holds the negative's keys all the same, and "sum", where it is Z_shared + Z+.
-        rule: One of `"nasa"`, `"nasa-text"`, `"nasa-cross"`, `"vsf"`, `"sum"`; `"cuda"` has not
-            the last.
+        rule: One of `"nasa"`, `"nasa-text"`, `"nasa-cross"`, `"vsf"`, `"sum"`.
         text_queries: How many of the last queries are the positive's and the negative's own.
-        mask_pos, mask_neg, scale, backend: As in `nasa_attention`. Gradients are computed by
-            `"triton"`, `"cpu"` and `"reference"`.
+        mask_pos, mask_neg, scale, backend: As in `nasa_attention`.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`, its rows in the order of `q`.
@@ -122,9 +120,9 @@ def nasa_joint_attention(
         any(x.requires_grad for x in tensors) or (alpha_map is not None and alpha_map.requires_grad)
     )
     if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable, rule)
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
     else:
-        backends.require(_NAME, backend, q, differentiable, rule)
+        backends.require(_NAME, backend, q, differentiable)
     if backend == "reference":
         return nasa_joint_attention_reference(
             *tensors, alpha_number if alpha_map is None else alpha_map,

@@ -27,11 +27,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu")
 JOINT_BACKENDS = ("cuda", "triton", "cpu")
-# those with a gradient for joint attention; elsewhere the reference has it
-JOINT_GRADIENT_BACKENDS = ("triton", "cpu")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 # CPU for Triton as well: tests run the kernels there in its interpreter
-_DEVICES = {"triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
+_DEVICES = {"cuda": ("CUDA",), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
 
 _PROMPTS = "Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg"
 _REST = "Tensor? mask_pos, Tensor? mask_neg, Tensor? alpha_map, float alpha, float scale"
@@ -104,6 +102,19 @@ def _gradients_fake(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[T
     return *gradients, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
+def _joint_statistics_fake(grad_o, o_shared, q, *args) -> Tensor:
+    b, l, h, _ = q.shape
+    return torch.empty((2, 3, b, h, l), dtype=torch.float32, device=q.device)
+
+
+def _joint_queries_fake(grad_o, o_shared, q, *args) -> Tensor:
+    return _forward_fake(q)
+
+
+def _joint_keys_fake(grad_o, q, k, v, *args) -> tuple[Tensor, ...]:
+    return tuple(k.new_empty(k.shape if needed else (0,)) for needed in args[-1])
+
+
 # ------------------------------------------------------------------------------------------ FLOPs
 # at 2 a multiply-add, as PyTorch counts attention; the arguments are shapes
 
@@ -144,6 +155,29 @@ def _gradient_flops(products: Sequence[int], needs: Sequence[bool]) -> int:
     for i, product in enumerate(products):
         flops += (needs[1 + 2 * i] + needs[2 + 2 * i]) * product
     return flops
+
+
+def _joint_statistics_flops(
+    grad_o, o_shared, q, k_pos, v_pos, k_neg, *args, out_shape=None, **kwargs
+) -> int:
+    """Q K^T and dO V^T of both prompts."""
+    *_, text_pos, text_neg = args
+    return 2 * (_product(q, k_pos, less=text_neg) + _product(q, k_neg, less=text_pos))
+
+
+def _joint_queries_flops(
+    grad_o, o_shared, q, k, v, k_pos, v_pos, k_neg, *args, out_shape=None, **kwargs
+) -> int:
+    """Q K^T again, dO V^T and dS K of the three segments."""
+    *_, text_pos, text_neg = args
+    return 3 * (
+        _product(q, k) + _product(q, k_pos, less=text_neg) + _product(q, k_neg, less=text_pos)
+    )
+
+
+def _joint_keys_flops(grad_o, q, k, *args, out_shape=None, **kwargs) -> int:
+    *_, first_hidden, end_hidden, needs = args
+    return (2 + sum(needs)) * _product(q, k, less=end_hidden - first_hidden)
 
 
 def _product(q, *segments, less: int = 0) -> int:
@@ -267,8 +301,7 @@ def _register_joint(backend: str) -> Any:
         "triton": "nasa_kernels._triton.joint",
         "cpu": "nasa_kernels.cpu_joint",
     }[backend]
-    devices = _DEVICES.get(backend, ("CUDA",))
-    library.impl(forward.name(), devices, _lazily(module, "forward"))
+    library.impl(forward.name(), _DEVICES[backend], _lazily(module, "forward"))
     return forward
 
 
@@ -287,6 +320,7 @@ def _register_joint_gradient(backend: str) -> Any:
         _joint_backward_flops,
     )
     of_attention, of_backward = {
+        "cuda": ("nasa_kernels._cuda", "nasa_kernels._cuda"),
         "triton": ("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
         "cpu": ("nasa_kernels.cpu_joint", "nasa_kernels.cpu_joint"),
     }[backend]
@@ -305,13 +339,35 @@ _define(
     _forward_fake,
     _forward_flops,
 )
+# and the launches of the backward pass: statistics of the rows, dQ, dK and dV of one segment
+_define(
+    "joint_statistics_cuda",
+    f"(Tensor grad_o, Tensor o_shared, Tensor q, {_PROMPTS}, Tensor? mask_pos, Tensor? mask_neg,"
+    " float scale, int text_pos, int text_neg) -> Tensor",
+    _joint_statistics_fake,
+    _joint_statistics_flops,
+)
+_define(
+    "joint_queries_cuda",
+    f"(Tensor grad_o, Tensor o_shared, Tensor q, Tensor k, Tensor v, {_PROMPTS}, Tensor? mask_pos,"
+    " Tensor? mask_neg, Tensor lse, Tensor weight, Tensor shift, float scale, int text_pos,"
+    " int text_neg) -> Tensor",
+    _joint_queries_fake,
+    _joint_queries_flops,
+)
+_define(
+    "joint_keys_cuda",
+    "(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor lse, Tensor weight,"
+    " Tensor shift, float scale, int first_hidden, int end_hidden, bool[2] needs)"
+    " -> (Tensor, Tensor)",
+    _joint_keys_fake,
+    _joint_keys_flops,
+)
 _OPERATORS = {backend: _register(backend) for backend in BACKENDS}
 FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
 JOINT_FORWARD = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
-JOINT_ATTENTION = {
-    backend: _register_joint_gradient(backend) for backend in JOINT_GRADIENT_BACKENDS
-}
+JOINT_ATTENTION = {backend: _register_joint_gradient(backend) for backend in JOINT_BACKENDS}
 
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(

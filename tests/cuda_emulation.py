@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import ptx
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 ROOT = Path(__file__).parents[1]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
@@ -27,7 +27,7 @@ WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
 BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
-RULES = ("nasa", "nasa-text", "nasa-cross", "vsf")
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum")
 # what the last launches did
 REPORTS: deque = deque(maxlen=4)
 
@@ -110,8 +110,9 @@ class ForwardParams(ctypes.Structure):
 
 class BackwardParams(ctypes.Structure):
     _fields_ = fields(
-        call=ForwardParams, grad_o=ADDRESS, grad_strides=INT64 * 3, dq=ADDRESS, dalpha=ADDRESS,
-        dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, partial=ADDRESS, splits=INT,
+        call=ForwardParams, image=Prompt, grad_o=ADDRESS, grad_strides=INT64 * 3, dq=ADDRESS,
+        dalpha=ADDRESS, dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS,
+        shift=ADDRESS, partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
     )  # fmt: skip
 
 
@@ -202,14 +203,7 @@ class Call:
         p.o = self.memory.upload(self.o, "o")
         sides = ((k_pos, v_pos, mask_pos, "pos"), (k_neg, v_neg, mask_neg, "neg"))
         for side, (k, v, mask, name) in enumerate(sides):
-            prompt = p.prompt[side]
-            prompt.k, prompt.k_strides[:] = self.memory.upload(k, f"k_{name}"), k.stride()[:3]
-            prompt.v, prompt.v_strides[:] = self.memory.upload(v, f"v_{name}"), v.stride()[:3]
-            prompt.n = k.shape[1]
-            if mask is not None:
-                prompt.mask.data = self.memory.upload(mask, f"mask_{name}")
-                prompt.mask.strides[:] = mask.stride()
-                prompt.mask.type = MASK_TYPES[mask.dtype]
+            self.set_prompt(p.prompt[side], k, v, mask, name)
         if alpha_map is not None:
             p.alpha_map = self.memory.upload(alpha_map, "alpha")
             p.alpha_strides[:] = alpha_map.stride()
@@ -219,17 +213,31 @@ class Call:
         p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
         p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
 
+    def set_prompt(self, prompt: Prompt, k, v, mask, name: str) -> None:
+        prompt.k, prompt.k_strides[:] = self.memory.upload(k, f"k_{name}"), k.stride()[:3]
+        prompt.v, prompt.v_strides[:] = self.memory.upload(v, f"v_{name}"), v.stride()[:3]
+        prompt.n = k.shape[1]
+        if mask is not None:
+            prompt.mask.data = self.memory.upload(mask, f"mask_{name}")
+            prompt.mask.strides[:] = mask.stride()
+            prompt.mask.type = MASK_TYPES[mask.dtype]
+
+    def set_shared(self, o: Tensor) -> None:
+        shared = self.params.shared
+        shared.o, shared.o_strides[:] = self.memory.upload(o, "o_shared"), o.stride()[:3]
+
+    def set_text_rows(self, text_pos: int, text_neg: int) -> None:
+        p, shared = self.params, self.params.shared
+        shared.first_text_neg = p.l - text_neg
+        shared.first_text_pos = shared.first_text_neg - text_pos
+
     def add(self, joint: Joint, tensors: tuple[Tensor, ...]) -> None:
         p, shared = self.params, self.params.shared
-        shared.o, shared.o_strides[:] = (
-            self.memory.upload(joint.o, "o_shared"),
-            joint.o.stride()[:3],
-        )
+        self.set_shared(joint.o)
         shared.lse = self.memory.upload(joint.lse, "lse_shared")
         shared.lse_strides[:] = joint.lse.stride()
         shared.rule = RULES.index(joint.rule)
-        shared.first_text_neg = p.l - joint.text_neg
-        shared.first_text_pos = shared.first_text_neg - joint.text_pos
+        self.set_text_rows(joint.text_pos, joint.text_neg)
         p.aligned = is_aligned(*tensors, joint.o)
 
     def launch(
@@ -419,21 +427,111 @@ def backward(
     elements = 2 * sum(b * p.call.prompt[side].n * h * d for side in (POS, NEG))
     p.partial = call.output(splits, elements, dtype=torch.float32)[0] if splits > 1 else 0
     p.splits = splits
-
-    size = padded(d)
-    shares = size // backward_columns(size)
-    queries = kernel("backward_queries", "backward_queries_kernel", q.dtype, size)
-    blocks = b * h * shares * -(-l // BACKWARD_ROWS)
-    call.launch(queries, blocks, WARPS * 32, queries_shared_bytes(size), bytes(p))
+    launch_queries(call, p)
     if any(p.dk) or any(p.dv):
-        key_blocks = sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
-        keys = kernel("backward_keys", "backward_keys_kernel", q.dtype, size)
-        blocks = b * h * shares * key_blocks * splits
-        call.launch(keys, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
-        if splits > 1:
-            sums = kernel("backward_keys", "sum_splits_kernel", q.dtype)
-            call.launch(sums, (3, 4), 256, 0, bytes(p))
+        launch_keys(call, p)
     return {name: call.memory.download(at, like=host) for name, (at, host) in outputs.items()}
+
+
+def launch_queries(call: Call, p: BackwardParams) -> None:
+    size = padded(p.call.d)
+    blocks = p.call.b * p.call.h * size // backward_columns(size) * -(-p.call.l // BACKWARD_ROWS)
+    loaded = kernel("backward_queries", "backward_queries_kernel", call.o.dtype, size)
+    call.launch(loaded, blocks, WARPS * 32, queries_shared_bytes(size), bytes(p))
+
+
+def launch_keys(call: Call, p: BackwardParams) -> None:
+    size = padded(p.call.d)
+    blocks = p.call.b * p.call.h * size // backward_columns(size) * p.splits
+    blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+    loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
+    call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
+    if p.splits > 1:
+        sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
+        call.launch(sums, (3, 4), 256, 0, bytes(p))
+
+
+class JointBackward:
+    """The operators of a joint attention's backward pass, as csrc/bindings.cpp has them."""
+
+    splits = 1  # of the query rows in joint_keys_cuda
+
+    @staticmethod
+    def of(grad_o, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, *others) -> tuple:
+        tensors = (q, k_pos, v_pos, k_neg, v_neg)
+        call = Call(*tensors, mask_pos, mask_neg, None, 1.0, scale)
+        call.params.alpha = 0.0
+        call.params.aligned = is_aligned(grad_o, *tensors, *others)
+        p = BackwardParams()
+        p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+        return call, p
+
+    def statistics(
+        self, grad_o, o_shared, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale,
+        text_pos, text_neg,
+    ) -> Tensor:  # fmt: skip
+        b, l, h, _ = q.shape
+        prompts = (k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg)
+        call, p = self.of(grad_o, q, *prompts, scale)
+        call.set_shared(o_shared)
+        call.set_text_rows(text_pos, text_neg)
+        p.call = call.params
+        at, rows = call.output(2, 3, b, h, l, dtype=torch.float32)
+        p.lse = at + 4 * b * h * l
+        p.u = p.lse + 12 * b * h * l
+        launch_queries(call, p)
+        return call.memory.download(at, like=rows)
+
+    def queries(
+        self, grad_o, o_shared, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, lse,
+        weight, shift, scale, text_pos, text_neg,
+    ) -> Tensor:  # fmt: skip
+        prompts = (k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg)
+        call, p = self.of(grad_o, q, *prompts, scale, k, v)
+        call.set_shared(o_shared)
+        call.set_text_rows(text_pos, text_neg)
+        p.call = call.params
+        call.set_prompt(p.image, k, v, None, "shared")
+        step = 4 * lse.numel() // 3
+        p.lse, p.weight, p.shift = (call.memory.upload(x) + step for x in (lse, weight, shift))
+        p.dq, dq = call.output(*q.shape, dtype=q.dtype)
+        launch_queries(call, p)
+        return call.memory.download(p.dq, like=dq)
+
+    def keys(
+        self, grad_o, q, k, v, mask, lse, weight, shift, scale, first_hidden, end_hidden, needs
+    ) -> tuple[Tensor, ...]:
+        tiles = -(-q.shape[1] // BACKWARD_ROWS)
+        last = tiles if end_hidden == q.shape[1] else end_hidden // BACKWARD_ROWS
+        first = -(-first_hidden // BACKWARD_ROWS)
+        shapes = [k.shape if needed else (0,) for needed in needs]
+        if k.numel() == 0 or last - first == tiles or not any(needs):
+            return tuple(q.new_zeros(shape) for shape in shapes)
+        call, p = self.of(grad_o, q, k, v, k, v, mask, None, scale)
+        p.call = call.params
+        p.call.prompt[NEG].n = 0
+        p.first_hidden, p.hidden = first, max(0, last - first)
+        p.lse, p.weight, p.shift = (call.memory.upload(x) for x in (lse, weight, shift))
+        outputs = [call.output(*shape, dtype=q.dtype) for shape in shapes]
+        p.dk[POS], p.dv[POS] = (
+            at if needed else 0 for (at, _), needed in zip(outputs, needs, strict=True)
+        )
+        p.splits = self.splits
+        if p.splits > 1:
+            p.partial = call.output(p.splits, 2 * k.numel(), dtype=torch.float32)[0]
+        launch_keys(call, p)
+        return tuple(
+            call.memory.download(at, like=host) if host.numel() else host for at, host in outputs
+        )
+
+
+@functools.cache
+def joint_backward_operators() -> JointBackward:
+    """Registers the emulation as those operators on CPU tensors, for `_cuda.backward`."""
+    emulation = JointBackward()
+    for step in ("statistics", "queries", "keys"):
+        library.impl(f"nasa_kernels::joint_{step}_cuda", "CPU", getattr(emulation, step))
+    return emulation
 
 
 # ---- the accuracy rule ---------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from cuda_emulation import assert_as_accurate_as_eager, eager, nvcc
 from test_cuda_backward import autograd, make_grad
 from test_cuda_forward import NAN, Shape, make
 from test_cuda_joint import make_joint, oracle
+from test_cuda_joint_backward import TILES
+from test_cuda_joint_backward import check as check_joint_gradients
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -76,6 +78,9 @@ FAULTS = (
     Fault("missing-barrier", "backward_keys", r"bar\.sync\s+0;", "", -1),
     Fault("late-wait", "backward_keys", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
     Fault("swapped-fragment", "backward_keys", MMA_B, swap_b, -1),
+    Fault("joint-lost-lane-of-u", "backward_queries", SHUFFLE, r"mov.b32 \1, \2;", -1, True),
+    Fault("joint-hidden-tiles", "backward_keys", r"selp\.b32\s+(%r\d+), 0, %r\d+, %p\d+;",
+          r"mov.b32 \1, 0;", None, True),
     Fault("missing-wgmma-wait", "forward_sm90", r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;"),
     Fault("missing-wgmma-fence", "forward_sm90", WGMMA_FENCE, "", 1),
     Fault("missing-proxy-fence", "forward_sm90", PROXY_FENCE, "", -1),
@@ -144,6 +149,9 @@ PATHS = {
 
 def run_joint(file: str) -> None:
     """Rows of all kinds beside shared keys, held to the accuracy rule."""
+    if file.startswith("backward"):
+        check_joint_gradients(TILES, torch.bfloat16, "nasa")
+        return
     shape = SHAPES[file]
     inputs = make(shape, torch.bfloat16)
     joint = make_joint(shape, torch.bfloat16, text_pos=shape.l // 4, text_neg=shape.l // 4)

@@ -25,6 +25,8 @@ from cuda_emulation import (
 from test_cuda_backward import make_grad
 from test_cuda_forward import EDGES, MODELS, Shape, make
 from test_cuda_joint import make_joint
+from test_cuda_joint_backward import TILES, backward
+from test_cuda_joint_backward import make as make_segments
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the launchers cannot be built")
 
@@ -287,6 +289,29 @@ def test_backward_launches_what_the_emulation_runs(recorder, shape, splits):
         assert tuple(records[2].grid)[1] == 4
     elements = 2 * sum(shape.b * n * shape.h * shape.d for n in (shape.n_pos, shape.n_neg))
     assert recorder.test_partial_elements(ctypes.byref(params)) == elements
+
+
+def test_joint_backward_launches_what_the_emulation_runs(recorder):
+    inputs = make_segments(TILES, torch.float16)
+    REPORTS.clear()
+    backward(make_grad(inputs), inputs, 0.5, text=TILES.text)
+    for launch in REPORTS:
+        params = BackwardParams.from_buffer_copy(launch.args[0])
+        # joint_keys_cuda launches the last one alone
+        record = launches(recorder, A100, params)[-1]
+        assert recorded(record) == emulated(launch)
+        assert bytes(record.arguments)[: ctypes.sizeof(params)] == launch.args[0]
+
+
+def test_rows_that_are_hidden_are_no_reason_to_split(recorder):
+    inputs = make(MODELS[0], torch.float16)
+    cuda_emulation.backward(make_grad(inputs), **inputs)
+    params = BackwardParams.from_buffer_copy(REPORTS[-1].args[0])
+    recorder.test_use_device(*H200)
+    params.call.b, params.call.h, params.call.l = 1, 1, 64 * 20
+    for hidden, splits in ((0, 10), (12, 4), (18, 1)):
+        params.hidden = hidden
+        assert recorder.test_splits(ctypes.byref(params)) == splits
 
 
 def test_splits_fill_the_gpu_where_there_are_few_keys(recorder):

@@ -149,7 +149,7 @@ FAULTS = (
         "test_joint_backward.py matches_fp64 and triton and much-text",
     ),
     Fault(
-        "joint-no-key", "_triton/joint_backward.py", 'float("-inf"), float("inf")',
+        "joint-no-key", "joint_gradients.py", 'float("-inf"), float("inf")',
         'float("-inf"), float("-inf")', "test_joint_backward.py test_masks and triton and vsf",
     ),
     Fault(

@@ -5,8 +5,10 @@ from cases import BACKENDS, DEVICE, DTYPES, make_inputs, mask_of, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backward import check_gradients
+from test_joint_backward import check_gradients as check_joint_gradients
 
 from nasa_kernels import nasa_attention
+from nasa_kernels.reference import RULES
 from nasa_kernels.testing import Shape, exact_and_budget
 
 EXAMPLES = 200 if DEVICE.type == "cuda" else 12
@@ -73,3 +75,21 @@ def test_backward(backend, shape, shared, strides, **call):
     shape = shape._replace(l=min(shape.l, 9), b=1, h=1)
     inputs, alpha, options = build(shape, shared=False, strides=False, **call)
     check_gradients(backend, inputs, alpha, **options)
+
+
+@settings(max_examples=2 * EXAMPLES, deadline=None, derandomize=True)
+@given(
+    **CALLS,
+    rule=st.sampled_from(RULES),
+    n=st.integers(0, 40),
+    text=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+)
+def test_joint_backward(backend, shape, rule, n, text, **call):
+    shape = shape._replace(
+        l=min(shape.l, 9) + sum(text), n_pos=shape.n_pos % 50, n_neg=shape.n_neg % 50
+    )
+    inputs, alpha, options = build(shape, **call)
+    image = make_inputs(shape._replace(n_pos=n), call["dtype"], DEVICE, seed=4)
+    q = inputs.pop("q")
+    inputs = {"q": q, "k": image["k_pos"], "v": image["v_pos"], **inputs}
+    check_joint_gradients(backend, inputs, alpha, rule, text, **options)

@@ -15,18 +15,6 @@ from nasa_kernels.testing import exact_and_budget_of_joint, largest_score
 BACKENDS = tuple(
     name for name in (*ops.JOINT_BACKENDS, "reference") if backends.why_not(name, DEVICE) is None
 )
-EVERY_RULE = pytest.mark.parametrize(
-    ("backend", "rule"),
-    [
-        (name, rule)
-        for name in BACKENDS
-        for rule in RULES
-        if rule not in backends.MISSING_RULES.get(name, ())
-    ],
-)
-WITH_SUM = pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if "sum" not in backends.MISSING_RULES.get(name, ())]
-)
 # b, image queries, h, d, shared keys, positive keys, negative keys, text queries
 SIZES = {
     "flux": (1, 70, 2, 128, 70, 40, 33, (40, 33)),
@@ -60,7 +48,8 @@ def make(name="odd", dtype=torch.float32, sizes=SIZES):
 
 
 @pytest.mark.parametrize(("size", "dtype"), SIZES_AND_DTYPES, ids=str)
-@EVERY_RULE
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_fp64(backend, size, rule, dtype):
     inputs, text = make(size, dtype)
     o = nasa_joint_attention(**inputs, alpha=0.6, rule=rule, text_queries=text, backend=backend)
@@ -71,7 +60,8 @@ def test_matches_fp64(backend, size, rule, dtype):
 
 
 @pytest.mark.parametrize("kind", ["bool", "bias"])
-@EVERY_RULE
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_and_alpha_per_query(backend, rule, kind):
     inputs, text = make()
     alpha = torch.randn(2, 26, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -128,7 +118,7 @@ def three_attentions(inputs, backend, **options):
 
 
 @pytest.mark.parametrize("size", ["streamed", "no-shared", "no-positive", "no-negative"])
-@WITH_SUM
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sum_is_three_attentions(backend, size):
     dtype = torch.float64 if backend == "reference" else torch.float32
     inputs, _ = make(size, dtype)
@@ -139,7 +129,7 @@ def test_a_sum_is_three_attentions(backend, size):
     torch.testing.assert_close(o, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
-@WITH_SUM
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sum_at_alpha_0_has_nothing_of_the_negative(backend):
     inputs, _ = make("streamed", torch.float16)
     empty = {name: inputs[name][:, :0] for name in ("k_neg", "v_neg")}
@@ -149,7 +139,7 @@ def test_a_sum_at_alpha_0_has_nothing_of_the_negative(backend):
         assert torch.equal(o, plain)
 
 
-@WITH_SUM
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_in_a_sum_equal_segments_cancel(backend):
     inputs, _ = make("flux")
     inputs |= {"k_neg": inputs["k"], "v_neg": inputs["v"]}
@@ -158,21 +148,6 @@ def test_in_a_sum_equal_segments_cancel(backend):
     expected = nasa_attention(inputs["q"], *prompt, *nothing, 0.0, backend=backend)
     o = nasa_joint_attention(**inputs, alpha=1.0, rule="sum", backend=backend)
     torch.testing.assert_close(o, expected, rtol=0, atol=1e-6)
-
-
-def test_a_rule_that_a_back_end_has_not(monkeypatch):
-    """Refused where the back end is named, and reason for another where none is."""
-    inputs, _ = make("odd", torch.float16)
-    first = backends.choose(DEVICE, torch.float16)
-    monkeypatch.setattr(backends, "MISSING_RULES", {first: ("sum",)})
-    monkeypatch.setattr(backends, "_choices", {})
-    with pytest.raises(RuntimeError, match=f"backend '{first}' has no rule 'sum'.*use one of"):
-        nasa_joint_attention(**inputs, alpha=0.5, rule="sum", backend=first)
-    nasa_joint_attention(**inputs, alpha=0.5, rule="vsf", backend=first)
-    for rule, is_there in (("sum", False), ("vsf", True)):
-        choice = backends.choose(DEVICE, torch.float16, 33, rule=rule)
-        assert (choice == first) == is_there
-    nasa_joint_attention(**inputs, alpha=0.5, rule="sum")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

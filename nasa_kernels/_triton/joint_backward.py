@@ -1,17 +1,7 @@
-"""Fused joint attention, backward pass.
+"""Fused joint attention, backward pass: the launches that `joint_gradients.py` asks for.
 
-    O = c_s O_s + c_p O_p + c_n O_n         c = function of alpha and of the log-sum-exps s, p, n
-
-    dP_i = dO V_i^T    u_i = rowsum(P_i * dP_i) = rowsum(dO * O_i), the gradient of c_i
-    dS_i = P_i * (c_i (dP_i - u_i) + dlse_i)
-    dQ = scale * sum of dS_i K_i        dK_i = scale * dS_i^T Q        dV_i = c_i P_i^T dO
-
-Of the shared keys the forward pass keeps O_s and s, so their u is a sum over the head_dim. Three
-steps, none with atomics: `statistics_kernel` rebuilds the log-sum-exps and u of the prompts,
-`rules.py` makes c and dlse of them, a few numbers per query, and `query_kernel` and, for each
-segment, `key_kernel` of `backward.py` write the gradients. The shared keys go through the same
-kernels: PyTorch's attention, which attends to them in the forward pass, takes no gradient of its
-log-sum-exp.
+The formulas are there. `statistics_kernel` rebuilds the log-sum-exps and u of the prompts,
+`query_kernel` writes dQ, and `key_kernel` of `backward.py` the gradients of each segment's keys.
 
 Names as in `joint.py` and `backward.py`. What is known of each query and segment is [3, b, h, l].
 """
@@ -20,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nasa_kernels import rules
+from nasa_kernels import joint_gradients
 from nasa_kernels._triton.backward import Rows, add_streamed, key_gradients, statistics_streamed
 from nasa_kernels._triton.configs import backward_queries_config, head_cut
 from nasa_kernels._triton.joint import visible
@@ -32,7 +22,7 @@ from nasa_kernels._triton.tiles import (
     store_rows,
     zeros,
 )
-from nasa_kernels.rules import Segments
+from nasa_kernels.joint_gradients import Launches
 
 
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg", "first_pos", "first_neg"])
@@ -165,56 +155,51 @@ def backward(
     b, l, h, d = q.shape
     if do.stride(-1) != 1:
         do = do.contiguous()
-    first_pos, first_neg = l - text_pos - text_neg, l - text_neg
-    lse, u = torch.empty((2, 3, b, h, l), dtype=torch.float32, device=q.device)
-    torch.mul(lse_shared, LOG2E, out=lse[0])
-    dq = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device) if needs[0] else q.new_empty(0)
     config = backward_queries_config(d, q.dtype)
     grid = (triton.cdiv(l, config.BLOCK_L), b * h)
+    first_pos, first_neg = l - text_pos - text_neg, l - text_neg
+    n_pos, n_neg = k_pos.shape[1], k_neg.shape[1]
     strides_of_prompts = (
         *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
         *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
     )  # fmt: skip
-    n_pos, n_neg = k_pos.shape[1], k_neg.shape[1]
     align = alignment(do, q, k, v, k_pos, v_pos, k_neg, v_neg)
     options = {
         "D": d, "D_CUT": head_cut(d), "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
         "ALIGN": align, "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    if q.numel() > 0:
-        with on_device(q):
-            statistics_kernel[grid](
-                do, q, o_shared, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, lse, u,
-                *do.stride()[:3], *q.stride()[:3], *strides_of_prompts,
-                h, l, n_pos, n_neg, first_pos, first_neg, scale * LOG2E, **options,
-            )  # fmt: skip
 
-    weights = rules.alpha_per_row(q, alpha_map, alpha)
-    natural = Segments(lse_shared, lse[1] / LOG2E, lse[2] / LOG2E)
-    c = rules.coefficients(rule, natural, weights, text_pos, text_neg)
-    dlse, dalpha = rules.gradients(rule, natural, weights, Segments(*u), text_pos, text_neg)
-    c, dlse = torch.stack(c), torch.stack(dlse)
-    # where no key was found P is 0: 2^(-inf - inf), not the NaN of 2^(-inf + inf)
-    lse.masked_fill_(lse == float("-inf"), float("inf"))
+    def statistics():
+        lse, u = torch.empty((2, 3, b, h, l), dtype=torch.float32, device=q.device)
+        if q.numel() > 0:
+            with on_device(q):
+                statistics_kernel[grid](
+                    do, q, o_shared, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, lse, u,
+                    *do.stride()[:3], *q.stride()[:3], *strides_of_prompts,
+                    h, l, n_pos, n_neg, first_pos, first_neg, scale * LOG2E, **options,
+                )  # fmt: skip
+        return lse, u
 
-    if needs[0] and q.numel() > 0:
-        with on_device(q):
-            query_kernel[grid](
-                do, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, lse, u, c, dlse, dq,
-                *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                *strides_of_prompts,
-                h, l, k.shape[1], n_pos, n_neg, first_pos, first_neg, scale, scale * LOG2E,
-                **options,
-            )  # fmt: skip
-    segments = (
-        (k, v, None, (0, 0)),
-        (k_pos, v_pos, mask_pos, (first_neg, l)),
-        (k_neg, v_neg, mask_neg, (first_pos, first_neg)),
-    )
-    found = []
-    for i, (keys, values, mask, hidden) in enumerate(segments):
-        rows = Rows(lse[i], u[i], c[i].transpose(1, 2), dlse=dlse[i], hidden=hidden)
-        wanted = needs[1 + 2 * i : 3 + 2 * i]
-        found += key_gradients(do, q, keys, values, mask, rows, scale, align, wanted)
-    dalpha = dalpha.transpose(1, 2).contiguous() if needs[7] else dalpha.new_empty(0)
-    return dq, *found, dalpha
+    def queries(rows):
+        dq = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
+        if q.numel() > 0:
+            with on_device(q):
+                query_kernel[grid](
+                    do, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, *rows, dq,
+                    *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                    *strides_of_prompts,
+                    h, l, k.shape[1], n_pos, n_neg, first_pos, first_neg, scale, scale * LOG2E,
+                    **options,
+                )  # fmt: skip
+        return dq
+
+    def keys(segment, needed):
+        lse, u, c, dlse = segment.rows
+        rows = Rows(lse, u, c.transpose(1, 2), dlse=dlse, hidden=segment.hidden)
+        return key_gradients(do, q, segment.k, segment.v, segment.mask, rows, scale, align, needed)
+
+    return joint_gradients.gradients(
+        Launches(statistics, queries, keys), lse_shared,
+        q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
+        rule, text_pos, text_neg, needs,
+    )  # fmt: skip

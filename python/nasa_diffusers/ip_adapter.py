@@ -21,7 +21,6 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import Tensor
 
 from nasa_diffusers.methods import KeysValues
-from nasa_kernels import backends
 
 if TYPE_CHECKING:
     from nasa_diffusers.steered import Steered
@@ -37,24 +36,18 @@ JOINT_PROCESSORS = (FluxIPAdapterAttnProcessor,)
 
 def image_beside(
     attn: Any,
-    q: Tensor,  # [b, l, h, d]
     images: list[Tensor],
     masks: Sequence[Tensor | None] | Tensor | None,
     text: Steered,
 ) -> KeysValues | None:
     """The images that the call for the text takes along, so that Z_i is to be added as it is.
 
-    None where there is more than one adapter, a mask, a scale that is no number, or 0; in NAG,
-    whose norms are those of the text; and on a back end that has two segments.
+    None where there is more than one adapter, a mask, a scale that is no number, or 0; and in NAG,
+    whose norms are those of the text.
     """
     scale = attn.processor.scale[0]
     is_one = len(images) == len(attn.processor.scale) == 1 and masks is None
     if not is_one or text.nag is not None or not isinstance(scale, (int, float)) or scale == 0:
-        return None
-    backend = text.backend
-    if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], text.needs_grad)
-    if backends.why_not_joint(backend, "sum", text.needs_grad) is not None:
         return None
     ((k, v),) = _keys_values(attn, images, text, scale)
     # the tokens of all images side by side

@@ -7,11 +7,9 @@ import pytest
 import torch
 from counting import Projections
 from drawing import assert_same_image, negative_embeds, relative_error
-from nasa_diffusers import nasa, testing
+from nasa_diffusers import ip_adapter, nasa, testing
 from oracle import Algorithm1, algorithm_1
 from peft import LoraConfig
-
-import nasa_kernels
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 
@@ -263,9 +261,8 @@ def test_ip_adapter_of_sdxl(draw):
 
 @pytest.fixture
 def two_segments(monkeypatch):
-    """As on a back end whose op has no third segment: an image is a call of its own."""
-    names = nasa_kernels.backends.NAMES
-    monkeypatch.setattr(nasa_kernels.backends, "MISSING_RULES", dict.fromkeys(names, ("sum",)))
+    """An image is a call of its own, as beside NAG."""
+    monkeypatch.setattr(ip_adapter, "image_beside", lambda *args: None)
 
 
 SEVERAL = [("blurry", 0.3), ("red", 0.8)]
