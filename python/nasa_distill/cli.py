@@ -1,6 +1,6 @@
 """Command line.
 
-    python -m nasa_distill world --out world            the small world's teacher and first student
+    python -m nasa_distill world --out world            the small world's teacher and its students
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
@@ -38,13 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True)
 
-    world = commands.add_parser("world", help="train the small world's teacher and first student")
+    world = commands.add_parser("world", help="train the small world's teacher and its students")
     world.set_defaults(run=run_world)
     add = world.add_argument
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
     add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
-    add("--student-steps", type=int, help="of each cycle, instead of the recipe's")
+    add("--student-steps", type=int, help="of each student's cycles, instead of the recipe's")
 
     train = commands.add_parser("train", help="NASA-T")
     train.set_defaults(run=run_train)
@@ -112,7 +112,8 @@ def run_world(options: argparse.Namespace) -> None:
     from nasa_distill.world.make import Recipe, make
 
     recipe = Recipe()
-    for name, steps in (("teacher", options.teacher_steps), ("student", options.student_steps)):
+    students = dict.fromkeys(("student", "four_step", "joint"), options.student_steps)
+    for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:
             cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))
             changed: dict[str, Any] = {name: cycles}
