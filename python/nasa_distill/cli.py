@@ -88,12 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
     score = commands.add_parser(
-        "score", help="CLIP+, CLIP-, removal and HPSv2, for images of any model"
+        "score", help="CLIP+, CLIP-, removal and HPSv2 of images, VBench of videos, of any model"
     )
     score.set_defaults(run=run_score)
     add = score.add_argument
-    add("--pairs", type=Path, required=True, help="CSV: image,prompt,negative[,present,absent]")
-    add("--clip", required=True, help="folder or hub id of a CLIPModel")
+    what = score.add_mutually_exclusive_group(required=True).add_argument
+    what("--pairs", type=Path, help="CSV: image,prompt,negative[,present,absent]")
+    what("--videos", type=Path, help="folder: aesthetic and imaging quality of its videos")
+    add("--clip", help="folder or hub id of a CLIPModel; --pairs needs it")
+    add("--vbench-python", type=Path, help="of an environment with vbench; --videos needs it")
     add("--hps", type=Path, help="weights of HPSv2, e.g. HPS_v2.1_compressed.pt: its score too")
     add("--out", type=Path, required=True, help="JSON file")
 
@@ -184,12 +187,19 @@ def run_ablate(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from nasa_distill import hps, metrics
+    from nasa_distill import hps, metrics, vbench
     from nasa_distill.clip import Clip
 
-    clip = Clip.load(options.clip)
-    scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
-    result = metrics.score(options.pairs, clip, scorer)
+    if options.videos is not None:
+        if options.vbench_python is None or options.clip is not None or options.hps is not None:
+            raise ValueError("score: --videos takes --vbench-python, and neither --clip nor --hps")
+        result = vbench.score(options.videos, options.vbench_python)
+    else:
+        if options.clip is None or options.vbench_python is not None:
+            raise ValueError("score: --pairs takes --clip, and not --vbench-python")
+        clip = Clip.load(options.clip)
+        scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
+        result = metrics.score(options.pairs, clip, scorer)
     metrics.write(result, options.out)
     print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
 
