@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def subtract(
     image: KeysValues | None = None,
 ) -> Tensor:
     """`Z+ - alpha Z-`, one launch; plus `Z_image`, two."""
-    masks = {"mask_pos": pos.mask, "mask_neg": neg.mask}
+    masks: dict[str, Any] = {"mask_pos": pos.mask, "mask_neg": neg.mask}
     if image is None:
         return nasa_attention(q, pos.k, pos.v, neg.k, neg.v, alpha, **masks, backend=backend)
     return nasa_joint_attention(

@@ -1,6 +1,6 @@
 """Command line.
 
-    python -m nasa_distill world --out world            the small world's teacher and first student
+    python -m nasa_distill world --out world            the small world's teacher and its students
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
@@ -38,13 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True)
 
-    world = commands.add_parser("world", help="train the small world's teacher and first student")
+    world = commands.add_parser("world", help="train the small world's teacher and its students")
     world.set_defaults(run=run_world)
     add = world.add_argument
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
     add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
-    add("--student-steps", type=int, help="of each cycle, instead of the recipe's")
+    add("--student-steps", type=int, help="of each student's cycles, instead of the recipe's")
 
     train = commands.add_parser("train", help="NASA-T")
     train.set_defaults(run=run_train)
@@ -88,12 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
     score = commands.add_parser(
-        "score", help="CLIP+, CLIP-, removal and HPSv2, for images of any model"
+        "score", help="CLIP+, CLIP-, removal and HPSv2 of images, VBench of videos, of any model"
     )
     score.set_defaults(run=run_score)
     add = score.add_argument
-    add("--pairs", type=Path, required=True, help="CSV: image,prompt,negative[,present,absent]")
-    add("--clip", required=True, help="folder or hub id of a CLIPModel")
+    what = score.add_mutually_exclusive_group(required=True).add_argument
+    what("--pairs", type=Path, help="CSV: image,prompt,negative[,present,absent]")
+    what("--videos", type=Path, help="folder: aesthetic and imaging quality of its videos")
+    add("--clip", help="folder or hub id of a CLIPModel; --pairs needs it")
+    add("--vbench-python", type=Path, help="of an environment with vbench; --videos needs it")
     add("--hps", type=Path, help="weights of HPSv2, e.g. HPS_v2.1_compressed.pt: its score too")
     add("--out", type=Path, required=True, help="JSON file")
 
@@ -112,7 +115,8 @@ def run_world(options: argparse.Namespace) -> None:
     from nasa_distill.world.make import Recipe, make
 
     recipe = Recipe()
-    for name, steps in (("teacher", options.teacher_steps), ("student", options.student_steps)):
+    students = dict.fromkeys(("student", "four_step", "joint"), options.student_steps)
+    for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:
             cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))
             changed: dict[str, Any] = {name: cycles}
@@ -183,12 +187,19 @@ def run_ablate(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from nasa_distill import hps, metrics
+    from nasa_distill import hps, metrics, vbench
     from nasa_distill.clip import Clip
 
-    clip = Clip.load(options.clip)
-    scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
-    result = metrics.score(options.pairs, clip, scorer)
+    if options.videos is not None:
+        if options.vbench_python is None or options.clip is not None or options.hps is not None:
+            raise ValueError("score: --videos takes --vbench-python, and neither --clip nor --hps")
+        result = vbench.score(options.videos, options.vbench_python)
+    else:
+        if options.clip is None or options.vbench_python is not None:
+            raise ValueError("score: --pairs takes --clip, and not --vbench-python")
+        clip = Clip.load(options.clip)
+        scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
+        result = metrics.score(options.pairs, clip, scorer)
     metrics.write(result, options.out)
     print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
 

@@ -51,7 +51,7 @@ TEACHER_STEPS = 25
 class Method(NamedTuple):
     """A way to use the negative prompt, and how strongly."""
 
-    name: str  # "none", "cfg", "nasa", "nag", "vsf"
+    name: str  # "none", "cfg", "nag", or a rule of `enable_nasa`
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -64,6 +64,15 @@ NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
 VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
 METHODS = (NONE, *CFG, *NASA, *NAG, *VSF)
+# of joint attention, each over the alphas at which it acts
+ALPHAS = {
+    "nasa-cross": (0.1, 0.25, 0.5, 1.0, 1.5),
+    "nasa-text": (0.25, 0.5, 1.0, 2.0, 4.0),
+    "nasa": (0.1, 0.25, 0.5, 0.75, 1.0),
+    "vsf": (0.25, 0.5, 1.0, 2.0),
+}
+RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
+JOINT = (NONE, *CFG, *RULES, *NAG)
 
 
 @dataclass
@@ -156,16 +165,8 @@ def draw(
                 "guidance_scale": method.strength,
                 "negative_prompt": [negative] * len(z),
             }
-        with _steered(model.pipe, negative, method):
-            drawn = model.pipe(
-                [prompt] * len(z),
-                num_inference_steps=steps,
-                latents=z,
-                generator=generator(seed, number),
-                output_type="pt",
-                **call,
-            ).images
-        images.append(drawn * 2 - 1)
+        with _steered(model, negative, method):
+            images.append(_call(model, [prompt] * len(z), steps, z, seed, number, **call))
     return torch.cat(images)
 
 
@@ -177,16 +178,8 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 1_000))
     total = Counts()
     for number, start in enumerate(range(0, images, BATCH)):
-        batch = captions[start : start + BATCH]
-        made = model.pipe(
-            batch,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            latents=noise[start : start + BATCH],
-            generator=generator(seed, number),
-            output_type="pt",
-        ).images
-        verdict = judge(made * 2 - 1)
+        batch, z = captions[start : start + BATCH], noise[start : start + BATCH]
+        verdict = judge(_call(model, batch, steps, z, seed, number, guidance_scale=guidance))
         allowed = matches(batch).bool()
         followed = allowed[torch.arange(len(batch)), verdict.scene]
         valid = verdict.valid
@@ -202,19 +195,34 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     return total
 
 
+def _call(
+    model: Model, prompts: list[str], steps: int, z: Tensor, seed: int, number: int, **options: Any
+) -> Tensor:
+    random_ = generator(seed, number)
+    # SD3's pipeline gives its scheduler no generator
+    with torch.random.fork_rng():
+        torch.manual_seed(random_.initial_seed())
+        images = model.pipe(
+            prompts,
+            num_inference_steps=steps,
+            latents=z,
+            generator=random_,
+            output_type="pt",
+            **model.text_options,
+            **options,
+        ).images
+    return images * 2 - 1
+
+
 @contextlib.contextmanager
-def _steered(pipe: Any, negative: str, method: Method) -> Iterator[None]:
-    options: dict[str, Any] = {}
+def _steered(model: Model, negative: str, method: Method) -> Iterator[None]:
     if method.name in ("none", "cfg"):
         yield
         return
-    if method.name == "nasa":
-        options = {"alpha": method.strength}
-    elif method.name == "nag":
+    options: dict[str, Any] = {"rule": method.name, "alpha": method.strength}
+    if method.name == "nag":
         options = {"method": "nag", "nag_scale": method.strength}
-    elif method.name == "vsf":
-        options = {"rule": "vsf", "alpha": method.strength}
-    with nasa(pipe, negative, **options):
+    with nasa(model.pipe, negative, **options, **model.text_options):
         yield
 
 
@@ -224,6 +232,8 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
     nasa = tuple(Method("nasa", alpha) for alpha in (0.25, 0.5, 1.0))
     chosen = (NONE, CFG[1], *nasa, NAG[1], VSF[1])
+    if model.joint:
+        chosen = (NONE, CFG[1], *(Method(rule, 1.0) for rule in ALPHAS), NAG[1])
     rows = []
     for method in chosen:
         drawn = draw(model, prompt, negative, method, steps, noise, seed)
@@ -237,12 +247,14 @@ def run(
     images: int,
     seed: int = 0,
     teacher: Path | None = None,
-    methods: tuple[Method, ...] = METHODS,
+    methods: tuple[Method, ...] | None = None,
 ) -> Results:
-    """All methods on the student, and negative guidance on the teacher in 25."""
+    """Methods on the student, by default all it has, and negative guidance on the teacher in 25."""
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
     distilled = load(student)
+    if methods is None:
+        methods = JOINT if distilled.joint else METHODS
     jobs = [("student", distilled, count, method) for count in steps for method in methods]
     seen = {
         f"student, {count} step{'s' * (count > 1)}": quality(

@@ -7,6 +7,7 @@ module knows how to encode text for them and how to call one, and nothing of los
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,20 @@ from torch import Tensor, nn
 
 from nasa_distill import losses
 
-KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
+JOINT = "SD3Transformer2DModel"  # attends to image and text at once; not for NASA-T
+KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel", JOINT)
 
 
 class Text(NamedTuple):
     """Encoded prompts, one row per image."""
 
     embeds: Tensor  # [b, n, c]
-    mask: Tensor | None  # [b, n], 1 keeps a token
+    mask: Tensor | None = None  # [b, n], 1 keeps a token
+    pooled: Tensor | None = None  # [b, p], which modulates a joint attention
+
+    def rows(self, index: Tensor) -> Text:
+        """Those of `index`, in its order."""
+        return Text(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
     def where(self, use: Tensor, other: Text) -> Text:
         """These rows where `use` `[b]` is true, else those of `other`."""
@@ -59,6 +66,15 @@ class Model:
         return self.denoiser.config.in_channels, size, size
 
     @property
+    def joint(self) -> bool:
+        return type(self.denoiser).__name__ == JOINT
+
+    @property
+    def text_options(self) -> dict[str, int]:
+        """Of the pipeline's call and of `enable_nasa`: there is no T5, and so no tokens of it."""
+        return {"max_sequence_length": 0} if self.joint else {}
+
+    @property
     def last_timestep(self) -> int:
         return len(self.alphas_cumprod) - 1
 
@@ -69,6 +85,11 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
+        if self.joint:
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
+                list(prompts), None, None, do_classifier_free_guidance=False, **self.text_options
+            )
+            return Text(embeds, None, pooled)
         family = family_of(self.denoiser)
         return Text(*family.encode(self.pipe, list(prompts), None))
 
@@ -78,6 +99,8 @@ class Model:
         if text.mask is not None:
             options["encoder_attention_mask"] = text.mask
             options["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        if text.pooled is not None:
+            options["pooled_projections"] = text.pooled
         output = denoiser(
             x_t,
             timestep=timesteps,
@@ -132,7 +155,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Model:
         ValueError: There is none at `path`, or it is of a family that is not trained here.
     """
     try:
-        pipe: Any = DiffusionPipeline.from_pretrained(str(path), torch_dtype=dtype)
+        pipe: Any = DiffusionPipeline.from_pretrained(
+            str(path), torch_dtype=dtype, **absent(Path(path))
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"networks.load: {path} holds no diffusers pipeline ({error}); give a folder with a "
@@ -141,13 +166,21 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Model:
     return model_of(pipe, str(path))
 
 
+def absent(path: Path) -> dict[str, None]:
+    """The parts that a saved pipeline was made without: SD3's class wants to be told of its T5."""
+    index = path / "model_index.json"
+    parts = json.loads(index.read_text()) if index.exists() else {}
+    return {name: None for name, kind in parts.items() if kind == [None, None]}
+
+
 def model_of(pipe: Any, path: str) -> Model:
     """The parts of a pipeline that training needs."""
     denoiser = find_denoisers(pipe)[0]
     kind = type(denoiser).__name__
     if kind not in KINDS:
         raise ValueError(
-            f"networks.load: the denoiser in {path} is a {kind}; NASA-T trains {', '.join(KINDS)}"
+            f"networks.load: the denoiser in {path} is a {kind}; it must be one of "
+            + ", ".join(KINDS)
         )
     config = pipe.scheduler.config
     prediction = config.get("prediction_type")
@@ -169,6 +202,10 @@ def model_of(pipe: Any, path: str) -> Model:
 
 def check_fit(teacher: Model, student: nn.Module) -> None:
     """Raise unless the student reads and writes what the teacher does."""
+    if teacher.joint:
+        raise ValueError(
+            f"networks.check_fit: NASA-T trains networks with cross-attention, got a {JOINT}"
+        )
     for name in ("in_channels", "sample_size", "cross_attention_dim", "caption_channels"):
         theirs = getattr(teacher.denoiser.config, name, None)
         own = getattr(student.config, name, None)

@@ -12,19 +12,20 @@ from nasa_distill.intervals import Share
 
 WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 60, 190, 40, 50
-INKS = ("#1b62a5", "#c23b22", "#3a8f3a", "#7d4f9e", "#a86a00")
+INKS = ("#1b62a5", "#c23b22", "#3a8f3a", "#7d4f9e", "#a86a00", "#5a5a5a")
 
 
 class Line(NamedTuple):
     label: str
+    xs: Sequence[float]
     shares: Sequence[Share]
 
 
-def draw(title: str, axis: str, xs: Sequence[float], lines: Sequence[Line], path: Path) -> None:
-    """Shares in percent over `xs`, with 95 % intervals, as a PNG."""
+def draw(title: str, axis: str, ticks: Sequence[float], lines: Sequence[Line], path: Path) -> None:
+    """Shares in percent over `xs`, the axis from tick to tick, with 95 % intervals, as a PNG."""
     canvas = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(canvas)
-    low, high = min(xs), max(xs)
+    low, high = min(ticks), max(ticks)
 
     def at(x: float, share: float) -> tuple[float, float]:
         across = (x - low) / (high - low or 1)
@@ -38,16 +39,16 @@ def draw(title: str, axis: str, xs: Sequence[float], lines: Sequence[Line], path
         start, end = at(low, percent / 100), at(high, percent / 100)
         pen.line([start, end], fill="#dddddd")
         pen.text((LEFT - 34, start[1] - 6), f"{percent} %", fill="black")
-    for x in xs:
+    for x in ticks:
         left, bottom = at(x, 0)
         pen.line([(left, bottom), (left, bottom + 4)], fill="black")
         pen.text((left - 8, bottom + 8), f"{x:g}", fill="black")
     pen.text((LEFT + (WIDTH - LEFT - RIGHT) / 2 - 20, HEIGHT - 20), axis, fill="black")
     for number, line in enumerate(lines):
         ink = INKS[number % len(INKS)]
-        points = [at(x, share.value) for x, share in zip(xs, line.shares, strict=True)]
+        points = [at(x, share.value) for x, share in zip(line.xs, line.shares, strict=True)]
         pen.line(points, fill=ink, width=2)
-        for x, share, point in zip(xs, line.shares, points, strict=True):
+        for x, share, point in zip(line.xs, line.shares, points, strict=True):
             ends = [at(x, end) for end in share.interval]
             pen.line(ends, fill=ink)
             pen.ellipse([point[0] - 3, point[1] - 3, point[0] + 3, point[1] + 3], fill=ink)

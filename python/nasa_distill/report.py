@@ -13,8 +13,15 @@ from nasa_distill import plot
 from nasa_distill.evaluate import PAIRS, Cell, Counts, Method, Results
 from nasa_distill.intervals import Share
 
-# other methods, and what their strength is
-OTHERS = {"cfg": "guidance scale", "nag": "scale of NAG", "vsf": "alpha of value sign flip"}
+# methods, and what their strength is
+STRENGTHS = {
+    "nasa-cross": "alpha of nasa-cross",
+    "nasa-text": "alpha of nasa-text",
+    "nasa": "alpha",
+    "cfg": "guidance scale",
+    "nag": "scale of NAG",
+    "vsf": "alpha of value sign flip",
+}
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
 
@@ -26,6 +33,8 @@ def write(
     (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
+    if is_joint(results):
+        plots += [plot_price(results, steps, out) for steps in student_steps(results)]
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
@@ -86,29 +95,55 @@ def student_steps(results: Results) -> list[int]:
     return sorted({cell.steps for cell in results.cells if cell.model == "student"})
 
 
-def sweep(results: Results, steps: int) -> list[Cell]:
-    """The student without a negative prompt, then NASA by rising alpha."""
-    cells = [cell for cell in results.cells if cell.model == "student" and cell.steps == steps]
-    chosen = [cell for cell in cells if cell.method.name in ("none", "nasa")]
+def is_joint(results: Results) -> bool:
+    """Whether the student is one of joint attention, which has rules to choose from."""
+    return any(cell.method.name == "nasa-cross" for cell in results.cells)
+
+
+def default(results: Results) -> str:
+    """The rule that `enable_nasa` takes for the student."""
+    return "nasa-cross" if is_joint(results) else "nasa"
+
+
+def student_cells(results: Results, steps: int) -> list[Cell]:
+    return [cell for cell in results.cells if cell.model == "student" and cell.steps == steps]
+
+
+def sweep(results: Results, steps: int, name: str) -> list[Cell]:
+    """The student without a negative prompt, then a method by rising strength."""
+    chosen = [c for c in student_cells(results, steps) if c.method.name in ("none", name)]
     return sorted(chosen, key=lambda cell: cell.method.strength)
 
 
 def plot_sweep(results: Results, steps: int, out: Path) -> Path | None:
-    cells = sweep(results, steps)
+    rule = default(results)
+    cells = sweep(results, steps, rule)
     if len(cells) < 2:
         return None
     path = out / f"sweep-{steps}.png"
     names = ("removed", "followed", "valid", "all three")
-    lines = [plot.Line(name, [cell.total.shares[name] for cell in cells]) for name in names]
-    count = "one step" if steps == 1 else f"{steps} steps"
-    plot.draw(
-        f"NASA on the student, {count}: share of images over alpha, 95 % intervals",
-        "alpha",
-        [cell.method.strength for cell in cells],
-        lines,
-        path,
-    )
+    alphas = [cell.method.strength for cell in cells]
+    lines = [plot.Line(name, alphas, [cell.total.shares[name] for cell in cells]) for name in names]
+    title = f"{'NASA' if rule == 'nasa' else rule} on the student, {said(steps)}"
+    plot.draw(f"{title}: share of images over alpha, 95 % intervals", "alpha", alphas, lines, path)
     return path
+
+
+def plot_price(results: Results, steps: int, out: Path) -> Path:
+    """What each method leaves valid, over what it removes: methods compared at equal removal."""
+    lines = []
+    for name in STRENGTHS:
+        totals = [cell.total.shares for cell in sweep(results, steps, name)]
+        removed = [100 * shares["removed"].value for shares in totals]
+        lines.append(plot.Line(name, removed, [shares["valid"] for shares in totals]))
+    path = out / f"price-{steps}.png"
+    title = f"The student, {said(steps)}: share of valid images over that of removed negatives"
+    plot.draw(title, "removed, %", range(0, 101, 20), lines, path)
+    return path
+
+
+def said(steps: int) -> str:
+    return "one step" if steps == 1 else f"{steps} steps"
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -135,9 +170,10 @@ def quality_table(results: Results) -> str:
 
 
 def pair_table(results: Results, steps: int) -> str:
-    """For each pair, what is removed by nothing and by NASA at 0.5."""
-    cells = {str(cell.method): cell for cell in sweep(results, steps)}
-    names = [name for name in ("none", "nasa 0.5", "nasa 1") if name in cells]
+    """For each pair, what is removed by nothing and by the default rule at 0.5 and 1."""
+    rule = default(results)
+    cells = {str(cell.method): cell for cell in sweep(results, steps, rule)}
+    names = [name for name in ("none", f"{rule} 0.5", f"{rule} 1") if name in cells]
     head = ["prompt", "negative", *(f"{name}: removed / all three" for name in names)]
     rows = [head, ["---"] * len(head)]
     for number, (prompt, negative) in enumerate(PAIRS):
@@ -159,8 +195,8 @@ def best(cells: Sequence[Cell], name: str) -> Cell | None:
 
 def findings(results: Results, steps: int) -> list[str]:
     """Sentences that the numbers decide."""
-    cells = [cell for cell in results.cells if cell.model == "student" and cell.steps == steps]
-    none, nasa = best(cells, "none"), best(cells, "nasa")
+    cells, rule = student_cells(results, steps), default(results)
+    none, nasa = best(cells, "none"), best(cells, rule)
     if none is None or nasa is None:
         return []
 
@@ -171,18 +207,22 @@ def findings(results: Results, steps: int) -> list[str]:
             f"{shares['all three']} % all three"
         )
 
-    found = [f"Without a negative prompt: {says(none)}.", f"The best alpha is {says(nasa)}."]
-    for name, what in OTHERS.items():
-        if (other := best(cells, name)) is not None:
+    own = "NASA" if rule == "nasa" else rule
+    found = [
+        f"Without a negative prompt: {says(none)}.",
+        f"The best {STRENGTHS[rule]} is {says(nasa)}.",
+    ]
+    for name, what in STRENGTHS.items():
+        if name != rule and (other := best(cells, name)) is not None:
             a, b = (cell.total.shares["all three"] for cell in (nasa, other))
             word = "overlap" if overlap(a, b) else "do not overlap"
             found.append(
                 f"The best {what} is {says(other)}; the intervals of all three, its and that of "
-                f"NASA's best, {word}."
+                f"{own}'s best, {word}."
             )
     gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
     found.append(
-        "NASA's best and no negative prompt "
+        f"{own}'s best and no negative prompt "
         + ("cannot be told apart" if gain else "differ beyond their intervals")
         + " in images that are all three."
     )
@@ -197,14 +237,17 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in results.about.items())
     sections = []
     for steps in student_steps(results):
-        title = "One step" if steps == 1 else f"{steps} steps"
-        sections.append(f"## {title}\n\n" + "\n".join(f"- {x}" for x in findings(results, steps)))
+        sections.append(
+            f"## {said(steps).capitalize()}\n\n"
+            + "\n".join(f"- {x}" for x in findings(results, steps))
+        )
         sections.append(table([c for c in results.cells if c.steps == steps]))
         sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
         sections.insert(0, "## The teacher, 25 steps\n\n" + table(teacher))
     pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
     return TEMPLATE.format(
+        **(TEXTS_JOINT if is_joint(results) else TEXTS),
         about=about,
         quality=quality_table(results),
         sections="\n\n".join(sections),
@@ -213,10 +256,25 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
     )
 
 
-TEMPLATE = """# Negative prompts in one step, measured on the small world
+TEXTS = {
+    "title": "Negative prompts in one step, measured on the small world",
+    "models": "models are those",
+    "methods": """\
+`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`
+(value sign flip) are those of `enable_nasa`, by alpha, `nag_scale` and alpha.""",
+}
+TEXTS_JOINT = {
+    "title": "The rules of joint attention, measured on the small world",
+    "models": "model is the `SD3Transformer2DModel`",
+    "methods": """\
+`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa-cross`, `nasa-text`,
+`nasa` and `vsf` are the rules of `enable_nasa` ([what each subtracts](../diffusers/joint.md)), by
+alpha; `nag` is its other method, by `nag_scale`.""",
+}
+TEMPLATE = """# {title}
 
 Generated by `python -m nasa_distill eval --page`; every number below was measured by it. The
-models are those of the small world (`nasa_distill.world`), whose judge is exact: it finds the one
+{models} of the small world (`nasa_distill.world`), whose judge is exact: it finds the one
 of 288 possible images that is nearest.
 
 - **removed**: the attribute that the negative prompt names is not in the image
@@ -224,8 +282,7 @@ of 288 possible images that is nearest.
 - **valid**: the image is one of the world, within a mean squared distance of 0.02
 - **all three** at once
 
-`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`
-(value sign flip) are those of `enable_nasa`, by alpha, `nag_scale` and alpha.
+{methods}
 
 In percent, with Wilson's 95 % interval over the {pairs} prompt pairs together. A negative that is
 open in its prompt is absent from a share of images by itself: the row `none` says how many.

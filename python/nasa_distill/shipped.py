@@ -13,11 +13,11 @@ import torch
 from nasa_distill.networks import load
 
 LIMIT = 10_000_000  # bytes of safetensors
-FOLDER = Path(__file__).parent / "models" / "one-step"
+FOLDER = Path(__file__).parent / "models" / "few-step"
 
 
 def path() -> Path:
-    """Folder of the one-step pipeline, for `StableDiffusionPipeline.from_pretrained`.
+    """Folder of the pipeline, of one to four steps, for `StableDiffusionPipeline.from_pretrained`.
 
     Raises:
         FileNotFoundError: It was left out of the installation.

@@ -85,48 +85,53 @@ def make_pairs(
     )
 
 
-def begins(teacher: Model, steps: int) -> Tensor:
+def begins(model: Model, steps: int) -> Tensor:
     """The timesteps at which the quarters of the path begin, the first `steps` of them."""
-    quarter = len(teacher.alphas_cumprod) // QUARTERS
-    return teacher.last_timestep - quarter * torch.arange(steps)
+    quarter = len(model.alphas_cumprod) // QUARTERS
+    return model.last_timestep - quarter * torch.arange(steps)
 
 
 def train(
-    teacher: Model,
+    model: Model,
     student: Any,
     pairs: Pairs,
     steps: int,
     cycles: Sequence[Settings],
     out: Path,
+    half: bool = False,
 ) -> Any:
     """A student of one step or of four; see `fit` for what it raises.
 
     Args:
-        student: Where it begins, a network of the teacher's kind. It is not changed.
+        model: Encodes text for the student, and says how it is called. With the schedule of the
+            teacher of the pairs, and the same latents, but it may be of another architecture.
+        student: Where it begins, a network of the kind of the model's. It is not changed.
         steps: 1 or 4, the quarters of the path that it learns to begin at.
         cycles: As of `teacher.train`.
+        half: Multiply matrices in bf16.
     """
     words = sorted(set(pairs.captions))
     index = {caption: i for i, caption in enumerate(words)}
-    texts = teacher.encode(words).embeds
+    texts = model.encode(words)
     rows_of = torch.tensor([index[caption] for caption in pairs.captions])
-    taught = begins(teacher, steps)
+    taught = begins(model, steps)
 
-    def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        return teacher.x0(student, x_t, timesteps, Text(text, None))
+    def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
+            return model.x0(student, x_t, timesteps, text)
 
     def loss(student: Any, step: int, random_: torch.Generator) -> Tensor:
         rows = torch.randint(len(pairs.x0), (settings.batch,), generator=random_)
         quarter = torch.randint(steps, (settings.batch,), generator=random_)
-        x_t, text = pairs.states[quarter, rows], texts[rows_of[rows]]
+        x_t, text = pairs.states[quarter, rows], texts.rows(rows_of[rows])
         return losses.regression_loss(draw(student, x_t, taught[quarter], text), pairs.x0[rows])
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
         found = []
         for prompt in CHECKS:
-            z = torch.randn(256, *teacher.latent_shape, generator=generator(7, 0))
-            text = teacher.encode([prompt]).embeds.expand(len(z), -1, -1)
+            z = torch.randn(256, *model.latent_shape, generator=generator(7, 0))
+            text = model.encode([prompt] * len(z))
             drawn = draw(student, z, taught[:1].expand(len(z)), text)
             found.append({"prompt": prompt, **summary(drawn, prompt)})
         return found

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from nasa_diffusers import enable_nasa
 from nasa_distill import ablation, evaluate, metrics, report, teacher, warmup
 from nasa_distill.cli import main, parse_settings
@@ -26,6 +26,8 @@ RECIPE = Recipe(
     teacher=CYCLES,
     student=CYCLES,
     four_step=(TINY,),
+    joint=(TINY,),
+    joint_size=(32, 2),
     pairs=1,
     guidance=1.5,
     ddim_steps=4,
@@ -51,12 +53,26 @@ def test_the_world_is_made_stage_by_stage(world):
     for name in ("teacher", "student", "four-step"):
         pipe = StableDiffusionPipeline.from_pretrained(world / name / "pipeline")
         assert pipe.unet.config.cross_attention_dim == 64
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        world / "joint" / "pipeline", text_encoder_3=None, tokenizer_3=None
+    )
+    assert pipe.transformer.config.qk_norm == "rms_norm"
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")}
-    assert len(before) == 7
+    assert len(before) == 8
     make(RECIPE, world)  # all done: nothing is trained or drawn again
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")} == before
     with pytest.raises(ValueError, match="is of a run with steps=2, this one has 3"):
         make(replace(RECIPE, teacher=(replace(TINY, steps=3),)), world)
+
+
+def test_steps_of_the_command_are_those_of_every_student(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr("nasa_distill.world.make.make", lambda recipe, out: made.append(recipe))
+    assert main(["world", "--out", str(tmp_path), "--student-steps", "7", "--pairs", "9"]) == 0
+    (recipe,) = made
+    for name in ("student", "four_step", "joint"):
+        assert {cycle.steps for cycle in getattr(recipe, name)} == {7}
+    assert recipe.teacher == Recipe().teacher and recipe.pairs == 9
 
 
 def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
@@ -107,15 +123,34 @@ def test_evaluation_counts_what_the_judge_sees(world, tmp_path):
     assert (page.parent / "../out/sweep-1.png").exists() and "../out/sweep-1.png" in text
 
 
-def test_methods_are_those_of_the_pipeline(world):
+def test_the_rules_of_joint_attention_have_a_page(world, tmp_path, monkeypatch):
+    """By the command, from the student's folder to the page and its pictures."""
+    methods = (evaluate.NONE, *(evaluate.Method(rule, 1.0) for rule in evaluate.ALPHAS))
+    monkeypatch.setattr(evaluate, "JOINT", methods)
+    page = tmp_path / "docs" / "rules.md"
+    command = ["eval", "--student", str(world / "joint" / "pipeline"), "--images", "2"]
+    command += ["--steps", "1,4"]
+    assert main([*command, "--out", str(tmp_path / "docs" / "rules"), "--page", str(page)]) == 0
+    results = report.read(tmp_path / "docs" / "rules" / "results.json")
+    assert [cell.method for cell in results.cells] == 2 * list(methods)
+    text = page.read_text()
+    assert text.startswith("# The rules of joint attention")
+    for name in ("sweep-1.png", "price-1.png", "sweep-4.png", "price-4.png", "samples.png"):
+        assert f"(rules/{name})" in text and (page.parent / "rules" / name).exists()
+
+
+@pytest.mark.parametrize("name", ["student", "joint"])
+def test_methods_are_those_of_the_pipeline(world, name):
     """What `draw` does for NASA and CFG is what a user does by hand."""
-    model = load(world / "student" / "pipeline")
+    model = load(world / name / "pipeline")
+    # SD3 without its T5 appends as many empty tokens as it would have had
+    text = {"max_sequence_length": 0} if name == "joint" else {}
     noise = torch.randn(3, *model.latent_shape, generator=generator(0, 0))
     prompt, negative = evaluate.PAIRS[0]
 
     def by_hand(**options):
         drawn = model.pipe(
-            [prompt] * 3, num_inference_steps=1, latents=noise, output_type="pt", **options
+            [prompt] * 3, num_inference_steps=1, latents=noise, output_type="pt", **options, **text
         )
         return drawn.images * 2 - 1
 
@@ -127,16 +162,35 @@ def test_methods_are_those_of_the_pipeline(world):
     assert torch.equal(
         ours("cfg", 3.0), by_hand(guidance_scale=3.0, negative_prompt=[negative] * 3)
     )
-    for name, options in (
-        ("nasa", {"alpha": 2.0}),
+    drawn = [ours("none")]
+    by_default, *others = ("nasa-cross", "nasa-text", "nasa", "vsf") if text else ("nasa", "vsf")
+    for method, options in (
+        (by_default, {"alpha": 2.0}),
         ("nag", {"method": "nag", "nag_scale": 2.0}),
-        ("vsf", {"rule": "vsf", "alpha": 2.0}),
+        *((rule, {"rule": rule, "alpha": 2.0}) for rule in others),
     ):
-        handle = enable_nasa(model.pipe, negative, **options)
-        steered = by_hand(guidance_scale=0)
+        handle = enable_nasa(model.pipe, negative, **options, **text)
+        images = by_hand(guidance_scale=0)
         handle.disable()
-        assert torch.equal(ours(name, 2.0), steered)
-        assert not torch.equal(steered, ours("none"))
+        assert torch.equal(ours(method, 2.0), images)
+        assert not any(torch.equal(images, other) for other in drawn)
+        drawn.append(images)
+
+
+@pytest.mark.parametrize("name", ["four-step", "joint"])
+def test_noise_between_steps_is_of_the_seed(world, name):
+    """Also of SD3, whose pipeline would take it from the generator that all share."""
+    model = load(world / name / "pipeline")
+    noise = torch.randn(2, *model.latent_shape, generator=generator(0, 0))
+    images = []
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    for seed in (0, 0, 1):
+        drawn = evaluate.draw(model, *evaluate.PAIRS[0], evaluate.NONE, 4, noise, seed)
+        images.append(drawn)
+        assert torch.rand(1) == expected[len(images) - 1]  # the shared one is left alone
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_every_negative_is_open_in_its_prompt():
@@ -235,13 +289,26 @@ def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
         warmup.make_pairs(model, 1, world, RECIPE.guidance, 6)
 
 
-@pytest.mark.parametrize("name, steps", [("student", 1), ("four-step", 1), ("four-step", 4)])
+STARTS = [("student", 1), ("four-step", 1), ("four-step", 4), ("joint", 1), ("joint", 4)]
+
+
+@pytest.mark.parametrize("name, steps", STARTS)
 def test_the_pipeline_begins_where_the_student_was_taught(world, name, steps):
     model = load(world / name / "pipeline")
     seen = []
-    model.denoiser.register_forward_pre_hook(lambda _, given: seen.append(int(given[1])))
+
+    def note(_, given, named):
+        seen.append(int(named["timestep"] if model.joint else given[1]))
+
+    model.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     prompt = "a photo of a red circle"
-    images = model.pipe(prompt, num_inference_steps=steps, guidance_scale=0, output_type="pt")
+    images = model.pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=0,
+        output_type="pt",
+        **model.text_options,
+    )
     assert images.images.shape == (1, 3, 32, 32)
     assert seen == warmup.begins(model, steps).tolist() == [999, 749, 499, 249][:steps]
 

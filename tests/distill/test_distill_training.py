@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
 from nasa_diffusers import enable_nasa, testing
 from nasa_distill import checkpoint, networks
 from nasa_distill.config import PRESETS, STAGES, Settings
@@ -248,7 +248,13 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
         Run(SMALL, teacher, other, PROMPTS, NEGATIVES, tmp_path)
     with pytest.raises(ValueError, match="must be two copies"):
         Run(SMALL, teacher, teacher, PROMPTS, NEGATIVES, tmp_path)
-    with pytest.raises(ValueError, match="is a WanTransformer3DModel; NASA-T trains"):
+    joint = testing.stable_diffusion_3()
+    with pytest.raises(ValueError, match="the scheduler in sd3 predicts None"):
+        networks.model_of(joint, "sd3")
+    joint.register_modules(scheduler=LCMScheduler(prediction_type="sample"))
+    with pytest.raises(ValueError, match="with cross-attention, got a SD3Transformer2DModel"):
+        Run(SMALL, *(networks.model_of(joint, "sd3") for _ in "ab"), PROMPTS, NEGATIVES, tmp_path)
+    with pytest.raises(ValueError, match="is a WanTransformer3DModel; it must be one of"):
         networks.model_of(testing.wan(), "wan")
     with pytest.raises(ValueError, match="holds no diffusers pipeline"):
         networks.load(tmp_path / "nothing")

@@ -6,9 +6,11 @@ import random
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from nasa_distill.networks import model_of
 from nasa_distill.world import captions, code, model
 from nasa_distill.world.judge import VALID_BELOW, judge
 from nasa_distill.world.scene import ATTRIBUTES, RATES, Scene, render, renders, scenes
+from transformers import CLIPTextModelWithProjection
 
 SCENE = Scene("red", "circle", "striped", "white", "large", "blurry")
 
@@ -143,15 +145,15 @@ def test_a_checkpoint_opens_as_a_stock_pipeline(tmp_path, one_step):
 
 def test_one_step_is_the_networks_own_x0():
     """DDIM and LCM, called for one step, draw what the network sees in noise, and nothing else."""
-    from nasa_distill.networks import Text, model_of
-
     torch.manual_seed(0)
-    unet, encoder = (
-        model.make_unet((16, 32)),
-        model.make_text_encoder(model.make_tokenizer()),
-    )
-    for one_step in (False, True):
-        pipe = model.make_pipeline(unet, encoder, code.make_autoencoder(), one_step)
+    unet, tokenizer = model.make_unet((16, 32)), model.make_tokenizer()
+    encoder, autoencoder = model.make_text_encoder(tokenizer), code.make_autoencoder()
+    projected = CLIPTextModelWithProjection(model.text_config(tokenizer))
+    for pipe in (
+        model.make_pipeline(unet, encoder, autoencoder, one_step=False),
+        model.make_pipeline(unet, encoder, autoencoder, one_step=True),
+        model.make_joint_pipeline(model.make_joint(32, 2), projected, autoencoder),
+    ):
         ours = model_of(pipe, "here")
         z = torch.randn(2, *ours.latent_shape)
         drawn = pipe(
@@ -160,8 +162,9 @@ def test_one_step_is_the_networks_own_x0():
             guidance_scale=0,
             latents=z,
             output_type="latent",
+            **ours.text_options,
         ).images
         text = ours.encode(["a photo of a shape"] * 2)
         with torch.no_grad():
-            x0 = ours.x0(unet, z, torch.full((2,), ours.last_timestep), Text(*text))
+            x0 = ours.x0(ours.denoiser, z, torch.full((2,), ours.last_timestep), text)
         torch.testing.assert_close(drawn, x0, atol=2e-3, rtol=0)

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from nasa_distill.clip import Clip
 from nasa_distill.fit import Settings, fit
@@ -86,10 +93,13 @@ def contrastive_loss(logits: Tensor, match: Tensor) -> Tensor:
     return (losses[0] + losses[1]) / 2
 
 
-def text_encoder(clip: Clip) -> CLIPTextModel:
-    """The text tower alone, in the class that pipelines have for it."""
-    encoder = CLIPTextModel(clip.model.config.text_config)
+def text_encoder(clip: Clip, projected: bool = False) -> Any:
+    """The text tower alone, in the class that pipelines have for it, with its projection or not."""
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    encoder = kind(clip.model.config.text_config)
     own = {name.removeprefix("text_model."): name for name in encoder.state_dict()}
     tower = clip.model.text_model.state_dict()
+    if projected:
+        tower |= {"text_projection.weight": clip.model.text_projection.weight}
     encoder.load_state_dict({own[name]: value for name, value in tower.items()})
     return encoder.eval().requires_grad_(False)

@@ -13,11 +13,19 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     LCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from nasa_distill.world.captions import MAX_TOKENS, WORDS
 from nasa_distill.world.code import CHANNELS, GRID
@@ -104,18 +112,71 @@ def make_pipeline(
     one_step: bool = False,
 ) -> StableDiffusionPipeline:
     """A stock pipeline: DDIM for a teacher, LCM's scheduler for a one- or few-step student."""
-    kind = LCMScheduler if one_step else DDIMScheduler
-    # of four steps, LCM's are 999, 749, 499 and 249: where the quarters of the schedule begin
-    spacing = {"original_inference_steps": 8} if one_step else {"timestep_spacing": "trailing"}
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=make_tokenizer(),
         unet=unet,
-        scheduler=kind(**NOISE, **spacing),
+        scheduler=make_scheduler(one_step),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def make_scheduler(one_step: bool) -> DDIMScheduler | LCMScheduler:
+    if one_step:
+        # of four steps, LCM's are 999, 749, 499 and 249: where the quarters of the schedule begin
+        return LCMScheduler(**NOISE, original_inference_steps=8)
+    return DDIMScheduler(**NOISE, timestep_spacing="trailing")
+
+
+def make_joint(width: int, layers: int) -> SD3Transformer2DModel:
+    """16 tokens of the image and 16 of the text in one attention, with the norms of SD3.5."""
+    transformer = SD3Transformer2DModel(
+        sample_size=GRID,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=GRID // 2,
+        qk_norm="rms_norm",
+    )
+    for module in transformer.modules():
+        if isinstance(module, AdaLayerNormZero):
+            # a transformer without modulation, which learns sooner than one whose gates are random
+            torch.nn.init.zeros_(module.linear.weight)
+            gates = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]).repeat_interleave(width)
+            module.linear.bias.data.copy_(gates)
+    return transformer
+
+
+def make_joint_pipeline(
+    transformer: SD3Transformer2DModel,
+    text_encoder: CLIPTextModelWithProjection,
+    vae: AutoencoderTiny,
+) -> StableDiffusion3Pipeline:
+    """A stock pipeline without a T5; both its CLIPs are the world's. For one step.
+
+    The scheduler is that of the other students and not a rectified flow's: a network that predicts
+    a flow from pure noise has to give that noise back number by number.
+    """
+    tokenizer = make_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=make_scheduler(one_step=True),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
 
 
