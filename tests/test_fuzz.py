@@ -79,7 +79,8 @@ def test_backward(backend, shape, shared, strides, **call):
 
 @settings(max_examples=2 * EXAMPLES, deadline=None, derandomize=True)
 @given(
-    **CALLS,
+    # not of fewer sizes: what a sum over queries cancels is no error of the kernels
+    **CALLS | {"alpha": st.one_of(st.floats(-2, 2, width=32), st.just(("b", "l", "h")))},
     rule=st.sampled_from(RULES),
     n=st.integers(0, 40),
     text=st.tuples(st.integers(0, 6), st.integers(0, 6)),
