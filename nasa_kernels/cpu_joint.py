@@ -37,6 +37,33 @@ def attention(
     return o.transpose(1, 2).to(q.dtype).contiguous(), o_shared, lse_shared
 
 
+def pair(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
+) -> tuple[Tensor, Tensor]:
+    """Z+ and Z-, each without the queries of the other text."""
+    l = q.shape[1]
+    first_pos, first_neg = l - text_pos - text_neg, l - text_neg
+    o_shared, lse_shared = attend_shared(q.float(), k.float(), v.float(), scale)
+
+    def side(first: int, last: int, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def rows(x: Tensor) -> Tensor:
+            """Those of the image and `first` to `last`, of [b, h, l, ...]."""
+            if first == first_pos:
+                return x[:, :, :last]
+            return torch.cat((x[:, :, :first_pos], x[:, :, first:last]), dim=2)
+
+        o_text, lse_text = _attend(rows(q.float().transpose(1, 2)), k, v, mask, scale)
+        c_shared, c_text = rules.shares(rows(lse_shared), lse_text)
+        o = c_shared.unsqueeze(-1) * rows(o_shared.transpose(1, 2))
+        o.addcmul_(c_text.unsqueeze(-1), o_text)
+        return o.transpose(1, 2).to(q.dtype).contiguous()
+
+    return (
+        side(first_pos, first_neg, k_pos, v_pos, mask_pos),
+        side(first_neg, l, k_neg, v_neg, mask_neg),
+    )
+
+
 def backward(
     grad_o, o_shared, lse_shared,
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,

@@ -7,7 +7,8 @@
 The norms need a query's whole row, and the attention kernels give every head to another program:
 so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest. In joint
 attention Z+ is over [image; positive text] and Z- over [image; negative text], as in the published
-code; both calls read the image's keys, since the operator returns one of the two.
+code. One operator gives both and reads the image's keys once; where a gradient is recorded, or a
+back end has no such operator, each of the two is a call that reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from nasa_kernels.checks import (
     check_mask,
     check_prompt,
     check_queries,
+    check_scale,
     check_text_queries,
+    check_transforms,
 )
 from nasa_kernels.joint import nasa_joint_attention
 
@@ -115,7 +118,8 @@ def nag_joint_attention(
 
     Args:
         q, k, v, k_pos, v_pos, k_neg, v_neg, text_queries, mask_pos, mask_neg, scale, backend: As
-            `nasa_joint_attention` takes them.
+            `nasa_joint_attention` takes them. `"triton"` and `"cpu"` read the image's keys once
+            where no gradient is recorded; otherwise they are read twice.
         nag_scale, nag_tau: As in `nag_attention`.
         nag_alpha: As in `nag_attention`; a tensor broadcasts to `[b, image queries, 1]`.
 
@@ -128,8 +132,10 @@ def nag_joint_attention(
     function = "nag_joint_attention"
     q, k, v, k_pos, v_pos, k_neg, v_neg = _autocast(q, k, v, k_pos, v_pos, k_neg, v_neg)
     check_queries(function, q)
-    check_prompt(function, q, k, v, "")
-    _check_prompts(function, q, (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg))
+    k, v = check_prompt(function, q, k, v, "")
+    (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg) = _check_prompts(
+        function, q, (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg)
+    )
     _check_scale_and_tau(function, nag_scale, nag_tau)
     text_pos, text_neg = check_text_queries(function, q, text_queries)
     image = q.shape[1] - text_pos - text_neg
@@ -138,22 +144,43 @@ def nag_joint_attention(
 
     def attend(
         queries: Tensor, texts: int, k_text: Tensor, v_text: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Of the image's queries and of one text's, the last of `queries`."""
         o = nasa_joint_attention(
             queries, k, v, k_text, v_text, k_text[:, :0], v_text[:, :0], 0.0,
             text_queries=(texts, 0), mask_pos=mask, scale=scale, backend=backend,
         )  # fmt: skip
-        first, last = o.split((o.shape[1] - texts, texts), dim=1)
-        return first, last
+        return o.split((o.shape[1] - texts, texts), dim=1)
 
-    o, pos = attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, mask_pos)
     if alpha_map is None and alpha == 0:
+        o, pos = attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, mask_pos)
         _, neg = attend(q_neg, text_neg, k_neg, v_neg, mask_neg)
+        return torch.cat((o, pos, neg), dim=1)
+    tensors = (q, k, v, k_pos, v_pos, k_neg, v_neg)
+    if (chosen := pair_backend(backend, *tensors)) is not None:
+        backends.require(function, chosen, q)
+        check_transforms(function, False, *tensors)
+        q, scale = (q, q.shape[3] ** -0.5) if scale is None else check_scale(function, q, scale)
+        positive, negative = ops.JOINT_PAIR[chosen](
+            q, *tensors[1:], mask_pos, mask_neg, scale, text_pos, text_neg
+        )
+        o, pos = positive.split((image, text_pos), dim=1)
+        z_neg, neg = negative.split((image, text_neg), dim=1)
     else:
+        o, pos = attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, mask_pos)
         z_neg, neg = attend(torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, mask_neg)
-        o = _blend_on(backend, o, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+    o = _blend_on(backend, o, z_neg, alpha_map, alpha, nag_scale, nag_tau)
     return torch.cat((o, pos, neg), dim=1)
+
+
+def pair_backend(backend: str | None, *tensors: Tensor) -> str | None:
+    """The back end whose one operator gives Z+ and Z- of a joint attention, q the first of its
+    tensors; None where each of the two is a call."""
+    q = tensors[0]
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if backend is None:
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
+    return backend if backend in ops.JOINT_PAIR and not differentiable else None
 
 
 def _blend_on(
@@ -216,12 +243,15 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check_prompts(
     function: str, q: Tensor, *prompts: tuple[Tensor, Tensor, Tensor | None]
-) -> None:
-    """Both prompts under their own names, used or not: each is the positive one of its call."""
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Both prompts under their own names, used or not, as `check_prompt` returns them."""
+    checked = []
     for side, (k, v, mask) in zip(("_pos", "_neg"), prompts, strict=True):
         k, v = check_prompt(function, q, k, v, side)
         if mask is not None:
-            check_mask(function, q, k, mask, f"mask{side}")
+            mask = check_mask(function, q, k, mask, f"mask{side}")
+        checked.append((k, v, mask))
+    return checked
 
 
 def _check_scale_and_tau(function: str, nag_scale: float, nag_tau: float) -> None:

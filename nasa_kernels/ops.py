@@ -5,7 +5,8 @@
                      returns what backward_NAME wants to have kept
     backward_NAME    the gradients that are asked for
 
-and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`.
+and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`, and
+`joint_pair_NAME`, which leaves the attention over [shared; pos] and that over [shared; neg] apart.
 Inference has an operator of its own because a registered gradient costs microseconds of host time
 in every call, used or not.
 
@@ -27,6 +28,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("cuda", "triton", "cpu")
 JOINT_BACKENDS = ("cuda", "triton", "cpu")
+# those that leave Z+ and Z- of joint attention apart; elsewhere each is a call
+JOINT_PAIR_BACKENDS = ("triton", "cpu")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 # CPU for Triton as well: tests run the kernels there in its interpreter
 _DEVICES = {"cuda": ("CUDA",), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
@@ -36,6 +39,10 @@ _REST = "Tensor? mask_pos, Tensor? mask_neg, Tensor? alpha_map, float alpha, flo
 _INPUTS = f"Tensor q, {_PROMPTS}, {_REST}"
 _JOINT_INPUTS = (
     f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_REST}, int rule, int text_pos, int text_neg"
+)
+_PAIR_INPUTS = (
+    f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, Tensor? mask_pos, Tensor? mask_neg, float scale,"
+    " int text_pos, int text_neg"
 )
 FORWARD_SCHEMA = f"({_INPUTS}) -> Tensor"
 # What attention_NAME keeps for backward_NAME. The kernels rebuild what they need on chip; PyTorch's
@@ -80,6 +87,16 @@ def _joint_attention_fake(backend: str) -> Callable:
         return _forward_fake(q), o_shared, lse_shared
 
     return fake
+
+
+def _joint_pair_fake(q, *args) -> tuple[Tensor, ...]:
+    """The queries of the image, then those of one text."""
+    b, l, h, d = q.shape
+    *_, text_pos, text_neg = args
+    return tuple(
+        torch.empty((b, rows, h, d), dtype=q.dtype, device=q.device)
+        for rows in (l - text_neg, l - text_pos)
+    )
 
 
 def _backward_fake(*args) -> tuple[Tensor, ...]:
@@ -331,6 +348,19 @@ def _register_joint_gradient(backend: str) -> Any:
     return attention
 
 
+def _register_joint_pair(backend: str) -> Any:
+    """`joint_pair_NAME`: as `joint_forward_NAME`, and without a gradient."""
+    pair = _define(
+        f"joint_pair_{backend}",
+        f"({_PAIR_INPUTS}) -> (Tensor, Tensor)",
+        _joint_pair_fake,
+        _joint_forward_flops,
+    )
+    module = {"triton": "nasa_kernels._triton.joint", "cpu": "nasa_kernels.cpu_joint"}[backend]
+    library.impl(pair.name(), _DEVICES[backend], _lazily(module, "pair"))
+    return pair
+
+
 # the second launch of the CUDA C++ kernels, implemented by the compiled extension
 _define(
     "forward_joint_cuda",
@@ -368,6 +398,7 @@ FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
 JOINT_FORWARD = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
 JOINT_ATTENTION = {backend: _register_joint_gradient(backend) for backend in JOINT_BACKENDS}
+JOINT_PAIR = {backend: _register_joint_pair(backend) for backend in JOINT_PAIR_BACKENDS}
 
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(

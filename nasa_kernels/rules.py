@@ -72,7 +72,7 @@ def _rows(rule: int, l: int, text_pos: int, text_neg: int) -> tuple[tuple[str, s
     )
 
 
-def _weights(*lse: Tensor) -> tuple[Tensor, ...]:
+def shares(*lse: Tensor) -> tuple[Tensor, ...]:
     """e^(x - L) of each x, L the log-sum-exp of all; 0 where all are -inf."""
     highest = torch.stack(lse).amax(0)
     highest = torch.where(highest == float("-inf"), 0.0, highest)
@@ -84,10 +84,10 @@ def _weights(*lse: Tensor) -> tuple[Tensor, ...]:
 
 def _coefficients(kind: str, lse: Segments, alpha: Tensor) -> Segments:
     if kind == "vsf":
-        c_s, c_p, w_n = _weights(*lse)
+        c_s, c_p, w_n = shares(*lse)
         return Segments(c_s, c_p, -alpha * w_n)
-    a_s, a_p = _weights(lse.shared, lse.pos)
-    b_s, b_n = _weights(lse.shared, lse.neg)
+    a_s, a_p = shares(lse.shared, lse.pos)
+    b_s, b_n = shares(lse.shared, lse.neg)
     zero, one = torch.zeros_like(a_s), torch.ones_like(a_s)
     return {
         "nasa": Segments(a_s - alpha * b_s, a_p, -alpha * b_n),
@@ -107,7 +107,7 @@ def _gradients(
     A softmax of two, a_s + a_p = 1, has d a_s / d s = a_s a_p = -d a_s / d p.
     """
     if kind == "vsf":
-        w_s, w_p, w_n = _weights(*lse)
+        w_s, w_p, w_n = shares(*lse)
         mean = w_s * u.shared + w_p * u.pos - alpha * w_n * u.neg
         return (
             w_s * (u.shared - mean),
@@ -115,8 +115,8 @@ def _gradients(
             w_n * (-alpha * u.neg - mean),
             -w_n * u.neg,
         )
-    a_s, a_p = _weights(lse.shared, lse.pos)
-    b_s, b_n = _weights(lse.shared, lse.neg)
+    a_s, a_p = shares(lse.shared, lse.pos)
+    b_s, b_n = shares(lse.shared, lse.neg)
     zero = torch.zeros_like(a_s)
     # the derivative of O by a_s
     by_a = zero if kind in ("sum", _NEGATIVE) else u.shared - u.pos

@@ -387,6 +387,41 @@ def test_joint_with_a_mask_a_map_and_a_gradient(backend):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ops.JOINT_PAIR_BACKENDS)
+@pytest.mark.parametrize("which", TEXT_QUERIES)
+def test_joint_reads_the_image_once(backend, which):
+    """Without a gradient one operator of the back end gives Z+ and Z-; with one there are two."""
+    inputs, (text_pos, text_neg) = make_joint(which), TEXT_QUERIES[which]
+    inputs = {name: x.to("meta") for name, x in inputs.items()}
+    options = STRONG | {"text_queries": (text_pos, text_neg), "backend": backend}
+
+    def count():
+        with FlopCounterMode(display=False) as counter:
+            nag_joint_attention(**inputs, **options)
+        return counter.get_total_flops(), [str(x) for x in counter.get_flop_counts()["Global"]]
+
+    l = inputs["q"].shape[1]
+    flops, names = count()
+    assert names[0] == f"nasa_kernels.joint_pair_{backend}"
+    assert flops == 4 * 2 * 3 * 16 * (l * 21 + (l - text_neg) * 5 + (l - text_pos) * 4)
+    inputs["k"].requires_grad_()
+    flops, names = count()
+    assert names[0] == f"nasa_kernels.joint_attention_{backend}"
+    image = l - text_pos - text_neg
+    assert flops == 4 * 2 * 3 * 16 * ((l + image) * 21 + (l - text_neg) * 5 + (l - text_pos) * 4)
+
+
+@pytest.mark.parametrize("backend", [x for x in JOINT_BACKENDS if x in ops.JOINT_PAIR])
+def test_opcheck_of_the_pair(backend):
+    inputs, text = make_joint("both"), TEXT_QUERIES["both"]
+    mask = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
+    library.opcheck(
+        ops.JOINT_PAIR[backend],
+        (*inputs.values(), None, mask, 0.25, *text),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
 @pytest.mark.parametrize("backend", JOINT_BACKENDS)
 def test_joint_with_a_share_of_0_is_plain_attention(backend):
     """As a number or a tensor, and whatever the negative prompt holds."""

@@ -5,6 +5,7 @@ its log-sum-exp. This one attends to both prompts and merges, by a rule, in fp32
 
     O = c_s O_s + c_p z+ / l+ + c_n z- / l-        c = function of s, p, n and alpha
 
+or leaves the two joint attentions, over [shared; pos] and over [shared; neg], apart (`pair`).
 `nasa_kernels/joint.py` has the table of the rules. z, l and the two ways to hold a prompt are
 those of `forward.py`. Log-sum-exps are base 2 here.
 """
@@ -70,7 +71,7 @@ def visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L: tl.constexpr
 
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg", "first_pos", "first_neg"])
 def joint_kernel(
-    Q, K_pos, V_pos, K_neg, V_neg, O_shared, LSE_shared, O, MASK_pos, MASK_neg, ALPHA,
+    Q, K_pos, V_pos, K_neg, V_neg, O_shared, LSE_shared, O, O_neg, MASK_pos, MASK_neg, ALPHA,
     stride_qb, stride_ql, stride_qh,
     stride_kpb, stride_kpn, stride_kph, stride_vpb, stride_vpn, stride_vph,
     stride_knb, stride_knn, stride_knh, stride_vnb, stride_vnn, stride_vnh,
@@ -128,23 +129,42 @@ def joint_kernel(
 
     # log2(0) = -inf: a prompt without keys
     s = tl.load(LSE_shared + bh * L + row, mask=row < L, other=0.0) * _LOG2E
-    c_s, c_p, c_n = coefficients(
-        s, m_pos + tl.log2(l_pos), m_neg + tl.log2(l_neg), alpha_row,
-        (row >= first_pos) & (row < first_neg), row >= first_neg, RULE,
-    )  # fmt: skip
-    c_s = c_s[:, None]
-    c_p, c_n = (c_p / nonzero(l_pos))[:, None], (c_n / nonzero(l_neg))[:, None]
-
+    p, n = m_pos + tl.log2(l_pos), m_neg + tl.log2(l_neg)
     # O_shared and O are [b, l, h, d], contiguous
     first = (b * L * H + h) * D
     o_shared = load_rows(O_shared + first, row, row < L, H * D, D, D_CUT, 1)
-    start = 0
-    for i in tl.static_range(len(D_CUT)):
-        z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
-        z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
-        o = c_s * o_shared[i].to(tl.float32) + c_p * z_pos_i + c_n * z_neg_i
-        store_block(O + first, o, row, row < L, H * D, start, D, D_CUT[i])
-        start += D_CUT[i]
+    if O_neg is None:
+        c_s, c_p, c_n = coefficients(
+            s, p, n, alpha_row, (row >= first_pos) & (row < first_neg), row >= first_neg, RULE
+        )
+        c_s = c_s[:, None]
+        c_p, c_n = (c_p / nonzero(l_pos))[:, None], (c_n / nonzero(l_neg))[:, None]
+        start = 0
+        for i in tl.static_range(len(D_CUT)):
+            z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
+            z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
+            o = c_s * o_shared[i].to(tl.float32) + c_p * z_pos_i + c_n * z_neg_i
+            store_block(O + first, o, row, row < L, H * D, start, D, D_CUT[i])
+            start += D_CUT[i]
+    else:
+        a_s, a_p = share(s, p)
+        b_s, b_n = share(s, n)
+        a_p, b_n = a_p / nonzero(l_pos), b_n / nonzero(l_neg)
+        # each contiguous, without the rows of the other text
+        text_pos = first_neg - first_pos
+        first_p, first_n = (b * first_neg * H + h) * D, (b * (L - text_pos) * H + h) * D
+        row_neg = tl.where(row < first_neg, row, row - text_pos)
+        is_neg = (row < first_pos) | ((row >= first_neg) & (row < L))
+        start = 0
+        for i in tl.static_range(len(D_CUT)):
+            z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
+            z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
+            o_s = o_shared[i].to(tl.float32)
+            o = a_s[:, None] * o_s + a_p[:, None] * z_pos_i
+            store_block(O + first_p, o, row, row < first_neg, H * D, start, D, D_CUT[i])
+            o = b_s[:, None] * o_s + b_n[:, None] * z_neg_i
+            store_block(O_neg + first_n, o, row_neg, is_neg, H * D, start, D, D_CUT[i])
+            start += D_CUT[i]
 
 
 def forward(*args):
@@ -158,17 +178,46 @@ def attention(
     """Both launches: O, and O_s and s of the first one. The public function checked shapes, dtypes
     and layouts.
     """
-    b, l, h, d = q.shape
-    o = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     o_shared, lse_shared = attend_shared(q, k, v, scale)
-    if o.numel() == 0:
-        return o, o_shared, lse_shared
+    _add_prompts(
+        q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, None, mask_pos, mask_neg,
+        alpha_map, alpha, scale, rule, text_pos, text_neg,
+    )  # fmt: skip
+    return o, o_shared, lse_shared
+
+
+def pair(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
+):  # fmt: skip
+    """Both launches: Z+ and Z-, each without the queries of the other text."""
+    b, l, h, d = q.shape
+    z_pos, z_neg = (
+        torch.empty((b, rows, h, d), dtype=q.dtype, device=q.device)
+        for rows in (l - text_neg, l - text_pos)
+    )
+    o_shared, lse_shared = attend_shared(q, k, v, scale)
+    _add_prompts(
+        q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, z_pos, z_neg, mask_pos, mask_neg,
+        None, 0.0, scale, 0, text_pos, text_neg,
+    )  # fmt: skip
+    return z_pos, z_neg
+
+
+def _add_prompts(
+    q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg,
+    alpha_map, alpha, scale, rule, text_pos, text_neg,
+):  # fmt: skip
+    """The second launch; it writes `o`, and `o_neg` where that is not None."""
+    b, l, h, d = q.shape
+    if q.numel() == 0:
+        return
     pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
     config = forward_config(d, q.dtype, resident=len(pos_cut) > 0)
     with on_device(q):
         joint_kernel[triton.cdiv(l, config.BLOCK_L), b * h](
-            q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, mask_pos, mask_neg, alpha_map,
-            *q.stride()[:3],
+            q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg,
+            alpha_map, *q.stride()[:3],
             *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
             *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
             *strides_or_zeros(alpha_map, 3),
@@ -179,4 +228,3 @@ def attention(
             ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return o, o_shared, lse_shared

@@ -31,6 +31,7 @@ from nasa_diffusers import ip_adapter
 from nasa_diffusers.layer import Hook, TextHook
 from nasa_diffusers.methods import nothing, subtract
 from nasa_diffusers.steered import Steered, Term
+from nasa_kernels.nag import pair_backend
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.joint import Joint
@@ -181,7 +182,9 @@ class JointAttentionHook(Hook):
             channels = hidden_states.shape[2]
             self.last_call = JointCall(
                 q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text,
-                attends_twice=self.guided and texts.steered.nag is not None,
+                attends_twice=self.guided
+                and texts.steered.nag is not None
+                and pair_backend(texts.steered.backend, q, k, v) is None,
             )  # fmt: skip
         o = steer(q, k, v, texts, self.guided, with_text=not drops_text).flatten(2)
         if encoder_hidden_states is None:
@@ -298,7 +301,7 @@ class JointCall:
     channels: int
     token_flops: int  # of the linear layers that a text token passes in the block
     with_text: bool  # text tokens are queries, too
-    attends_twice: bool  # the image to itself, once for Z+ and once for Z-
+    attends_twice: bool  # the image to itself, in one call for Z+ and in one for Z-
 
     @property
     def texts(self) -> list[tuple[int, int, int]]:

@@ -62,19 +62,36 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Log:
-    """One JSON object a line; a resumed run goes on where its checkpoint was made."""
+    """One JSON object a line; a resumed run goes on where its checkpoint was made.
+
+    Raises:
+        ValueError: The file is not one of ours.
+    """
 
     def __init__(self, path: Path, step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
-                    if json.loads(line)["step"] <= step:
+                    if _step(json.loads(line), path) <= step:
                         kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept))
+        # beside it first: a full disk leaves what there was
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
         self.path = path
 
     def write(self, step: int, **values: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _step(row: Any, path: Path) -> int:
+    step = row.get("step") if isinstance(row, dict) else None
+    if not isinstance(step, int):
+        raise ValueError(
+            f"checkpoint.Log: {path} is not the log of this command: a line has no step; move it "
+            "away, or choose another folder"
+        )
+    return step

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
     add("--save-every", type=int, default=500, help="steps (default: %(default)s)")
     add("--sample-every", type=int, default=500, help="steps (default: %(default)s)")
+    add("--fsdp", action="store_true", help="split the networks over the processes")
     add(
         "--set",
         action="append",
@@ -127,6 +128,7 @@ def run_world(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    from nasa_distill.checks import check_data
     from nasa_distill.clip import Clip
     from nasa_distill.nasa_t import Run
     from nasa_distill.networks import load
@@ -138,15 +140,17 @@ def run_train(options: argparse.Namespace) -> None:
     if options.preset == "world":
         for line in (*prompts, *negatives):
             read(line)
+    check_data(prompts, negatives, settings)
     teacher, student = load(options.teacher), load(options.student or options.teacher)
     clip = Clip.load(options.clip) if options.clip else None
     identity = {
         "teacher": str(options.teacher),
         "student_begins": str(options.student or options.teacher),
-        "prompts": len(prompts),
-        "negatives": len(negatives),
+        "clip": options.clip,
     }
-    run = Run(settings, teacher, student, prompts, negatives, options.out, clip, identity)
+    run = Run(
+        settings, teacher, student, prompts, negatives, options.out, clip, identity, options.fsdp
+    )
     path = run.train(options.save_every, options.sample_every)
     if run.accelerator.is_main_process:
         print(f"wrote {path}")

@@ -11,7 +11,6 @@ the same command and ends with the same bits.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,20 +19,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from diffusers import LCMScheduler
 from nasa_diffusers import enable_nasa
 from nasa_diffusers.cli import grid
 from peft import LoraConfig
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nasa_distill import checkpoint, losses
+from nasa_distill import checkpoint, losses, sharding
+from nasa_distill.checks import check_data, check_launch, check_model, digest
 from nasa_distill.clip import Clip
 from nasa_distill.config import STAGES, Settings
 from nasa_distill.fit import generator
 from nasa_distill.networks import Model, Text, add_lora, check_fit, without_lora
+
+# settings of how a step is computed, and not of what: a resumed run may change them
+HOW = ("accumulate", "gradient_checkpointing")
 
 
 @dataclasses.dataclass
@@ -85,6 +88,8 @@ class Run:
         prompts, negatives: Texts to draw from, uniformly and with replacement.
         out: Folder of the log, the samples, the checkpoint, and `pipeline` at the end.
         clip: For the clamped CLIP loss; None leaves that loss out.
+        identity: What else the run depends on; a checkpoint made with another is refused.
+        fsdp: Split student and LoRA teacher over the processes (see `nasa_distill.sharding`).
 
     Raises:
         ValueError: Empty data, networks that do not fit, or a checkpoint of another run.
@@ -100,25 +105,21 @@ class Run:
         out: Path,
         clip: Clip | None = None,
         identity: dict[str, Any] | None = None,
+        fsdp: bool = False,
     ):
         check_data(prompts, negatives, settings)
         check_fit(teacher, student.denoiser)
+        for role, model in (("teacher", teacher), ("student", student)):
+            check_model(model, role)
         if teacher.denoiser is student.denoiser:
             raise ValueError("Run: teacher and student must be two copies, got one network")
         self.settings, self.out = settings, out
         self.prompts, self.negatives = list(prompts), list(negatives)
         self.teacher, self.student = teacher, student
         self.clip = clip if settings.clip_weight > 0 else None
+        self.is_split = sharding.is_asked_by_launcher() or fsdp
         self.accelerator = Accelerator(mixed_precision=settings.precision)
-        if self.accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        ):
-            raise ValueError(
-                f"Run: {self.accelerator.distributed_type} is not supported; launch with one "
-                "process or with plain data parallelism (accelerate launch --multi_gpu)"
-            )
+        check_launch(self.accelerator.distributed_type, self.is_split)
         shares = self.accelerator.num_processes * settings.accumulate
         if settings.batch % shares:
             raise ValueError(
@@ -126,10 +127,13 @@ class Run:
                 f"{self.accelerator.num_processes} x {settings.accumulate}"
             )
         self.rows = settings.batch // shares
+        asked = dataclasses.asdict(settings)
         self.identity = {
-            **dataclasses.asdict(settings),
+            **{name: value for name, value in asked.items() if name not in HOW},
             **(identity or {}),
-            "processes": self.accelerator.num_processes,
+            "prompts": digest(prompts),
+            "negatives": digest(negatives if settings.needs_negatives else ()),
+            "clip_loss": self.clip is not None,
         }
         self._build()
         self.start = self._resume()
@@ -141,11 +145,6 @@ class Run:
     def _build(self) -> None:
         settings, device = self.settings, self.accelerator.device
         torch.manual_seed(settings.seed)  # the adapter's first weights
-        for model in (self.teacher, self.student):
-            model.pipe.to(device)
-            model.alphas_cumprod = model.alphas_cumprod.to(device)
-        if self.clip is not None:
-            self.clip.to(device)
         add_lora(
             self.teacher.denoiser,
             LoraConfig(
@@ -154,8 +153,12 @@ class Run:
                 target_modules=list(settings.lora_targets),
             ),
         )
+        for model in (self.teacher, self.student):
+            model.pipe.to(device)
+            model.alphas_cumprod = model.alphas_cumprod.to(device)
+        if self.clip is not None:
+            self.clip.to(device)
         network = self.student.denoiser.requires_grad_(True).train()
-        self.average = copy.deepcopy(network).requires_grad_(False) if settings.ema else None
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         # the negative prompt travels with the call, so a recomputed block sees it again
@@ -165,17 +168,33 @@ class Run:
             self.nasa = enable_nasa(
                 self.student.pipe, negative_prompt_embeds=null, alpha=0.0, cfg=False
             )
+            if self.is_split:
+                # weights that come and go in the same memory look unchanged to it
+                self.nasa.cache_limit = 0
         self.null_teacher = self.teacher.encode([""])
 
-        self.lora_parameters = [p for p in self.teacher.denoiser.parameters() if p.requires_grad]
-        decay = settings.weight_decay
-        optimisers = (
-            torch.optim.AdamW(network.parameters(), settings.student_rate, weight_decay=decay),
-            torch.optim.AdamW(self.lora_parameters, settings.lora_rate, weight_decay=decay),
+        self.kind = type(network)
+        self.network, self.lora_teacher = map(self._prepare, (network, self.teacher.denoiser))
+        weights, decay = dict(network.named_parameters()), settings.weight_decay
+        self.average = {n: p.detach().clone() for n, p in weights.items()} if settings.ema else None
+        self.student_optimiser = torch.optim.AdamW(
+            weights.values(), settings.student_rate, weight_decay=decay
         )
-        prepare = self.accelerator.prepare
-        self.network, self.lora_teacher = prepare(network), prepare(self.teacher.denoiser)
-        self.student_optimiser, self.lora_optimiser = (prepare(x) for x in optimisers)
+        self.lora_optimiser = torch.optim.AdamW(
+            self._lora.values(), settings.lora_rate, weight_decay=decay
+        )
+
+    def _prepare(self, network: Any) -> Any:
+        if not self.is_split:
+            return self.accelerator.prepare(network)
+        # autocast alone
+        network = self.accelerator.prepare_model(network, evaluation_mode=True)
+        sharding.shard(network, self.accelerator)
+        return network
+
+    @property
+    def _lora(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.teacher.denoiser.named_parameters() if p.requires_grad}
 
     @property
     def _checkpoint(self) -> Path:
@@ -183,35 +202,37 @@ class Run:
 
     def _resume(self) -> int:
         state = checkpoint.load(self._checkpoint, self.identity)
+        step = 0 if state is None else state["step"]
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device))
+        if len(set(steps.tolist())) > 1:
+            raise ValueError(
+                f"Run: the processes would begin at the steps {steps.tolist()}: they must all see "
+                f"{self._checkpoint}; give a folder that the machines share"
+            )
         if state is None:
             return 0
-        self.accelerator.unwrap_model(self.network).load_state_dict(state["student"])
-        own = dict(self.teacher.denoiser.named_parameters())
-        with torch.no_grad():
-            for name, value in state["lora"].items():
-                own[name].copy_(value)
+        sharding.restore(self.student.denoiser.state_dict(), state["student"], "student")
+        sharding.restore(self._lora, state["lora"], "LoRA teacher")
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.student_optimiser.load_state_dict(state["student_optimiser"])
-        self.lora_optimiser.load_state_dict(state["lora_optimiser"])
-        return state["step"]
+            sharding.restore(self.average, state["average"], "average")
+        sharding.restore_optimiser(self.student_optimiser, state["student_optimiser"])
+        sharding.restore_optimiser(self.lora_optimiser, state["lora_optimiser"])
+        return step
 
     def _save(self, step: int) -> None:
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        lora = {n: p for n, p in self.teacher.denoiser.named_parameters() if p.requires_grad}
         state = {
-            "settings": self.identity,
-            "step": step,
-            "student": self.accelerator.unwrap_model(self.network).state_dict(),
-            "lora": {name: p.detach() for name, p in lora.items()},
+            "student": self.student.denoiser.state_dict(),
+            "lora": {name: p.detach() for name, p in self._lora.items()},
             "student_optimiser": self.student_optimiser.state_dict(),
             "lora_optimiser": self.lora_optimiser.state_dict(),
         }
         if self.average is not None:
-            state["average"] = self.average.state_dict()
-        checkpoint.save(state, self._checkpoint)
+            state["average"] = self.average
+        is_main = self.accelerator.is_main_process
+        state = sharding.whole(state, is_main)
+        if is_main:
+            checkpoint.save({"settings": self.identity, "step": step, **state}, self._checkpoint)
+        self.accelerator.wait_for_everyone()
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -219,7 +240,8 @@ class Run:
         """One step of the student and `lora_updates` of the LoRA teacher; what to log of it.
 
         Raises:
-            FloatingPointError: A latent, loss or gradient is not finite. No weight was changed.
+            FloatingPointError: A latent, score, loss or gradient is not finite. It was not used,
+                and no checkpoint has seen it.
         """
         settings = self.settings
         shared = generator(settings.seed, step)  # the same in every process
@@ -271,7 +293,7 @@ class Run:
         alpha, sigma = self.teacher.alpha_sigma(timesteps)
         with torch.no_grad():
             x_t = alpha * x0.detach() + sigma * draws.normal(x0)
-            denoiser = self.accelerator.unwrap_model(self.lora_teacher)
+            denoiser = self.teacher.denoiser
             text_teacher = against if settings.teacher_negative else null
             with without_lora(denoiser):
                 eps_teacher = self.teacher.guided_epsilon(
@@ -279,6 +301,8 @@ class Run:
                 )
             text_lora = against if settings.lora_negative else null
             eps_lora = self.teacher.guided_epsilon(denoiser, x_t, timesteps, text, text_lora, kappa)
+            self._check("teacher's noise", eps_teacher, step)
+            self._check("LoRA teacher's noise", eps_lora, step)
             gradient = losses.vsd_gradient(eps_teacher, eps_lora, sigma**2)
         loss = losses.vsd_loss(x0, gradient)
         values = {"vsd_gradient": gradient.square().mean().sqrt()}
@@ -308,7 +332,7 @@ class Run:
         x = draws.z.to(device)
         for earlier in range(stage):
             with torch.no_grad():
-                network = self.accelerator.unwrap_model(self.network)
+                network = self.student.denoiser
                 x0 = self.student.x0(network, x, self._at(stages[earlier], x), text)
                 alpha, sigma = self.student.alpha_sigma(self._at(stages[earlier + 1], x))
                 x = alpha * x0 + sigma * draws.normal(x)
@@ -330,20 +354,26 @@ class Run:
         return losses.denoising_loss(output, x0, noise, alpha, sigma, self.teacher.prediction)
 
     def _null(self, rows: int) -> Text:
-        embeds, mask = self.null_teacher
-        return Text(embeds.expand(rows, -1, -1), None if mask is None else mask.expand(rows, -1))
+        null = self.null_teacher
+        mask = None if null.mask is None else null.mask.expand(rows, -1)
+        return Text(null.embeds.expand(rows, -1, -1), mask)
 
     def _at(self, timestep: int, like: Tensor) -> Tensor:
         return torch.full((len(like),), timestep, device=like.device)
 
     def _synchronised(self, network: nn.Module, micro: int):
-        """Gradients are averaged over processes with the last micro-batch only."""
+        """Gradients are averaged over processes with the last micro-batch only; split ones with
+        each, or every process would have to hold them all."""
         last = micro + 1 == self.settings.accumulate
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(network)
+        if last or self.is_split:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(network)
 
     def _update(self, optimiser: Any, network: nn.Module, step: int) -> float:
         parameters = [p for p in network.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.clip_gradient)
+        norm: Any = nn.utils.clip_grad_norm_(parameters, self.settings.clip_gradient)
+        if self.is_split:
+            norm = norm.full_tensor()
         self._check("gradient", norm, step)
         optimiser.step()
         optimiser.zero_grad()
@@ -362,9 +392,8 @@ class Run:
     def _follow(self) -> None:
         if self.average is None:
             return
-        now = self.accelerator.unwrap_model(self.network).parameters()
-        for mean, value in zip(self.average.parameters(), now, strict=True):
-            mean.lerp_(value, 1 - self.settings.ema)
+        for name, value in self.student.denoiser.named_parameters():
+            self.average[name].lerp_(value, 1 - self.settings.ema)
 
     # ---- the whole run ---------------------------------------------------------------------------
 
@@ -374,7 +403,17 @@ class Run:
         sample_every: int = 500,
         after_step: Callable[[int], None] | None = None,
     ) -> Path:
-        """Go on to the last step; the folder of the finished pipeline."""
+        """Go on to the last step; the folder of the finished pipeline.
+
+        Raises:
+            FloatingPointError: As `step`.
+            OSError: A file cannot be written; what the last checkpoint holds is kept.
+        """
+        if save_every < 1 or sample_every < 1:
+            raise ValueError(
+                "Run.train: save_every and sample_every must be at least 1 step, got "
+                f"{save_every} and {sample_every}"
+            )
         is_main, steps = self.accelerator.is_main_process, self.settings.steps
         bar = tqdm(total=steps, initial=self.start, desc="NASA-T", disable=not is_main)
         for step in range(self.start, steps):
@@ -384,7 +423,7 @@ class Run:
                 self.log.write(done, **logged)
             bar.update()
             bar.set_postfix(vsd=f"{logged['vsd_gradient']:.3f}", lora=f"{logged['lora_loss']:.3f}")
-            if is_main and (done % sample_every == 0 or done == steps):
+            if done % sample_every == 0 or done == steps:
                 self._sample(done)
             if done % save_every == 0 or done == steps:
                 self._save(done)
@@ -397,7 +436,8 @@ class Run:
 
     @torch.no_grad()
     def _sample(self, step: int) -> None:
-        """Two prompts without and with NASA, from the same noise at every time."""
+        """Two prompts without and with NASA, from the same noise at every time. All processes
+        draw: a network that is split, or has buffers, needs them all."""
         random = generator(self.settings.seed, -1)
         draws = Draws.of(
             self.settings, self.prompts[:2], self.negatives[:2], self.student.latent_shape, 4,
@@ -414,40 +454,38 @@ class Run:
                 image = Image.fromarray(pixels.cpu().numpy())
                 images.append(image.resize((128, 128), Image.Resampling.NEAREST))
                 labels.append(f"alpha {alpha:g}")
+        if not self.accelerator.is_main_process:
+            return
         path = self.out / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         grid(images, labels).save(path)
 
     def _export(self) -> None:
         """The student as a pipeline, averaged if there is an average; whole or not at all."""
-        pipe = self.student.pipe
+        pipe, network = self.student.pipe, self.student.denoiser.eval()
         if self.nasa is not None:
             self.nasa.disable()
-        network = self.accelerator.unwrap_model(self.network).eval()
         network.disable_gradient_checkpointing()
-        if self.average is not None:
-            network.load_state_dict(self.average.state_dict())
+        weights = network.state_dict() | (self.average or {})
+        is_main = self.accelerator.is_main_process
+        weights = sharding.whole(weights, is_main or not self.is_split)
+        if not self.is_split:
+            network.load_state_dict(weights)
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-        if not self.accelerator.is_main_process:
+        if not is_main:
             return
-        partial = self.out / "pipeline.partial"
+        if self.is_split:
+            name = next(name for name, part in pipe.components.items() if part is network)
+            setattr(pipe, name, sharding.as_one(network, self.kind, weights))
+        partial, path = self.out / "pipeline.partial", self.out / "pipeline"
         shutil.rmtree(partial, ignore_errors=True)
-        pipe.save_pretrained(partial)
-        shutil.rmtree(self.out / "pipeline", ignore_errors=True)
-        partial.rename(self.out / "pipeline")
-
-
-def check_data(prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> None:
-    """Raise unless there is something to draw, and all of it has words."""
-    pools = {"prompts": prompts}
-    if settings.needs_negatives:
-        pools["negative prompts"] = negatives
-    for name, pool in pools.items():
-        if not pool:
-            raise ValueError(
-                f"nasa_t: there are no {name}; give a file with one per line, or switch off "
-                "teacher_negative and student_nasa to train without negatives"
-            )
-        for number, line in enumerate(pool, start=1):
-            if not line.strip():
-                raise ValueError(f"nasa_t: line {number} of the {name} is empty; remove it")
+        try:
+            pipe.save_pretrained(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+        except (OSError, SafetensorError) as error:  # of a full disk, either
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"nasa_t: cannot write {path}: {error}; {self._checkpoint} holds the whole run. "
+                "Make room, then run the same command again"
+            ) from error

@@ -416,6 +416,9 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
     command = ["train", "--preset", "sd15", "--teacher", str(tmp_path), "--out", str(tmp_path)]
     assert main([*command, "--data", str(data), "--negatives", str(data)]) == 1
     assert "holds no diffusers pipeline" in capsys.readouterr().err
+    # what costs nothing to see is seen before that
+    assert main([*command, "--data", str(data)]) == 1
+    assert "there are no negative prompts" in capsys.readouterr().err
 
 
 def test_settings_on_the_command_line_have_their_types():

@@ -2,21 +2,26 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, LCMScheduler
 from nasa_diffusers import enable_nasa, testing
-from nasa_distill import checkpoint, networks
+from nasa_distill import checkpoint, networks, sharding
+from nasa_distill.checks import check_launch
+from nasa_distill.cli import main
 from nasa_distill.config import PRESETS, STAGES, Settings
 from nasa_distill.nasa_t import Run
-from train_small import small_run
+from PIL import Image
+from safetensors import SafetensorError
+from train_small import KILLED_AT, small_run
 
 SMALL = Settings(
     steps=2, batch=4, lora_rank=4, lora_alpha=8, student_rate=1e-3, clip_weight=0.0, ema=0.5
@@ -53,11 +58,13 @@ def test_a_run_trains_student_and_adapter_and_nothing_else(tmp_path, family, stu
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["vsd_gradient"] >= 0 and row["lora_loss"] > 0 for row in rows)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    picture = numpy.asarray(Image.open(tmp_path / "samples" / "step-000002.png"))[:128]
+    without, steered = picture[:, : 4 * 128], picture[:, 4 * 128 :]
+    assert without.shape == steered.shape and (without != steered).any()
 
     opened = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     denoiser = getattr(opened, "unet", None) or opened.transformer
-    average = run.average.state_dict()
-    assert all(torch.equal(average[name], p) for name, p in denoiser.state_dict().items())
+    assert all(torch.equal(run.average[name], p) for name, p in denoiser.named_parameters())
     opened.scheduler.set_timesteps(student_steps)
     assert tuple(opened.scheduler.timesteps.tolist()) == STAGES[student_steps]
 
@@ -152,23 +159,19 @@ def test_micro_batches_are_one_batch(tmp_path):
 # ---- resuming ------------------------------------------------------------------------------------
 
 
-def launch(out, *options, processes=1, **environment):
-    command = [sys.executable, str(HERE / "train_small.py"), str(out), *options]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        command = [sys.executable, *launcher, str(processes), *command[1:]]
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """What `train_small.py` leaves."""
+    out = tmp_path_factory.mktemp("elsewhere")
     paths = [str(Path(p).resolve()) for p in sys.path if p]
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     environment |= {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    command = [sys.executable, str(HERE / "train_small.py"), str(out)]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=600
     )
-
-
-def finish(process, timeout=300):
-    output = process.communicate(timeout=timeout)[0].decode()
-    assert process.returncode == 0, output
-    return output
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
 
 
 def final(out):
@@ -183,29 +186,66 @@ def equal_bits(left, right):
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, elsewhere):
+    """It was killed in the middle of writing a checkpoint."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    small_run(whole, 8).train(save_every=1, sample_every=100)
-    process = launch(broken)
-    deadline = time.monotonic() + 120
-    while not (broken / "state.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    reached = final(broken)["step"]
-    assert 0 < reached < final(whole)["step"], "killed too late to test anything"
-    small_run(broken, 8).train(save_every=1, sample_every=100)
+    small_run(whole).train(save_every=1, sample_every=100)
+    shutil.copytree(elsewhere / "killed", broken)
+    assert (broken / "state.pt.partial").exists() and len(log(broken)) == KILLED_AT
+    run = small_run(broken)
+    assert run.start == KILLED_AT - 1
+    run.train(save_every=1, sample_every=100)
     assert equal_bits(final(whole), final(broken))
-    assert (whole / "log.jsonl").read_text() == (broken / "log.jsonl").read_text()
+    assert log(whole) == log(broken)
 
 
-def test_two_processes_agree(tmp_path):
+def test_two_processes_agree(elsewhere):
     """Both hold the same weights after training on different halves of the batch."""
-    finish(launch(tmp_path, "--steps", "2", processes=2))
-    ends = [torch.load(tmp_path / f"process-{i}.pt", weights_only=True) for i in range(2)]
+    ends = [torch.load(elsewhere / f"process-{i}.pt", weights_only=True) for i in range(2)]
     assert equal_bits(ends[0]["weights"], ends[1]["weights"])
     assert ends[0]["draws"] != ends[1]["draws"]
-    assert final(tmp_path)["settings"]["processes"] == 2
+
+
+def test_two_processes_with_half_of_each_weight_train_the_same(tmp_path, elsewhere):
+    """FSDP against DDP. They differ where a tensor's elements are added or vectorised in another
+    order, so by some roundings of fp32 (1.2e-7), against what the weights have moved."""
+    ddp, fsdp = elsewhere / "ddp", elsewhere / "fsdp"
+    for ours, theirs in zip(log(fsdp), log(ddp), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    start = small_run(tmp_path, 2)
+    before = {"student": weights(start.student.denoiser), "lora": weights(start.teacher.denoiser)}
+    before["average"] = before["student"]
+    ends = final(fsdp), final(ddp)
+    for part, values in before.items():
+        ours, theirs = (torch.cat([x.flatten() for x in end[part].values()]) for end in ends)
+        moved = theirs - torch.cat([values[name].flatten() for name in ends[0][part]])
+        assert (ours - theirs).norm() < 1e-3 * moved.norm()
+
+    shapes = {name: p.shape for name, p in before["student"].items()}
+    held = [torch.load(elsewhere / f"process-{i}.pt", weights_only=True)["held"] for i in range(2)]
+    total = sum(shape.numel() for shape in shapes.values())
+    assert all(sum(x.numel() for x in half.values()) < 0.51 * total for half in held)
+    pictures = [
+        numpy.asarray(Image.open(out / "samples/step-000002.png"), float) for out in (ddp, fsdp)
+    ]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+    # written whole: a single process goes on with it, and opens what was exported
+    shutil.copytree(fsdp, tmp_path / "one")
+    one = small_run(tmp_path / "one", 2)
+    assert one.start == 2
+    assert equal_bits(weights(one.student.denoiser), ends[0]["student"])
+    opened = DiffusionPipeline.from_pretrained(fsdp / "pipeline").unet
+    assert equal_bits(weights(opened), ends[0]["average"])
+
+
+def test_split_networks_resume_to_the_same_bits(elsewhere):
+    assert equal_bits(final(elsewhere / "fsdp"), final(elsewhere / "resumed"))
+    assert log(elsewhere / "fsdp") == log(elsewhere / "resumed")
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -224,6 +264,16 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     state = final(tmp_path)
     assert state["step"] == 2
     assert all(torch.isfinite(value).all() for value in state["student"].values())
+
+
+def test_a_teacher_without_a_finite_score_is_not_followed(tmp_path):
+    run = make_run(tmp_path)
+    before = weights(run.student.denoiser)
+    with torch.no_grad():
+        run.teacher.denoiser.conv_in.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="teacher's noise is not finite at step 0"):
+        run.step(0)
+    assert not changed(before, weights(run.student.denoiser))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +298,13 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
         Run(SMALL, teacher, other, PROMPTS, NEGATIVES, tmp_path)
     with pytest.raises(ValueError, match="must be two copies"):
         Run(SMALL, teacher, teacher, PROMPTS, NEGATIVES, tmp_path)
+    another = networks.model_of(testing.stable_diffusion_xl(), "xl")
+    with pytest.raises(ValueError, match="the teacher takes more than a text .text_time, as SDXL"):
+        Run(SMALL, other, another, PROMPTS, NEGATIVES, tmp_path)
+    short = networks.model_of(testing.stable_diffusion(), "sd")
+    short.alphas_cumprod = short.alphas_cumprod[:500]
+    with pytest.raises(ValueError, match="the student must have 1000 timesteps, got 500"):
+        Run(SMALL, teacher, short, PROMPTS, NEGATIVES, tmp_path)
     joint = testing.stable_diffusion_3()
     with pytest.raises(ValueError, match="the scheduler in sd3 predicts None"):
         networks.model_of(joint, "sd3")
@@ -281,12 +338,65 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         make_run(tmp_path, accumulate=3)
 
 
+def test_never_is_no_interval(tmp_path):
+    with pytest.raises(ValueError, match="at least 1 step, got 0 and 500"):
+        make_run(tmp_path).train(save_every=0)
+
+
+@pytest.mark.parametrize(
+    "options, must",
+    [
+        ({}, "--fsdp_version 2"),
+        ({"RESHARD_AFTER_FORWARD": "false"}, "--fsdp_reshard_after_forward true"),
+        ({"OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params false"),
+        ({"ACTIVATION_CHECKPOINTING": "true"}, "--set gradient_checkpointing=true does it"),
+        ({"AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+    ],
+)
+def test_what_is_not_done_of_accelerates_fsdp_is_refused(monkeypatch, options, must):
+    assert not sharding.is_asked_by_launcher()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if options:
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        assert sharding.is_asked_by_launcher()
+    for name, value in options.items():
+        monkeypatch.setenv(f"FSDP_{name}", value)
+    with pytest.raises(ValueError, match=f"must be given .*{must}"):
+        sharding.is_asked_by_launcher()
+
+
+def test_launches_that_a_run_does_not_know_are_refused():
+    for kind in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        check_launch(kind, True)
+        check_launch(kind, False)
+    with pytest.raises(ValueError, match="splits the networks over several .*, and there is one"):
+        check_launch(DistributedType.NO, True)
+    with pytest.raises(ValueError, match="DEEPSPEED is not supported"):
+        check_launch(DistributedType.DEEPSPEED, False)
+
+
 def test_another_run_is_not_continued(tmp_path):
     make_run(tmp_path).train(save_every=1)
     with pytest.raises(ValueError, match="is of a run with seed=0, this one has 1"):
         make_run(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="is of a run with negatives="):
+        small = (networks.model_of(testing.stable_diffusion(), "sd") for _ in range(2))
+        Run(SMALL, *small, PROMPTS, ["blue"], tmp_path)
+    # how a step is computed may change
+    assert make_run(tmp_path, accumulate=2, gradient_checkpointing=True).start == 2
+
+    state = final(tmp_path)
+    state["student"]["conv_in.weight"] = state["student"]["conv_in.weight"][:, :3]
+    checkpoint.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="conv_in.weight of the student is .32, 3, 3, 3. in"):
+        make_run(tmp_path)
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="is not a checkpoint of this command"):
+        make_run(tmp_path)
+    (tmp_path / "state.pt").unlink()
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="is not the log of this command"):
         make_run(tmp_path)
 
 
@@ -306,6 +416,62 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert checkpoint.load(path, {})["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    run = make_run(tmp_path, steps=1)
+    monkeypatch.setattr(run.student.pipe.unet, "save_pretrained", full)
+    with pytest.raises(OSError, match="left on device .*; .*state.pt holds the whole run"):
+        run.train()
+    assert not list(tmp_path.glob("pipeline*"))
+    run = make_run(tmp_path, steps=1)
+    assert run.start == 1
+    opened = DiffusionPipeline.from_pretrained(run.train())
+    assert not changed(weights(opened.unet), run.average)
+
+
+def test_a_full_disk_leaves_the_log(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    checkpoint.Log(path).write(1, loss=0.5)
+    before = path.read_text()
+
+    def full(self, text):
+        self.open("w").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.Log(path, 1)
+    assert path.read_text() == before
+
+
+FULL = {
+    "sd15": testing.stable_diffusion,
+    "sd21": lambda: testing.stable_diffusion(version_2=True),
+    "pixart": testing.pixart,
+}
+
+
+@pytest.mark.parametrize("preset", FULL)
+def test_a_preset_runs_from_files(tmp_path, preset):
+    """A small checkpoint of the family, on disk, and the command with the preset as it is but for
+    its size."""
+    FULL[preset]().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data.txt").write_text("a cat\na dog\n")
+    command = ["train", "--preset", preset, "--teacher", str(tmp_path / "teacher")]
+    command += ["--out", str(tmp_path / "run"), "--data", str(tmp_path / "data.txt")]
+    command += ["--negatives", str(tmp_path / "data.txt")]
+    for small in ("steps=1", "batch=1", "lora_rank=2"):
+        command += ["--set", small]
+    assert main(command) == 0
+    state = final(tmp_path / "run")
+    assert state["settings"]["precision"] == "bf16" and log(tmp_path / "run")[0]["step"] == 1
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    denoiser = getattr(opened, "unet", None) or opened.transformer
+    assert equal_bits(weights(denoiser), {n: state["student"][n] for n in weights(denoiser)})
 
 
 def test_presets_are_those_of_table_6():
