@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from accelerate.utils import DistributedType
 
-from nasa_distill.config import STAGES, Settings
+from nasa_distill.config import Settings
 from nasa_distill.networks import Model
+
+LAST_TIMESTEP = 999  # settings name timesteps below it
 
 
 def check_launch(kind: DistributedType, is_split: bool) -> None:
@@ -35,9 +37,9 @@ def check_model(model: Model, role: str) -> None:
             f"Run: the {role} takes more than a text ({added}, as SDXL does), which NASA-T does "
             "not give it; choose a checkpoint of Stable Diffusion 1 or 2, or of PixArt"
         )
-    if model.last_timestep != STAGES[1][0]:
+    if model.last_timestep != LAST_TIMESTEP:
         raise ValueError(
-            f"Run: the {role} must have {STAGES[1][0] + 1} timesteps, got "
+            f"Run: the {role} must have {LAST_TIMESTEP + 1} timesteps, got "
             f"{model.last_timestep + 1}; choose a scheduler with num_train_timesteps 1000"
         )
 

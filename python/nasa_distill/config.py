@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-# one-step students start at the last timestep; these are the steps of diffusers' LCMScheduler
-STAGES = {1: (999,), 4: (999, 759, 499, 259)}
+STUDENT_STEPS = (1, 4)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # a network as small as the world's has most of its weights elsewhere
 EVERYTHING = (
@@ -67,8 +66,8 @@ class Settings:
         for name in ("student_rate", "lora_rate", "clip_gradient"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 self._refuse(name, "a positive number")
-        if self.student_steps not in STAGES:
-            self._refuse("student_steps", " or ".join(map(str, STAGES)))
+        if self.student_steps not in STUDENT_STEPS:
+            self._refuse("student_steps", " or ".join(map(str, STUDENT_STEPS)))
         if self.precision not in ("no", "bf16"):
             self._refuse("precision", "'no' or 'bf16'")
         if not 0 <= self.noise[0] <= self.noise[1] < 1000:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from nasa_distill import checkpoint, losses, sharding
 from nasa_distill.checks import check_data, check_launch, check_model, digest
 from nasa_distill.clip import Clip
-from nasa_distill.config import STAGES, Settings
+from nasa_distill.config import Settings
 from nasa_distill.fit import generator
 from nasa_distill.networks import Model, Text, add_lora, check_fit, without_lora
 
@@ -116,6 +116,7 @@ class Run:
         self.settings, self.out = settings, out
         self.prompts, self.negatives = list(prompts), list(negatives)
         self.teacher, self.student = teacher, student
+        self.stages = student.stages(settings.student_steps)
         self.clip = clip if settings.clip_weight > 0 else None
         self.is_split = sharding.is_asked_by_launcher() or fsdp
         self.accelerator = Accelerator(mixed_precision=settings.precision)
@@ -245,8 +246,7 @@ class Run:
         """
         settings = self.settings
         shared = generator(settings.seed, step)  # the same in every process
-        stages = STAGES[settings.student_steps]
-        stage = int(torch.randint(len(stages), (), generator=shared))
+        stage = int(torch.randint(len(self.stages), (), generator=shared))
         own = generator(settings.seed, step, 1 + self.accelerator.process_index)
         low, high = settings.alpha
         alpha = low + (high - low) * torch.rand((), generator=own).item()
@@ -320,8 +320,7 @@ class Run:
 
     def _draw(self, draws: Draws, stage: int) -> Tensor:
         """The student's x_0 at a stage; earlier stages are run without a gradient (DMD2)."""
-        device = self.accelerator.device
-        stages = STAGES[self.settings.student_steps]
+        device, stages = self.accelerator.device, self.stages
         text = self.student.encode(draws.prompts)
         if self.nasa is not None:
             against = self.student.encode(draws.negatives)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
 from nasa_diffusers.api import find_denoisers
 from nasa_diffusers.families import family_of
 from peft import LoraConfig, inject_adapter_in_model
@@ -82,6 +82,12 @@ class Model:
         """`[b, 1, 1, 1]` each, in fp32: bf16 would be divided by the last alpha, 0.07."""
         kept = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
+
+    def stages(self, steps: int) -> tuple[int, ...]:
+        """The timesteps at which diffusers' LCMScheduler calls a student of so many steps."""
+        scheduler = LCMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return tuple(scheduler.timesteps.tolist())
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:

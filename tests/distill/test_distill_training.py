@@ -17,7 +17,7 @@ from nasa_diffusers import enable_nasa, testing
 from nasa_distill import checkpoint, networks, sharding
 from nasa_distill.checks import check_launch
 from nasa_distill.cli import main
-from nasa_distill.config import PRESETS, STAGES, Settings
+from nasa_distill.config import PRESETS, STUDENT_STEPS, Settings
 from nasa_distill.nasa_t import Run
 from PIL import Image
 from safetensors import SafetensorError
@@ -44,7 +44,7 @@ def changed(before, after):
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
 
 
-@pytest.mark.parametrize("student_steps", STAGES)
+@pytest.mark.parametrize("student_steps", STUDENT_STEPS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_trains_student_and_adapter_and_nothing_else(tmp_path, family, student_steps):
     run = make_run(tmp_path, family, student_steps=student_steps)
@@ -66,7 +66,15 @@ def test_a_run_trains_student_and_adapter_and_nothing_else(tmp_path, family, stu
     denoiser = getattr(opened, "unet", None) or opened.transformer
     assert all(torch.equal(run.average[name], p) for name, p in denoiser.named_parameters())
     opened.scheduler.set_timesteps(student_steps)
-    assert tuple(opened.scheduler.timesteps.tolist()) == STAGES[student_steps]
+    assert tuple(opened.scheduler.timesteps.tolist()) == run.stages
+    assert run.stages == (999, 759, 499, 259)[:student_steps]
+
+
+def test_four_steps_are_those_of_the_students_own_scheduler():
+    model = networks.model_of(testing.stable_diffusion(), "sd15")
+    eighths = LCMScheduler.from_config(model.pipe.scheduler.config, original_inference_steps=8)
+    model.pipe.scheduler = eighths
+    assert model.stages(4) == (999, 749, 499, 249)
 
 
 def test_at_the_start_the_scores_agree(tmp_path):
