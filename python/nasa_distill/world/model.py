@@ -133,7 +133,7 @@ def make_scheduler(one_step: bool) -> DDIMScheduler | LCMScheduler:
 
 def make_joint(width: int, layers: int) -> SD3Transformer2DModel:
     """16 tokens of the image and 16 of the text in one attention, with the norms of SD3.5."""
-    transformer = SD3Transformer2DModel(
+    transformer: Any = SD3Transformer2DModel(
         sample_size=GRID,
         patch_size=2,
         in_channels=CHANNELS,
