@@ -56,6 +56,22 @@ def test_the_results_are_those_of_this_model():
         assert str(best.total.shares[name]).replace(" (", " % (") in readme
 
 
+def test_the_rules_page_is_made_of_its_numbers():
+    """And what the documentation of the rules says of them is in it."""
+    folder = Path(__file__).parents[2] / "docs" / "distill"
+    results = report.read(folder / "rules" / "results.json")
+    pictures = [folder / "rules" / f"{name}.png" for name in ("sweep-4", "price-4", "samples")]
+    assert report.markdown(results, pictures, folder) == (folder / "rules.md").read_text()
+    assert all(path.exists() for path in pictures)
+    documented = (folder.parent / "diffusers" / "joint.md").read_text()
+    for steps in report.student_steps(results):
+        for name in ("none", *evaluate.ALPHAS, "nag", "cfg"):
+            best = report.best(report.student_cells(results, steps), name)
+            shares = [best.total.shares[share] for share in ("removed", "valid", "all three")]
+            row = f"| {best.method.strength:g} | " + " | ".join(map(str, shares)) + " |"
+            assert f"| `{name}` {row}" in documented
+
+
 def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     assert main(["demo", "--out", str(tmp_path)]) == 1
