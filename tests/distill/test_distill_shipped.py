@@ -43,17 +43,20 @@ def test_the_results_are_those_of_this_model():
     folder = Path(__file__).parents[2] / "docs" / "distill"
     results = report.read(folder / "results.json")
     assert results.about["student"] == evaluate.checksum(shipped.path())
-    pictures = [folder / "sweep-1.png", folder / "samples.png"]
+    pictures = [folder / f"{name}.png" for name in ("sweep-1", "sweep-4", "samples")]
     assert report.markdown(results, pictures, folder) == (folder / "results.md").read_text()
     assert all(path.exists() for path in pictures)
-    quality = results.quality["student, 1 step"].shares
     card = (shipped.FOLDER / "README.md").read_text()
     readme = (folder.parents[1] / "README.md").read_text()
-    for name in ("valid", "followed if valid"):
-        assert str(quality[name]).replace(" (", " % (") in card
-    best = report.best(results.cells, "nasa")
-    for name in ("removed", "valid", "all three"):
-        assert str(best.total.shares[name]).replace(" (", " % (") in readme
+    for steps in ("1 step", "4 steps"):
+        quality = results.quality[f"student, {steps}"].shares
+        for name in ("valid", "followed if valid"):
+            assert str(quality[name]).replace(" (", " % (") in card
+    for steps in report.student_steps(results):
+        for name in ("none", "cfg", "nag", "vsf", "nasa"):
+            best = report.best(report.student_cells(results, steps), name)
+            for share in ("removed", "valid", "all three"):
+                assert str(best.total.shares[share]).replace(" (", " % (") in readme
 
 
 def test_the_rules_page_is_made_of_its_numbers():
