@@ -1,11 +1,12 @@
 """The model that comes with the package: its size, its quality, and the demonstration of it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from nasa_distill import demo, evaluate, report, shipped
+from nasa_distill import ablation, demo, evaluate, report, shipped
 from nasa_distill.cli import main
 from nasa_distill.fit import generator
 from nasa_distill.networks import load
@@ -73,6 +74,12 @@ def test_the_rules_page_is_made_of_its_numbers():
             shares = [best.total.shares[share] for share in ("removed", "valid", "all three")]
             row = f"| {best.method.strength:g} | " + " | ".join(map(str, shares)) + " |"
             assert f"| `{name}` {row}" in documented
+
+
+def test_the_ablation_page_is_made_of_its_numbers():
+    folder = Path(__file__).parents[2] / "docs" / "distill"
+    rows = json.loads((folder / "ablation.json").read_text())
+    assert ablation.table(rows) in (folder / "ablation.md").read_text()
 
 
 def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
