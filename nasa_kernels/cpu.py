@@ -1,8 +1,8 @@
 """The back end for CPU tensors: PyTorch's fused CPU attention for each prompt, one epilogue.
 
 fp16 is computed in fp32 and rounded once. bf16 is left to PyTorch's bf16 attention, which is faster
-than that and rounds Z of each prompt as well. For a gradient, Z and the log-sum-exp of each prompt
-are kept; without one fp16's never exist as a whole in fp32.
+than that and rounds Z of each prompt as well; so are the gradients of few queries. For a gradient, Z
+and the log-sum-exp of each prompt are kept; without one fp16's never exist as a whole in fp32.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,9 @@ from nasa_kernels.reference import additive_bias
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# PyTorch adds up dK and dV of bf16 in bf16, block by block of queries: of more than these it loses
+# more than eager does, and fp32 is as fast
+_BF16_QUERIES = 1024
 # fp32 copies of queries at a time: small enough to stay in cache and to come from the heap
 _CHUNK_BYTES = 2 << 20
 
@@ -134,8 +137,9 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     has_pos, has_neg = _sides(q, k_pos, k_neg, alpha_map, alpha)
     # [b, h, l, d]
-    dtype = computed_in(q.dtype)
+    dtype = torch.float32 if q.shape[1] > _BF16_QUERIES else computed_in(q.dtype)
     do, queries = (x.to(dtype).transpose(1, 2) for x in (grad_o, q))
+    z_pos, z_neg = z_pos.to(dtype), z_neg.to(dtype)
     dq = dk_pos = dv_pos = dk_neg = dv_neg = None
     if has_pos:
         x = prompt(k_pos, v_pos, mask_pos, dtype)

@@ -73,6 +73,13 @@ def test_alpha_tensors(backend, size):
     check_gradients(backend, make_inputs(BASIC, torch.float16, DEVICE), alpha)
 
 
+@pytest.mark.parametrize("l", [1024, 1025, 4096])
+def test_many_queries_in_bf16_on_the_cpu(l):
+    """Their gradients of keys and values are sums over all queries, which bf16 must not add up."""
+    shape = BASIC._replace(b=1, l=l)
+    check_gradients("cpu", make_inputs(shape, torch.bfloat16, "cpu"), 0.6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(77, 33), (150, 77)], ids=["resident", "streamed"])
 @pytest.mark.parametrize("kind", ["bool", "bias", "huge"])
