@@ -1,8 +1,8 @@
 """The back end for CPU tensors: PyTorch's fused CPU attention for each prompt, one epilogue.
 
 fp16 is computed in fp32 and rounded once. bf16 is left to PyTorch's bf16 attention, which is faster
-than that and rounds Z of each prompt as well; so are the gradients of few queries. For a gradient, Z
-and the log-sum-exp of each prompt are kept; without one fp16's never exist as a whole in fp32.
+than that and rounds Z of each prompt as well; so are the gradients of few queries. For a gradient,
+Z and the log-sum-exp of each prompt are kept; without one fp16's never exist as a whole in fp32.
 """
 
 from typing import NamedTuple
