@@ -33,6 +33,11 @@ JOINT_PAIR_BACKENDS = ("triton", "cpu")
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 # CPU for Triton as well: tests run the kernels there in its interpreter
 _DEVICES = {"cuda": ("CUDA",), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
+_JOINT_MODULES = {
+    "cuda": "nasa_kernels._cuda",
+    "triton": "nasa_kernels._triton.joint",
+    "cpu": "nasa_kernels.cpu_joint",
+}
 
 _PROMPTS = "Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg"
 _REST = "Tensor? mask_pos, Tensor? mask_neg, Tensor? alpha_map, float alpha, float scale"
@@ -305,21 +310,13 @@ def _register(backend: str) -> tuple[Any, Any]:
     return forward, attention
 
 
-def _register_joint(backend: str) -> Any:
-    """`joint_forward_NAME`: both launches."""
-    forward = _define(
-        f"joint_forward_{backend}",
-        f"({_JOINT_INPUTS}) -> Tensor",
-        _forward_fake,
-        _joint_forward_flops,
+def _register_joint(backend: str, function: str, inputs: str, result: str, fake: Callable) -> Any:
+    """`joint_FUNCTION_NAME`: both launches, without a gradient."""
+    operator = _define(
+        f"joint_{function}_{backend}", f"({inputs}) -> {result}", fake, _joint_forward_flops
     )
-    module = {
-        "cuda": "nasa_kernels._cuda",
-        "triton": "nasa_kernels._triton.joint",
-        "cpu": "nasa_kernels.cpu_joint",
-    }[backend]
-    library.impl(forward.name(), _DEVICES[backend], _lazily(module, "forward"))
-    return forward
+    library.impl(operator.name(), _DEVICES[backend], _lazily(_JOINT_MODULES[backend], function))
+    return operator
 
 
 def _register_joint_gradient(backend: str) -> Any:
@@ -336,29 +333,14 @@ def _register_joint_gradient(backend: str) -> Any:
         _joint_backward_fake,
         _joint_backward_flops,
     )
-    of_attention, of_backward = {
-        "cuda": ("nasa_kernels._cuda", "nasa_kernels._cuda"),
-        "triton": ("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
-        "cpu": ("nasa_kernels.cpu_joint", "nasa_kernels.cpu_joint"),
-    }[backend]
+    of_attention = of_backward = _JOINT_MODULES[backend]
+    if backend == "triton":
+        of_backward = "nasa_kernels._triton.joint_backward"
     devices = _DEVICES[backend]
     library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
     library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
-
-
-def _register_joint_pair(backend: str) -> Any:
-    """`joint_pair_NAME`: as `joint_forward_NAME`, and without a gradient."""
-    pair = _define(
-        f"joint_pair_{backend}",
-        f"({_PAIR_INPUTS}) -> (Tensor, Tensor)",
-        _joint_pair_fake,
-        _joint_forward_flops,
-    )
-    module = {"triton": "nasa_kernels._triton.joint", "cpu": "nasa_kernels.cpu_joint"}[backend]
-    library.impl(pair.name(), _DEVICES[backend], _lazily(module, "pair"))
-    return pair
 
 
 # the second launch of the CUDA C++ kernels, implemented by the compiled extension
@@ -396,9 +378,15 @@ _define(
 _OPERATORS = {backend: _register(backend) for backend in BACKENDS}
 FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
 ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
-JOINT_FORWARD = {backend: _register_joint(backend) for backend in JOINT_BACKENDS}
+JOINT_FORWARD = {
+    backend: _register_joint(backend, "forward", _JOINT_INPUTS, "Tensor", _forward_fake)
+    for backend in JOINT_BACKENDS
+}
 JOINT_ATTENTION = {backend: _register_joint_gradient(backend) for backend in JOINT_BACKENDS}
-JOINT_PAIR = {backend: _register_joint_pair(backend) for backend in JOINT_PAIR_BACKENDS}
+JOINT_PAIR = {
+    backend: _register_joint(backend, "pair", _PAIR_INPUTS, "(Tensor, Tensor)", _joint_pair_fake)
+    for backend in JOINT_PAIR_BACKENDS
+}
 
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(
