@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test of every back end skips one that refuses its dtype, as `cuda` does fp32."""
+    """A test of every back end skips fp32 on `cuda`, which has none; other refusals are errors."""
     try:
         return (yield)
     except ValueError as error:

@@ -181,6 +181,9 @@ def test_a_dtype_that_a_back_end_does_not_take():
         backends.require("nasa_attention", "cuda", q)
     assert refuses_dtype("cuda", error.value)
     assert not refuses_dtype("triton", error.value) and not refuses_dtype(None, error.value)
+    for backend, dtype in (("triton", "float32"), ("cuda", "bfloat16")):
+        wrong = ValueError(f"backend {backend!r} takes torch.float16, got q of torch.{dtype}; cast")
+        assert not refuses_dtype(backend, wrong)
     with pytest.raises(ValueError) as error:
         call(mask_pos=x(3, 5), backend="cpu")
     assert not refuses_dtype("cpu", error.value)

@@ -6,10 +6,7 @@ from drawing import assert_same_image, denoise, negative_embeds, relative_error
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
