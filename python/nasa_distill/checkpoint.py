@@ -46,11 +46,13 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
-    # any: a file cut short is an OSError, other bytes raise what they like. The cause is told
+    except (MemoryError, PermissionError):
+        raise  # says nothing of what is in the file
+    # bytes that are no checkpoint raise what they like; the cause is told
     except Exception as error:
         raise ValueError(
-            f"checkpoint.load: {path} is not a checkpoint of this command ({error}); move it away "
-            "to begin anew"
+            f"checkpoint.load: {path} cannot be read as a checkpoint of this command "
+            f"({type(error).__name__}: {error}); if it is none, move it away to begin anew"
         ) from error
     if changed := [key for key in {*settings, *before} if settings.get(key) != before.get(key)]:
         key = min(changed)

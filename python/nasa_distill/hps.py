@@ -55,11 +55,13 @@ def load(path: Path, tokenizer: Any, heads: tuple[int, int] = (HEAD_VISION, HEAD
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         return Clip(to_transformers(state, *heads), tokenizer)
-    # any: a file cut short is an OSError, other bytes raise what they like. The cause is told
+    except (MemoryError, PermissionError):
+        raise  # says nothing of what is in the file
+    # bytes that are no weights raise what they like; the cause is told
     except Exception as error:
         raise ValueError(
-            f"hps.load: {path} holds no weights of HPSv2 ({type(error).__name__}: {error}); give "
-            "HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of xswu/HPSv2"
+            f"hps.load: {path} cannot be read as weights of HPSv2 ({type(error).__name__}: "
+            f"{error}); give HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of xswu/HPSv2"
         ) from error
 
 

@@ -82,5 +82,5 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"state_dict": {"conv_in.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(b"PK")
     for name in ("other.pt", "cut.pt", "missing.pt"):
-        with pytest.raises(ValueError, match=f"{name} holds no weights of HPSv2"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights of HPSv2"):
             hps.load(tmp_path / name, make_tokenizer())

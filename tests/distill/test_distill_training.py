@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -384,7 +385,7 @@ def test_launches_that_a_run_does_not_know_are_refused():
         check_launch(DistributedType.DEEPSPEED, False)
 
 
-def test_another_run_is_not_continued(tmp_path):
+def test_another_run_is_not_continued(tmp_path, monkeypatch):
     make_run(tmp_path).train(save_every=1)
     with pytest.raises(ValueError, match="is of a run with seed=0, this one has 1"):
         make_run(tmp_path, seed=1)
@@ -400,7 +401,10 @@ def test_another_run_is_not_continued(tmp_path):
     with pytest.raises(ValueError, match="conv_in.weight of the student is .32, 3, 3, 3. in"):
         make_run(tmp_path)
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="is not a checkpoint of this command"):
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of this command"):
+        make_run(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "load", Mock(side_effect=MemoryError))
         make_run(tmp_path)
     (tmp_path / "state.pt").unlink()
     (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
