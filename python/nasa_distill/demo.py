@@ -49,7 +49,7 @@ def sweep(out: Path, device: torch.device, console: Console) -> None:
 
     stock = draw()
     console.print(
-        f"[bold]StableDiffusionPipeline[/], the shipped one-step model, {IMAGES} images:\n"
+        f"[bold]StableDiffusionPipeline[/], the shipped model in one step, {IMAGES} images:\n"
         f"{PROMPT!r} without {NEGATIVE!r}"
     )
     table = Table()

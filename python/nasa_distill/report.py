@@ -257,7 +257,7 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
 
 
 TEXTS = {
-    "title": "Negative prompts in one step, measured on the small world",
+    "title": "Negative prompts in few steps, measured on the small world",
     "models": "models are those",
     "methods": """\
 `cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`

@@ -136,11 +136,15 @@ def read(path: Path, videos: list[Path]) -> tuple[list[dict[str, Any]], dict[str
         values = dict(pairs)
         for row in rows:
             if row["video"] not in values:
-                raise ValueError(f"vbench.read: VBench gave {row['video']} no {dimension}")
+                raise ValueError(
+                    f"vbench.read: VBench gave {row['video']} no {dimension}; see what it wrote "
+                    "above, and whether the file plays"
+                )
             row[dimension] = value = values[row["video"]]
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise ValueError(
-                    f"vbench.read: {dimension} of {row['video']} must be from 0 to 1, got {value}"
+                    f"vbench.read: {dimension} of {row['video']} must be from 0 to 1, got {value}; "
+                    "another release may scale it otherwise, install vbench==0.1.5"
                 )
         if len(pairs) != len(rows):
             raise ValueError(

@@ -71,9 +71,8 @@ def make_pairs(
             noise = torch.randn(CHUNK, *teacher.latent_shape, generator=noise_of)
             text = teacher.encode(captions).embeds
             with torch.autocast(noise.device.type, torch.bfloat16):
-                path_ = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
-                latents = [noise, *path_]
-            *states, x0 = latents[:: steps // QUARTERS]
+                drawn = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
+                *states, x0 = [noise, *drawn][:: steps // QUARTERS]
             chunk = {"states": torch.stack(states), "x0": x0, "captions": captions}
             chunk["settings"] = identity
             checkpoint.save(chunk, path)

@@ -123,14 +123,14 @@ def test_the_autoencoder_is_the_code():
     assert (pixels - patch_code.decode(codes)).abs().max() < 1 / 255
 
 
-@pytest.mark.parametrize("one_step", [False, True])
-def test_a_checkpoint_opens_as_a_stock_pipeline(tmp_path, one_step):
+@pytest.mark.parametrize("few_step", [False, True])
+def test_a_checkpoint_opens_as_a_stock_pipeline(tmp_path, few_step):
     torch.manual_seed(0)
     pipe = model.make_pipeline(
         model.make_unet((16, 32)),
         model.make_text_encoder(model.make_tokenizer()),
         code.make_autoencoder(),
-        one_step,
+        few_step,
     )
     pipe.save_pretrained(tmp_path)
     opened = StableDiffusionPipeline.from_pretrained(tmp_path)
@@ -150,8 +150,8 @@ def test_one_step_is_the_networks_own_x0():
     encoder, autoencoder = model.make_text_encoder(tokenizer), code.make_autoencoder()
     projected = CLIPTextModelWithProjection(model.text_config(tokenizer))
     for pipe in (
-        model.make_pipeline(unet, encoder, autoencoder, one_step=False),
-        model.make_pipeline(unet, encoder, autoencoder, one_step=True),
+        model.make_pipeline(unet, encoder, autoencoder, few_step=False),
+        model.make_pipeline(unet, encoder, autoencoder, few_step=True),
         model.make_joint_pipeline(model.make_joint(32, 2), projected, autoencoder),
     ):
         ours = model_of(pipe, "here")

@@ -32,7 +32,7 @@ from nasa_distill.world.scene import RATES, scenes
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of the shipped model and its siblings. On two CPU cores it takes two to three hours."""
+    """Of the shipped model and its siblings. It was run in parts, on two CPU cores."""
 
     clip: Settings = Settings(steps=600, batch=64, learning_rate=2e-3, ema=0.99)
     teacher: tuple[Settings, ...] = (
@@ -81,7 +81,7 @@ def make(recipe: Recipe, out: Path) -> None:
         tokenizer.save_pretrained(out / "clip" / "model")
 
     unet = teacher.train(recipe.teacher, encoder, tokenizer, out / "teacher")
-    save(unet, encoder, out / "teacher" / "pipeline", one_step=False)
+    save(unet, encoder, out / "teacher" / "pipeline", few_step=False)
 
     drawn = load(out / "teacher" / "pipeline")
     pairs = warmup.make_pairs(
@@ -93,13 +93,13 @@ def make(recipe: Recipe, out: Path) -> None:
         (4, recipe.four_step, "four-step"),
     ):
         student = warmup.train(drawn, student, pairs, steps, cycles, out / name)
-        save(student, encoder, out / name / "pipeline", one_step=True)
+        save(student, encoder, out / name / "pipeline", few_step=True)
     make_joint(recipe, pairs, clip, out / "joint")
     write_prompts(out)
 
 
-def save(unet: UNet2DConditionModel, encoder: CLIPTextModel, path: Path, one_step: bool) -> None:
-    pipe: Any = model.make_pipeline(unet, encoder, make_autoencoder(), one_step)
+def save(unet: UNet2DConditionModel, encoder: CLIPTextModel, path: Path, few_step: bool) -> None:
+    pipe: Any = model.make_pipeline(unet, encoder, make_autoencoder(), few_step)
     pipe.save_pretrained(path)
 
 

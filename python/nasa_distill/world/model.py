@@ -109,7 +109,7 @@ def make_pipeline(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     vae: AutoencoderTiny,
-    one_step: bool = False,
+    few_step: bool = False,
 ) -> StableDiffusionPipeline:
     """A stock pipeline: DDIM for a teacher, LCM's scheduler for a one- or few-step student."""
     return StableDiffusionPipeline(
@@ -117,15 +117,15 @@ def make_pipeline(
         text_encoder=text_encoder,
         tokenizer=make_tokenizer(),
         unet=unet,
-        scheduler=make_scheduler(one_step),
+        scheduler=make_scheduler(few_step),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def make_scheduler(one_step: bool) -> DDIMScheduler | LCMScheduler:
-    if one_step:
+def make_scheduler(few_step: bool) -> DDIMScheduler | LCMScheduler:
+    if few_step:
         # of four steps, LCM's are 999, 749, 499 and 249: where the quarters of the schedule begin
         return LCMScheduler(**NOISE, original_inference_steps=8)
     return DDIMScheduler(**NOISE, timestep_spacing="trailing")
@@ -169,7 +169,7 @@ def make_joint_pipeline(
     tokenizer = make_tokenizer()
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=make_scheduler(one_step=True),
+        scheduler=make_scheduler(few_step=True),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
