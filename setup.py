@@ -25,7 +25,7 @@ DIFFUSERS = [
     *("diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"),
     *("pillow>=10", "tqdm"),
 ]
-DISTILL = [*DIFFUSERS, "safetensors"]
+DISTILL = [*DIFFUSERS, "safetensors", "matplotlib>=3.8"]
 DEMO = ["rich>=13", "numpy"]
 # nvidia-ml-py: the clock of the GPU around a measurement
 BENCH = [*DEMO, "matplotlib>=3.8", "nvidia-ml-py"]
