@@ -24,6 +24,7 @@ class Settings:
     accumulate: int = 1  # micro-batches of a step, in each process
     student_steps: int = 1  # 1 or 4
     lora_updates: int = 1  # steps of the LoRA teacher for one of the student
+    lora_first: int = 0  # of the steps, those at the start in which it learns alone
 
     # Table 5: who sees the negative prompt
     teacher_negative: bool = True
@@ -63,6 +64,8 @@ class Settings:
         for name in ("steps", "batch", "accumulate", "lora_updates", "lora_rank"):
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
+        if not 0 <= self.lora_first < self.steps:
+            self._refuse("lora_first", "from 0 to below steps")
         for name in ("student_rate", "lora_rate", "clip_gradient"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 self._refuse(name, "a positive number")

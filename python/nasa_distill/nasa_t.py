@@ -238,7 +238,10 @@ class Run:
     # ---- one step --------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
-        """One step of the student and `lora_updates` of the LoRA teacher; what to log of it.
+        """One step of the student, from `lora_first` on, and `lora_updates` of the LoRA teacher.
+
+        Returns:
+            What to log of it.
 
         Raises:
             FloatingPointError: A latent, score, loss or gradient is not finite. It was not used,
@@ -258,14 +261,20 @@ class Run:
                 settings, self.prompts, self.negatives, self.student.latent_shape, self.rows, own,
                 alpha,
             )  # fmt: skip
+            text = self.teacher.encode(draws.prompts)
+            if step < settings.lora_first:
+                with torch.no_grad():
+                    made.append((draws, self._draw(draws, stage), text))
+                continue
             with self._synchronised(self.network, micro):
-                x0, text, values = self._student_loss(draws, step, stage)
+                x0, values = self._student_loss(draws, text, step, stage)
                 self.accelerator.backward(values.pop("loss") / settings.accumulate)
             made.append((draws, x0.detach(), text))
             for name, value in values.items():
                 logged[name] = logged.get(name, 0.0) + float(value) / settings.accumulate
-        logged["student_gradient"] = self._update(self.student_optimiser, self.network, step)
-        self._follow()
+        if step >= settings.lora_first:
+            logged["student_gradient"] = self._update(self.student_optimiser, self.network, step)
+            self._follow()
 
         for _ in range(settings.lora_updates):
             total = 0.0
@@ -279,14 +288,15 @@ class Run:
             logged["lora_loss"] = total
         return logged
 
-    def _student_loss(self, draws: Draws, step: int, stage: int) -> tuple[Tensor, Text, dict]:
-        """The latents of the student, the teacher's prompts, and the loss (equation 6 and CLIP)."""
+    def _student_loss(
+        self, draws: Draws, text: Text, step: int, stage: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The latents of the student, and the loss (equation 6 and CLIP)."""
         settings, device = self.settings, self.accelerator.device
         kappa, rows = draws.kappa.to(device), len(draws.prompts)
         x0 = self._draw(draws, stage)
         self._check("student's latents", x0, step)
 
-        text = self.teacher.encode(draws.prompts)
         null = self._null(rows)
         against = self.teacher.encode(draws.negatives) if settings.needs_negatives else null
         timesteps = draws.timesteps(*settings.noise).to(device)
@@ -316,7 +326,7 @@ class Run:
             values["clip_loss"] = clip.detach()
             loss = loss + weight * clip
         self._check("student's loss", loss, step)
-        return x0, text, {"loss": loss, **values}
+        return x0, {"loss": loss, **values}
 
     def _draw(self, draws: Draws, stage: int) -> Tensor:
         """The student's x_0 at a stage; earlier stages are run without a gradient (DMD2)."""

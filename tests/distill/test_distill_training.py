@@ -85,6 +85,18 @@ def test_at_the_start_the_scores_agree(tmp_path):
     assert run.step(1)["vsd_gradient"] > 0
 
 
+def test_the_lora_teacher_may_learn_first(tmp_path):
+    run = make_run(tmp_path, lora_first=1, teacher_negative=False)
+    networks = run.student.denoiser, run.teacher.denoiser
+    before = [weights(network) for network in networks]
+    assert "student_gradient" not in run.step(0)
+    after = [weights(network) for network in networks]
+    assert not changed(before[0], after[0]) and changed(before[1], after[1])
+    # what it learned is what the student follows from its first step on
+    assert run.step(1)["vsd_gradient"] > 0
+    assert changed(after[0], weights(networks[0]))
+
+
 SWITCHES = {
     "teacher": {"teacher_negative": True},
     "lora": {"lora_negative": True},
@@ -334,6 +346,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
         ({"p_null": 1.5}, "p_null must be between 0 and 1"),
         ({"precision": "fp8"}, "precision must be"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"lora_first": 2}, "lora_first must be from 0 to below steps"),
         ({"colour": 1}, "there is no 'colour'"),
     ],
 )
