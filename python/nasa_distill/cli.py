@@ -116,7 +116,7 @@ def run_world(options: argparse.Namespace) -> None:
     from nasa_distill.world.make import Recipe, make
 
     recipe = Recipe()
-    students = dict.fromkeys(("student", "four_step", "joint"), options.student_steps)
+    students = dict.fromkeys(("student", "four_step", "joint", "pixart"), options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:
             cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))

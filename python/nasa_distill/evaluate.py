@@ -208,7 +208,7 @@ def _call(
             latents=z,
             generator=random_,
             output_type="pt",
-            **model.text_options,
+            **model.call_options,
             **options,
         ).images
     return images * 2 - 1
@@ -285,6 +285,7 @@ def run(
         "images per pair": images,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "network": type(distilled.denoiser).__name__,
         "student": checksum(student),
     }
     if teacher is not None:

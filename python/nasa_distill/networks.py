@@ -7,6 +7,7 @@ module knows how to encode text for them and how to call one, and nothing of los
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 from nasa_distill import losses
 
+PIXART = "PixArtTransformer2DModel"
 JOINT = "SD3Transformer2DModel"  # attends to image and text at once; not for NASA-T
-KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel", JOINT)
+KINDS = ("UNet2DConditionModel", PIXART, JOINT)
 
 
 class Text(NamedTuple):
@@ -71,8 +73,20 @@ class Model:
 
     @property
     def text_options(self) -> dict[str, int]:
-        """Of the pipeline's call and of `enable_nasa`: there is no T5, and so no tokens of it."""
-        return {"max_sequence_length": 0} if self.joint else {}
+        """Of the pipeline's call and of `enable_nasa`: how many tokens of a T5 there are."""
+        if self.joint:
+            return {"max_sequence_length": 0}  # there is no T5
+        if type(self.denoiser).__name__ == PIXART:
+            call = inspect.signature(self.pipe.__call__).parameters
+            most = call["max_sequence_length"].default
+            return {"max_sequence_length": min(most, self.pipe.tokenizer.model_max_length)}
+        return {}
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """Of the pipeline's call: PixArt bins the sizes of its large models, and knows no other."""
+        plain = {"use_resolution_binning": False, "clean_caption": False}
+        return self.text_options | (plain if type(self.denoiser).__name__ == PIXART else {})
 
     @property
     def last_timestep(self) -> int:
@@ -97,7 +111,8 @@ class Model:
             )
             return Text(embeds, None, pooled)
         family = family_of(self.denoiser)
-        return Text(*family.encode(self.pipe, list(prompts), None))
+        length = self.text_options.get("max_sequence_length")
+        return Text(*family.encode(self.pipe, list(prompts), length))
 
     def output(self, denoiser: nn.Module, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         """What `denoiser` predicts, without the variance that PixArt predicts beside it."""

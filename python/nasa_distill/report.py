@@ -246,8 +246,11 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
         sections.insert(0, "## The teacher, 25 steps\n\n" + table(teacher))
     pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
+    texts = TEXTS_JOINT if is_joint(results) else TEXTS
+    if "network" in results.about:
+        texts = texts | {"title": f"{texts['title']}: {results.about['network']}"}
     return TEMPLATE.format(
-        **(TEXTS_JOINT if is_joint(results) else TEXTS),
+        **texts,
         about=about,
         quality=quality_table(results),
         sections="\n\n".join(sections),

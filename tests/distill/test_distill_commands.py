@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from nasa_diffusers import enable_nasa
 from nasa_distill import ablation, evaluate, metrics, report, teacher, warmup
 from nasa_distill.cli import main, parse_settings
@@ -28,6 +28,9 @@ RECIPE = Recipe(
     four_step=(TINY,),
     joint=(TINY,),
     joint_size=(32, 2),
+    t5=TINY,
+    pixart=(TINY,),
+    pixart_size=(1, 2),
     pairs=1,
     guidance=1.5,
     ddim_steps=4,
@@ -57,8 +60,10 @@ def test_the_world_is_made_stage_by_stage(world):
         world / "joint" / "pipeline", text_encoder_3=None, tokenizer_3=None
     )
     assert pipe.transformer.config.qk_norm == "rms_norm"
+    pipe = PixArtAlphaPipeline.from_pretrained(world / "pixart" / "pipeline")
+    assert pipe.transformer.config.attention_head_dim == 72
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")}
-    assert len(before) == 8
+    assert len(before) == 10
     make(RECIPE, world)  # all done: nothing is trained or drawn again
     assert {path: path.stat().st_mtime_ns for path in world.rglob("*.pt")} == before
     with pytest.raises(ValueError, match="is of a run with steps=2, this one has 3"):
@@ -70,7 +75,7 @@ def test_steps_of_the_command_are_those_of_every_student(monkeypatch, tmp_path):
     monkeypatch.setattr("nasa_distill.world.make.make", lambda recipe, out: made.append(recipe))
     assert main(["world", "--out", str(tmp_path), "--student-steps", "7", "--pairs", "9"]) == 0
     (recipe,) = made
-    for name in ("student", "four_step", "joint"):
+    for name in ("student", "four_step", "joint", "pixart"):
         assert {cycle.steps for cycle in getattr(recipe, name)} == {7}
     assert recipe.teacher == Recipe().teacher and recipe.pairs == 9
 
@@ -105,9 +110,10 @@ def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch)
     assert "teacher and student (NASA-T) | 0.5 | 1 |" in capsys.readouterr().out
 
 
-def test_evaluation_counts_what_the_judge_sees(world, tmp_path):
+@pytest.mark.parametrize("student", ["student", "pixart"])
+def test_evaluation_counts_what_the_judge_sees(world, tmp_path, student):
     methods = (evaluate.NONE, evaluate.Method("cfg", 2.0), evaluate.Method("nasa", 0.5))
-    student = world / "student" / "pipeline"
+    student = world / student / "pipeline"
     results = evaluate.run(student, [1, 4], 2, methods=methods)
     assert [(c.steps, str(c.method)) for c in results.cells] == [
         (s, m) for s in (1, 4) for m in ("none", "cfg 2", "nasa 0.5")

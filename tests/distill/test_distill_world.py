@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
+from nasa_diffusers import nasa
 from nasa_distill.networks import model_of
-from nasa_distill.world import captions, code, model
+from nasa_distill.world import captions, code, model, t5
 from nasa_distill.world.judge import VALID_BELOW, judge
 from nasa_distill.world.scene import ATTRIBUTES, RATES, Scene, render, renders, scenes
 from transformers import CLIPTextModelWithProjection
@@ -91,12 +92,15 @@ def test_unknown_words_are_refused():
         captions.read("a red cat")
 
 
-def test_every_word_is_one_token():
-    tokenizer = model.make_tokenizer()
-    longest = captions.sentence(SCENE, ATTRIBUTES) + ", "
+@pytest.mark.parametrize("make, added", [(model.make_tokenizer, 2), (t5.make_tokenizer, 1)])
+def test_every_word_is_one_token(make, added):
+    tokenizer = make()
+    longest = captions.sentence(SCENE, ATTRIBUTES)
     for word in captions.WORDS:
-        assert len(tokenizer(word).input_ids) == 3
-    assert len(tokenizer(longest.strip(", ")).input_ids) <= captions.MAX_TOKENS
+        assert len(tokenizer(word).input_ids) == 1 + added
+    assert len(tokenizer(longest).input_ids) <= captions.MAX_TOKENS
+    assert len(tokenizer("red, blurry").input_ids) == 3 + added
+    assert len(tokenizer("cat").input_ids) > 2 + added
     tokens = model.tokenize(tokenizer, ["red, blurry", ""])
     assert tokens.shape == (2, captions.MAX_TOKENS)
 
@@ -143,6 +147,38 @@ def test_a_checkpoint_opens_as_a_stock_pipeline(tmp_path, few_step):
     assert torch.equal(*images)
 
 
+def pixart() -> PixArtAlphaPipeline:
+    """Of the world, in small and with modulated blocks, as they are once trained."""
+    torch.manual_seed(0)
+    tokenizer, transformer = t5.make_tokenizer(), model.make_pixart(1, 2)
+    torch.nn.init.normal_(transformer.adaln_single.linear.weight, std=0.1)
+    encoder = t5.make_encoder(tokenizer).eval()
+    return model.make_pixart_pipeline(
+        transformer.eval(), encoder, tokenizer, code.make_autoencoder()
+    )
+
+
+def test_pixart_opens_as_a_stock_pipeline_and_has_a_negative_prompt(tmp_path):
+    """Of 120 tokens of text, as the pipeline pads it, what was trained on 16 draws the same."""
+    pipe = pixart()
+    pipe.save_pretrained(tmp_path)
+    opened = PixArtAlphaPipeline.from_pretrained(tmp_path)
+    assert opened.transformer.config.attention_head_dim == 72
+    call = {"prompt": "a photo of a red circle", "num_inference_steps": 4, "guidance_scale": 0}
+    call |= {"output_type": "pt", "use_resolution_binning": False, "clean_caption": False}
+
+    def draw(pipe, **options):
+        return pipe(**call, **options, generator=torch.Generator().manual_seed(0)).images
+
+    image = draw(pipe)
+    assert image.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(draw(opened), image)
+    torch.testing.assert_close(draw(opened, max_sequence_length=captions.MAX_TOKENS), image)
+    with nasa(opened, "red, blurry", alpha=0.5):
+        steered = draw(opened)
+    assert (steered - image).abs().max() > 1e-2
+
+
 def test_one_step_is_the_networks_own_x0():
     """DDIM and LCM, called for one step, draw what the network sees in noise, and nothing else."""
     torch.manual_seed(0)
@@ -153,6 +189,7 @@ def test_one_step_is_the_networks_own_x0():
         model.make_pipeline(unet, encoder, autoencoder, few_step=False),
         model.make_pipeline(unet, encoder, autoencoder, few_step=True),
         model.make_joint_pipeline(model.make_joint(32, 2), projected, autoencoder),
+        pixart(),
     ):
         ours = model_of(pipe, "here")
         z = torch.randn(2, *ours.latent_shape)
@@ -162,7 +199,7 @@ def test_one_step_is_the_networks_own_x0():
             guidance_scale=0,
             latents=z,
             output_type="latent",
-            **ours.text_options,
+            **ours.call_options,
         ).images
         text = ours.encode(["a photo of a shape"] * 2)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""From nothing to a teacher and its students in the small world: six stages, each resumable.
+"""From nothing to a teacher and its students in the small world: seven stages, each resumable.
 
 OUT/clip       the world's CLIP
 OUT/teacher    the many-step teacher
@@ -6,11 +6,13 @@ OUT/pairs      its images, and its path to them from noise
 OUT/student    the one-step student that NASA-T begins with
 OUT/four-step  the student of four steps
 OUT/joint      another, with joint attention, of which NASA has several rules
+OUT/pixart     another, a PixArt with a T5
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from nasa_distill.clip import Clip
 from nasa_distill.fit import Settings
 from nasa_distill.networks import load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import model
+from nasa_distill.world import model, t5
 from nasa_distill.world.captions import draw_caption
 from nasa_distill.world.code import make_autoencoder
 from nasa_distill.world.scene import RATES, scenes
@@ -57,16 +59,35 @@ class Recipe:
         Settings(steps=1200, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
     )
     joint_size: tuple[int, int] = (192, 5)  # width, blocks
+    t5: Settings = Settings(steps=400, batch=64, learning_rate=2e-3, ema=0.99)
+    pixart: tuple[Settings, ...] = (
+        Settings(steps=6000, batch=16, ema=0.995),
+        Settings(steps=3000, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
+    )
+    pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
 
 
 def make_joint(recipe: Recipe, pairs: warmup.Pairs, clip: Clip, out: Path) -> None:
-    """The student with joint attention, from random weights: no teacher is of its architecture."""
     torch.manual_seed(0)
     encoder = world_clip.text_encoder(clip, projected=True)
     transformer = model.make_joint(*recipe.joint_size)
-    pipe: Any = model.make_joint_pipeline(transformer, encoder, make_autoencoder())
+    pipe = model.make_joint_pipeline(transformer, encoder, make_autoencoder())
+    from_nothing(pipe, pairs, recipe.joint, out)
+
+
+def make_pixart(recipe: Recipe, pairs: warmup.Pairs, out: Path) -> None:
+    tokenizer = t5.make_tokenizer()
+    encoder = t5.train(recipe.t5, out / "t5", tokenizer)
+    torch.manual_seed(0)
+    transformer = model.make_pixart(*recipe.pixart_size)
+    pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, make_autoencoder())
+    from_nothing(pipe, pairs, recipe.pixart, out)
+
+
+def from_nothing(pipe: Any, pairs: warmup.Pairs, cycles: Sequence[Settings], out: Path) -> None:
+    """A student of four steps from random weights: no teacher is of its architecture."""
     called = model_of(pipe, str(out))
-    student = warmup.train(called, called.denoiser, pairs, 4, recipe.joint, out, half=True)
+    student = warmup.train(called, called.denoiser, pairs, 4, cycles, out, half=True)
     pipe.register_modules(transformer=student)
     pipe.save_pretrained(out / "pipeline")
 
@@ -95,6 +116,7 @@ def make(recipe: Recipe, out: Path) -> None:
         student = warmup.train(drawn, student, pairs, steps, cycles, out / name)
         save(student, encoder, out / name / "pipeline", few_step=True)
     make_joint(recipe, pairs, clip, out / "joint")
+    make_pixart(recipe, pairs, out / "pixart")
     write_prompts(out)
 
 

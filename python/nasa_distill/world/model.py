@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -25,6 +27,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
 )
 
 from nasa_distill.world.captions import MAX_TOKENS, WORDS
@@ -43,6 +47,9 @@ NOISE: dict[str, Any] = {
     "prediction_type": "sample",
     "clip_sample": False,
 }
+# Shift, scale and gate of attention, then of the feed-forward network: no modulation by time. A
+# transformer that starts there learns sooner than one whose gates are random.
+UNMODULATED = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -149,10 +156,28 @@ def make_joint(width: int, layers: int) -> SD3Transformer2DModel:
     )
     for module in transformer.modules():
         if isinstance(module, AdaLayerNormZero):
-            # a transformer without modulation, which learns sooner than one whose gates are random
             torch.nn.init.zeros_(module.linear.weight)
-            gates = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]).repeat_interleave(width)
-            module.linear.bias.data.copy_(gates)
+            module.linear.bias.data.copy_(UNMODULATED.repeat_interleave(width))
+    return transformer
+
+
+def make_pixart(heads: int, layers: int) -> PixArtTransformer2DModel:
+    """16 tokens of the image, heads of 72 numbers as PixArt's, text in cross-attention."""
+    transformer: Any = PixArtTransformer2DModel(
+        sample_size=GRID,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=layers,
+        attention_head_dim=72,
+        num_attention_heads=heads,
+        cross_attention_dim=72 * heads,
+        caption_channels=TEXT_WIDTH,
+    )
+    torch.nn.init.zeros_(transformer.adaln_single.linear.weight)
+    torch.nn.init.zeros_(transformer.scale_shift_table)
+    for block in transformer.transformer_blocks:
+        block.scale_shift_table.data.copy_(UNMODULATED[:, None].expand(-1, 72 * heads))
     return transformer
 
 
@@ -180,7 +205,23 @@ def make_joint_pipeline(
     )
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def make_pixart_pipeline(
+    transformer: PixArtTransformer2DModel,
+    text_encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vae: AutoencoderTiny,
+) -> PixArtAlphaPipeline:
+    """A stock pipeline with a T5 of the world's, for one step or for four."""
+    return PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=make_scheduler(few_step=True),
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
     """`[b, 16]`, padded and cut as the pipeline does it."""
     return tokenizer(
         captions,
