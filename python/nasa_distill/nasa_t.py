@@ -431,7 +431,8 @@ class Run:
             if self.log is not None:
                 self.log.write(done, **logged)
             bar.update()
-            bar.set_postfix(vsd=f"{logged['vsd_gradient']:.3f}", lora=f"{logged['lora_loss']:.3f}")
+            shown = {"vsd_gradient", "lora_loss"} & logged.keys()
+            bar.set_postfix({name: f"{logged[name]:.3f}" for name in sorted(shown)})
             if done % sample_every == 0 or done == steps:
                 self._sample(done)
             if done % save_every == 0 or done == steps:

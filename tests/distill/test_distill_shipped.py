@@ -76,6 +76,22 @@ def test_the_rules_page_is_made_of_its_numbers():
             assert f"| `{name}` {row}" in documented
 
 
+def test_the_pixart_page_is_made_of_its_numbers():
+    folder = Path(__file__).parents[2] / "docs" / "distill"
+    results = report.read(folder / "pixart" / "results.json")
+    pictures = [folder / "pixart" / f"{name}.png" for name in ("sweep-1", "sweep-4", "samples")]
+    assert report.markdown(results, pictures, folder) == (folder / "pixart.md").read_text()
+    assert all(path.exists() for path in pictures)
+    documented = (folder / "training.md").read_text()
+    for quality in results.quality.values():
+        for name in ("valid", "followed if valid"):
+            assert str(quality.shares[name]).replace(" (", " % (") in documented
+    readme = " ".join((folder.parents[1] / "README.md").read_text().split())
+    for name in ("none", "cfg", "nasa"):
+        share = report.best(report.student_cells(results, 4), name).total.shares["all three"]
+        assert str(share).replace(" (", " % (") in readme
+
+
 def test_the_ablation_page_is_made_of_its_numbers():
     folder = Path(__file__).parents[2] / "docs" / "distill"
     rows = json.loads((folder / "ablation.json").read_text())
