@@ -67,25 +67,39 @@ def run(
             for cell in results.cells:
                 shares = cell.total.shares
                 row = {"variant": name, "seed": seed, "alpha": cell.method.strength}
-                rows.append(row | {key: shares[key].value for key in COLUMNS} | results.about)
+                # the seed of training, not that of the evaluation, which is always 0
+                rows.append(results.about | row | {key: shares[key].value for key in COLUMNS})
     (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n")
     (out / "ablation.md").write_text(table(rows))
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and, from two seeds on, standard deviation in percent."""
-    lines = ["| sees the negatives | alpha | seeds | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|" + "---|" * (3 + len(COLUMNS)))
+    """Mean and, from two seeds on, standard deviation in percent.
+
+    The last column is the difference to the first variant's images that are all three, seed by
+    seed: runs of one seed see the same noise and prompts, in training and in the evaluation.
+    """
+    lines = ["| sees the negatives | alpha | seeds | " + " | ".join((*COLUMNS, "over none")) + " |"]
+    lines.append("|" + "---|" * (4 + len(COLUMNS)))
     for name in VARIANTS:
         for alpha in sorted({row["alpha"] for row in rows}):
             chosen = [row for row in rows if (row["variant"], row["alpha"]) == (name, alpha)]
             if not chosen:
                 continue
-            values = []
-            for key in COLUMNS:
-                shares = [100 * row[key] for row in chosen]
-                spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-                values.append(f"{statistics.mean(shares):.1f}{spread}")
-            lines.append(f"| {name} | {alpha:g} | {len(chosen)} | " + " | ".join(values) + " |")
+            cells = [spread([row[key] for row in chosen]) for key in COLUMNS]
+            none = {
+                row["seed"]: row["all three"]
+                for row in rows
+                if (row["variant"], row["alpha"]) == ("none", alpha)
+            }
+            over = [row["all three"] - none[row["seed"]] for row in chosen if row["seed"] in none]
+            cells.append(spread(over, "+") if over and name != "none" else "")
+            lines.append(f"| {name} | {alpha:g} | {len(chosen)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def spread(shares: Sequence[float], sign: str = "") -> str:
+    percent = [100 * share for share in shares]
+    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):{sign}.1f}{deviation}"

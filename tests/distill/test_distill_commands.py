@@ -100,14 +100,28 @@ def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch)
     names = ("none", "teacher and student (NASA-T)")
     assert set(ablation.VARIANTS.values()) > {ablation.VARIANTS[name] for name in names}
     monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in names})
-    command = ["ablate", "--world", str(world), "--seeds", "0", "--images", "1"]
+    command = ["ablate", "--world", str(world), "--seeds", "5", "--images", "1"]
     small = ["--set", "steps=1", "--set", "batch=1", "--set", "lora_rank=2", "--set", "ema=0"]
     assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "ablation.json").read_text())
     assert len(rows) == 2 * len(ablation.VARIANTS)
+    assert {row["seed"] for row in rows} == {5}
     # the seed is the same: what differs is who saw the negatives, and that reaches the weights
     assert len({row["student"] for row in rows}) > 1
     assert "teacher and student (NASA-T) | 0.5 | 1 |" in capsys.readouterr().out
+
+
+def test_the_ablation_is_compared_seed_by_seed():
+    shares = {"none": (0.4, 0.6), "teacher": (0.45, 0.67)}
+    rows = [
+        {"variant": name, "seed": seed, "alpha": 0.5, **dict.fromkeys(ablation.COLUMNS, share)}
+        for name, of_seed in shares.items()
+        for seed, share in enumerate(of_seed)
+    ]
+    *_, none, teacher = ablation.table(rows).splitlines()
+    assert none == "| none | 0.5 | 2 | " + "50.0 ± 14.1 | " * 4 + " |"
+    # the seeds differ by far more than the variants do
+    assert teacher == "| teacher | 0.5 | 2 | " + "56.0 ± 15.6 | " * 4 + "+6.0 ± 1.4 |"
 
 
 @pytest.mark.parametrize("student", ["student", "pixart"])

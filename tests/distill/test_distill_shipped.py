@@ -95,6 +95,8 @@ def test_the_pixart_page_is_made_of_its_numbers():
 def test_the_ablation_page_is_made_of_its_numbers():
     folder = Path(__file__).parents[2] / "docs" / "distill"
     rows = json.loads((folder / "ablation.json").read_text())
+    for name in ablation.VARIANTS:
+        assert [row["seed"] for row in rows if row["variant"] == name] == [0, 0, 1, 1, 2, 2]
     assert ablation.table(rows) in (folder / "ablation.md").read_text()
 
 
