@@ -85,7 +85,8 @@ def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
     command += ["--student", str(world / "student" / "pipeline")]
     command += ["--data", str(world / "prompts.txt"), "--negatives", str(world / "negatives.txt")]
     command += ["--clip", str(world / "clip" / "model"), "--out", str(tmp_path / "run")]
-    small = ["--set", "steps=2", "--set", "batch=2", "--set", "lora_rank=2", "--save-every", "1"]
+    small = [f"--set={item}" for item in ("steps=2", "batch=2", "lora_rank=2", "lora_first=0")]
+    small += ["--save-every", "1"]
     assert main([*command, *small]) == 0, capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all("clip_loss" in row for row in rows)
@@ -101,7 +102,8 @@ def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch)
     assert set(ablation.VARIANTS.values()) > {ablation.VARIANTS[name] for name in names}
     monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in names})
     command = ["ablate", "--world", str(world), "--seeds", "5", "--images", "1"]
-    small = ["--set", "steps=1", "--set", "batch=1", "--set", "lora_rank=2", "--set", "ema=0"]
+    changes = ("steps=1", "batch=1", "lora_rank=2", "lora_first=0", "lora_updates=1", "ema=0")
+    small = [f"--set={item}" for item in changes]
     assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "ablation.json").read_text())
     assert len(rows) == 2 * len(ablation.VARIANTS)

@@ -92,6 +92,20 @@ def test_the_pixart_page_is_made_of_its_numbers():
         assert str(share).replace(" (", " % (") in readme
 
 
+def test_what_is_said_of_nasa_t_is_in_its_numbers():
+    folder = Path(__file__).parents[2] / "docs" / "distill"
+    documented = (folder / "training.md").read_text()
+    for name in ("before", "after"):
+        results = report.read(folder / "nasa-t" / f"{name}.json")
+        best = report.best(results.cells, "nasa")
+        assert best.method.strength == 0.75
+        quality = results.quality["student, 1 step"].shares
+        said = [quality[share] for share in ("valid", "followed if valid")]
+        said += [best.total.shares[share] for share in ("removed", "all three")]
+        for share in said:
+            assert str(share).replace(" (", " % (") in " ".join(documented.split())
+
+
 def test_the_ablation_page_is_made_of_its_numbers():
     folder = Path(__file__).parents[2] / "docs" / "distill"
     rows = json.loads((folder / "ablation.json").read_text())
