@@ -70,36 +70,49 @@ def run(
                 # the seed of training, not that of the evaluation, which is always 0
                 rows.append(results.about | row | {key: shares[key].value for key in COLUMNS})
     (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "ablation.md").write_text(table(rows))
+    (out / "ablation.md").write_text(page(rows))
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and, from two seeds on, standard deviation in percent.
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """Every variant in percent, then what it differs from the first one by, in points.
 
-    The last column is the difference to the first variant's images that are all three, seed by
-    seed: runs of one seed see the same noise and prompts, in training and in the evaluation.
+    The second table is of differences seed by seed: runs of one seed see the same prompts and
+    noise, in training and in the evaluation, which the differences are then free of. Spreads, from
+    two seeds on, are standard deviations.
     """
-    lines = ["| sees the negatives | alpha | seeds | " + " | ".join((*COLUMNS, "over none")) + " |"]
-    lines.append("|" + "---|" * (4 + len(COLUMNS)))
+    none = {
+        (row["alpha"], row["seed"], key): row[key]
+        for row in rows
+        if row["variant"] == "none"
+        for key in COLUMNS
+    }
+    differences = [
+        row | {key: row[key] - none[row["alpha"], row["seed"], key] for key in COLUMNS}
+        for row in rows
+        if row["variant"] != "none"
+    ]
+    return (
+        table(rows)
+        + "\nAgainst training without negative prompts, in points, seed by seed:\n\n"
+        + table(differences, "+")
+    )
+
+
+def table(rows: Sequence[dict[str, Any]], sign: str = "") -> str:
+    lines = ["| sees the negatives | alpha | seeds | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|" + "---|" * (3 + len(COLUMNS)))
     for name in VARIANTS:
         for alpha in sorted({row["alpha"] for row in rows}):
             chosen = [row for row in rows if (row["variant"], row["alpha"]) == (name, alpha)]
             if not chosen:
                 continue
-            cells = [spread([row[key] for row in chosen]) for key in COLUMNS]
-            none = {
-                row["seed"]: row["all three"]
-                for row in rows
-                if (row["variant"], row["alpha"]) == ("none", alpha)
-            }
-            over = [row["all three"] - none[row["seed"]] for row in chosen if row["seed"] in none]
-            cells.append(spread(over, "+") if over and name != "none" else "")
+            cells = [spread([row[key] for row in chosen], sign) for key in COLUMNS]
             lines.append(f"| {name} | {alpha:g} | {len(chosen)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def spread(shares: Sequence[float], sign: str = "") -> str:
+def spread(shares: Sequence[float], sign: str) -> str:
     percent = [100 * share for share in shares]
     deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
     return f"{statistics.mean(percent):{sign}.1f}{deviation}"

@@ -187,7 +187,7 @@ def run_ablate(options: argparse.Namespace) -> None:
         options.alpha,
         options.images,
     )
-    print(ablation.table(rows))
+    print(ablation.page(rows))
 
 
 def run_score(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The model that comes with the package: its size, its quality, and the demonstration of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 
 # on other noise and captions than those of the card, so a little below what it says
 VALID, FOLLOWED, ALPHA = 0.72, 0.83, 0.5
+README = Path(__file__).parents[2] / "README.md"
+DOCS = README.parent / "docs" / "distill"
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +42,21 @@ def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, model):
         assert "_name_or_path" not in path.read_text()
 
 
-def test_the_results_are_those_of_this_model():
-    """The page is made from the numbers, and the card says no other."""
-    folder = Path(__file__).parents[2] / "docs" / "distill"
+def results_of(page, folder, *pictures):
+    """What a page is made of: it says these numbers and no others."""
     results = report.read(folder / "results.json")
+    paths = [folder / f"{name}.png" for name in pictures]
+    assert report.markdown(results, paths, page.parent) == page.read_text()
+    assert all(path.exists() for path in paths)
+    return results
+
+
+def test_the_results_are_those_of_this_model():
+    """And the card says no other."""
+    results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "samples")
     assert results.about["student"] == evaluate.checksum(shipped.path())
-    pictures = [folder / f"{name}.png" for name in ("sweep-1", "sweep-4", "samples")]
-    assert report.markdown(results, pictures, folder) == (folder / "results.md").read_text()
-    assert all(path.exists() for path in pictures)
     card = (shipped.FOLDER / "README.md").read_text()
-    readme = (folder.parents[1] / "README.md").read_text()
+    readme = README.read_text()
     for steps in ("1 step", "4 steps"):
         quality = results.quality[f"student, {steps}"].shares
         for name in ("valid", "followed if valid"):
@@ -62,12 +70,8 @@ def test_the_results_are_those_of_this_model():
 
 def test_the_rules_page_is_made_of_its_numbers():
     """And what the documentation of the rules says of them is in it."""
-    folder = Path(__file__).parents[2] / "docs" / "distill"
-    results = report.read(folder / "rules" / "results.json")
-    pictures = [folder / "rules" / f"{name}.png" for name in ("sweep-4", "price-4", "samples")]
-    assert report.markdown(results, pictures, folder) == (folder / "rules.md").read_text()
-    assert all(path.exists() for path in pictures)
-    documented = (folder.parent / "diffusers" / "joint.md").read_text()
+    results = results_of(DOCS / "rules.md", DOCS / "rules", "sweep-4", "price-4", "samples")
+    documented = (DOCS.parent / "diffusers" / "joint.md").read_text()
     for steps in report.student_steps(results):
         for name in ("none", *evaluate.ALPHAS, "nag", "cfg"):
             best = report.best(report.student_cells(results, steps), name)
@@ -77,41 +81,40 @@ def test_the_rules_page_is_made_of_its_numbers():
 
 
 def test_the_pixart_page_is_made_of_its_numbers():
-    folder = Path(__file__).parents[2] / "docs" / "distill"
-    results = report.read(folder / "pixart" / "results.json")
-    pictures = [folder / "pixart" / f"{name}.png" for name in ("sweep-1", "sweep-4", "samples")]
-    assert report.markdown(results, pictures, folder) == (folder / "pixart.md").read_text()
-    assert all(path.exists() for path in pictures)
-    documented = (folder / "training.md").read_text()
+    results = results_of(DOCS / "pixart.md", DOCS / "pixart", "sweep-1", "sweep-4", "samples")
+    documented = (DOCS / "training.md").read_text()
     for quality in results.quality.values():
         for name in ("valid", "followed if valid"):
             assert str(quality.shares[name]).replace(" (", " % (") in documented
-    readme = " ".join((folder.parents[1] / "README.md").read_text().split())
+    readme = " ".join(README.read_text().split())
     for name in ("none", "cfg", "nasa"):
         share = report.best(report.student_cells(results, 4), name).total.shares["all three"]
         assert str(share).replace(" (", " % (") in readme
 
 
 def test_what_is_said_of_nasa_t_is_in_its_numbers():
-    folder = Path(__file__).parents[2] / "docs" / "distill"
-    documented = (folder / "training.md").read_text()
+    documented = " ".join((DOCS / "training.md").read_text().split())
     for name in ("before", "after"):
-        results = report.read(folder / "nasa-t" / f"{name}.json")
+        results = report.read(DOCS / "nasa-t" / f"{name}.json")
         best = report.best(results.cells, "nasa")
         assert best.method.strength == 0.75
         quality = results.quality["student, 1 step"].shares
         said = [quality[share] for share in ("valid", "followed if valid")]
         said += [best.total.shares[share] for share in ("removed", "all three")]
         for share in said:
-            assert str(share).replace(" (", " % (") in " ".join(documented.split())
+            assert str(share).replace(" (", " % (") in documented
 
 
 def test_the_ablation_page_is_made_of_its_numbers():
-    folder = Path(__file__).parents[2] / "docs" / "distill"
-    rows = json.loads((folder / "ablation.json").read_text())
+    rows = json.loads((DOCS / "ablation.json").read_text())
     for name in ablation.VARIANTS:
         assert [row["seed"] for row in rows if row["variant"] == name] == [0, 0, 1, 1, 2, 2]
-    assert ablation.table(rows) in (folder / "ablation.md").read_text()
+    page = (DOCS / "ablation.md").read_text()
+    tables, text = ablation.page(rows), " ".join(page.rpartition("|")[2].split())
+    assert tables in page
+    # what is concluded is read from the tables
+    said = re.findall(r"[+-]\d\.\d ± \d\.\d|\d\d\.\d", text)
+    assert len(said) == 9 and all(number in tables for number in said)
 
 
 def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
