@@ -40,13 +40,14 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises:
         ValueError: The file is not one of ours, or the run had other settings.
+        OSError: The file cannot be read.
     """
     if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
-    except (MemoryError, PermissionError):
+    except (MemoryError, OSError):
         raise  # says nothing of what is in the file
     # bytes that are no checkpoint raise what they like; the cause is told
     except Exception as error:
