@@ -94,7 +94,7 @@ def test_the_lora_teacher_may_learn_first(tmp_path):
     assert not changed(before[0], seen[0][0]) and changed(before[1], seen[0][1])
     assert changed(seen[0][0], seen[1][0])
     first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert "vsd_gradient" not in first
+    assert {"vsd_gradient", "student_gradient"}.isdisjoint(first)
     # what it learned is what the student follows from its first step on
     assert second["vsd_gradient"] > 0
 
@@ -418,9 +418,10 @@ def test_another_run_is_not_continued(tmp_path, monkeypatch):
     (tmp_path / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint of this command"):
         make_run(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(torch, "load", Mock(side_effect=MemoryError))
-        make_run(tmp_path)
+    for error in (MemoryError, PermissionError, OSError):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(torch, "load", Mock(side_effect=error))
+            make_run(tmp_path)
     (tmp_path / "state.pt").unlink()
     (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
     with pytest.raises(ValueError, match="is not the log of this command"):

@@ -1,12 +1,14 @@
 """The world: its renders, its captions, its judge, and its latent code."""
 
 import collections
+import json
 import random
 
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
 from nasa_diffusers import nasa
+from nasa_distill.fit import Settings
 from nasa_distill.networks import model_of
 from nasa_distill.world import captions, code, model, t5
 from nasa_distill.world.judge import VALID_BELOW, judge
@@ -147,6 +149,22 @@ def test_a_checkpoint_opens_as_a_stock_pipeline(tmp_path, few_step):
     assert torch.equal(*images)
 
 
+def test_a_t5_learns_what_a_caption_names(tmp_path):
+    settings = Settings(steps=160, batch=64, learning_rate=2e-3)
+    t5.train(settings, tmp_path, t5.make_tokenizer())
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "t5.jsonl").read_text().splitlines()]
+    # of one that only knows how often each value is named
+    named = captions.mentions(captions_of_the_world(2000)).mean(0)
+    blind = torch.nn.functional.binary_cross_entropy(named, named).item()
+    assert max(losses[-10:]) < blind / 3 < losses[0]
+
+
+def captions_of_the_world(count):
+    rng = random.Random(0)
+    drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=count)
+    return [captions.draw_caption(scene, rng) for scene in drawn]
+
+
 def pixart() -> PixArtAlphaPipeline:
     """Of the world, in small and with modulated blocks, as they are once trained."""
     torch.manual_seed(0)
@@ -202,6 +220,27 @@ def test_one_step_is_the_networks_own_x0():
             **ours.call_options,
         ).images
         text = ours.encode(["a photo of a shape"] * 2)
+        assert text.embeds.shape[1] == captions.MAX_TOKENS  # and not PixArt's 120
         with torch.no_grad():
             x0 = ours.x0(ours.denoiser, z, torch.full((2,), ours.last_timestep), text)
         torch.testing.assert_close(drawn, x0, atol=2e-3, rtol=0)
+
+
+def test_a_new_transformer_has_open_gates():
+    """With closed ones its image tokens would not see each other, and learn late to."""
+    torch.manual_seed(0)
+    autoencoder, tokenizer = code.make_autoencoder(), t5.make_tokenizer()
+    projected = CLIPTextModelWithProjection(model.text_config(model.make_tokenizer()))
+    for pipe in (
+        model.make_joint_pipeline(model.make_joint(32, 2), projected, autoencoder),
+        model.make_pixart_pipeline(
+            model.make_pixart(1, 2), t5.make_encoder(tokenizer), tokenizer, autoencoder
+        ),
+    ):
+        ours = model_of(pipe, "here")
+        z = torch.randn(1, *ours.latent_shape).repeat(2, 1, 1, 1)
+        z[1, :, :2, :2] += 1
+        text, timesteps = ours.encode(["a photo of a shape"] * 2), torch.full((2,), 500)
+        with torch.no_grad():
+            one, other = ours.output(ours.denoiser, z, timesteps, text)
+        assert (one - other)[:, 2:, 2:].abs().max() > 1e-3

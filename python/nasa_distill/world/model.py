@@ -47,6 +47,13 @@ NOISE: dict[str, Any] = {
     "prediction_type": "sample",
     "clip_sample": False,
 }
+# of the transformers: 16 tokens of the image
+PATCHES: dict[str, Any] = {
+    "sample_size": GRID,
+    "patch_size": 2,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+}
 # Shift, scale and gate of attention, then of the feed-forward network: no modulation by time. A
 # transformer that starts there learns sooner than one whose gates are random.
 UNMODULATED = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
@@ -139,12 +146,9 @@ def make_scheduler(few_step: bool) -> DDIMScheduler | LCMScheduler:
 
 
 def make_joint(width: int, layers: int) -> SD3Transformer2DModel:
-    """16 tokens of the image and 16 of the text in one attention, with the norms of SD3.5."""
+    """Image and text in one attention, with the norms of SD3.5."""
     transformer: Any = SD3Transformer2DModel(
-        sample_size=GRID,
-        patch_size=2,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        **PATCHES,
         num_layers=layers,
         attention_head_dim=32,
         num_attention_heads=width // 32,
@@ -162,12 +166,9 @@ def make_joint(width: int, layers: int) -> SD3Transformer2DModel:
 
 
 def make_pixart(heads: int, layers: int) -> PixArtTransformer2DModel:
-    """16 tokens of the image, heads of 72 numbers as PixArt's, text in cross-attention."""
+    """Heads of 72 numbers as PixArt's, text in cross-attention."""
     transformer: Any = PixArtTransformer2DModel(
-        sample_size=GRID,
-        patch_size=2,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        **PATCHES,
         num_layers=layers,
         attention_head_dim=72,
         num_attention_heads=heads,
@@ -186,7 +187,7 @@ def make_joint_pipeline(
     text_encoder: CLIPTextModelWithProjection,
     vae: AutoencoderTiny,
 ) -> StableDiffusion3Pipeline:
-    """A stock pipeline without a T5; both its CLIPs are the world's. For one step.
+    """A stock pipeline without a T5; both its CLIPs are the world's. For a few steps.
 
     The scheduler is that of the other students and not a rectified flow's: a network that predicts
     a flow from pure noise has to give that noise back number by number.
@@ -211,7 +212,7 @@ def make_pixart_pipeline(
     tokenizer: PreTrainedTokenizerBase,
     vae: AutoencoderTiny,
 ) -> PixArtAlphaPipeline:
-    """A stock pipeline with a T5 of the world's, for one step or for four."""
+    """A stock pipeline with a T5 of the world's. For a few steps."""
     return PixArtAlphaPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
