@@ -93,7 +93,7 @@ Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
     return prompt;
 }
 
-// Everything of a call but O. `aligned` is of q and the positive prompt yet.
+// Everything of a call but O. `aligned` so far covers q and the positive prompt only.
 ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
                         const Tensor& k_neg, const Tensor& v_neg,
                         const std::optional<Tensor>& mask_pos,
@@ -447,6 +447,22 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
 // For nasa_kernels/_cuda.py
 extern "C" __attribute__((visibility("default"))) void nasa_kernels_overlap_launches(bool on) {
     nasa::overlap_launches(on);
+}
+
+// For nasa_kernels/_cuda.py, which asks once per device: the CUDA version of the runtime in this
+// file, the newest that the driver serves (0 without a driver), both as 1000 major + 10 minor, and
+// what there is code for, as in CMakeLists.txt.
+extern "C" __attribute__((visibility("default"))) int nasa_kernels_cuda_version() {
+    return CUDART_VERSION;
+}
+
+extern "C" __attribute__((visibility("default"))) int nasa_kernels_driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* nasa_kernels_architectures() {
+    return NASA_CUDA_ARCHS;
 }
 
 // For nasa_kernels/_cuda.py, which asks before a call: the shared memory a head_dim needs at least.

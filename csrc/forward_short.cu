@@ -175,7 +175,7 @@ template <typename T, int kD, int kKeys>
 cudaError_t launch_short(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     constexpr int kBytes = ShortLayout<kD, kKeys>::kBytes;
     // enough blocks to fill the GPU once; each loads K and V once and walks over its rows
-    const int64_t resident = std::max(1, device.shared_per_sm / kBytes);
+    const int64_t resident = std::max(1, device.shared_per_sm / (kBytes + kReservedShared));
     const int64_t heads = static_cast<int64_t>(p.b) * p.h;
     const int64_t blocks_per_head =
         std::min(ceil_div(p.l, kWarps * kWarpRows), ceil_div(device.sms * resident, heads));

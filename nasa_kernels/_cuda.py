@@ -6,6 +6,7 @@ before `load` is called.
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,55 @@ def why_not(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    architectures = _architectures()
+    if not has_code(architectures, major, minor):
+        return (
+            f"it has no code for this GPU's compute capability {major}.{minor}, only for "
+            f"{', '.join(architectures)}; install it again from source with "
+            f"NASA_CUDA_ARCHS={major}.{minor}"
+        )
+    runtime, driver = _cuda_versions()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"it was built with CUDA {_version(runtime)}, and the driver serves CUDA "
+            f"{_version(driver)}; update the driver, or build it with CUDA {driver // 1000}"
+        )
     return None
+
+
+def has_code(architectures: Sequence[str], major: int, minor: int) -> bool:
+    """Whether a GPU runs code for one of `architectures`, which are like 8.0, 9.0a or 12.0+PTX."""
+    for architecture in architectures:
+        number, _, ptx = architecture.partition("+")
+        own_major, own_minor = (int(part) for part in number.rstrip("af").split("."))
+        if number.endswith("a"):
+            runs = (major, minor) == (own_major, own_minor)
+        else:
+            # machine code runs on later GPUs of its generation, PTX on all later ones
+            runs = (major == own_major and minor >= own_minor) or (
+                bool(ptx) and (major, minor) >= (own_major, own_minor)
+            )
+        if runs:
+            return True
+    return False
+
+
+@functools.cache
+def _architectures() -> tuple[str, ...]:
+    ask = ctypes.CDLL(str(LIBRARY)).nasa_kernels_architectures
+    ask.restype = ctypes.c_char_p
+    return tuple(ask().decode().split(";"))
+
+
+@functools.cache
+def _cuda_versions() -> tuple[int, int]:
+    """Of the runtime in the extension, and of the driver: 13000 for 13.0."""
+    library = ctypes.CDLL(str(LIBRARY))
+    return library.nasa_kernels_cuda_version(), library.nasa_kernels_driver_version()
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @functools.cache
@@ -76,7 +125,7 @@ def _shared_bytes(head_dim: int, backward: bool) -> int:
 def overlap_launches(on: bool) -> None:
     """Whether a forward on Hopper may start while the kernel before it in the stream ends.
 
-    Programmatic dependent launch, in this whole process. Off by default: no GPU has measured it.
+    Programmatic dependent launch, in this whole process. Off by default: it is not measured yet.
     """
     library = ctypes.CDLL(str(LIBRARY))
     library.nasa_kernels_overlap_launches(ctypes.c_bool(on))

@@ -34,10 +34,11 @@ needs_library = pytest.mark.skipif(
 @pytest.fixture
 def library(monkeypatch):
     monkeypatch.setattr(_cuda, "LIBRARY", LIBRARY)
-    for function in (_cuda.load, _cuda.why_not, _cuda.supports, _cuda._shared_bytes):
+    cached = [function for function in vars(_cuda).values() if hasattr(function, "cache_clear")]
+    for function in cached:
         function.cache_clear()
     yield
-    for function in (_cuda.load, _cuda.why_not, _cuda.supports, _cuda._shared_bytes):
+    for function in cached:
         function.cache_clear()
 
 
@@ -62,6 +63,68 @@ def test_an_install_without_it_says_so(monkeypatch):
     assert _cuda.why_not(torch.device("cuda", 0)) == _cuda.NOT_BUILT
     _cuda.load.cache_clear()
     _cuda.why_not.cache_clear()
+
+
+RELEASED = ("8.0", "9.0a", "10.0", "12.0+PTX")
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        *[((7, 5), False), ((8, 0), True), ((8, 6), True), ((8, 7), True), ((8, 9), True)],
+        *[((9, 0), True), ((10, 0), True), ((10, 3), True), ((11, 0), False)],
+        *[((12, 0), True), ((12, 1), True), ((13, 0), True)],
+    ],
+)
+def test_which_gpus_have_code(capability, runs):
+    assert _cuda.has_code(RELEASED, *capability) == runs
+
+
+def test_code_for_one_gpu_is_for_no_other():
+    assert _cuda.has_code(["9.0a"], 9, 0)
+    assert not _cuda.has_code(["9.0a"], 9, 1)
+    assert not _cuda.has_code(["8.6"], 8, 0)
+    assert _cuda.has_code(["8.6"], 8, 9)
+    assert not _cuda.has_code(["8.6"], 9, 0)
+    assert _cuda.has_code(["8.6+PTX"], 9, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "reason"),
+    [
+        ((9, 0), 13000, None),
+        ((9, 0), 13020, None),
+        ((9, 0), 14000, None),
+        ((8, 6), 12090, "CUDA 13.0, and the driver serves CUDA 12.9; update the driver, or build"),
+        ((11, 0), 13000, "compute capability 11.0, only for 8.0, 9.0a, 10.0, 12.0+PTX"),
+        ((7, 5), 13000, "its kernels need compute capability 8.0, this GPU has 7.5"),
+    ],
+    ids=str,
+)
+def test_what_the_gpu_and_its_driver_must_have(monkeypatch, capability, driver, reason):
+    _cuda.why_not.cache_clear()
+    monkeypatch.setattr(_cuda, "load", lambda: None)
+    monkeypatch.setattr(_cuda, "_architectures", lambda: RELEASED)
+    monkeypatch.setattr(_cuda, "_cuda_versions", lambda: (13000, driver))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = _cuda.why_not(torch.device("cuda", 0))
+    _cuda.why_not.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+@needs_library
+def test_it_knows_its_runtime_and_its_architectures(library):
+    text = (ROOT / "CMakeLists.txt").read_text()
+    built = re.search(r'NASA_CUDA_ARCHS "(.*?)"', text)[1]
+    assert set(_cuda._architectures()) <= {
+        *built.split(";"),
+        *os.environ.get("NASA_CUDA_ARCHS", "").split(),
+    }
+    runtime, driver = _cuda._cuda_versions()
+    assert runtime >= 12000
+    if not torch.cuda.is_available():
+        assert driver == 0
 
 
 @needs_library

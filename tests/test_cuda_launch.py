@@ -125,7 +125,7 @@ def test_forward_launches_what_the_emulation_runs(recorder, shape):
     assert recorded(record) == emulated(launch)
     size = ctypes.sizeof(ForwardParams)
     assert bytes(record.arguments)[size : size + 4] == launch.args[1].to_bytes(4, "little")
-    assert bytes(record.arguments)[:size] != bytes(size)
+    assert bytes(record.arguments)[:size] == bytes(launch.args[0])
 
 
 def test_a_full_gpu_shares_the_rows_of_a_head_among_fewer_blocks(recorder):
@@ -135,6 +135,17 @@ def test_a_full_gpu_shares_the_rows_of_a_head_among_fewer_blocks(recorder):
     (record,) = launches(recorder, A100, params)
     # 64 KiB for head_dim 64: two blocks per SM, 216 in all, 160 heads
     assert record.grid[0] == 160 * 2
+
+
+def test_a_block_takes_a_kib_more_than_it_asks_for(recorder):
+    """SD 1.5 on a GPU of 100 KiB per multiprocessor: two blocks of 50,816 bytes do not fit."""
+    cuda_emulation.forward(**make(MODELS[0], torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    params.b, params.h, params.l = 1, 8, 4096
+    (record,) = launches(recorder, RTX4090, params)
+    assert record.shared == 50_816
+    assert 2 * record.shared <= RTX4090.shared_per_sm < 2 * (record.shared + 1024)
+    assert record.grid[0] == RTX4090.sms
 
 
 SMALL = Shape("d160", 1, 16, 1, 77, 77, 160)

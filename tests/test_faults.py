@@ -56,7 +56,8 @@ FAULTS = (
         STREAMED,
     ),
     Fault(
-        "negative-first-tile-only", "_triton/forward.py", "tl.num_programs(0)):", "1 << 20):",
+        "negative-first-tile-only", "_triton/forward.py",
+        "BLOCK_L), programs):", "BLOCK_L), 1 << 20):",
         "test_forward.py test_matches_fp64 and triton and float16 and tiles",
     ),
     Fault(

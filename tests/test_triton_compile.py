@@ -1,4 +1,4 @@
-"""Every configuration of the Triton kernels, compiled for three generations of GPUs.
+"""Every configuration of the Triton kernels, compiled for every generation of GPUs.
 
 With the installed Triton, and with the oldest supported one where `make test` put it. Ceilings
 are what the compilers reach today, rounded up: a kernel that starts to spill, or to pad, fails.
@@ -24,14 +24,14 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "hmma", 90: "hgmma", 100: "utchmma"}
 
 
-def rows(version: str, arch: int) -> list[dict]:
+def rows(version: str, arch: int, *mode: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [str(TESTS.parent), environment.get("PYTHONPATH", "")]
     if VERSIONS[version]:
         path.insert(0, VERSIONS[version])
     environment |= {"PYTHONPATH": os.pathsep.join(p for p in path if p), "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
-        [sys.executable, TESTS / "triton_aot.py", str(arch)],
+        [sys.executable, TESTS / "triton_aot.py", str(arch), *mode],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
@@ -63,3 +63,13 @@ def test_registers_memory_and_instructions(version, arch):
             if arch == 90:
                 # three programs of 128 threads share the 65,536 registers of a multiprocessor
                 assert row["registers"] <= 168, where
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120], ids=lambda arch: f"sm_{arch}")
+def test_every_head_dim_fits_a_block_of_99_kib(arch):
+    """Consumer GPUs: a kernel that needs more raises `OutOfResources` at its first call."""
+    table = rows("installed", arch, "memory")
+    for kernel in ("forward", "queries", "keys", "joint", "joint-statistics", "joint-queries"):
+        assert any(row["kernel"] == kernel for row in table), kernel
+    for row in table:
+        assert 0 < row["shared"] <= 99 * 1024, row

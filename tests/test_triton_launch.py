@@ -1,9 +1,17 @@
 """What the launchers promise the compiler, and how they share out the work."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from nasa_kernels._triton.configs import forward_config, programs_per_head, resident_cut
+from nasa_kernels._triton import backward, configs, forward, joint, joint_backward, nag
+from nasa_kernels._triton.configs import (
+    forward_config,
+    programs_per_head,
+    resident_bytes,
+    resident_cut,
+)
 from nasa_kernels._triton.launch import alignment
 from nasa_kernels._triton.tiles import cut
 
@@ -41,8 +49,92 @@ def test_residency_does_not_depend_on_the_other_prompt():
     assert resident_cut(77, 256, q) == ()
 
 
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("d", [40, 64, 72, 80, 96, 112, 113, 120, 128, 160, 256])
+def test_what_stays_on_chip_fits_with_the_queries(d, kib, monkeypatch):
+    limit = kib * 1024
+    monkeypatch.setattr(configs, "shared_memory", lambda device: limit)
+    q, padded = torch.zeros(1, 1, 1, d, dtype=torch.bfloat16), sum(cut(d, 64 if d > 128 else 128))
+    for n in range(1, 130):
+        widths = resident_cut(n, d, q, widest=256)
+        if not widths:
+            continue
+        config = forward_config(d, torch.bfloat16, widths, limit)
+        # K and V of two prompts of this length, and each stage's tile of Q, 2 bytes an element
+        held = 2 * padded * (2 * 2 * sum(widths) + config.num_stages * config.BLOCK_L)
+        assert held < limit
+        assert held < resident_bytes(d, widths, torch.bfloat16, config.num_stages) <= limit
+
+
+def test_a_second_tile_of_queries_gives_way_to_the_prompts(monkeypatch):
+    """PixArt's 120 + 120 keys of d 72 stay on chip where there are 99 KiB, with one tile of Q."""
+    q = torch.zeros(1, 1, 1, 72, dtype=torch.bfloat16)
+    for kib, stages in ((99, 1), (163, 2)):
+        monkeypatch.setattr(configs, "shared_memory", lambda device, kib=kib: kib * 1024)
+        widths = resident_cut(120, 72, q)
+        assert sum(widths) == 128
+        assert forward_config(72, torch.bfloat16, widths, kib * 1024).num_stages == stages
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: tuple[int, ...]
+    options: dict
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[Launch]:
+    """Every launch of a Triton kernel is written down instead of made."""
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: found.append(Launch(self.name, grid, options))
+
+    for module in (forward, backward, joint, joint_backward, nag):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(f"{module.__name__}.{name}"))
+    return found
+
+
+def launch_all(b: int, l: int, n: int = 1) -> None:
+    q, k = (torch.zeros(b, rows, 1, 8, dtype=torch.bfloat16) for rows in (l, n))
+    rest = (None, None, None, 0.5, 1.0)
+    forward.forward(q, k, k, k, k, *rest)
+    backward.backward(q, q, k, k, k, k, *rest, [True] * 6)
+    arguments = (q, *(k,) * 6, *rest, 0, 0, 0)
+    _, *kept = joint.attention(*arguments)
+    joint.pair(q, *(k,) * 6, None, None, 1.0, 0, 0)
+    joint_backward.backward(q, *kept, *arguments, [True] * 8)
+    nag.blend(q, q, None, 0.5, 2.0, 2.5)
+
+
+@pytest.mark.parametrize(("b", "l"), [(70_000, 1), (1, 70_000 * 64)], ids=["heads", "queries"])
+def test_no_grid_is_larger_than_a_gpu_takes(launches, b, l):
+    """b h is large in the temporal attention of video models, l in their spatial one."""
+    launch_all(b, l)
+    assert {launch.kernel.rsplit(".", 2)[-2] for launch in launches} == {
+        "forward", "backward", "joint", "joint_backward", "nag",
+    }  # fmt: skip
+    for launch in launches:
+        assert launch.grid[0] < 2**31, launch
+        assert all(size <= 65_535 for size in launch.grid[1:]), launch
+
+
+def test_every_launch_says_that_products_and_sums_are_fused(launches):
+    """Triton's default is not the same in all versions, and bits would follow it."""
+    launch_all(2, 3)
+    # forward; dQ, dK and dV twice; joint and its pair; statistics, dQ, three segments; NAG
+    assert len(launches) == 1 + 3 + 2 + 5 + 1
+    assert all(launch.options["enable_fp_fusion"] is True for launch in launches)
+
+
 def test_programs_share_the_tiles_of_a_head():
-    config = forward_config(64, torch.bfloat16, resident=True)
+    config = forward_config(64, torch.bfloat16, (64, 16), limit=227 * 1024)
     device = torch.device("cpu")
     assert programs_per_head(4096, 10, config, device, persistent=False) == 64
     assert programs_per_head(4096, 1, config, device, persistent=True) == config.occupancy

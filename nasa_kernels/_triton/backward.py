@@ -34,7 +34,13 @@ from nasa_kernels._triton.configs import (
     resident_cut,
 )
 from nasa_kernels._triton.forward import load_alpha, scores_resident
-from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
+from nasa_kernels._triton.launch import (
+    LOG2E,
+    alignment,
+    compiler_options,
+    on_device,
+    strides_or_zeros,
+)
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
@@ -46,6 +52,7 @@ from nasa_kernels._triton.tiles import (
     of_head,
     scale_rows,
     store_rows,
+    tile_of_head,
     transposed,
     zeros,
 )
@@ -142,7 +149,7 @@ def query_kernel(
     D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
@@ -155,7 +162,7 @@ def query_kernel(
     if MASK_neg is not None:
         MASK_neg += b * stride_mnb
 
-    row = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
@@ -222,10 +229,10 @@ def key_kernel(
     are None it is 1. `hidden` tiles of queries, from `first_hidden` on, do not see the keys; None
     where all do.
     """
-    bh = tl.program_id(1).to(tl.int64)
+    block, bh = tile_of_head(tl.cdiv(n, KEYS))
     b, h = bh // H, bh % H
-    split = tl.program_id(2)
-    first = tl.program_id(0) * KEYS
+    split = tl.program_id(1)
+    first = block * KEYS
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
     K = of_head(K, b, h, stride_kb, stride_kh, ALIGN)
@@ -249,7 +256,7 @@ def key_kernel(
     tiles = tl.cdiv(L, BLOCK_L)
     if hidden is not None:
         tiles -= hidden
-    for tile in range(split, tiles, tl.num_programs(2)):
+    for tile in range(split, tiles, tl.num_programs(1)):
         first_row = tile * BLOCK_L
         if hidden is not None:
             first_row += tl.where(tile < first_hidden, 0, hidden * BLOCK_L)
@@ -327,7 +334,7 @@ def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, a
         pos_cut, neg_cut = (resident_cut(k.shape[1], d, q, widest) for k in (k_pos, k_neg))
         config = backward_queries_config(d, q.dtype)
         with on_device(q):
-            query_kernel[triton.cdiv(l, config.BLOCK_L), b * h](
+            query_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](
                 do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
                 dq, lse_pos, lse_neg, u_pos, u_neg,
                 *do.stride()[:3], *q.stride()[:3],
@@ -337,7 +344,7 @@ def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, a
                 h, l, k_pos.shape[1], k_neg.shape[1], alpha, scale, scale * LOG2E,
                 D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
                 BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N, ALIGN=align,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **compiler_options(config),
             )  # fmt: skip
 
     dk_pos, dv_pos = key_gradients(
@@ -384,14 +391,14 @@ def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
         dtype = q.dtype if splits == 1 else torch.float32
         dk, dv = (torch.empty((splits, b, n, h, d), dtype=dtype, device=q.device) for _ in range(2))
         with on_device(q):
-            key_kernel[blocks, b * h, splits](
+            key_kernel[blocks * b * h, splits](
                 do, q, k, v, mask, rows.w_map, rows.lse, rows.u, rows.dlse, dk, dv,
                 *do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 *strides_or_zeros(mask, 2), *strides_or_zeros(rows.w_map, 3),
                 b, h, l, n, first_hidden, hidden or None, rows.w, scale, scale * LOG2E,
                 SIGN=rows.sign, D=d, D_CUT=head_cut(d), N_CUT=cut(keys), KEYS=keys,
                 BLOCK_L=config.BLOCK_L, ALIGN=align,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **compiler_options(config),
             )  # fmt: skip
         dk, dv = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
     return (x if wanted else q.new_empty(0) for x, wanted in zip((dk, dv), needed, strict=True))

@@ -13,6 +13,11 @@ import triton
 
 from nasa_kernels._triton.tiles import cut
 
+# query rows of a program whose positive prompt stays on chip
+RESIDENT_BLOCK_L = 64
+# bytes in which the compiler passes weights and sums between threads
+SCRATCH = 4096
+
 
 class Config(NamedTuple):
     BLOCK_L: int  # query rows of a program
@@ -22,15 +27,16 @@ class Config(NamedTuple):
     occupancy: int  # programs that share a multiprocessor
 
 
-def forward_config(d: int, dtype: torch.dtype, resident: bool) -> Config:
+def forward_config(d: int, dtype: torch.dtype, pos_cut: tuple[int, ...], limit: int) -> Config:
     """By head_dim, and by whether the positive prompt stays on chip: it alone decides, so that
-    the bits of Z+ do not depend on the negative prompt.
+    the bits of Z+ do not depend on the negative prompt. `limit`: bytes of shared memory.
     """
     if dtype == torch.float32:
         return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
-    if resident:
-        stages = 2 if d <= 80 else 1
-        return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4, num_stages=stages, occupancy=3)
+    if pos_cut:
+        # a second tile of queries is on its way where there is room for it
+        stages = 2 if d <= 80 and resident_bytes(d, pos_cut, dtype, stages=2) <= limit else 1
+        return Config(RESIDENT_BLOCK_L, BLOCK_N=32, num_warps=4, num_stages=stages, occupancy=3)
     if d <= 64:
         return Config(BLOCK_L=64, BLOCK_N=64, num_warps=4, num_stages=2, occupancy=2)
     if d <= 80:
@@ -71,9 +77,18 @@ def resident_cut(n: int, d: int, q: torch.Tensor, widest: int = 160) -> tuple[in
     if d > 128 and architecture(q.device) >= 100:
         return ()
     widths = cut(max(n, 1))
-    size = 2 * sum(widths) * sum(head_cut(d)) * q.element_size()
-    # two prompts, and what is left for two tiles of queries
-    return widths if size <= 0.42 * shared_memory(q.device) else ()
+    fits = resident_bytes(d, widths, q.dtype, stages=1) <= shared_memory(q.device)
+    return widths if fits else ()
+
+
+def resident_bytes(d: int, widths: tuple[int, ...], dtype: torch.dtype, stages: int) -> int:
+    """Shared memory of a program that holds two prompts as long as this one, and its queries.
+
+    As long: the other prompt passed the same test, so their sum fits whatever it is.
+    """
+    row = sum(head_cut(d)) * dtype.itemsize
+    keys_and_values = 2 * 2 * sum(widths) * row
+    return keys_and_values + stages * RESIDENT_BLOCK_L * row + SCRATCH
 
 
 def programs_per_head(

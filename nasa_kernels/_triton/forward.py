@@ -22,8 +22,20 @@ import torch
 import triton
 import triton.language as tl
 
-from nasa_kernels._triton.configs import forward_config, head_cut, programs_per_head, resident_cut
-from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
+from nasa_kernels._triton.configs import (
+    forward_config,
+    head_cut,
+    programs_per_head,
+    resident_cut,
+    shared_memory,
+)
+from nasa_kernels._triton.launch import (
+    LOG2E,
+    alignment,
+    compiler_options,
+    on_device,
+    strides_or_zeros,
+)
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
@@ -34,6 +46,7 @@ from nasa_kernels._triton.tiles import (
     of_head,
     scale_rows,
     store_block,
+    tile_of_head,
     zeros,
 )
 
@@ -114,7 +127,7 @@ def load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, valid):
     return value
 
 
-@triton.jit(do_not_specialize=["L", "n_pos", "n_neg"])
+@triton.jit(do_not_specialize=["L", "programs", "n_pos", "n_neg"])
 def forward_kernel(
     Q, K_pos, V_pos, K_neg, V_neg, O, MASK_pos, MASK_neg, ALPHA,
     stride_qb, stride_ql, stride_qh,
@@ -122,11 +135,11 @@ def forward_kernel(
     stride_knb, stride_knn, stride_knh, stride_vnb, stride_vnn, stride_vnh,
     stride_mpb, stride_mpn, stride_mnb, stride_mnn,
     stride_ab, stride_al, stride_ah,
-    H, L, n_pos, n_neg, alpha, qk_scale,
+    H, L, programs, n_pos, n_neg, alpha, qk_scale,
     D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    first_tile, bh = tile_of_head(programs)
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
@@ -147,7 +160,7 @@ def forward_kernel(
         K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, POS_CUT, D, D_CUT, ALIGN
     )
 
-    for tile in range(tl.program_id(0), tl.cdiv(L, BLOCK_L), tl.num_programs(0)):
+    for tile in range(first_tile, tl.cdiv(L, BLOCK_L), programs):
         row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
         # [BLOCK_L, d]
         q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
@@ -195,20 +208,20 @@ def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
     # alpha 0 reads no negative prompt; the tiling stays, so O keeps its bits
     n_pos, n_neg = k_pos.shape[1], 0 if alpha_map is None and alpha == 0 else k_neg.shape[1]
     pos_cut, neg_cut = (resident_cut(k.shape[1], d, q) for k in (k_pos, k_neg))
-    config = forward_config(d, q.dtype, resident=len(pos_cut) > 0)
+    config = forward_config(d, q.dtype, pos_cut, shared_memory(q.device))
     streamed = not (pos_cut and neg_cut)
-    grid = (programs_per_head(l, b * h, config, q.device, persistent=not streamed), b * h)
+    programs = programs_per_head(l, b * h, config, q.device, persistent=not streamed)
     with on_device(q):
-        forward_kernel[grid](
+        forward_kernel[(programs * b * h,)](
             q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map,
             *q.stride()[:3],
             *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
             *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
             *strides_or_zeros(alpha_map, 3),
-            h, l, n_pos, n_neg, alpha, scale * LOG2E,
+            h, l, programs, n_pos, n_neg, alpha, scale * LOG2E,
             D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
             BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
             ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **compiler_options(config),
         )  # fmt: skip
     return o

@@ -14,11 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut
+from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut, shared_memory
 from nasa_kernels._triton.forward import attend_streamed, column, load_alpha, weigh_resident
-from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
+from nasa_kernels._triton.launch import (
+    LOG2E,
+    alignment,
+    compiler_options,
+    on_device,
+    strides_or_zeros,
+)
 from nasa_kernels._triton.softmax import finite, nonzero
-from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, store_block
+from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, store_block, tile_of_head
 from nasa_kernels.reference import RULES
 from nasa_kernels.shared import attend_shared
 
@@ -82,7 +88,7 @@ def joint_kernel(
     POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
+    tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
@@ -94,7 +100,7 @@ def joint_kernel(
     if MASK_neg is not None:
         MASK_neg += b * stride_mnb
 
-    first_row = tl.program_id(0) * BLOCK_L
+    first_row = tile * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     # [BLOCK_L, d]
@@ -213,9 +219,9 @@ def _add_prompts(
     if q.numel() == 0:
         return
     pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
-    config = forward_config(d, q.dtype, resident=len(pos_cut) > 0)
+    config = forward_config(d, q.dtype, pos_cut, shared_memory(q.device))
     with on_device(q):
-        joint_kernel[triton.cdiv(l, config.BLOCK_L), b * h](
+        joint_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](
             q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg,
             alpha_map, *q.stride()[:3],
             *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
@@ -226,5 +232,5 @@ def _add_prompts(
             RULE=rule, D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
             BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
             ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **compiler_options(config),
         )  # fmt: skip

@@ -14,12 +14,19 @@ from nasa_kernels import joint_gradients
 from nasa_kernels._triton.backward import Rows, add_streamed, key_gradients, statistics_streamed
 from nasa_kernels._triton.configs import backward_queries_config, head_cut
 from nasa_kernels._triton.joint import visible
-from nasa_kernels._triton.launch import LOG2E, alignment, on_device, strides_or_zeros
+from nasa_kernels._triton.launch import (
+    LOG2E,
+    alignment,
+    compiler_options,
+    on_device,
+    strides_or_zeros,
+)
 from nasa_kernels._triton.tiles import (
     load_rows,
     of_head,
     scale_rows,
     store_rows,
+    tile_of_head,
     zeros,
 )
 from nasa_kernels.joint_gradients import Launches
@@ -37,7 +44,8 @@ def statistics_kernel(
     ALIGN: tl.constexpr,
 ):  # fmt: skip
     """u of the three segments, and lse of the prompts."""
-    bh = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(L, BLOCK_L)
+    tile, bh = tile_of_head(tiles)
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
@@ -50,7 +58,7 @@ def statistics_kernel(
     if MASK_neg is not None:
         MASK_neg += b * stride_mnb
 
-    first_row = tl.program_id(0) * BLOCK_L
+    first_row = tile * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     # [BLOCK_L, d]
@@ -70,7 +78,7 @@ def statistics_kernel(
         BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
     )  # fmt: skip
 
-    shared, segment = bh * L + row, tl.num_programs(1).to(tl.int64) * L
+    shared, segment = bh * L + row, (tl.num_programs(0) // tiles).to(tl.int64) * L
     tl.store(U + shared, u_shared, mask=row < L)
     tl.store(U + segment + shared, u_pos, mask=row < L)
     tl.store(U + 2 * segment + shared, u_neg, mask=row < L)
@@ -107,7 +115,8 @@ def query_kernel(
     ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ: the segments one after the other, so its bits are always the same."""
-    bh = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(L, BLOCK_L)
+    tile, bh = tile_of_head(tiles)
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
@@ -122,13 +131,13 @@ def query_kernel(
     if MASK_neg is not None:
         MASK_neg += b * stride_mnb
 
-    first_row = tl.program_id(0) * BLOCK_L
+    first_row = tile * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
-    shared, segment = bh * L + row, tl.num_programs(1).to(tl.int64) * L
+    shared, segment = bh * L + row, (tl.num_programs(0) // tiles).to(tl.int64) * L
     dq = zeros(BLOCK_L, D_CUT)
     dq = add_segment(
         dq, q, do, K, V, None, stride_kn, stride_vn, 0, n, LSE, U, C, DLSE,
@@ -156,7 +165,7 @@ def backward(
     if do.stride(-1) != 1:
         do = do.contiguous()
     config = backward_queries_config(d, q.dtype)
-    grid = (triton.cdiv(l, config.BLOCK_L), b * h)
+    grid = (triton.cdiv(l, config.BLOCK_L) * b * h,)
     first_pos, first_neg = l - text_pos - text_neg, l - text_neg
     n_pos, n_neg = k_pos.shape[1], k_neg.shape[1]
     strides_of_prompts = (
@@ -166,7 +175,7 @@ def backward(
     align = alignment(do, q, k, v, k_pos, v_pos, k_neg, v_neg)
     options = {
         "D": d, "D_CUT": head_cut(d), "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
-        "ALIGN": align, "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "ALIGN": align, **compiler_options(config),
     }  # fmt: skip
 
     def statistics():

@@ -1,9 +1,12 @@
 """What the launchers share: alignment of the operands, strides of optional ones, the device."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nasa_kernels._triton.configs import Config
 
 LOG2E = 1.4426950408889634
 
@@ -19,6 +22,17 @@ def alignment(*tensors: Tensor) -> int:
         if x.data_ptr() % 16 or any(s % width for s in x.stride()[:3]):
             return 1
     return width
+
+
+def compiler_options(config: Config) -> dict[str, Any]:
+    """How a kernel is compiled. Fusion of a product and a sum is asked for in every launch: the
+    default differs between versions of Triton, and with it the bits.
+    """
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def strides_or_zeros(x: Tensor | None, dimensions: int) -> tuple[int, ...]:

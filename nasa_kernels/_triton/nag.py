@@ -75,5 +75,6 @@ def blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau):
             z_pos, z_neg, o, alpha_map, *strides_or_zeros(alpha_map, 3)[:2],
             l, alpha, nag_scale, nag_tau,
             C=h * d, C_CUT=cut(h * d, widest=1024), num_warps=4 if h * d <= 2048 else 8,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return o

@@ -37,6 +37,16 @@ def cut(size: int, widest: int = 256) -> tuple[int, ...]:
 
 
 @triton.jit
+def tile_of_head(tiles):
+    """Which of the `tiles` of a head a program has, and which head, in int64.
+
+    The grid is flat, the tiles of a head in a row: beyond its first dimension 65,535 is the limit.
+    """
+    program = tl.program_id(0)
+    return program % tiles, (program // tiles).to(tl.int64)
+
+
+@triton.jit
 def of_head(X, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
     """X from sample b and head h on. Both are int64: b * stride_b passes 2^31 for video."""
     return X + tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
