@@ -122,7 +122,10 @@ setup(
         "nasa_diffusers": "python/nasa_diffusers",
         "nasa_distill": "python/nasa_distill",
     },
-    package_data={"nasa_distill": ["models/*/*", "models/*/*/*"]},
+    package_data={
+        "nasa_kernels": ["py.typed"],
+        "nasa_distill": ["models/*/*", "models/*/*/*"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     install_requires=["torch>=2.10,<2.16"],

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import Around
-from nasa_kernels import _cuda, backends, nasa_attention
+from nasa_kernels import backends, nasa_attention
 from nasa_kernels.testing import Shape
 
 Inputs = dict[str, Any]  # q, k_pos, v_pos, k_neg, v_neg
@@ -64,12 +64,12 @@ def _ours(backend: str) -> Provider:
     def refuse(case: Case) -> str | None:
         backward = case.direction == "backward"
         reason = backends.why_not(backend, case.device)
-        if reason is None and case.dtype not in backends._DTYPES[backend]:
+        if reason is None and case.dtype not in backends.RECORDS[backend].dtypes:
             reason = f"it does not take {case.dtype}"
         if reason is None and backend == "triton" and case.device.type == "cpu":
             reason = "its interpreter on a CPU is for tests"
-        if reason is None and backend == "cuda":
-            reason = _cuda.supports(case.device, case.shape.d, backward)
+        if reason is None:
+            reason = backends.why_not_head_dim(backend, case.device, case.shape.d, backward)
         return reason
 
     return Provider(f"nasa-{backend}", attend, refuse=refuse, ours=True)

@@ -1,7 +1,7 @@
 """Negative prompts for one-step and few-step diffusion: NASA attention as one fused operation."""
 
 from nasa_kernels.attention import nasa_attention
-from nasa_kernels.joint import nasa_joint_attention
+from nasa_kernels.joint_attention import nasa_joint_attention
 from nasa_kernels.nag import nag_attention, nag_joint_attention
 from nasa_kernels.reference import nasa_attention_reference, nasa_joint_attention_reference
 

@@ -1,18 +1,9 @@
-"""The public function: its contract, its checks, and the choice of a back end."""
+"""`nasa_attention`: its contract, and one operator of the back end that takes the call."""
 
-import torch
 from torch import Tensor
 
-from nasa_kernels import backends, ops
-from nasa_kernels.checks import (
-    autocast,
-    check_alpha,
-    check_mask,
-    check_prompt,
-    check_queries,
-    check_scale,
-    check_transforms,
-)
+from nasa_kernels import ops
+from nasa_kernels._checks import Call, outside_autocast, prepare
 from nasa_kernels.reference import nasa_attention_reference
 
 _NAME = "nasa_attention"
@@ -44,7 +35,9 @@ def nasa_attention(
 
     Args:
         q: Image queries `[b, l, h, d]`, fp16, bf16 or fp32 (fp64 on the reference), d from 1 to
-            256. Any strides with a contiguous last dimension; nothing is copied.
+            256. Any strides with a contiguous last dimension; nothing is copied, but for a
+            negative prompt whose rows do not start on 16 bytes where `"cuda"` runs on Hopper: lay
+            it out once, with `.contiguous()`, if you call with it often.
         k_pos, v_pos: Positive prompt `[b, n_pos, h, d]`, `n_pos >= 0`. b and h may be 1, or
             strides of 0: one prompt for a whole batch is read where it is.
         k_neg, v_neg: Negative prompt `[b, n_neg, h, d]`, likewise.
@@ -69,49 +62,30 @@ def nasa_attention(
             than a first reverse-mode derivative was asked of a fused back end: second
             derivatives, forward mode and `torch.func.grad` are for `backend="reference"`.
     """
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        q, k_pos, v_pos, k_neg, v_neg = autocast(q, k_pos, v_pos, k_neg, v_neg)
-        # off inside: it would round the fp32 intermediates of a back end made of PyTorch's parts
-        with torch.autocast(device, enabled=False):
-            return nasa_attention(
-                q, k_pos, v_pos, k_neg, v_neg, alpha,
-                mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend,
-            )  # fmt: skip
-    check_queries(_NAME, q)
-    k_pos, v_pos = check_prompt(_NAME, q, k_pos, v_pos, "_pos")
-    k_neg, v_neg = check_prompt(_NAME, q, k_neg, v_neg, "_neg")
-    if mask_pos is not None:
-        mask_pos = check_mask(_NAME, q, k_pos, mask_pos, "mask_pos")
-    if mask_neg is not None:
-        mask_neg = check_mask(_NAME, q, k_neg, mask_neg, "mask_neg")
-    alpha_map, alpha_number = check_alpha(_NAME, q, alpha)
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    else:
-        q, scale = check_scale(_NAME, q, scale)
+    call = prepare(
+        _NAME,
+        q,
+        (("_pos", k_pos, v_pos, mask_pos), ("_neg", k_neg, v_neg, mask_neg)),
+        alpha,
+        scale,
+        backend,
+    )
+    return outside_autocast(attend, call)
 
-    differentiable = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k_pos.requires_grad
-        or v_pos.requires_grad
-        or k_neg.requires_grad
-        or v_neg.requires_grad
-        or (alpha_map is not None and alpha_map.requires_grad)
-    )
-    if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
-    else:
-        backends.require(_NAME, backend, q, differentiable)
-    if backend == "reference":
+
+def attend(call: Call) -> Tensor:
+    """`nasa_attention` of a call that was checked."""
+    if call.backend == "reference":
+        k_pos, v_pos, k_neg, v_neg = call.keys_values
         return nasa_attention_reference(
-            q, k_pos, v_pos, k_neg, v_neg, alpha_number if alpha_map is None else alpha_map,
-            mask_pos=mask_pos, mask_neg=mask_neg, scale=scale,
+            call.q, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
+            mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
-    check_transforms(_NAME, differentiable, q, k_pos, v_pos, k_neg, v_neg)
-    operator = (ops.ATTENTION if differentiable else ops.FORWARD)[backend]
+    operator = (ops.ATTENTION if call.differentiable else ops.FORWARD)[call.backend]
     result = operator(
-        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha_number, scale
-    )
-    # O alone, or followed by what is kept for the backward pass
+        call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.alpha_map, call.alpha,
+        call.scale,
+    )  # fmt: skip
+    # O alone, or followed by what is saved for the backward pass
     return result[0] if isinstance(result, tuple) else result

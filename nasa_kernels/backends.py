@@ -5,35 +5,94 @@
     cpu        PyTorch's CPU attention CPU tensors
     reference  plain PyTorch           everything, fp64 included
 
-A back end named by the caller is never replaced by another; `None` takes the first that runs, in
-the order of `_PREFERENCE`.
+`RECORDS` says all that differs between them; `ops.py` registers operators by it. A back end named
+by the caller is never replaced by another; `None` takes the first that runs, in the order of
+`_PREFERENCE`.
 """
 
 import functools
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nasa_kernels import _cuda
+from nasa_kernels._cuda import extension
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+_HALVES = (torch.float16, torch.bfloat16)
 
-# Order of preference by device. The CUDA C++ kernels come before Triton when a benchmark row shows
+
+class Modules(NamedTuple):
+    """Where `forward`, `attention` and `backward` of an operator are, imported when they run."""
+
+    forward: str
+    backward: str
+
+
+class Backend(NamedTuple):
+    name: str
+    # types of device whose tensors its operators take; "cpu" of Triton is its interpreter
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    max_head_dim: int = 256
+    # None: the compiled extension implements them, or there are none
+    cross: Modules | None = None
+    joint: Modules | None = None
+    # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
+    has_pair: bool = False
+    # saved for the backward pass beside the inputs. Kernels rebuild what they need on chip;
+    # PyTorch's parts would have to run the forward pass again
+    keeps: tuple[str, ...] = ()
+    joint_keeps: tuple[str, ...] = ("o_shared", "lse_shared")
+    # of o_shared; None: that of q
+    shared_dtype: torch.dtype | None = None
+
+
+RECORDS = {
+    record.name: record
+    for record in (
+        Backend(
+            "cuda",
+            devices=("cuda",),
+            dtypes=_HALVES,
+            joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
+        ),
+        Backend(
+            "triton",
+            devices=("cuda", "cpu"),
+            dtypes=(*_HALVES, torch.float32),
+            cross=Modules("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
+            joint=Modules("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+            has_pair=True,
+        ),
+        Backend(
+            "cpu",
+            devices=("cpu",),
+            dtypes=(*_HALVES, torch.float32),
+            cross=Modules("nasa_kernels.cpu", "nasa_kernels.cpu"),
+            joint=Modules("nasa_kernels.cpu_joint", "nasa_kernels.cpu_joint"),
+            has_pair=True,
+            keeps=("z_pos", "lse_pos", "z_neg", "lse_neg"),
+            shared_dtype=torch.float32,
+        ),
+        Backend(
+            "reference", devices=("cuda", "cpu"), dtypes=(*_HALVES, torch.float32, torch.float64)
+        ),
+    )
+}
+NAMES = tuple(RECORDS)
+# those with operators
+FUSED = tuple(name for name in NAMES if name != "reference")
+MAX_HEAD_DIM = max(record.max_head_dim for record in RECORDS.values())
+
+# What `None` takes, by device. The CUDA C++ kernels come before Triton when a benchmark row shows
 # that they win. On meta tensors nothing runs: a fused operator gives shape and FLOPs.
 _PREFERENCE = {
     "cuda": ("triton", "cuda", "reference"),
     "cpu": ("cpu", "reference"),
     "meta": ("triton", "cpu"),
 }
-_DTYPES = {
-    "cuda": (torch.float16, torch.bfloat16),
-    "triton": (torch.float16, torch.bfloat16, torch.float32),
-    "cpu": (torch.float16, torch.bfloat16, torch.float32),
-    "reference": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-}
-MAX_HEAD_DIM = 256
 
 
 @functools.cache
@@ -46,7 +105,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     if device.type == "meta":
         return None
     if name == "cuda":
-        return _cuda.why_not(device)
+        return extension.why_not(device)
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'triton>=3.6'"
     if device.type == "cuda":
@@ -62,16 +121,44 @@ def why_not(name: str, device: torch.device) -> str | None:
     )
 
 
+def why_not_head_dim(
+    name: str, device: torch.device, head_dim: int, differentiable: bool = False
+) -> str | None:
+    """None when a back end that runs on `device` takes this head_dim there, otherwise why not."""
+    if head_dim > RECORDS[name].max_head_dim:
+        return f"its kernels take a head_dim of 1 to {RECORDS[name].max_head_dim}, got {head_dim}"
+    if name != "cuda" or device.type != "cuda":
+        return None
+    return _kernel_refusal(device, head_dim, differentiable)
+
+
+@torch.compiler.assume_constant_result
+def _kernel_refusal(device: torch.device, head_dim: int, backward: bool) -> str | None:
+    return extension.why_not_head_dim(device, head_dim, backward)
+
+
 @torch.compiler.assume_constant_result
 def available(device: torch.device) -> tuple[str, ...]:
     """The back ends that run on tensors of `device`, in the order of `NAMES`."""
     return tuple(name for name in NAMES if why_not(name, device) is None)
 
 
-_choices: dict[tuple, str] = {}
+_running: dict[tuple[torch.device, torch.dtype], tuple[str, ...]] = {}
 
 
 @torch.compiler.assume_constant_result
+def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    # a dictionary and not functools.cache: the compiler does not look through the latter
+    found = _running.get((device, dtype))
+    if found is None:
+        found = _running[device, dtype] = tuple(
+            name
+            for name in _PREFERENCE.get(device.type, ())
+            if dtype in RECORDS[name].dtypes and why_not(name, device) is None
+        )
+    return found
+
+
 def choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -79,20 +166,10 @@ def choose(
     differentiable: bool = False,
 ) -> str:
     """The back end that `backend=None` takes."""
-    # a dictionary and not functools.cache: the compiler does not look through the latter
-    key = (device, dtype, head_dim, differentiable)
-    choice = _choices.get(key)
-    if choice is None:
-        candidates = _PREFERENCE.get(device.type, ())
-        running = [
-            name
-            for name in candidates
-            if dtype in _DTYPES[name]
-            and not why_not(name, device)
-            and not (name == "cuda" and _cuda.supports(device, head_dim, differentiable))
-        ]
-        choice = _choices[key] = running[0] if running else "reference"
-    return choice
+    for name in _candidates(device, dtype):
+        if why_not_head_dim(name, device, head_dim, differentiable) is None:
+            return name
+    return "reference"
 
 
 def require(function: str, name: str, q: Tensor, differentiable: bool = False) -> None:
@@ -105,21 +182,15 @@ def require(function: str, name: str, q: Tensor, differentiable: bool = False) -
         raise RuntimeError(
             f"{function}: backend {name!r} does not run here: {reason}. Available: {here}."
         )
-    if q.dtype not in _DTYPES[name]:
-        dtypes = ", ".join(str(dtype) for dtype in _DTYPES[name])
+    if q.dtype not in RECORDS[name].dtypes:
+        dtypes = ", ".join(str(dtype) for dtype in RECORDS[name].dtypes)
         raise ValueError(
             f"{function}: backend {name!r} takes {dtypes}, got q of {q.dtype}; "
             "cast the inputs or use backend='reference'"
         )
-    if name == "cuda" and q.device.type == "cuda":
-        reason = _shape_refusal(q.device, q.shape[3], differentiable)
-        if reason is not None:
-            raise ValueError(f"{function}: backend 'cuda' does not take this call: {reason}")
-
-
-@torch.compiler.assume_constant_result
-def _shape_refusal(device: torch.device, head_dim: int, backward: bool) -> str | None:
-    return _cuda.supports(device, head_dim, backward)
+    reason = why_not_head_dim(name, q.device, q.shape[3], differentiable)
+    if reason is not None:
+        raise ValueError(f"{function}: backend {name!r} does not take this call: {reason}")
 
 
 @torch.compiler.assume_constant_result

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasa_kernels import cpu, rules
-from nasa_kernels.rules import Segments
-from nasa_kernels.shared import attend_shared
+from nasa_kernels import cpu
+from nasa_kernels._joint import rules
+from nasa_kernels._joint.rules import Segments
+from nasa_kernels._joint.shared import attend_shared
 
 
 def forward(*args) -> Tensor:

@@ -18,18 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from nasa_kernels import backends, ops
-from nasa_kernels.attention import nasa_attention
-from nasa_kernels.checks import (
-    autocast,
-    check_mask,
-    check_prompt,
-    check_queries,
-    check_scale,
-    check_text_queries,
-    check_transforms,
-)
-from nasa_kernels.joint import nasa_joint_attention
+from nasa_kernels import attention, backends, joint_attention, ops
+from nasa_kernels._checks import Call, is_number, outside_autocast, prepare
 
 
 def nag_attention(
@@ -74,22 +64,27 @@ def nag_attention(
         RuntimeError: As `nasa_attention`.
     """
     function = "nag_attention"
-    q, k_pos, v_pos, k_neg, v_neg = _autocast(q, k_pos, v_pos, k_neg, v_neg)
-    check_queries(function, q)
-    _check_prompts(function, q, (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg))
     _check_scale_and_tau(function, nag_scale, nag_tau)
-    alpha_map, alpha = _check_alpha(function, q, nag_alpha)
+    call = prepare(
+        function,
+        q,
+        (("_pos", k_pos, v_pos, mask_pos), ("_neg", k_neg, v_neg, mask_neg)),
+        0.0,
+        scale,
+        backend,
+    )
+    alpha_map, alpha = _check_alpha(function, call.q, nag_alpha)
+    k_pos, v_pos, k_neg, v_neg = call.keys_values
 
     def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return nasa_attention(
-            q, k, v, k[:, :0], v[:, :0], 0.0, mask_pos=mask, scale=scale, backend=backend
-        )
+        alone = call._replace(keys_values=(k, v, k[:, :0], v[:, :0]), mask_pos=mask, mask_neg=None)
+        return outside_autocast(attention.attend, alone)
 
-    z_pos = attend(k_pos, v_pos, mask_pos)
+    z_pos = attend(k_pos, v_pos, call.mask_pos)
     if alpha_map is None and alpha == 0:
         return z_pos
-    z_neg = attend(k_neg, v_neg, mask_neg)
-    return _blend_on(backend, z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+    z_neg = attend(k_neg, v_neg, call.mask_neg)
+    return _blend_on(call.backend, z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
 
 
 def nag_joint_attention(
@@ -130,14 +125,18 @@ def nag_joint_attention(
         ValueError, RuntimeError: As `nag_attention` and `nasa_joint_attention` do.
     """
     function = "nag_joint_attention"
-    q, k, v, k_pos, v_pos, k_neg, v_neg = _autocast(q, k, v, k_pos, v_pos, k_neg, v_neg)
-    check_queries(function, q)
-    k, v = check_prompt(function, q, k, v, "")
-    (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg) = _check_prompts(
-        function, q, (k_pos, v_pos, mask_pos), (k_neg, v_neg, mask_neg)
-    )
     _check_scale_and_tau(function, nag_scale, nag_tau)
-    text_pos, text_neg = check_text_queries(function, q, text_queries)
+    call = prepare(
+        function,
+        q,
+        (("", k, v, None), ("_pos", k_pos, v_pos, mask_pos), ("_neg", k_neg, v_neg, mask_neg)),
+        0.0,
+        scale,
+        backend,
+        text_queries,
+    )
+    q, text_pos, text_neg = call.q, call.text_pos, call.text_neg
+    k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
     image = q.shape[1] - text_pos - text_neg
     q_image, _, q_neg = q.split((image, text_pos, text_neg), dim=1)
     alpha_map, alpha = _check_alpha(function, q_image, nag_alpha)
@@ -146,31 +145,39 @@ def nag_joint_attention(
         queries: Tensor, texts: int, k_text: Tensor, v_text: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Of the image's queries and of one text's, the last of `queries`."""
-        o = nasa_joint_attention(
-            queries, k, v, k_text, v_text, k_text[:, :0], v_text[:, :0], 0.0,
-            text_queries=(texts, 0), mask_pos=mask, scale=scale, backend=backend,
+        alone = call._replace(
+            q=queries,
+            keys_values=(k, v, k_text, v_text, k_text[:, :0], v_text[:, :0]),
+            mask_pos=mask, mask_neg=None, text_pos=texts, text_neg=0,
         )  # fmt: skip
+        o = outside_autocast(joint_attention.attend, alone, "nasa-cross")
         return o.split((o.shape[1] - texts, texts), dim=1)
 
+    def attend_pos() -> tuple[Tensor, ...]:
+        return attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, call.mask_pos)
+
     if alpha_map is None and alpha == 0:
-        o, pos = attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, mask_pos)
-        _, neg = attend(q_neg, text_neg, k_neg, v_neg, mask_neg)
+        o, pos = attend_pos()
+        _, neg = attend(q_neg, text_neg, k_neg, v_neg, call.mask_neg)
         return torch.cat((o, pos, neg), dim=1)
-    tensors = (q, k, v, k_pos, v_pos, k_neg, v_neg)
-    if (chosen := pair_backend(backend, *tensors)) is not None:
-        backends.require(function, chosen, q)
-        check_transforms(function, False, *tensors)
-        q, scale = (q, q.shape[3] ** -0.5) if scale is None else check_scale(function, q, scale)
-        positive, negative = ops.JOINT_PAIR[chosen](
-            q, *tensors[1:], mask_pos, mask_neg, scale, text_pos, text_neg
-        )
+    if call.backend in ops.JOINT_PAIR and not call.differentiable:
+        positive, negative = outside_autocast(_attend_pair, call)
         o, pos = positive.split((image, text_pos), dim=1)
         z_neg, neg = negative.split((image, text_neg), dim=1)
     else:
-        o, pos = attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, mask_pos)
-        z_neg, neg = attend(torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, mask_neg)
-    o = _blend_on(backend, o, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+        o, pos = attend_pos()
+        z_neg, neg = attend(
+            torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, call.mask_neg
+        )
+    o = _blend_on(call.backend, o, z_neg, alpha_map, alpha, nag_scale, nag_tau)
     return torch.cat((o, pos, neg), dim=1)
+
+
+def _attend_pair(call: Call) -> tuple[Tensor, Tensor]:
+    return ops.JOINT_PAIR[call.backend](
+        call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.scale, call.text_pos,
+        call.text_neg,
+    )  # fmt: skip
 
 
 def pair_backend(backend: str | None, *tensors: Tensor) -> str | None:
@@ -184,7 +191,7 @@ def pair_backend(backend: str | None, *tensors: Tensor) -> str | None:
 
 
 def _blend_on(
-    backend: str | None,
+    backend: str,
     z_pos: Tensor,
     z_neg: Tensor,
     alpha_map: Tensor | None,
@@ -195,8 +202,6 @@ def _blend_on(
     """`blend`, in Triton where that is the back end and nothing is differentiated."""
     inputs = (z_pos, z_neg) if alpha_map is None else (z_pos, z_neg, alpha_map)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if backend is None:
-        backend = backends.choose(z_pos.device, z_pos.dtype, z_pos.shape[3], differentiable)
     if backend == "triton" and not differentiable:
         return ops.BLEND(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
     return blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
@@ -233,27 +238,6 @@ def blend(
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the operators below will cast them."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    return autocast(*tensors)
-
-
-def _check_prompts(
-    function: str, q: Tensor, *prompts: tuple[Tensor, Tensor, Tensor | None]
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Both prompts under their own names, used or not, as `check_prompt` returns them."""
-    checked = []
-    for side, (k, v, mask) in zip(("_pos", "_neg"), prompts, strict=True):
-        k, v = check_prompt(function, q, k, v, side)
-        if mask is not None:
-            mask = check_mask(function, q, k, mask, f"mask{side}")
-        checked.append((k, v, mask))
-    return checked
-
-
 def _check_scale_and_tau(function: str, nag_scale: float, nag_tau: float) -> None:
     _check_number(function, "nag_scale", nag_scale)
     _check_number(function, "nag_tau", nag_tau)
@@ -262,7 +246,7 @@ def _check_scale_and_tau(function: str, nag_scale: float, nag_tau: float) -> Non
 
 
 def _check_number(function: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+    if not is_number(value):
         raise ValueError(f"{function}: {name} must be a number, got {type(value).__name__}")
     # of a symbol the compiler cannot ask this
     if isinstance(value, (int, float)) and not math.isfinite(value):

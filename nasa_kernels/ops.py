@@ -2,7 +2,7 @@
 
     forward_NAME     O, without a gradient: what inference calls
     attention_NAME   the same with backward_NAME as its gradient: what training calls. Beside O it
-                     returns what backward_NAME wants to have kept
+                     returns what is saved for backward_NAME
     backward_NAME    the gradients that are asked for
 
 and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`, and
@@ -13,7 +13,9 @@ in every call, used or not.
 Torch only. A back end is imported when its operator first runs, so importing the package, tracing
 and counting need neither Triton nor a GPU. A call crosses the operator boundary once.
 
-Shapes, in the terms of `attention.py` and `joint.py`, whose checks every call has passed:
+`backends.RECORDS` says what differs between the back ends. `_flops.py` has the FLOP formulas.
+
+Shapes, in the terms of `attention.py` and `joint_attention.py`, after `_checks.prepare`:
 q, grad_o [b, l, h, d]; k, v [b, n, h, d] with stride 0 where a prompt is shared; masks [b, n];
 alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength; `rule` an index of RULES.
 """
@@ -26,18 +28,10 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("cuda", "triton", "cpu")
-JOINT_BACKENDS = ("cuda", "triton", "cpu")
-# those that leave Z+ and Z- of joint attention apart; elsewhere each is a call
-JOINT_PAIR_BACKENDS = ("triton", "cpu")
+from nasa_kernels import _flops
+from nasa_kernels.backends import FUSED, RECORDS, Backend
+
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-# CPU for Triton as well: tests run the kernels there in its interpreter
-_DEVICES = {"cuda": ("CUDA",), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
-_JOINT_MODULES = {
-    "cuda": "nasa_kernels._cuda",
-    "triton": "nasa_kernels._triton.joint",
-    "cpu": "nasa_kernels.cpu_joint",
-}
 
 _PROMPTS = "Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg"
 _REST = "Tensor? mask_pos, Tensor? mask_neg, Tensor? alpha_map, float alpha, float scale"
@@ -50,10 +44,6 @@ _PAIR_INPUTS = (
     " int text_pos, int text_neg"
 )
 FORWARD_SCHEMA = f"({_INPUTS}) -> Tensor"
-# What attention_NAME keeps for backward_NAME. The kernels rebuild what they need on chip; PyTorch's
-# parts would have to run the forward pass again.
-_KEPT = {"cpu": ("z_pos", "lse_pos", "z_neg", "lse_neg")}
-_JOINT_KEPT = ("o_shared", "lse_shared")
 
 
 def _attention_schema(inputs: str, kept: Sequence[str]) -> str:
@@ -74,19 +64,19 @@ def _forward_fake(q, *args) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _attention_fake(backend: str) -> Callable:
+def _attention_fake(backend: Backend) -> Callable:
     def fake(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
         from nasa_kernels.cpu import kept
 
         return _forward_fake(q), *kept(q, k_pos, k_neg, alpha_map, alpha)
 
-    return fake if backend in _KEPT else _forward_fake
+    return fake if backend.keeps else _forward_fake
 
 
-def _joint_attention_fake(backend: str) -> Callable:
+def _joint_attention_fake(backend: Backend) -> Callable:
     def fake(q, *args) -> tuple[Tensor, ...]:
         b, l, h, _ = q.shape
-        dtype = torch.float32 if backend == "cpu" else q.dtype
+        dtype = q.dtype if backend.shared_dtype is None else backend.shared_dtype
         o_shared = torch.empty(q.shape, dtype=dtype, device=q.device)
         lse_shared = torch.empty((b, h, l), dtype=torch.float32, device=q.device)
         return _forward_fake(q), o_shared, lse_shared
@@ -137,82 +127,6 @@ def _joint_keys_fake(grad_o, q, k, v, *args) -> tuple[Tensor, ...]:
     return tuple(k.new_empty(k.shape if needed else (0,)) for needed in args[-1])
 
 
-# ------------------------------------------------------------------------------------------ FLOPs
-# at 2 a multiply-add, as PyTorch counts attention; the arguments are shapes
-
-
-def _forward_flops(q, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwargs) -> int:
-    """Q K^T and P V of both prompts."""
-    return 2 * _product(q, k_pos, k_neg)
-
-
-def _joint_forward_flops(
-    q, k, v, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwargs
-) -> int:
-    """Q K^T and P V of the three segments; queries of one text do not see the other."""
-    *_, text_pos, text_neg = args
-    return 2 * (
-        _product(q, k) + _product(q, k_pos, less=text_neg) + _product(q, k_neg, less=text_pos)
-    )
-
-
-def _backward_flops(*args, out_shape=None, **kwargs) -> int:
-    *_, q, k_pos, _, k_neg, _, _, _, _, _, _, needs = args
-    return _gradient_flops((_product(q, k_pos), _product(q, k_neg)), needs)
-
-
-def _joint_backward_flops(*args, out_shape=None, **kwargs) -> int:
-    *_, q, k, _, k_pos, _, k_neg, _, _, _, _, _, _, _, text_pos, text_neg, needs = args
-    products = (
-        _product(q, k),
-        _product(q, k_pos, less=text_neg),
-        _product(q, k_neg, less=text_pos),
-    )
-    return _gradient_flops(products, needs)
-
-
-def _gradient_flops(products: Sequence[int], needs: Sequence[bool]) -> int:
-    """Q K^T again and dO V^T, then one product for each of dQ, dK and dV that is asked for."""
-    flops = (2 + needs[0]) * sum(products)
-    for i, product in enumerate(products):
-        flops += (needs[1 + 2 * i] + needs[2 + 2 * i]) * product
-    return flops
-
-
-def _joint_statistics_flops(
-    grad_o, o_shared, q, k_pos, v_pos, k_neg, *args, out_shape=None, **kwargs
-) -> int:
-    """Q K^T and dO V^T of both prompts."""
-    *_, text_pos, text_neg = args
-    return 2 * (_product(q, k_pos, less=text_neg) + _product(q, k_neg, less=text_pos))
-
-
-def _joint_queries_flops(
-    grad_o, o_shared, q, k, v, k_pos, v_pos, k_neg, *args, out_shape=None, **kwargs
-) -> int:
-    """Q K^T again, dO V^T and dS K of the three segments."""
-    *_, text_pos, text_neg = args
-    return 3 * (
-        _product(q, k) + _product(q, k_pos, less=text_neg) + _product(q, k_neg, less=text_pos)
-    )
-
-
-def _joint_keys_flops(grad_o, q, k, *args, out_shape=None, **kwargs) -> int:
-    *_, first_hidden, end_hidden, needs = args
-    return (2 + sum(needs)) * _product(q, k, less=end_hidden - first_hidden)
-
-
-def _product(q, *segments, less: int = 0) -> int:
-    """Of the queries, all but `less`, with the keys of the segments."""
-    b, l, h, d = q
-    return 2 * b * h * (l - less) * d * sum(k[1] for k in segments)
-
-
-def _no_flops(*args, out_shape=None, **kwargs) -> int:
-    """PyTorch counts products of matrices, and nothing of what works element by element."""
-    return 0
-
-
 # --------------------------------------------------------------------------------------- autograd
 
 
@@ -254,11 +168,14 @@ def _ignore_inputs(ctx, inputs, output) -> None:
 # ----------------------------------------------------------------------------------- registration
 
 
-def _lazily(module: str, function: str) -> Callable:
+def _implement(operator: Any, backend: Backend, module: str, function: str) -> None:
+    """Import the module when the operator first runs."""
+
     def implementation(*args):
         return getattr(importlib.import_module(module), function)(*args)
 
-    return implementation
+    devices = [device.upper() for device in backend.devices]
+    library.impl(operator.name(), devices, implementation)
 
 
 def _define(name: str, schema: str, fake: Callable, flops: Callable) -> Any:
@@ -279,66 +196,60 @@ def _connect(attention, backward, differentiable: Sequence[int]) -> None:
     )
 
 
-def _register(backend: str) -> tuple[Any, Any]:
+def _register(backend: Backend) -> tuple[Any, Any]:
     """Define the operators of a back end; return `forward_NAME` and `attention_NAME`."""
-    kept = _KEPT.get(backend, ())
-    forward = _define(f"forward_{backend}", FORWARD_SCHEMA, _forward_fake, _forward_flops)
+    name, keeps = backend.name, backend.keeps
+    forward = _define(f"forward_{name}", FORWARD_SCHEMA, _forward_fake, _flops.forward)
     attention = _define(
-        f"attention_{backend}",
-        _attention_schema(_INPUTS, kept),
+        f"attention_{name}",
+        _attention_schema(_INPUTS, keeps),
         _attention_fake(backend),
-        _forward_flops,
+        _flops.forward,
     )
     backward = _define(
-        f"backward_{backend}", _backward_schema(_INPUTS, kept, 6), _backward_fake, _backward_flops
+        f"backward_{name}", _backward_schema(_INPUTS, keeps, 6), _backward_fake, _flops.backward
     )
-    # the `cuda` operators get their implementation from the compiled extension
-    modules = {
-        "triton": ("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
-        "cpu": ("nasa_kernels.cpu", "nasa_kernels.cpu"),
-    }
-    if backend in modules:
-        of_forward, of_backward = modules[backend]
-        devices = _DEVICES[backend]
-        library.impl(forward.name(), devices, _lazily(of_forward, "forward"))
-        library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
-    if kept:
-        library.impl(attention.name(), devices, _lazily(of_forward, "attention"))
+    # else the compiled extension implements both
+    if backend.cross is not None:
+        _implement(forward, backend, backend.cross.forward, "forward")
+        _implement(backward, backend, backend.cross.backward, "backward")
+    if keeps and backend.cross is not None:
+        _implement(attention, backend, backend.cross.forward, "attention")
     else:
         library.impl(attention.name(), "CompositeExplicitAutograd", forward)
     _connect(attention, backward, (0, 1, 2, 3, 4, 7))
     return forward, attention
 
 
-def _register_joint(backend: str, function: str, inputs: str, result: str, fake: Callable) -> Any:
+def _register_joint(
+    backend: Backend, function: str, inputs: str, result: str, fake: Callable
+) -> Any:
     """`joint_FUNCTION_NAME`: both launches, without a gradient."""
     operator = _define(
-        f"joint_{function}_{backend}", f"({inputs}) -> {result}", fake, _joint_forward_flops
+        f"joint_{function}_{backend.name}", f"({inputs}) -> {result}", fake, _flops.joint_forward
     )
-    library.impl(operator.name(), _DEVICES[backend], _lazily(_JOINT_MODULES[backend], function))
+    assert backend.joint is not None
+    _implement(operator, backend, backend.joint.forward, function)
     return operator
 
 
-def _register_joint_gradient(backend: str) -> Any:
+def _register_joint_gradient(backend: Backend) -> Any:
     """Define `joint_backward_NAME`, and define and return `joint_attention_NAME`."""
     attention = _define(
-        f"joint_attention_{backend}",
-        _attention_schema(_JOINT_INPUTS, _JOINT_KEPT),
+        f"joint_attention_{backend.name}",
+        _attention_schema(_JOINT_INPUTS, backend.joint_keeps),
         _joint_attention_fake(backend),
-        _joint_forward_flops,
+        _flops.joint_forward,
     )
     backward = _define(
-        f"joint_backward_{backend}",
-        _backward_schema(_JOINT_INPUTS, _JOINT_KEPT, 8),
+        f"joint_backward_{backend.name}",
+        _backward_schema(_JOINT_INPUTS, backend.joint_keeps, 8),
         _joint_backward_fake,
-        _joint_backward_flops,
+        _flops.joint_backward,
     )
-    of_attention = of_backward = _JOINT_MODULES[backend]
-    if backend == "triton":
-        of_backward = "nasa_kernels._triton.joint_backward"
-    devices = _DEVICES[backend]
-    library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
-    library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
+    assert backend.joint is not None
+    _implement(attention, backend, backend.joint.forward, "attention")
+    _implement(backward, backend, backend.joint.backward, "backward")
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
 
@@ -349,7 +260,7 @@ _define(
     f"({_INPUTS}, Tensor o_shared, Tensor lse_shared, int rule, int text_pos, int text_neg)"
     " -> Tensor",
     _forward_fake,
-    _forward_flops,
+    _flops.forward,
 )
 # and the launches of the backward pass: statistics of the rows, dQ, dK and dV of one segment
 _define(
@@ -357,7 +268,7 @@ _define(
     f"(Tensor grad_o, Tensor o_shared, Tensor q, {_PROMPTS}, Tensor? mask_pos, Tensor? mask_neg,"
     " float scale, int text_pos, int text_neg) -> Tensor",
     _joint_statistics_fake,
-    _joint_statistics_flops,
+    _flops.joint_statistics,
 )
 _define(
     "joint_queries_cuda",
@@ -365,7 +276,7 @@ _define(
     " Tensor? mask_neg, Tensor lse, Tensor weight, Tensor shift, float scale, int text_pos,"
     " int text_neg) -> Tensor",
     _joint_queries_fake,
-    _joint_queries_flops,
+    _flops.joint_queries,
 )
 _define(
     "joint_keys_cuda",
@@ -373,19 +284,23 @@ _define(
     " Tensor shift, float scale, int first_hidden, int end_hidden, bool[2] needs)"
     " -> (Tensor, Tensor)",
     _joint_keys_fake,
-    _joint_keys_flops,
+    _flops.joint_keys,
 )
-_OPERATORS = {backend: _register(backend) for backend in BACKENDS}
-FORWARD = {backend: forward for backend, (forward, _) in _OPERATORS.items()}
-ATTENTION = {backend: attention for backend, (_, attention) in _OPERATORS.items()}
+_OPERATORS = {name: _register(RECORDS[name]) for name in FUSED}
+FORWARD = {name: forward for name, (forward, _) in _OPERATORS.items()}
+ATTENTION = {name: attention for name, (_, attention) in _OPERATORS.items()}
+_JOINT = [RECORDS[name] for name in FUSED if RECORDS[name].joint is not None]
 JOINT_FORWARD = {
-    backend: _register_joint(backend, "forward", _JOINT_INPUTS, "Tensor", _forward_fake)
-    for backend in JOINT_BACKENDS
+    backend.name: _register_joint(backend, "forward", _JOINT_INPUTS, "Tensor", _forward_fake)
+    for backend in _JOINT
 }
-JOINT_ATTENTION = {backend: _register_joint_gradient(backend) for backend in JOINT_BACKENDS}
+JOINT_ATTENTION = {backend.name: _register_joint_gradient(backend) for backend in _JOINT}
 JOINT_PAIR = {
-    backend: _register_joint(backend, "pair", _PAIR_INPUTS, "(Tensor, Tensor)", _joint_pair_fake)
-    for backend in JOINT_PAIR_BACKENDS
+    backend.name: _register_joint(
+        backend, "pair", _PAIR_INPUTS, "(Tensor, Tensor)", _joint_pair_fake
+    )
+    for backend in _JOINT
+    if backend.has_pair
 }
 
 # the end of normalised attention guidance: `nag.py` has its formula
@@ -394,6 +309,6 @@ BLEND = _define(
     "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau)"
     " -> Tensor",
     _forward_fake,
-    _no_flops,
+    _flops.none,
 )
-library.impl(BLEND.name(), _DEVICES["triton"], _lazily("nasa_kernels._triton.nag", "blend"))
+_implement(BLEND, RECORDS["triton"], "nasa_kernels._triton.nag", "blend")

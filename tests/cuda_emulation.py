@@ -527,7 +527,7 @@ class JointBackward:
 
 @functools.cache
 def joint_backward_operators() -> JointBackward:
-    """Registers the emulation as those operators on CPU tensors, for `_cuda.backward`."""
+    """Registers the emulation as those operators on CPU tensors, for `_cuda/joint.py`."""
     emulation = JointBackward()
     for step in ("statistics", "queries", "keys"):
         library.impl(f"nasa_kernels::joint_{step}_cuda", "CPU", getattr(emulation, step))

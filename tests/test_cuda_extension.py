@@ -22,10 +22,11 @@ from cuda_emulation import (
 )
 
 import nasa_kernels.ops  # noqa: F401, the schemas must be there before the kernels
-from nasa_kernels import _cuda
+from nasa_kernels import backends
+from nasa_kernels._cuda import extension
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", _cuda.LIBRARY))
+LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", extension.LIBRARY))
 needs_library = pytest.mark.skipif(
     not LIBRARY.is_file(), reason=f"no {LIBRARY.name}: built without CUDA C++"
 )
@@ -33,8 +34,8 @@ needs_library = pytest.mark.skipif(
 
 @pytest.fixture
 def library(monkeypatch):
-    monkeypatch.setattr(_cuda, "LIBRARY", LIBRARY)
-    cached = [function for function in vars(_cuda).values() if hasattr(function, "cache_clear")]
+    monkeypatch.setattr(extension, "LIBRARY", LIBRARY)
+    cached = [function for function in vars(extension).values() if hasattr(function, "cache_clear")]
     for function in cached:
         function.cache_clear()
     yield
@@ -44,7 +45,7 @@ def library(monkeypatch):
 
 @needs_library
 def test_it_loads_and_registers_its_kernels(library):
-    assert _cuda.load() is None
+    assert extension.load() is None
     joint = ("forward_joint", "joint_statistics", "joint_queries", "joint_keys")
     for name in ("forward_cuda", "backward_cuda", *(f"{step}_cuda" for step in joint)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nasa_kernels::{name}", "CUDA")
@@ -52,17 +53,17 @@ def test_it_loads_and_registers_its_kernels(library):
 
 @needs_library
 def test_it_says_why_it_does_not_run_here(library):
-    reason = _cuda.why_not(torch.device("cpu"))
+    reason = extension.why_not(torch.device("cpu"))
     assert reason == "it runs on NVIDIA GPUs, not on cpu tensors"
 
 
 def test_an_install_without_it_says_so(monkeypatch):
-    monkeypatch.setattr(_cuda, "LIBRARY", ROOT / "no" / "_C.so")
-    _cuda.load.cache_clear()
-    _cuda.why_not.cache_clear()
-    assert _cuda.why_not(torch.device("cuda", 0)) == _cuda.NOT_BUILT
-    _cuda.load.cache_clear()
-    _cuda.why_not.cache_clear()
+    monkeypatch.setattr(extension, "LIBRARY", ROOT / "no" / "_C.so")
+    extension.load.cache_clear()
+    extension.why_not.cache_clear()
+    assert extension.why_not(torch.device("cuda", 0)) == extension.NOT_BUILT
+    extension.load.cache_clear()
+    extension.why_not.cache_clear()
 
 
 RELEASED = ("8.0", "9.0a", "10.0", "12.0+PTX")
@@ -77,16 +78,16 @@ RELEASED = ("8.0", "9.0a", "10.0", "12.0+PTX")
     ],
 )
 def test_which_gpus_have_code(capability, runs):
-    assert _cuda.has_code(RELEASED, *capability) == runs
+    assert extension.has_code(RELEASED, *capability) == runs
 
 
 def test_code_for_one_gpu_is_for_no_other():
-    assert _cuda.has_code(["9.0a"], 9, 0)
-    assert not _cuda.has_code(["9.0a"], 9, 1)
-    assert not _cuda.has_code(["8.6"], 8, 0)
-    assert _cuda.has_code(["8.6"], 8, 9)
-    assert not _cuda.has_code(["8.6"], 9, 0)
-    assert _cuda.has_code(["8.6+PTX"], 9, 0)
+    assert extension.has_code(["9.0a"], 9, 0)
+    assert not extension.has_code(["9.0a"], 9, 1)
+    assert not extension.has_code(["8.6"], 8, 0)
+    assert extension.has_code(["8.6"], 8, 9)
+    assert not extension.has_code(["8.6"], 9, 0)
+    assert extension.has_code(["8.6+PTX"], 9, 0)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ def test_code_for_one_gpu_is_for_no_other():
     ids=str,
 )
 def test_what_the_gpu_and_its_driver_must_have(monkeypatch, capability, driver, reason):
-    _cuda.why_not.cache_clear()
-    monkeypatch.setattr(_cuda, "load", lambda: None)
-    monkeypatch.setattr(_cuda, "_architectures", lambda: RELEASED)
-    monkeypatch.setattr(_cuda, "_cuda_versions", lambda: (13000, driver))
+    extension.why_not.cache_clear()
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "_architectures", lambda: RELEASED)
+    monkeypatch.setattr(extension, "_cuda_versions", lambda: (13000, driver))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = _cuda.why_not(torch.device("cuda", 0))
-    _cuda.why_not.cache_clear()
+    found = extension.why_not(torch.device("cuda", 0))
+    extension.why_not.cache_clear()
     assert found is None if reason is None else reason in found
 
 
@@ -117,11 +118,11 @@ def test_what_the_gpu_and_its_driver_must_have(monkeypatch, capability, driver, 
 def test_it_knows_its_runtime_and_its_architectures(library):
     text = (ROOT / "CMakeLists.txt").read_text()
     built = re.search(r'NASA_CUDA_ARCHS "(.*?)"', text)[1]
-    assert set(_cuda._architectures()) <= {
+    assert set(extension._architectures()) <= {
         *built.split(";"),
         *os.environ.get("NASA_CUDA_ARCHS", "").split(),
     }
-    runtime, driver = _cuda._cuda_versions()
+    runtime, driver = extension._cuda_versions()
     assert runtime >= 12000
     if not torch.cuda.is_available():
         assert driver == 0
@@ -143,10 +144,10 @@ def test_a_head_dim_that_does_not_fit_is_refused_with_a_reason(library, monkeypa
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Ada)
     device = torch.device("cuda", 0)
-    assert _cuda.supports(device, 160) is None
-    assert _cuda.supports(device, 160, backward=True) is None
-    assert "bytes of shared memory for head_dim 256" in _cuda.supports(device, 256)
-    assert "head_dim of 1 to 256" in _cuda.supports(device, 264)
+    assert extension.why_not_head_dim(device, 160) is None
+    assert extension.why_not_head_dim(device, 160, backward=True) is None
+    assert "bytes of shared memory for head_dim 256" in extension.why_not_head_dim(device, 256)
+    assert "head_dim of 1 to 256" in backends.why_not_head_dim("cuda", device, 264)
 
 
 @needs_library

@@ -1,6 +1,6 @@
 """The gradients of a joint attention by the CUDA C++ kernels, executed on the CPU from their PTX.
 
-What runs is `_cuda.backward`, its operators emulated: the rules between the launches are those of
+What runs is `_cuda/joint.py`, its operators emulated: the rules between the launches are those of
 every back end, held to fp64 by tests/test_joint_backward.py.
 """
 
@@ -18,9 +18,10 @@ from cuda_emulation import (
 from test_cuda_forward import NAN, strided
 from test_joint_backward import eager, gradients
 
-from nasa_kernels import _cuda, nasa_joint_attention_reference
+from nasa_kernels import nasa_joint_attention_reference
+from nasa_kernels._cuda import joint as cuda_joint
+from nasa_kernels._joint.shared import attend_shared
 from nasa_kernels.reference import RULES
-from nasa_kernels.shared import attend_shared
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -77,7 +78,7 @@ def backward(
     q, k, v = (inputs[name].contiguous() for name in NAMES[:3])
     scale = q.shape[-1] ** -0.5
     alpha_map, number = (alpha, 0.0) if torch.is_tensor(alpha) else (None, alpha)
-    found = _cuda.backward(
+    found = cuda_joint.backward(
         grad_o, *attend_shared(q, k, v, scale), *inputs.values(), mask_pos, mask_neg,
         alpha_map, number, scale, RULES.index(rule), *text, list(needs),
     )  # fmt: skip
@@ -218,6 +219,6 @@ def test_a_text_takes_no_gradient_from_the_other_prompt():
     ids=["no-dlse", "sign-of-u", "no-weight"],
 )
 def test_a_fault_between_the_launches_is_seen(weighed, monkeypatch):
-    monkeypatch.setattr(_cuda, "_weighed", weighed)
+    monkeypatch.setattr(cuda_joint, "_weighed", weighed)
     with pytest.raises(AssertionError):
         check(MIXED, torch.bfloat16, "nasa")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import sass
 
-from nasa_kernels import _cuda
+from nasa_kernels._cuda import extension
 
-LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", _cuda.LIBRARY))
+LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", extension.LIBRARY))
 pytestmark = [
     pytest.mark.skipif(not LIBRARY.is_file(), reason=f"no {LIBRARY.name}: built without CUDA C++"),
     pytest.mark.skipif(sass.tools() is None, reason="no cuobjdump and nvdisasm"),

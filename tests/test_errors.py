@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, DEVICE, make_inputs, refuses_dtype
 
-from nasa_kernels import backends, nasa_attention
+from nasa_kernels import backends, nag_attention, nasa_attention, nasa_joint_attention
 from nasa_kernels.testing import Shape
 
 SHAPE = Shape("wrong", 2, 9, 3, 16, 5, 7)
@@ -102,6 +103,30 @@ def test_wrong_arguments(case):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         call(**changes)
     assert str(error.value).startswith("nasa_attention: ")
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16, int, np.int64])
+def test_numbers_of_numpy_are_numbers(number):
+    expected = call(alpha=2.0, scale=1.0)
+    assert torch.equal(call(alpha=number(2), scale=number(1)), expected)
+    inputs = make_inputs(SHAPE, torch.float32, DEVICE)
+    k, v = inputs["k_pos"], inputs["v_pos"]
+    plain = {"rule": "vsf", "text_queries": (2, 3), "backend": "reference"}
+    joint = nasa_joint_attention(k=k, v=v, **inputs, alpha=2.0, **plain)
+    if issubclass(number, (int, np.integer)):
+        plain["text_queries"] = (number(2), number(3))
+    assert torch.equal(nasa_joint_attention(k=k, v=v, **inputs, alpha=number(2), **plain), joint)
+    nag = {"nag_scale": 3.0, "nag_tau": 2.0, "nag_alpha": 1.0}
+    expected = nag_attention(**inputs, **nag)
+    assert torch.equal(
+        nag_attention(**inputs, **{name: number(x) for name, x in nag.items()}), expected
+    )
+
+
+def test_a_bool_of_numpy_is_no_number():
+    for name in ("alpha", "scale"):
+        with pytest.raises(ValueError, match=f"{name} must be a number"):
+            call(**{name: np.True_})
 
 
 @pytest.mark.parametrize("backend", [name for name in backends.NAMES if name not in BACKENDS])

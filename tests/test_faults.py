@@ -108,7 +108,7 @@ FAULTS = (
         "test_nag.py published and cpu and basic",
     ),
     Fault(
-        "flops", "ops.py", "return 2 * _product(q, k_pos, k_neg)",
+        "flops", "_flops.py", "return 2 * _product(q, k_pos, k_neg)",
         "return 2 * _product(q, k_pos)", "test_ops.py test_flops_forward and cpu",
     ),
     Fault(
@@ -116,8 +116,8 @@ FAULTS = (
         "test_ops.py test_opcheck and cpu",
     ),
     Fault(
-        "autocast-inside", "attention.py", "torch.autocast(device, enabled=False)",
-        "torch.autocast(device, enabled=True)", "test_ops.py test_autocast",
+        "autocast-inside", "_checks.py", "torch.autocast(call.q.device.type, enabled=False)",
+        "torch.autocast(call.q.device.type, enabled=True)", "test_ops.py test_autocast",
     ),
     Fault(
         "joint-share", "_triton/joint.py", "return w_x / total, w_y / total",
@@ -133,7 +133,7 @@ FAULTS = (
         "c_s, c_p, c_n = a_s, 1.0, -alpha", "test_joint.py a_sum_is and triton and streamed",
     ),
     Fault(
-        "joint-gradient", "rules.py", "negative = b_s * b_n * by_b", "negative = b_s * by_b",
+        "joint-gradient", "_joint/rules.py", "negative = b_s * b_n * by_b", "negative = b_s * by_b",
         "test_joint_backward.py matches_fp64 and cpu and flux",
     ),
     Fault(
@@ -150,15 +150,15 @@ FAULTS = (
         "test_joint_backward.py matches_fp64 and triton and much-text",
     ),
     Fault(
-        "joint-no-key", "joint_gradients.py", 'float("-inf"), float("inf")',
+        "joint-no-key", "_joint/gradients.py", 'float("-inf"), float("inf")',
         'float("-inf"), float("-inf")', "test_joint_backward.py test_masks and triton and vsf",
     ),
     Fault(
-        "joint-flops", "ops.py", "_product(q, k_neg, less=text_pos),\n    )",
+        "joint-flops", "_flops.py", "_product(q, k_neg, less=text_pos),\n    )",
         "_product(q, k_neg),\n    )", "test_joint_backward.py test_flops and cpu and meta",
     ),
     Fault(
-        "dtype-unchecked", "checks.py", "if x.dtype != q.dtype:", "if False:",
+        "dtype-unchecked", "_checks.py", "if x.dtype != q.dtype:", "if False:",
         "test_errors.py k-dtype",
     ),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from nasa_kernels.reference import RULES
 from nasa_kernels.testing import exact_and_budget_of_joint, largest_score
 
 BACKENDS = tuple(
-    name for name in (*ops.JOINT_BACKENDS, "reference") if backends.why_not(name, DEVICE) is None
+    name for name in (*ops.JOINT_FORWARD, "reference") if backends.why_not(name, DEVICE) is None
 )
 # b, image queries, h, d, shared keys, positive keys, negative keys, text queries
 SIZES = {

@@ -306,7 +306,7 @@ def test_compiled_without_a_spill(arch):
 # ---- joint attention -----------------------------------------------------------------------------
 
 JOINT_BACKENDS = tuple(
-    name for name in (*ops.JOINT_BACKENDS, "reference") if backends.why_not(name, DEVICE) is None
+    name for name in (*ops.JOINT_FORWARD, "reference") if backends.why_not(name, DEVICE) is None
 )
 TEXT_QUERIES = {"both": (5, 4), "none": (0, 0), "negative": (0, 4), "only": (5, 4)}
 
@@ -387,7 +387,7 @@ def test_joint_with_a_mask_a_map_and_a_gradient(backend):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ops.JOINT_PAIR_BACKENDS)
+@pytest.mark.parametrize("backend", ops.JOINT_PAIR)
 @pytest.mark.parametrize("which", TEXT_QUERIES)
 def test_joint_reads_the_image_once(backend, which):
     """Without a gradient one operator of the back end gives Z+ and Z-; with one there are two."""

@@ -60,7 +60,7 @@ def test_the_seam_for_cuda_is_there():
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
 def test_compiles_whole_with_changing_sizes_and_alpha(backend, kind):
     """No graph break; batch, queries and both lengths dynamic; alpha never recompiles."""
     graphs = []

@@ -360,7 +360,7 @@ def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, a
 
 
 class Rows(NamedTuple):
-    """What the gradients of keys ask about each query."""
+    """Per-query statistics that the gradients of keys need."""
 
     lse: Tensor  # [b, h, l]
     u: Tensor
@@ -369,7 +369,7 @@ class Rows(NamedTuple):
     w: float | None = None
     sign: int = 1
     dlse: Tensor | None = None  # [b, h, l]
-    # queries that do not see the keys, from the first to behind the last
+    # the half-open range of queries that do not see the keys
     hidden: tuple[int, int] = (0, 0)
 
 

@@ -1,19 +1,20 @@
 """Fused joint attention, forward pass: the second launch.
 
-The first launch (`nasa_kernels/shared.py`) left O_s and s, the attention over the image keys and
-its log-sum-exp. This one attends to both prompts and merges, by a rule, in fp32:
+The first launch (`nasa_kernels/_joint/shared.py`) left O_s and s, the attention over the image
+keys and its log-sum-exp. This one attends to both prompts and merges, by a rule, in fp32:
 
     O = c_s O_s + c_p z+ / l+ + c_n z- / l-        c = function of s, p, n and alpha
 
 or leaves the two joint attentions, over [shared; pos] and over [shared; neg], apart (`pair`).
-`nasa_kernels/joint.py` has the table of the rules. z, l and the two ways to hold a prompt are
-those of `forward.py`. Log-sum-exps are base 2 here.
+`nasa_kernels/joint_attention.py` has the table of the rules. z, l and the two ways to hold a prompt
+are those of `forward.py`. Log-sum-exps are base 2 here.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from nasa_kernels._joint.shared import attend_shared
 from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut, shared_memory
 from nasa_kernels._triton.forward import attend_streamed, column, load_alpha, weigh_resident
 from nasa_kernels._triton.launch import (
@@ -26,7 +27,6 @@ from nasa_kernels._triton.launch import (
 from nasa_kernels._triton.softmax import finite, nonzero
 from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, store_block, tile_of_head
 from nasa_kernels.reference import RULES
-from nasa_kernels.shared import attend_shared
 
 _NASA = tl.constexpr(RULES.index("nasa"))
 _NASA_CROSS = tl.constexpr(RULES.index("nasa-cross"))

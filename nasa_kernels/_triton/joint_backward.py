@@ -1,4 +1,4 @@
-"""Fused joint attention, backward pass: the launches that `joint_gradients.py` asks for.
+"""Fused joint attention, backward pass: the launches of `_joint/gradients.py`.
 
 The formulas are there. `statistics_kernel` rebuilds the log-sum-exps and u of the prompts,
 `query_kernel` writes dQ, and `key_kernel` of `backward.py` the gradients of each segment's keys.
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nasa_kernels import joint_gradients
+from nasa_kernels._joint.gradients import Launches, joint_gradients
 from nasa_kernels._triton.backward import Rows, add_streamed, key_gradients, statistics_streamed
 from nasa_kernels._triton.configs import backward_queries_config, head_cut
 from nasa_kernels._triton.joint import visible
@@ -29,7 +29,6 @@ from nasa_kernels._triton.tiles import (
     tile_of_head,
     zeros,
 )
-from nasa_kernels.joint_gradients import Launches
 
 
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg", "first_pos", "first_neg"])
@@ -207,7 +206,7 @@ def backward(
         rows = Rows(lse, u, c.transpose(1, 2), dlse=dlse, hidden=segment.hidden)
         return key_gradients(do, q, segment.k, segment.v, segment.mask, rows, scale, align, needed)
 
-    return joint_gradients.gradients(
+    return joint_gradients(
         Launches(statistics, queries, keys), lse_shared,
         q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
         rule, text_pos, text_neg, needs,

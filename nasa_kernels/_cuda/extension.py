@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from nasa_kernels import joint_gradients
-from nasa_kernels.joint_gradients import Launches
-from nasa_kernels.shared import attend_shared
-
-LIBRARY = Path(__file__).with_name("_C.so")
+LIBRARY = Path(__file__).parents[1] / "_C.so"
 NOT_BUILT = (
     "this install was built without the CUDA C++ kernels; install again where nvcc is, with "
     "NASA_KERNELS_CUDA=1 to make a missing nvcc an error"
 )
-MAX_HEAD_DIM = 256
 
 
 @functools.cache
@@ -34,6 +28,8 @@ def load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY.name} does not load under torch {torch.__version__}: {error}"
+    if not hasattr(ctypes.CDLL(str(LIBRARY)), "nasa_kernels_architectures"):
+        return f"{LIBRARY.name} is of an older version of this package; install it again"
     return None
 
 
@@ -101,10 +97,8 @@ def _version(number: int) -> str:
 
 
 @functools.cache
-def supports(device: torch.device, head_dim: int, backward: bool = False) -> str | None:
+def why_not_head_dim(device: torch.device, head_dim: int, backward: bool = False) -> str | None:
     """None when the kernels take this head_dim on `device`, otherwise one sentence why not."""
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"its kernels take a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}"
     need = _shared_bytes(head_dim, backward)
     properties: Any = torch.cuda.get_device_properties(device)
     limit = properties.shared_memory_per_block_optin
@@ -129,60 +123,3 @@ def overlap_launches(on: bool) -> None:
     """
     library = ctypes.CDLL(str(LIBRARY))
     library.nasa_kernels_overlap_launches(ctypes.c_bool(on))
-
-
-def forward(*args) -> Tensor:
-    return attention(*args)[0]
-
-
-def attention(
-    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
-    rule, text_pos, text_neg,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Joint attention: PyTorch's over the image keys, then one launch that adds both prompts.
-
-    Also O_s and its log-sum-exp, of the first one.
-    """
-    o_shared, lse_shared = attend_shared(q, k, v, scale)
-    o = torch.ops.nasa_kernels.forward_joint_cuda.default(
-        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
-        o_shared, lse_shared, rule, text_pos, text_neg,
-    )  # fmt: skip
-    return o, o_shared, lse_shared
-
-
-def backward(
-    grad_o, o_shared, lse_shared,
-    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
-    rule, text_pos, text_neg, needs,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of `attention` that `needs` asks for."""
-    operators = torch.ops.nasa_kernels
-    prompts = (k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg)
-
-    def statistics():
-        lse, u = operators.joint_statistics_cuda.default(
-            grad_o, o_shared, q, *prompts, scale, text_pos, text_neg
-        )
-        return lse, u
-
-    def queries(rows):
-        return operators.joint_queries_cuda.default(
-            grad_o, o_shared, q, k, v, *prompts, *_weighed(rows), scale, text_pos, text_neg
-        )
-
-    def keys(segment, needed):
-        return operators.joint_keys_cuda.default(
-            grad_o, q, segment.k, segment.v, segment.mask, *_weighed(segment.rows), scale,
-            *segment.hidden, needed,
-        )  # fmt: skip
-
-    return joint_gradients.gradients(
-        Launches(statistics, queries, keys), lse_shared,
-        q, k, v, *prompts, alpha_map, alpha, rule, text_pos, text_neg, needs,
-    )  # fmt: skip
-
-
-def _weighed(rows: joint_gradients.Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, c and what is added: c (dP - u) + dlse = c dP + shift."""
-    return rows.lse, rows.c, torch.addcmul(rows.dlse, rows.c, rows.u, value=-1)

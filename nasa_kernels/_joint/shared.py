@@ -45,7 +45,7 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.device.type == "cuda"
         and q.shape[3] <= 128
-        # it has not been asked about prompts that are broadcast
+        # untested with a stride of 0, that of prompts which are broadcast
         and 0 not in (*k.stride(), *v.stride())
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.backends.cudnn.is_available()

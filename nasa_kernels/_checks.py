@@ -1,6 +1,12 @@
-"""What the public functions ask of their tensors; `function` is the name an error starts with."""
+"""The checks of the public functions: `prepare` turns their arguments into a `Call`.
+
+`function` is the name that an error starts with.
+"""
 
 import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,15 +17,114 @@ from nasa_kernels import backends
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast like an op of autocast's lower-precision list; alpha and the masks stay as they are."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(
-        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+T = TypeVar("T")
+# suffix of the names, keys, values, mask per key
+Segment: TypeAlias = tuple[str, Tensor, Tensor, Tensor | None]
+
+
+class Call(NamedTuple):
+    """A checked call of the operation."""
+
+    q: Tensor  # [b, l, h, d]
+    # k and v of each segment [b, n, h, d], with strides of 0 where they are broadcast
+    keys_values: tuple[Tensor, ...]
+    # [b, n]
+    mask_pos: Tensor | None
+    mask_neg: Tensor | None
+    # fp32 [b, l, h], or None and then `alpha` is the strength
+    alpha_map: Tensor | None
+    alpha: float
+    scale: float
+    # how many of the last queries are the texts' own
+    text_pos: int
+    text_neg: int
+    # whether a gradient is recorded
+    differentiable: bool
+    # "cuda", "triton", "cpu" or "reference": it takes this call
+    backend: str
+
+
+def prepare(
+    function: str,
+    q: Tensor,
+    segments: Sequence[Segment],
+    alpha: float | Tensor,
+    scale: float | None,
+    backend: str | None,
+    text_queries: tuple[int, int] | None = None,
+) -> Call:
+    """Check the arguments of a public function, and choose its back end.
+
+    `segments` are the image's keys in joint attention, then the positive and the negative prompt.
+    Under autocast their tensors and q are cast; the caller then runs `outside_autocast`.
+    """
+    if _autocasts(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q = _cast(q, dtype)
+        segments = [(side, _cast(k, dtype), _cast(v, dtype), mask) for side, k, v, mask in segments]
+    _check_queries(function, q)
+    keys_values: tuple[Tensor, ...] = ()
+    for side, k, v, _ in segments:
+        keys_values += _check_prompt(function, q, k, v, side)
+    (*_, mask_pos), (*_, mask_neg) = segments[-2:]
+    if mask_pos is not None:
+        mask_pos = _check_mask(function, q, keys_values[-4], mask_pos, "mask_pos")
+    if mask_neg is not None:
+        mask_neg = _check_mask(function, q, keys_values[-2], mask_neg, "mask_neg")
+    alpha_map, alpha_number = _check_alpha(function, q, alpha)
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    else:
+        q, scale = _check_scale(function, q, scale)
+    text_pos, text_neg = 0, 0
+    if text_queries is not None:
+        text_pos, text_neg = _check_text_queries(function, q, text_queries)
+
+    differentiable = torch.is_grad_enabled() and (
+        q.requires_grad
+        or any(x.requires_grad for x in keys_values)
+        or (alpha_map is not None and alpha_map.requires_grad)
     )
+    if backend is None:
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
+    else:
+        backends.require(function, backend, q, differentiable)
+    if backend != "reference":
+        _check_transforms(function, differentiable, q, *keys_values)
+    return Call(
+        q, keys_values, mask_pos, mask_neg, alpha_map, alpha_number, scale, text_pos, text_neg,
+        differentiable, backend,
+    )  # fmt: skip
 
 
-def check_queries(function: str, q: Tensor) -> None:
+def outside_autocast(run: Callable[..., T], call: Call, *args) -> T:
+    """`run(call, *args)`; autocast would round the fp32 intermediates of a back end made of
+    PyTorch's parts.
+    """
+    if not _autocasts(call.q):
+        return run(call, *args)
+    with torch.autocast(call.q.device.type, enabled=False):
+        return run(call, *args)
+
+
+def _autocasts(q: Tensor) -> bool:
+    device = q.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Like an op of autocast's lower-precision list; alpha and the masks stay as they are."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def is_number(x: object) -> bool:
+    """A number of Python, of NumPy, or the compiler's symbol for one."""
+    if isinstance(x, bool):
+        return False
+    return isinstance(x, (float, int, torch.SymFloat, numbers.Real))
+
+
+def _check_queries(function: str, q: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"{function}: q must be [b, l, h, d], got {_sizes(q)}")
     if q.dtype not in _DTYPES:
@@ -35,7 +140,7 @@ def check_queries(function: str, q: Tensor) -> None:
         _last_dimension(function, "q", q)
 
 
-def check_prompt(
+def _check_prompt(
     function: str, q: Tensor, k: Tensor, v: Tensor, side: str
 ) -> tuple[Tensor, Tensor]:
     """Check k and v of one side; return them expanded to the batch and heads of `q`, as views."""
@@ -65,7 +170,7 @@ def check_prompt(
     )
 
 
-def check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) -> Tensor:
+def _check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) -> Tensor:
     b, n = k.shape[:2]
     if mask.dim() != 2 or mask.shape[0] not in (1, b) or mask.shape[1] != n:
         raise ValueError(
@@ -87,10 +192,10 @@ def check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) -> 
     return mask.expand(b, n)
 
 
-def check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
+def _check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
     """Return alpha as a map `[b, l, h]` or as a number; the other one is None or 0."""
     if not isinstance(alpha, Tensor):
-        if isinstance(alpha, bool) or not isinstance(alpha, (float, int, torch.SymFloat)):
+        if not is_number(alpha):
             raise ValueError(
                 f"{function}: alpha must be a number or a tensor, got {type(alpha).__name__}"
             )
@@ -118,9 +223,9 @@ def check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor
     return alpha.expand(rows), 0.0
 
 
-def check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
+def _check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels take positive scales only: a negative one moves its sign into q, exactly."""
-    if isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat)):
+    if not is_number(scale):
         raise ValueError(f"{function}: scale must be a number, got {type(scale).__name__}")
     if torch.compiler.is_compiling() and scale > 0:
         # a symbol, whose finiteness the compiler cannot ask for
@@ -130,11 +235,9 @@ def check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -float(scale)) if scale < 0 else (q, float(scale))
 
 
-def check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
-    numbers = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
-    if not numbers or any(
-        isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in text_queries
-    ):
+def _check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
+    pair = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
+    if not pair or not all(_is_integer(x) for x in text_queries):
         raise ValueError(
             f"{function}: text_queries must be two integers, the queries of the positive and of "
             f"the negative text, got {text_queries!r}"
@@ -148,7 +251,7 @@ def check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) 
     return text_pos, text_neg
 
 
-def check_transforms(function: str, differentiable: bool, *tensors: Tensor) -> None:
+def _check_transforms(function: str, differentiable: bool, *tensors: Tensor) -> None:
     """Refuse what would lose a derivative in silence, or end in an error about something else."""
     if differentiable and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -162,6 +265,12 @@ def check_transforms(function: str, differentiable: bool, *tensors: Tensor) -> N
             f"{function}: the fused back ends have no forward-mode derivative; use "
             "backend='reference', which has"
         )
+
+
+def _is_integer(x: object) -> bool:
+    if isinstance(x, bool):
+        return False
+    return isinstance(x, (int, torch.SymInt, numbers.Integral))
 
 
 def _wrong_device(function: str, q: Tensor, name: str, x: Tensor) -> ValueError:

@@ -1,19 +1,11 @@
-"""The public function for joint attention, where image keys are common to both prompts."""
+"""`nasa_joint_attention`, where image keys are common to both prompts: its contract, and one
+operator of the back end that takes the call.
+"""
 
-import torch
 from torch import Tensor
 
-from nasa_kernels import backends, ops
-from nasa_kernels.checks import (
-    autocast,
-    check_alpha,
-    check_mask,
-    check_prompt,
-    check_queries,
-    check_scale,
-    check_text_queries,
-    check_transforms,
-)
+from nasa_kernels import ops
+from nasa_kernels._checks import Call, outside_autocast, prepare
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
 
 _NAME = "nasa_joint_attention"
@@ -85,55 +77,38 @@ def nasa_joint_attention(
     Raises:
         ValueError, RuntimeError: As `nasa_attention` does.
     """
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        q, k, v, k_pos, v_pos, k_neg, v_neg = autocast(q, k, v, k_pos, v_pos, k_neg, v_neg)
-        with torch.autocast(device, enabled=False):
-            return nasa_joint_attention(
-                q, k, v, k_pos, v_pos, k_neg, v_neg, alpha, rule=rule, text_queries=text_queries,
-                mask_pos=mask_pos, mask_neg=mask_neg, scale=scale, backend=backend,
-            )  # fmt: skip
-    check_queries(_NAME, q)
-    k, v = check_prompt(_NAME, q, k, v, "")
-    k_pos, v_pos = check_prompt(_NAME, q, k_pos, v_pos, "_pos")
-    k_neg, v_neg = check_prompt(_NAME, q, k_neg, v_neg, "_neg")
-    if mask_pos is not None:
-        mask_pos = check_mask(_NAME, q, k_pos, mask_pos, "mask_pos")
-    if mask_neg is not None:
-        mask_neg = check_mask(_NAME, q, k_neg, mask_neg, "mask_neg")
-    alpha_map, alpha_number = check_alpha(_NAME, q, alpha)
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    else:
-        q, scale = check_scale(_NAME, q, scale)
     if rule not in RULES:
         raise ValueError(f"{_NAME}: rule must be one of {RULES}, got {rule!r}")
-    text_pos, text_neg = check_text_queries(_NAME, q, text_queries)
-
-    if alpha_map is None and alpha_number == 0 and rule != "vsf" and text_neg == 0:
-        # nothing of the negative is used, and nothing of it is read
-        k_neg, v_neg = k_neg[:, :0], v_neg[:, :0]
-        mask_neg = None
-
-    tensors = (q, k, v, k_pos, v_pos, k_neg, v_neg)
-    differentiable = torch.is_grad_enabled() and (
-        any(x.requires_grad for x in tensors) or (alpha_map is not None and alpha_map.requires_grad)
+    call = prepare(
+        _NAME,
+        q,
+        (("", k, v, None), ("_pos", k_pos, v_pos, mask_pos), ("_neg", k_neg, v_neg, mask_neg)),
+        alpha,
+        scale,
+        backend,
+        text_queries,
     )
-    if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
-    else:
-        backends.require(_NAME, backend, q, differentiable)
-    if backend == "reference":
+    return outside_autocast(attend, call, rule)
+
+
+def attend(call: Call, rule: str) -> Tensor:
+    """`nasa_joint_attention` of a call that was checked."""
+    k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
+    mask_neg = call.mask_neg
+    if call.alpha_map is None and call.alpha == 0 and rule != "vsf" and call.text_neg == 0:
+        # nothing of the negative is used, and nothing of it is read
+        k_neg, v_neg, mask_neg = k_neg[:, :0], v_neg[:, :0], None
+    if call.backend == "reference":
         return nasa_joint_attention_reference(
-            *tensors, alpha_number if alpha_map is None else alpha_map,
-            rule=rule, text_queries=(text_pos, text_neg),
-            mask_pos=mask_pos, mask_neg=mask_neg, scale=scale,
+            call.q, k, v, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
+            rule=rule, text_queries=(call.text_pos, call.text_neg),
+            mask_pos=call.mask_pos, mask_neg=mask_neg, scale=call.scale,
         )  # fmt: skip
-    check_transforms(_NAME, differentiable, *tensors)
     arguments = (
-        *tensors, mask_pos, mask_neg, alpha_map, alpha_number, scale,
-        RULES.index(rule), text_pos, text_neg,
+        call.q, k, v, k_pos, v_pos, k_neg, v_neg, call.mask_pos, mask_neg,
+        call.alpha_map, call.alpha, call.scale, RULES.index(rule), call.text_pos, call.text_neg,
     )  # fmt: skip
-    if differentiable:
-        return ops.JOINT_ATTENTION[backend](*arguments)[0]
-    return ops.JOINT_FORWARD[backend](*arguments)
+    if call.differentiable:
+        return ops.JOINT_ATTENTION[call.backend](*arguments)[0]
+    return ops.JOINT_FORWARD[call.backend](*arguments)

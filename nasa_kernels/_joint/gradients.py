@@ -20,14 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nasa_kernels import rules
-from nasa_kernels.rules import Segments
+from nasa_kernels._joint import rules
+from nasa_kernels._joint.rules import Segments
 
 LOG2E = math.log2(math.e)
 
 
 class Rows(NamedTuple):
-    """What the launches ask about each query: of one segment [b, h, l], of all three [3, b, h, l].
+    """Per-query statistics: of one segment [b, h, l], or of all three [3, b, h, l].
 
     lse is base 2, +inf where a query finds no key in the segment.
     """
@@ -39,13 +39,13 @@ class Rows(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Keys, and what their gradients ask about each query."""
+    """Keys, and the per-query statistics that their gradients need."""
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
     rows: Rows
-    # queries that do not see the keys, from the first to behind the last
+    # the half-open range of queries that do not see the keys
     hidden: tuple[int, int]
 
 
@@ -60,7 +60,7 @@ class Launches(NamedTuple):
     keys: Callable[[Segment, Sequence[bool]], Sequence[Tensor]]
 
 
-def gradients(
+def joint_gradients(
     launches: Launches, lse_shared, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg,
     alpha_map, alpha, rule, text_pos, text_neg, needs,
 ) -> tuple[Tensor, ...]:  # fmt: skip

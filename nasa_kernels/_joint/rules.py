@@ -2,9 +2,10 @@
 
     O = c_s O_shared + c_p O_pos + c_n O_neg        c = function of s, p, n and alpha
 
-s, p, n are the log-sum-exps of the three segments, -inf where a segment has no key. `joint.py`
-has the table of the rules. The kernels compute the coefficients on chip; this is for the back ends
-made of PyTorch's parts, and for every backward pass, where it is a few numbers per query.
+s, p, n are the log-sum-exps of the three segments, -inf where a segment has no key.
+`joint_attention.py` has the table of the rules. The kernels compute the coefficients on chip; this
+is for the back ends made of PyTorch's parts, and for every backward pass, where it is a few numbers
+per query.
 
 Everything here is [b, h, l] in fp32, alpha as well; the last `text_pos + text_neg` of l are
 queries of the text.
