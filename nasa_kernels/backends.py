@@ -2,7 +2,7 @@
 
     cuda       CUDA C++ kernels        NVIDIA GPUs, fp16 and bf16
     triton     Triton kernels          NVIDIA GPUs of compute capability 8.0 and up
-    cpu        PyTorch's CPU attention CPU tensors
+    cpu        C++ kernels             CPU tensors; without a compiler PyTorch's attention
     reference  plain PyTorch           everything, fp64 included
 
 A back end named by the caller is never replaced by another; `None` takes the first that runs, in

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
+from nasa_kernels import _cpu
+
 BACKENDS = ("cuda", "triton", "cpu")
 JOINT_BACKENDS = ("cuda", "triton", "cpu")
 # those that leave Z+ and Z- of joint attention apart; elsewhere each is a call
@@ -36,7 +38,7 @@ _DEVICES = {"cuda": ("CUDA",), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
 _JOINT_MODULES = {
     "cuda": "nasa_kernels._cuda",
     "triton": "nasa_kernels._triton.joint",
-    "cpu": "nasa_kernels.cpu_joint",
+    "cpu": "nasa_kernels._cpu.joint",
 }
 
 _PROMPTS = "Tensor k_pos, Tensor v_pos, Tensor k_neg, Tensor v_neg"
@@ -51,9 +53,11 @@ _PAIR_INPUTS = (
 )
 FORWARD_SCHEMA = f"({_INPUTS}) -> Tensor"
 # What attention_NAME keeps for backward_NAME. The kernels rebuild what they need on chip; PyTorch's
-# parts would have to run the forward pass again.
+# parts would have to run the forward pass again. The CPU kernels leave empty what those keep.
 _KEPT = {"cpu": ("z_pos", "lse_pos", "z_neg", "lse_neg")}
 _JOINT_KEPT = ("o_shared", "lse_shared")
+# then they implement the operators of `cpu`; otherwise PyTorch's parts do
+_has_cpu_kernels = _cpu.load() is None
 
 
 def _attention_schema(inputs: str, kept: Sequence[str]) -> str:
@@ -76,7 +80,9 @@ def _forward_fake(q, *args) -> Tensor:
 
 def _attention_fake(backend: str) -> Callable:
     def fake(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
-        from nasa_kernels.cpu import kept
+        if _has_cpu_kernels:
+            return _forward_fake(q), *(_nothing(q, x) for x in (q.dtype, None, q.dtype, None))
+        from nasa_kernels._cpu.attention import kept
 
         return _forward_fake(q), *kept(q, k_pos, k_neg, alpha_map, alpha)
 
@@ -85,6 +91,8 @@ def _attention_fake(backend: str) -> Callable:
 
 def _joint_attention_fake(backend: str) -> Callable:
     def fake(q, *args) -> tuple[Tensor, ...]:
+        if backend == "cpu" and _has_cpu_kernels:
+            return _forward_fake(q), _nothing(q, torch.float32), _nothing(q)
         b, l, h, _ = q.shape
         dtype = torch.float32 if backend == "cpu" else q.dtype
         o_shared = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -92,6 +100,13 @@ def _joint_attention_fake(backend: str) -> Callable:
         return _forward_fake(q), o_shared, lse_shared
 
     return fake
+
+
+def _nothing(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What is not kept: an empty [b, l, h, d] of a dtype, or an empty log-sum-exp [b, h, l]."""
+    if dtype is None:
+        return torch.empty((0, 0, 0), dtype=torch.float32, device=q.device)
+    return torch.empty((0, 0, 0, 0), dtype=dtype, device=q.device)
 
 
 def _joint_pair_fake(q, *args) -> tuple[Tensor, ...]:
@@ -292,19 +307,18 @@ def _register(backend: str) -> tuple[Any, Any]:
     backward = _define(
         f"backward_{backend}", _backward_schema(_INPUTS, kept, 6), _backward_fake, _backward_flops
     )
-    # the `cuda` operators get their implementation from the compiled extension
-    modules = {
-        "triton": ("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
-        "cpu": ("nasa_kernels.cpu", "nasa_kernels.cpu"),
-    }
+    # the others get their implementation from compiled libraries
+    modules = {"triton": ("nasa_kernels._triton.forward", "nasa_kernels._triton.backward")}
+    if not _has_cpu_kernels:
+        modules["cpu"] = ("nasa_kernels._cpu.attention", "nasa_kernels._cpu.attention")
     if backend in modules:
         of_forward, of_backward = modules[backend]
         devices = _DEVICES[backend]
         library.impl(forward.name(), devices, _lazily(of_forward, "forward"))
         library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
-    if kept:
+    if kept and backend in modules:
         library.impl(attention.name(), devices, _lazily(of_forward, "attention"))
-    else:
+    elif not kept:
         library.impl(attention.name(), "CompositeExplicitAutograd", forward)
     _connect(attention, backward, (0, 1, 2, 3, 4, 7))
     return forward, attention
@@ -315,7 +329,8 @@ def _register_joint(backend: str, function: str, inputs: str, result: str, fake:
     operator = _define(
         f"joint_{function}_{backend}", f"({inputs}) -> {result}", fake, _joint_forward_flops
     )
-    library.impl(operator.name(), _DEVICES[backend], _lazily(_JOINT_MODULES[backend], function))
+    if backend != "cpu" or not _has_cpu_kernels:
+        library.impl(operator.name(), _DEVICES[backend], _lazily(_JOINT_MODULES[backend], function))
     return operator
 
 
@@ -336,9 +351,10 @@ def _register_joint_gradient(backend: str) -> Any:
     of_attention = of_backward = _JOINT_MODULES[backend]
     if backend == "triton":
         of_backward = "nasa_kernels._triton.joint_backward"
-    devices = _DEVICES[backend]
-    library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
-    library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
+    if backend != "cpu" or not _has_cpu_kernels:
+        devices = _DEVICES[backend]
+        library.impl(attention.name(), devices, _lazily(of_attention, "attention"))
+        library.impl(backward.name(), devices, _lazily(of_backward, "backward"))
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
 
