@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from nasa_kernels import __version__, backends
+from nasa_kernels import __version__, _cpu, backends
 
 
 def _version(package: str) -> str:
@@ -31,7 +31,8 @@ def main() -> None:
         print(f"back ends for tensors on {device}:")
         for name in backends.NAMES:
             reason = backends.why_not(name, device)
-            print(f"  {name:<9} {'runs' if reason is None else 'no: ' + reason}")
+            how = f" ({_cpu.implementation()})" if name == "cpu" else ""
+            print(f"  {name:<9} {'runs' + how if reason is None else 'no: ' + reason}")
         print(f"  backend=None takes {backends.choose(device, torch.float16)!r}")
 
 

@@ -28,8 +28,8 @@ def nasa_attention(
             - alpha * softmax(q k_neg^T * scale + bias_neg) v_neg
 
     The two softmaxes are separate: the prompts may differ in length, and `alpha = 0` is exactly
-    the attention over the positive prompt alone. O is computed in fp32 and rounded once; only
-    `cpu` rounds the attention over either prompt to bf16 first, as PyTorch's own does.
+    the attention over the positive prompt alone. O is computed in fp32 and rounded once.
+    (`cpu` without its compiled kernels rounds the attention over either prompt to bf16 first.)
     Results are deterministic, bit for bit, forward and backward. Under autocast the five
     tensors are cast to the autocast dtype, as `scaled_dot_product_attention` does.
 

@@ -2,7 +2,7 @@
 
     cuda       CUDA C++ kernels        NVIDIA GPUs, fp16 and bf16
     triton     Triton kernels          NVIDIA GPUs of compute capability 8.0 and up
-    cpu        PyTorch's CPU attention CPU tensors
+    cpu        C++ kernels             CPU tensors; without a compiler PyTorch's attention
     reference  plain PyTorch           everything, fp64 included
 
 `RECORDS` says all that differs between them; `ops.py` registers operators by it. A back end named
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nasa_kernels import _cpu
 from nasa_kernels._cuda import extension
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -36,7 +37,7 @@ class Backend(NamedTuple):
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     max_head_dim: int = 256
-    # None: the compiled extension implements them, or there are none
+    # None: a compiled library implements them, or there are none
     cross: Modules | None = None
     joint: Modules | None = None
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
@@ -47,6 +48,11 @@ class Backend(NamedTuple):
     joint_keeps: tuple[str, ...] = ("o_shared", "lse_shared")
     # of o_shared; None: that of q
     shared_dtype: torch.dtype | None = None
+
+
+def _without_cpu_kernels(module: str) -> Modules | None:
+    """What implements the operators of `cpu` where its library is not there."""
+    return None if _cpu.load() is None else Modules(module, module)
 
 
 RECORDS = {
@@ -70,8 +76,8 @@ RECORDS = {
             "cpu",
             devices=("cpu",),
             dtypes=(*_HALVES, torch.float32),
-            cross=Modules("nasa_kernels.cpu", "nasa_kernels.cpu"),
-            joint=Modules("nasa_kernels.cpu_joint", "nasa_kernels.cpu_joint"),
+            cross=_without_cpu_kernels("nasa_kernels._cpu.attention"),
+            joint=_without_cpu_kernels("nasa_kernels._cpu.joint"),
             has_pair=True,
             keeps=("z_pos", "lse_pos", "z_neg", "lse_neg"),
             shared_dtype=torch.float32,

@@ -66,7 +66,9 @@ def _forward_fake(q, *args) -> Tensor:
 
 def _attention_fake(backend: Backend) -> Callable:
     def fake(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
-        from nasa_kernels.cpu import kept
+        if backend.cross is None:
+            return _forward_fake(q), *(_nothing(q, x) for x in (q.dtype, None, q.dtype, None))
+        from nasa_kernels._cpu.attention import kept
 
         return _forward_fake(q), *kept(q, k_pos, k_neg, alpha_map, alpha)
 
@@ -75,6 +77,8 @@ def _attention_fake(backend: Backend) -> Callable:
 
 def _joint_attention_fake(backend: Backend) -> Callable:
     def fake(q, *args) -> tuple[Tensor, ...]:
+        if backend.joint is None:
+            return _forward_fake(q), _nothing(q, torch.float32), _nothing(q)
         b, l, h, _ = q.shape
         dtype = q.dtype if backend.shared_dtype is None else backend.shared_dtype
         o_shared = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -82,6 +86,13 @@ def _joint_attention_fake(backend: Backend) -> Callable:
         return _forward_fake(q), o_shared, lse_shared
 
     return fake
+
+
+def _nothing(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What is not kept: an empty [b, l, h, d] of a dtype, or an empty log-sum-exp [b, h, l]."""
+    if dtype is None:
+        return torch.empty((0, 0, 0), dtype=torch.float32, device=q.device)
+    return torch.empty((0, 0, 0, 0), dtype=dtype, device=q.device)
 
 
 def _joint_pair_fake(q, *args) -> tuple[Tensor, ...]:
@@ -209,13 +220,13 @@ def _register(backend: Backend) -> tuple[Any, Any]:
     backward = _define(
         f"backward_{name}", _backward_schema(_INPUTS, keeps, 6), _backward_fake, _flops.backward
     )
-    # else the compiled extension implements both
+    # else a compiled library implements them
     if backend.cross is not None:
         _implement(forward, backend, backend.cross.forward, "forward")
         _implement(backward, backend, backend.cross.backward, "backward")
-    if keeps and backend.cross is not None:
-        _implement(attention, backend, backend.cross.forward, "attention")
-    else:
+        if keeps:
+            _implement(attention, backend, backend.cross.forward, "attention")
+    if not keeps:
         library.impl(attention.name(), "CompositeExplicitAutograd", forward)
     _connect(attention, backward, (0, 1, 2, 3, 4, 7))
     return forward, attention
@@ -228,8 +239,8 @@ def _register_joint(
     operator = _define(
         f"joint_{function}_{backend.name}", f"({inputs}) -> {result}", fake, _flops.joint_forward
     )
-    assert backend.joint is not None
-    _implement(operator, backend, backend.joint.forward, function)
+    if backend.joint is not None:
+        _implement(operator, backend, backend.joint.forward, function)
     return operator
 
 
@@ -247,9 +258,9 @@ def _register_joint_gradient(backend: Backend) -> Any:
         _joint_backward_fake,
         _flops.joint_backward,
     )
-    assert backend.joint is not None
-    _implement(attention, backend, backend.joint.forward, "attention")
-    _implement(backward, backend, backend.joint.backward, "backward")
+    if backend.joint is not None:
+        _implement(attention, backend, backend.joint.forward, "attention")
+        _implement(backward, backend, backend.joint.backward, "backward")
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
 
@@ -289,17 +300,17 @@ _define(
 _OPERATORS = {name: _register(RECORDS[name]) for name in FUSED}
 FORWARD = {name: forward for name, (forward, _) in _OPERATORS.items()}
 ATTENTION = {name: attention for name, (_, attention) in _OPERATORS.items()}
-_JOINT = [RECORDS[name] for name in FUSED if RECORDS[name].joint is not None]
+_FUSED = [RECORDS[name] for name in FUSED]
 JOINT_FORWARD = {
     backend.name: _register_joint(backend, "forward", _JOINT_INPUTS, "Tensor", _forward_fake)
-    for backend in _JOINT
+    for backend in _FUSED
 }
-JOINT_ATTENTION = {backend.name: _register_joint_gradient(backend) for backend in _JOINT}
+JOINT_ATTENTION = {backend.name: _register_joint_gradient(backend) for backend in _FUSED}
 JOINT_PAIR = {
     backend.name: _register_joint(
         backend, "pair", _PAIR_INPUTS, "(Tensor, Tensor)", _joint_pair_fake
     )
-    for backend in _JOINT
+    for backend in _FUSED
     if backend.has_pair
 }
 

@@ -1,4 +1,4 @@
-"""Joint attention on CPU tensors: PyTorch's fused CPU attention for each segment of keys, and the
+"""Joint attention without the CPU kernels: PyTorch's fused CPU attention for each segment of keys, and the
 rule's coefficients from their log-sum-exps, in fp32, rounded once.
 """
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasa_kernels import cpu
+from nasa_kernels._cpu import attention as cross
 from nasa_kernels._joint import rules
 from nasa_kernels._joint.rules import Segments
 from nasa_kernels._joint.shared import attend_shared
@@ -72,9 +72,9 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     do, queries = (x.float().transpose(1, 2) for x in (grad_o, q))
     prompts = (
-        cpu.prompt(k, v, None),
-        cpu.prompt(k_pos, v_pos, mask_pos),
-        cpu.prompt(k_neg, v_neg, mask_neg),
+        cross.prompt(k, v, None),
+        cross.prompt(k_pos, v_pos, mask_pos),
+        cross.prompt(k_neg, v_neg, mask_neg),
     )
     o = [o_shared.transpose(1, 2)]
     lse = [lse_shared]
@@ -99,13 +99,13 @@ def backward(
         found += [dk, dv]
     tensors = (q, k, v, k_pos, v_pos, k_neg, v_neg)
     return *(
-        cpu.as_input(gradient, x) if needed else x.new_empty(0)
+        cross.as_input(gradient, x) if needed else x.new_empty(0)
         for gradient, x, needed in zip((dq, *found), tensors, needs[:7], strict=True)
     ), dalpha.transpose(1, 2).contiguous() if needs[7] else torch.empty(0)
 
 
 def _gradients(
-    do: Tensor, dlse: Tensor, q: Tensor, x: cpu.Prompt, o: Tensor, lse: Tensor, scale: float
+    do: Tensor, dlse: Tensor, q: Tensor, x: cross.Prompt, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one segment from the gradients of its O and of its lse.
 
@@ -118,23 +118,23 @@ def _gradients(
     o = torch.cat((o, -dlse.unsqueeze(-1)), dim=-1)
     # a sample without keys: its weights, over rows of zeros, must stay finite
     lse = torch.where(lse == float("-inf"), 0.0, lse)
-    dq, dk, dv = cpu.gradients(do, F.pad(q, (0, 1)), wide, o, lse, scale)
+    dq, dk, dv = cross.gradients(do, F.pad(q, (0, 1)), wide, o, lse, scale)
     return dq[..., :d], dk[..., :d], dv[..., :d]
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _attend_prompt(q, cpu.prompt(k, v, mask), mask, scale)
+    return _attend_prompt(q, cross.prompt(k, v, mask), mask, scale)
 
 
 def _attend_prompt(
-    q: Tensor, x: cpu.Prompt, mask: Tensor | None, scale: float
+    q: Tensor, x: cross.Prompt, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Z and lse of one prompt: 0 and -inf where a sample has no key."""
     if q.numel() == 0 or x.k.shape[2] == 0:
         return torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"))
-    o, lse = cpu.attend(q, x, scale)
+    o, lse = cross.attend(q, x, scale)
     if x.present is not None:
         lse = torch.where(x.present.any(2), lse, float("-inf"))
     return o, lse

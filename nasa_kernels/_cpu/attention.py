@@ -1,4 +1,4 @@
-"""The back end for CPU tensors: PyTorch's fused CPU attention for each prompt, one epilogue.
+"""Without the CPU kernels: PyTorch's fused CPU attention for each prompt, one epilogue.
 
 fp16 is computed in fp32 and rounded once. bf16 is left to PyTorch's bf16 attention, which is faster
 than that and rounds Z of each prompt as well; so are the gradients of few queries. For a gradient,

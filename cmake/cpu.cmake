@@ -1,0 +1,36 @@
+# The CPU kernels: the same sources compiled once for each instruction set, each in a namespace of
+# its own; csrc/cpu/dispatch.cpp chooses at run time.
+include(CheckCXXCompilerFlag)
+
+nasa_module(_cpu_C csrc/cpu/bindings.cpp csrc/cpu/dispatch.cpp)
+
+# -ffp-contract=off: what is fused is written so, and equal prompts cancel to an exact 0.
+# GCC 12 warns about its own AVX-512 headers.
+set(NASA_CPU_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-exceptions -Wall -Wextra
+  -Wno-maybe-uninitialized -Wno-uninitialized CACHE STRING "of csrc/cpu's kernels")
+
+# nasa_isa(NAME FLAGS...), where the compiler has these flags
+function(nasa_isa name)
+  string(TOUPPER NASA_WITH_${name} macro)
+  if(ARGN)
+    string(REPLACE ";" " " flags "${ARGN}")
+    check_cxx_compiler_flag("${flags}" ${macro})
+    if(NOT ${macro})
+      return()
+    endif()
+  endif()
+  add_library(cpu_${name} OBJECT csrc/cpu/forward.cpp csrc/cpu/backward.cpp)
+  target_compile_definitions(cpu_${name} PRIVATE NASA_ISA=${name})
+  target_compile_options(cpu_${name} PRIVATE ${NASA_CPU_FLAGS} ${ARGN})
+  target_link_libraries(_cpu_C PRIVATE cpu_${name})
+  target_compile_definitions(_cpu_C PRIVATE ${macro})
+endfunction()
+
+nasa_isa(generic)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(v3 -mavx2 -mfma -mf16c)
+  set(v4 ${v3} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+  nasa_isa(avx2 ${v3})
+  nasa_isa(avx512 ${v4})
+  nasa_isa(avx512bf16 ${v4} -mavx512bf16)
+endif()

@@ -1,0 +1,85 @@
+# The CUDA C++ kernels.
+enable_language(CUDA)
+
+# TORCH_CUDA_ARCH_LIST syntax. 8.0 runs on 8.x, 10.0 on 10.x; 9.0a runs on 9.0 alone and is what
+# wgmma needs; the PTX of 12.0 is for GPUs to come.
+set(NASA_CUDA_ARCHS "8.0;9.0a;10.0;12.0+PTX" CACHE STRING "architectures to compile for")
+# Sources of kernels for every architecture, and of those for 9.0a alone.
+set(NASA_KERNELS
+  csrc/forward_short.cu csrc/forward_long.cu csrc/backward_queries.cu csrc/backward_keys.cu)
+set(NASA_KERNELS_SM90 csrc/forward_sm90.cu csrc/forward_sm90_long.cu)
+set(NASA_FLAGS -O3 -Xptxas=-warn-spills)
+
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+
+# "8.0" "12.0+PTX" -> -gencode flags
+function(nasa_gencode out)
+  set(flags)
+  foreach(arch ${ARGN})
+    if(NOT arch MATCHES "^([0-9]+)\\.([0-9][a-z]?)(\\+PTX)?$")
+      message(FATAL_ERROR "NASA_CUDA_ARCHS: '${arch}' is not like 8.0, 9.0a or 12.0+PTX")
+    endif()
+    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    list(APPEND flags "-gencode=arch=compute_${number},code=sm_${number}")
+    if(CMAKE_MATCH_3)
+      list(APPEND flags "-gencode=arch=compute_${number},code=compute_${number}")
+    endif()
+  endforeach()
+  set(${out} "${flags}" PARENT_SCOPE)
+endfunction()
+
+string(REPLACE " " ";" archs "${NASA_CUDA_ARCHS}")
+nasa_gencode(gencode ${archs})
+set_source_files_properties(${NASA_KERNELS} PROPERTIES COMPILE_OPTIONS "${gencode}")
+if("9.0a" IN_LIST archs)
+  nasa_gencode(gencode_sm90 9.0a)
+  set_source_files_properties(${NASA_KERNELS_SM90} PROPERTIES COMPILE_OPTIONS "${gencode_sm90}")
+  list(APPEND NASA_KERNELS ${NASA_KERNELS_SM90})
+  add_compile_definitions(NASA_WITH_SM90)
+endif()
+
+nasa_module(_C csrc/bindings.cpp csrc/choose.cpp ${NASA_KERNELS})
+set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+target_compile_definitions(_C PRIVATE "NASA_CUDA_ARCHS=\"${archs}\"")
+target_compile_options(_C PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${NASA_FLAGS}>")
+target_include_directories(_C SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+
+# The PTX of the same sources with the same flags, before ptxas: one file per source, for the tests.
+set(ptx_files)
+function(nasa_ptx source arch)
+  get_filename_component(name ${source} NAME_WE)
+  set(out ${CMAKE_BINARY_DIR}/ptx/${name}.ptx)
+  add_custom_command(
+    OUTPUT ${out}
+    COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 ${NASA_FLAGS} -arch=compute_${arch} -ptx
+            ${CMAKE_SOURCE_DIR}/${source} -o ${out} -MD -MF ${out}.d
+    DEPENDS ${source} DEPFILE ${out}.d VERBATIM)
+  set(ptx_files ${ptx_files} ${out} PARENT_SCOPE)
+endfunction()
+file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/ptx)
+foreach(source ${NASA_KERNELS})
+  if(source IN_LIST NASA_KERNELS_SM90)
+    nasa_ptx(${source} 90a)
+  else()
+    nasa_ptx(${source} 80)
+  endif()
+endforeach()
+add_custom_target(ptx DEPENDS ${ptx_files})
+
+# The launchers with tests/fake_cuda.cpp in place of the CUDA runtime, for tests/test_cuda_launch.py.
+# Its kernels never run: PTX that nobody optimises is the quickest to make.
+set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
+set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/fake_cuda.cpp)
+set(recorder_headers
+  csrc/device.h csrc/launch.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh csrc/sm90.cuh
+  csrc/softmax.cuh csrc/tile.cuh)
+list(TRANSFORM recorder_sources PREPEND ${CMAKE_SOURCE_DIR}/)
+add_custom_command(
+  OUTPUT ${recorder}
+  COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 -O1 -Xcicc -O0 -DNASA_WITH_SM90
+          -gencode=arch=compute_90a,code=compute_90a -Xcompiler -fPIC -shared -cudart=none
+          ${recorder_sources} -o ${recorder}
+  DEPENDS ${recorder_sources} ${recorder_headers} VERBATIM)
+add_custom_target(recorder DEPENDS ${recorder})

@@ -1,0 +1,466 @@
+// The backward pass, compiled once for each instruction set. Nothing was kept for it: for a block
+// of rows S and dP of every segment are made again, and with them the rule's gradients.
+//
+//     P = exp2(S - m) / sum      dP = V dO^T      u = rowsum(P * dP)
+//     dS = P * (c (dP - u) + dlse)
+//     dQ^T [d, rows] = K^T [d, n] . dS^T [n, rows]
+//     dV   [n, d]   += c P^T [n, rows] . dO [rows, d]          here lanes are columns
+//     dK   [n, d]   += dS^T  [n, rows] . Q  [rows, d]
+//
+// c and dlse need u of all segments, and u needs all keys. S and dP of some thousand keys are held
+// until then; of more they are made twice, so that the scratch has a bound.
+#include "rules.h"
+
+namespace nasa {
+namespace cpu {
+namespace NASA_ISA {
+namespace {
+
+// Keys of all segments whose S and dP are held, and keys that are dealt with at once
+constexpr int64_t kHeldKeys = 8192, kChunkKeys = 1024;
+// The rows of a head are split until there are so many tasks, of no fewer rows: each split costs
+// sums of dK and dV of its own. Beyond the bound there is one sum per head.
+constexpr int64_t kSplitTasks = 32, kSplitRows = 1024, kMostSums = int64_t{64} << 20;
+
+int64_t keys_in_all(const Call& p, const Blocks& blocks) {
+    int64_t n = 0;
+    for (int i = 0; i < kSegments; ++i) n += blocks.uses[i] ? p.segment[i].n : 0;
+    return n;
+}
+
+// Of one thread
+template <class Math>
+struct Scratch {
+    float *qt, *got;                // [d / kPack, rows]: Q and dO, transposed
+    float *q, *go;                  // [rows / kPack, width]: Q and dO, to meet weights of rows
+    float *s, *g;                   // [n, rows]: scores, then P; dP
+    float* ds_along_n;              // [n / kPack, rows]: dS, to meet K
+    float *p_along_l, *ds_along_l;  // [n, rows / kPack]: c P and dS, to meet dO and Q
+    float* dqt;                     // [d, rows]
+    bool is_held;
+
+    Scratch(const Call& p, const Blocks& blocks, int64_t width, Arena& arena) {
+        constexpr int kPack = Math::kPack;
+        const int64_t n = keys_in_all(p, blocks);
+        is_held = n <= kHeldKeys;
+        const int64_t keys = is_held ? n : kChunkKeys, chunk = smaller(keys, kChunkKeys);
+        qt = arena.take<float>(p.d * kRows);
+        got = arena.take<float>(p.d * kRows);
+        q = arena.take<float>(width * kRows / kPack);
+        go = arena.take<float>(width * kRows / kPack);
+        s = arena.take<float>(keys * kRows);
+        g = arena.take<float>(keys * kRows);
+        ds_along_n = p_along_l = ds_along_l = nullptr;  // with kPack 1 they lie in s and g
+        if (kPack > 1) {
+            ds_along_n = arena.take<float>(divide_up(chunk, kPack) * kRows);
+            p_along_l = arena.take<float>(chunk * kRows / kPack);
+            ds_along_l = arena.take<float>(chunk * kRows / kPack);
+        }
+        dqt = arena.take<float>(p.d * kRows);
+    }
+};
+
+// x [count, d] with rows `stride` apart, as [R * kLanes / kPack, width]: columns padded with zeros.
+// Behind the last row it is repeated.
+template <class T, class Math, int R>
+void load_rows(const T* x, int64_t stride, int64_t count, int64_t d, int64_t width, float* to) {
+    for (int64_t i = 0; i < R * kLanes; i += Math::kPack) {
+        const T* const from = x + smaller(i, count - 1) * stride;
+        const T* const next = x + smaller(i + 1, count - 1) * stride;
+        float* const out = to + i / Math::kPack * width;
+        for (int64_t c = d / kLanes * kLanes; c < width; ++c) out[c] = 0.f;
+        if (d < kLanes) {
+            for (int64_t c = 0; c < d; ++c) {
+                if constexpr (Math::kPack == 1) {
+                    out[c] = to_float(from[c]);
+                } else {
+                    out[c] = bit_cast<float>(uint32_t{next[c].bits} << 16 | from[c].bits);
+                }
+            }
+            continue;
+        }
+        for (int64_t first = 0; first < d; first += kLanes) {
+            // the last vector may overlap the one before it
+            const int64_t c = smaller(first, d - kLanes);
+            if constexpr (Math::kPack == 1) {
+                store(out + c, load(from + c));
+            } else {
+                store(out + c, Math::pack(from + c, next + c));
+            }
+        }
+    }
+}
+
+// g [keys, rows] = V dO^T, and u += rowsum(e * g) with the weights e [keys, rows]
+template <class Math, int R>
+void weight_gradients(const float* got, const float* v, int64_t keys, int64_t d, const float* e,
+                      float* g, Vec (&u)[R], Ahead& ahead) {
+    constexpr int kWidth = R * kLanes;
+    const int64_t steps = divide_up(d, Math::kPack);
+    for_tiles<kTile>(keys, [&](auto tile, int64_t j) __attribute__((always_inline)) {
+        constexpr int kT = decltype(tile)::value;
+        ahead.fetch();
+        Vec c[kT][R] = {}, part[R] = {};
+        product_along_d<Math>(c, steps, v + j * steps, got);
+#pragma GCC unroll 8
+        for (int t = 0; t < kT; ++t) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const int64_t at = (j + t) * kWidth + r * kLanes;
+                part[r] = fma(c[t][r], load(e + at), part[r]);
+                store(g + at, c[t][r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) u[r] += part[r];
+    });
+}
+
+// to [d, rows] += K^T dS^T, or = it; some keys at a time, which keeps the rounding errors small
+template <class Math, int R>
+void query_gradients(const float* k, int64_t keys, int64_t d, const float* ds, bool add,
+                     float* to) {
+    constexpr int kWidth = R * kLanes;
+    const int64_t steps = divide_up(keys, Math::kPack);
+    for (int64_t first = 0; first < steps; first += kBlockKeys, add = true) {
+        const int64_t some = smaller(kBlockKeys, steps - first);
+        for_tiles<kTile>(d, [&](auto tile, int64_t column) __attribute__((always_inline)) {
+            constexpr int kT = decltype(tile)::value;
+            Vec c[kT][R] = {};
+            product<Math>(c, some, k + first * d + column, 1, d, ds + first * kWidth, kWidth);
+#pragma GCC unroll 8
+            for (int t = 0; t < kT; ++t) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    float* const at = to + (column + t) * kWidth + r * kLanes;
+                    store(at, add ? load(at) + c[t][r] : c[t][r]);
+                }
+            }
+        });
+    }
+}
+
+// sum [n, width] += weights^T [n, steps] . rows [steps, width]. Here lanes are columns.
+template <class Math>
+void key_gradients(const float* weights, int64_t steps, const float* rows, int64_t n, int64_t width,
+                   float* sum) {
+    for (int64_t column = 0; column < width;) {
+        // 4 vectors are better two and two than three and one
+        const int64_t left = (width - column) / kLanes;
+        const int64_t vectors = left == 4 && kPanels == 3 ? 2 : smaller(left, kPanels);
+        with_tile<kPanels>(vectors, [&](auto panels) __attribute__((always_inline)) {
+            constexpr int kR = decltype(panels)::value;
+            for_tiles<kTile>(n, [&](auto tile, int64_t j) __attribute__((always_inline)) {
+                constexpr int kT = decltype(tile)::value;
+                float* const at = sum + j * width + column;
+                Vec c[kT][kR] = {};
+                product<Math>(c, steps, weights + j * steps, steps, 1, rows + column, width);
+#pragma GCC unroll 8
+                for (int t = 0; t < kT; ++t) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < kR; ++r) {
+                        float* const to = at + t * width + r * kLanes;
+                        store(to, load(to) + c[t][r]);
+                    }
+                }
+            });
+        });
+        column += vectors * kLanes;
+    }
+}
+
+// A segment as a block of rows sees it. s and g: its own where they are held, else those that all
+// chunks share.
+template <int R>
+struct Side {
+    const Keys* keys = nullptr;
+    float *s, *g;
+    Statistics<R> rows;
+    Vec u[R] = {};
+
+    // Weights and dP of some keys; row sums of all keys so far
+    template <class Math>
+    void examine(const float* qt, const float* got, const Scaling& how, int64_t d, int64_t first,
+                 int64_t count, Ahead& ahead) {
+        Vec before[R], sum[R] = {}, new_u[R] = {};
+        for (int r = 0; r < R; ++r) before[r] = rows.largest[r];
+        const int64_t steps = divide_up(d, Math::kPack);
+        scores<Math, R>(qt, *keys, first, count, d, how, s, rows.largest, ahead);
+        weights<Single, typename Math::Exponential>(s, count, how, rows.largest, sum);
+        weight_gradients<Math, R>(got, keys->v_along_d + first * steps, count, d, s, g, new_u,
+                                  ahead);
+        const Exact exponential(how.base);
+        for (int r = 0; r < R; ++r) {
+            const Vec rescale = exponential(before[r], rows.largest[r]);
+            rows.sum[r] = fma(rows.sum[r], rescale, sum[r]);
+            u[r] = fma(u[r], rescale, new_u[r]);
+        }
+    }
+};
+
+// What dS is made of: P = e * inverse, dS = P * (c (dP - u) + dlse)
+template <int R>
+struct Factors {
+    Vec inverse[R], c[R], u[R], dlse[R];
+};
+
+// e and dP of some keys become c P and dS, each as its products want it
+template <class Math, int R>
+void score_gradients(float* e, float* g, int64_t keys, const Factors<R>& f,
+                     const Scratch<Math>& to) {
+    constexpr int kWidth = R * kLanes, kPack = Math::kPack;
+    for (int64_t j = 0; j < keys; j += kPack) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Vec ds[kPack] = {};
+#pragma GCC unroll 2
+            for (int i = 0; i < kPack; ++i) {
+                if (j + i >= keys) break;
+                const int64_t at = (j + i) * kWidth + r * kLanes;
+                const Vec p = load(e + at) * f.inverse[r];
+                ds[i] = p * fma(f.c[r], load(g + at) - f.u[r], f.dlse[r]);
+                if constexpr (kPack == 1) {
+                    store(e + at, p * f.c[r]);
+                    store(g + at, ds[i]);
+                } else {
+                    store(reinterpret_cast<Bfloat16*>(to.p_along_l) + at, p * f.c[r]);
+                    store(reinterpret_cast<Bfloat16*>(to.ds_along_l) + at, ds[i]);
+                }
+            }
+            if constexpr (kPack == 2) {
+                store(to.ds_along_n + j / 2 * kWidth + r * kLanes, Math::pack(ds[0], ds[1]));
+            }
+        }
+    }
+}
+
+// Sums of dK and dV of one head, over some of its rows; null where nobody asked
+struct KeySums {
+    float *dk[kSegments], *dv[kSegments];  // [n, width]
+};
+
+template <class T, int R>
+void backward_block(const Call& p, const Gradients& to, const Block& block, const AllKeys& all,
+                    int64_t b, int64_t h, int64_t width,
+                    const Scratch<typename MathOf<T>::type>& x, const KeySums& sums) {
+    using Math = typename MathOf<T>::type;
+    constexpr int kWidth = R * kLanes, kPack = Math::kPack;
+    const Section& section = *block.section;
+    const int64_t first = block.first, count = block.count;
+    const T* const q = row<T>(p.q, b, first, h);
+    const T* const go = row<T>(to.grad_o, b, first, h);
+    load_transposed<T, Math, R>(q, p.q.stride_n, count, p.d, x.qt);
+    load_transposed<T, Math, R>(go, to.grad_o.stride_n, count, p.d, x.got);
+    load_rows<T, Math, R>(q, p.q.stride_n, count, p.d, width, x.q);
+    load_rows<T, Math, R>(go, to.grad_o.stride_n, count, p.d, width, x.go);
+
+    Side<R> sides[kSegments];
+    int64_t place = 0, tiles = 0;
+    for (int i = 0; i < kSegments; ++i) {
+        const Keys& keys = all.at(i, b, h);
+        if (!section.uses[i] || keys.n == 0) continue;
+        sides[i].keys = &keys;
+        sides[i].s = x.s + place * kRows;
+        sides[i].g = x.g + place * kRows;
+        if (x.is_held) place += keys.n;
+        tiles += 2 * divide_up(keys.n, kTile);
+    }
+    Ahead ahead;
+    const int64_t bytes = p.d * int64_t{sizeof(T)}, next = smaller(kRows, p.l - first - count);
+    if (to.dq != nullptr) {
+        ahead.add(row_of<T>(to.dq, p.l, p, b, first, h), p.h * bytes, count, bytes, true);
+    }
+    const Rows read[] = {p.q, to.grad_o};
+    for (const Rows& rows : read) {
+        ahead.add(row<T>(rows, b, first + count, h), rows.stride_n * int64_t{sizeof(T)}, next,
+                  bytes, false);
+    }
+    ahead.spread(tiles);
+
+    // weights, dP and their sums
+    Found rows[kSegments][R] = {};
+    Three u[R] = {};
+    for (int i = 0; i < kSegments; ++i) {
+        for (int r = 0; r < R; ++r) rows[i][r].power = broadcast(kLowest);
+        Side<R>& side = sides[i];
+        if (side.keys == nullptr) continue;
+        const Scaling how(*side.keys, p.scale);
+        const int64_t chunk = x.is_held ? side.keys->n : kChunkKeys;
+        for (int64_t j = 0; j < side.keys->n; j += chunk) {
+            const int64_t keys = smaller(chunk, side.keys->n - j);
+            side.template examine<Math>(x.qt, x.got, how, p.d, j, keys, ahead);
+        }
+        for (int r = 0; r < R; ++r) {
+            rows[i][r] = found(side.rows, how, r);
+            side.u[r] *= broadcast(1.f) / side.rows.sum[r];
+            u[r].of[i] = side.u[r];
+        }
+    }
+
+    // the rule
+    Vec minus_alpha[R];
+    negative_alpha<R>(p, b, h, first, count, minus_alpha);
+    const Rule rule = section.target[0].rule;
+    Three c[R], dlse[R];
+    float dalpha[kWidth], exists[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) exists[i] = i < count ? 1.f : 0.f;
+    for (int r = 0; r < R; ++r) {
+        const Found of_row[kSegments] = {rows[0][r], rows[1][r], rows[2][r]};
+        c[r] = coefficients(rule, of_row, minus_alpha[r]);
+        const RuleGradients g = gradients(rule, of_row, minus_alpha[r], u[r]);
+        for (int i = 0; i < kSegments; ++i) dlse[r].of[i] = g.of_lse[i];
+        store(dalpha + r * kLanes, g.of_alpha);
+    }
+    if (to.dalpha != nullptr) {
+        float* const out = to.dalpha + (b * p.l + first) * p.h + h;
+        for (int64_t i = 0; i < count; ++i) out[i * p.h] = dalpha[i];
+    }
+
+    // dQ, dK and dV
+    bool add = false;
+    for (int i = 0; i < kSegments; ++i) {
+        Side<R>& side = sides[i];
+        if (side.keys == nullptr) continue;
+        const Keys& keys = *side.keys;
+        Factors<R> f;
+        for (int r = 0; r < R; ++r) {
+            // no weight behind the last row
+            f.inverse[r] = load(exists + r * kLanes) / side.rows.sum[r];
+            f.c[r] = c[r].of[i];
+            f.u[r] = u[r].of[i];
+            f.dlse[r] = dlse[r].of[i];
+        }
+        const Scaling how(keys, p.scale);
+        for (int64_t j = 0; j < keys.n; j += kChunkKeys) {
+            const int64_t some = smaller(kChunkKeys, keys.n - j);
+            const int64_t at = x.is_held ? j * kWidth : 0;
+            if (!x.is_held) side.template examine<Math>(x.qt, x.got, how, p.d, j, some, ahead);
+            score_gradients<Math, R>(side.s + at, side.g + at, some, f, x);
+            const float* const ds_along_n = kPack == 1 ? side.g + at : x.ds_along_n;
+            const float* const p_along_l = kPack == 1 ? side.s + at : x.p_along_l;
+            const float* const ds_along_l = kPack == 1 ? side.g + at : x.ds_along_l;
+            constexpr int64_t kSteps = kWidth / kPack;
+            if (to.dq != nullptr) {
+                const float* const k = keys.k_along_n + j / kPack * p.d;
+                query_gradients<Math, R>(k, some, p.d, ds_along_n, add, x.dqt);
+                add = true;
+            }
+            if (sums.dv[i] != nullptr) {
+                key_gradients<Math>(p_along_l, kSteps, x.go, some, width,
+                                    sums.dv[i] + j * width);
+            }
+            if (sums.dk[i] != nullptr) {
+                key_gradients<Math>(ds_along_l, kSteps, x.q, some, width, sums.dk[i] + j * width);
+            }
+        }
+    }
+    if (to.dq == nullptr) return;
+    const auto dq = [&](int64_t column, int r) __attribute__((always_inline)) {
+        if (!add) return Vec{};
+        return load(x.dqt + column * kWidth + r * kLanes) * broadcast(p.scale);
+    };
+    store_transposed<T, R>(dq, p.d, row_of<T>(to.dq, p.l, p, b, first, h), p.h * p.d, count);
+}
+
+// The sums of all parts [parts, stride], in their order, as rows of the gradient of K or V
+template <class T>
+void reduce(const Call& p, const Segment& segment, int64_t b, int64_t h, const float* sums,
+            int64_t parts, int64_t stride, int64_t width, float scale, void* to) {
+    int64_t j = 0;
+    for (int64_t token = 0; token < segment.n; ++token) {
+        T* const out = row_of<T>(to, segment.n, p, b, token, h);
+        if (sums == nullptr || bias_at(segment.mask, b, token) == -__builtin_inff()) {
+            for (int64_t c = 0; c < p.d; ++c) out[c] = T{};
+            continue;
+        }
+        for (int64_t c = 0; c < width; c += kLanes) {
+            Vec x = {};
+            for (int64_t part = 0; part < parts; ++part) {
+                x += load(sums + part * stride + j * width + c);
+            }
+            T many[kLanes];
+            store(many, x * broadcast(scale));
+            for (int64_t i = c; i < smaller(c + kLanes, p.d); ++i) out[i] = many[i - c];
+        }
+        ++j;
+    }
+}
+
+template <class T>
+bool backward_of(const Call& p, const Gradients& to, const Threads& threads) {
+    using Math = typename MathOf<T>::type;
+    const Blocks blocks(p, {});
+    const AllKeys all = AllKeys::of<T, Math>(p, blocks.uses, Pass::kBackward, threads);
+
+    // where the sums of a part of a head lie. One width for dK and dV: whole vectors
+    const int64_t width = divide_up(p.d, kLanes) * kLanes, heads = p.b * p.h;
+    int64_t stride = 0, dk_at[kSegments], dv_at[kSegments];
+    for (int i = 0; i < kSegments; ++i) {
+        const int64_t size = blocks.uses[i] ? p.segment[i].n * width : 0;
+        dk_at[i] = stride;
+        stride += to.dk[i] != nullptr ? size : 0;
+        dv_at[i] = stride;
+        stride += to.dv[i] != nullptr ? size : 0;
+    }
+    // how the rows are split does not depend on the threads, and so no sum does
+    const int64_t bound = kMostSums / larger(1, heads * stride * 4);
+    const int64_t wanted = smaller(divide_up(kSplitTasks, larger(heads, 1)),
+                                   smaller(divide_up(blocks.count * kRows, kSplitRows), bound));
+    const int64_t of_part = larger(1, divide_up(blocks.count, larger(1, wanted)));
+    const int64_t parts = larger(1, divide_up(blocks.count, of_part));
+
+    Arena size{nullptr};
+    Scratch<Math>(p, blocks, width, size);
+    const Memory memory(threads.count * size.used, Use::kScratch);
+    const Memory sum_memory(heads * parts * stride * 4, Use::kSums);
+    if (all.memory.data == nullptr || memory.data == nullptr || sum_memory.data == nullptr) {
+        return false;
+    }
+    float* const sums = reinterpret_cast<float*>(sum_memory.data);
+    for_each(threads, heads * parts, [&](int64_t i, int64_t worker) {
+        Arena arena{memory.data + worker * size.used};
+        const Scratch<Math> scratch(p, blocks, width, arena);
+        const int64_t part = i % parts, h = i / parts % p.h, b = i / parts / p.h;
+        float* const own = sums + i * stride;
+        __builtin_memset(own, 0, stride * 4);
+        KeySums of{};
+        for (int s = 0; s < kSegments; ++s) {
+            if (!blocks.uses[s]) continue;
+            of.dk[s] = to.dk[s] != nullptr ? own + dk_at[s] : nullptr;
+            of.dv[s] = to.dv[s] != nullptr ? own + dv_at[s] : nullptr;
+        }
+        const int64_t end = smaller((part + 1) * of_part, blocks.count);
+        for (int64_t at = part * of_part; at < end; ++at) {
+            const Block block = blocks.at(at);
+            with_tile<kPanels>(block.panels, [&](auto panels) {
+                constexpr int kR = decltype(panels)::value;
+                backward_block<T, kR>(p, to, block, all, b, h, width, scratch, of);
+            });
+        }
+    });
+    for_each(threads, heads * kSegments, [&](int64_t i, int64_t) {
+        const int64_t s = i % kSegments, h = i / kSegments % p.h, b = i / kSegments / p.h;
+        const float* const own =
+            blocks.uses[s] ? sums + (b * p.h + h) * parts * stride : nullptr;
+        const float* const dk = own == nullptr ? nullptr : own + dk_at[s];
+        const float* const dv = own == nullptr ? nullptr : own + dv_at[s];
+        const Segment& x = p.segment[s];
+        if (to.dk[s]) reduce<T>(p, x, b, h, dk, parts, stride, width, p.scale, to.dk[s]);
+        if (to.dv[s]) reduce<T>(p, x, b, h, dv, parts, stride, width, 1.f, to.dv[s]);
+    });
+    return true;
+}
+
+}  // namespace
+
+bool backward(const Call& p, const Gradients& to, const Threads& threads) {
+    switch (p.type) {
+        case Type::kFloat: return backward_of<float>(p, to, threads);
+        case Type::kHalf: return backward_of<Half>(p, to, threads);
+        case Type::kBfloat16: return backward_of<Bfloat16>(p, to, threads);
+    }
+    return false;
+}
+
+}  // namespace NASA_ISA
+}  // namespace cpu
+}  // namespace nasa
