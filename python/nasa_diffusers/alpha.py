@@ -26,6 +26,10 @@ class LayerAlpha:
     resized: dict[int, Tensor] = field(default_factory=dict)
     guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
 
+    @property
+    def learns(self) -> bool:
+        return any(x is not None and x.requires_grad for x in (self.rows, self.region))
+
     def at(self, queries: int) -> Tensor:
         """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""
         if self.region is None:

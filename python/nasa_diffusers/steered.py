@@ -11,7 +11,7 @@ Names: b batch, l image queries, n text tokens, c channels, r rows of a prompt (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +65,8 @@ class Steered:
     images: Images | None = None  # image prompts whose keys and values may be kept
     rule: str = "nasa"
     nag: Nag | None = None
-    needs_grad: bool = False  # gradients are recorded in this call of the denoiser
+    # the layers that this call of the denoiser has come to
+    reached: set[str] = field(default_factory=set)
 
     @property
     def is_cached(self) -> bool:
