@@ -241,7 +241,9 @@ class JointAttentionHook(Hook):
             return o
         image = o[:, : hidden_states.shape[1]]
         image = attn.to_out[1](attn.to_out[0](image))
-        text_o = None if drops_text else attn.to_add_out(o[:, hidden_states.shape[1] :])
+        # where it is dropped it has no rows, but caches may do arithmetic on it
+        text_o = o[:, hidden_states.shape[1] :]
+        text_o = text_o if drops_text else attn.to_add_out(text_o)
         return (image, text_o) if added is None else (image, text_o, added)
 
     def of_images(self, attn: Any, texts: Texts, q: Tensor, kwargs: dict) -> Tensor | None:
