@@ -102,7 +102,8 @@ def skipping_hooks(module: nn.Module) -> list[ModelHook]:
 def check_own_forward(name: str, layer: nn.Module) -> None:
     """Raise if somebody gave the layer a `forward` that ours would take the place of."""
     forward = vars(layer).get("forward")
-    if forward is None or hasattr(layer, "_hf_hook") or reference_of(forward) is not None:
+    is_stock = getattr(forward, "__func__", None) is type(layer).forward
+    if forward is None or is_stock or hasattr(layer, "_hf_hook") or reference_of(forward):
         return
     raise ValueError(
         f"enable_nasa: the forward of layer {name!r} was replaced by {_name(forward)}, which NASA "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -103,6 +103,18 @@ class Steered:
             for term in self.terms
         )
         return replace(self, text=self.text.to(*args, **kwargs), terms=terms)
+
+    # Blocks of these families do not change the text. A cache around several of them that keeps
+    # what they add to it, as it does where blocks do, keeps a zero and adds it again.
+
+    def contiguous(self) -> Steered:
+        return self
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.text.new_zeros(()) if other is self else NotImplemented
+
+    def __radd__(self, difference: Any) -> Steered:
+        return self if isinstance(difference, Tensor) else NotImplemented
 
     def __getattr__(self, name: str):
         raise AttributeError(

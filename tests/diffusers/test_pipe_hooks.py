@@ -4,16 +4,19 @@ Right is the image that eager attention gives under the same add-on, put on the 
 pipeline: for `attn2` Algorithm 1, for joint blocks the oracle of `carried.py`.
 """
 
+from types import SimpleNamespace
+
 import carried
 import diffusers
-import joint_cases
 import pytest
 import torch
 from diffusers import hooks
 from diffusers.hooks import HookRegistry
+from diffusers.pipelines.wan import pipeline_wan
 from drawing import assert_same_image, relative_error
 from joint_cases import SIZE, negative
 from nasa_diffusers import enable_nasa, nasa, testing
+from oracle import algorithm_1
 
 STEPS = 6
 
@@ -41,7 +44,8 @@ def mag():
 
 def taylor_seer():
     options = {"cache_interval": 3, "disable_cache_before_step": 2, "max_order": 1}
-    options |= {"taylor_factors_dtype": torch.float32}
+    # its own patterns do not know the names of Wan's layers
+    options |= {"taylor_factors_dtype": torch.float32, "cache_identifiers": [r".*blocks.*\.attn\d?"]}
     return config("TaylorSeerCacheConfig", **options), "taylorseer_cache"
 
 
@@ -113,3 +117,90 @@ def test_cache_on_joint_blocks(draw, cached, order):
             assert_same_image(run(pipe, draw), without)
             put_on(cache, pipe.transformer)
         assert_same_image(run(pipe, draw), expected)
+
+
+@pytest.mark.parametrize("window", [{"start": 2}, {"stop": 3}], ids=str)
+def test_cache_and_a_window(draw, cached, window):
+    """The negative prompt is carried in all steps, so that what is kept has the same tokens."""
+    build, cache = cached
+    steps = range(window.get("start", 0), window.get("stop", STEPS))
+    oracle, pipe = build(), build()
+    factors = [float(i in steps) for i in range(STEPS)]
+    carried.install(oracle.transformer, "nasa-cross", [(negative(), 0.5, None)], factors)
+    for each in (oracle, pipe):
+        put_on(cache, each.transformer)
+    with nasa(pipe, negative_prompt_embeds=negative(), alpha=0.5, **window):
+        assert_same_image(run(pipe, draw), run(oracle, draw))
+
+
+def test_cache_and_layers_left_out(draw, cached):
+    """Only the first layer is guided; the negative prompt is carried on, for the cache's sake."""
+    build, cache = cached
+    pipe = build()
+    put_on(cache, pipe.transformer)
+    options = {"negative_prompt_embeds": negative(), "layers": "transformer_blocks.0.attn"}
+    stock = run(build(), draw)
+    with nasa(pipe, alpha=0.5, **options) as handle:
+        ours = run(pipe, draw)
+        assert relative_error(ours, stock) > 1e-4
+        assert [n for n, (_, h) in handle._steerings[0].layers.items() if h.last_call is None] == []
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["nasa first", "cache first"])
+def test_each_is_taken_off_by_itself(draw, ours_first):
+    """Of two hooks on a module, either may go first, and the other stays what it was."""
+    build, cache = testing.flux, broadcast
+    oracle, plain, pipe = build(), build(), build()
+    carried.install(oracle.transformer, "nasa-cross", [(negative(), 0.5, None)])
+    stock = run(plain, draw)
+    put_on(cache, plain.transformer)
+    for cache_first in (True, False):
+        if cache_first:
+            put_on(cache, pipe.transformer)
+        handle = enable_nasa(pipe, negative_prompt_embeds=negative(), alpha=0.5)
+        if not cache_first:
+            put_on(cache, pipe.transformer)
+        run(pipe, draw)
+        if ours_first:
+            handle.disable()
+            assert torch.equal(run(pipe, draw), run(plain, draw))
+            pipe.transformer.disable_cache()
+        else:
+            pipe.transformer.disable_cache()
+            assert_same_image(run(pipe, draw), run(oracle, draw))
+            handle.disable()
+        assert torch.equal(run(pipe, draw), stock)
+
+
+# ---- caches and other hooks on cross-attention ---------------------------------------------------
+
+
+@pytest.fixture
+def fix_text(monkeypatch):
+    # diffusers 0.35 cleans Wan's prompts with the package ftfy whether it is there or not
+    monkeypatch.setattr(pipeline_wan, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+
+
+@torch.no_grad()
+def projected(transformer, text):
+    return transformer.condition_embedder.text_embedder(text)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("cache", CACHES, ids=lambda f: f.__name__)
+def test_cache_on_wan(draw, fix_text, cache, order):
+    oracle, pipe = testing.wan(), testing.wan()
+    text = negative(9)
+    options = {"steps": STEPS}
+    with algorithm_1(oracle.transformer, [(projected(oracle.transformer, text), None, 0.5)]):
+        without = draw(oracle, **options)
+        put_on(cache, oracle.transformer)
+        expected = draw(oracle, **options)
+    assert relative_error(expected, without) > 1e-4
+    if order == "before":
+        put_on(cache, pipe.transformer)
+    with nasa(pipe, negative_prompt_embeds=text, alpha=0.5):
+        if order == "after":
+            draw(pipe, **options)
+            put_on(cache, pipe.transformer)
+        assert_same_image(draw(pipe, **options), expected)
