@@ -40,6 +40,16 @@ class LayerAlpha:
             self.resized[queries] = self._resize(self.region, queries)
         return self.resized[queries]
 
+    def parts(self, rows: int, chunks: int) -> list[LayerAlpha]:
+        """For parts of the batch of `rows`."""
+        if self.rows.shape[0] != rows:
+            return [self] * chunks
+        guided = [None] * chunks if self.guided is None else self.guided.chunk(chunks)
+        return [
+            LayerAlpha(values, self.region, self.grids, guided=which)
+            for values, which in zip(self.rows.chunk(chunks), guided, strict=True)
+        ]
+
     def to(self, *args, **kwargs) -> LayerAlpha:
         """The same alpha on another device."""
         region = None if self.region is None else self.region.to(*args, **kwargs)

@@ -92,6 +92,14 @@ def is_replaced(module: nn.Module) -> bool:
     return registry is None or not registry._fn_refs or reference is not registry._fn_refs[-1]
 
 
+def may_skip(module: nn.Module) -> bool:
+    """Whether a module that has our hook may be left out in a call: by a cache, or by a `forward`
+    that was replaced, which a `Watch` looks after."""
+    registry = getattr(module, "_diffusers_hook", None)
+    is_ours = registry is not None and HOOK_NAME in registry.hooks
+    return is_ours and (bool(skipping_hooks(module)) or is_replaced(module))
+
+
 def skipping_hooks(module: nn.Module) -> list[ModelHook]:
     """The hooks of others that decide whether a module computes: diffusers' caches."""
     registry = getattr(module, "_diffusers_hook", None)
@@ -166,9 +174,9 @@ class Watch:
                 forward = vars(module).get("forward")
                 if name not in reached:
                     raise RuntimeError(
-                        f"nasa_diffusers: on the way to layer {name!r} the forward of a "
-                        f"{type(module).__name__} was replaced by {_name(forward)}, which ran "
-                        "without NASA; take that change back, or call disable_nasa(pipe)"
+                        f"nasa_diffusers: layer {name!r} was left out: on the way to it is a "
+                        f"{type(module).__name__}, and its forward was replaced by "
+                        f"{_name(forward)}; take that change back, or call disable_nasa(pipe)"
                     )
                 self.trusted[module] = forward
 

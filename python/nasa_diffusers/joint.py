@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import nasa_kernels
 from nasa_diffusers import ip_adapter
-from nasa_diffusers.chain import as_called, skipping_hooks
+from nasa_diffusers.chain import as_called, may_skip, skipping_hooks
 from nasa_diffusers.layer import Hook
 from nasa_diffusers.methods import nothing, subtract
 from nasa_diffusers.steered import Steered, Term
@@ -88,11 +88,11 @@ class BlockHook(Hook):
         texts = replace(texts, in_block=True, are_attended=False)
         options[KEYWORD] = texts
         text, image = self.run(block, args, inputs, image, text, texts.lengths, texts.lengths)
-        if not texts.are_attended and not skipping_hooks(block.attn):  # type: ignore[arg-type]
+        if not texts.are_attended and not may_skip(block.attn):  # type: ignore[arg-type]
             raise RuntimeError(
                 f"nasa_diffusers: the attention of block {self.name!r} is not the one that "
-                "enable_nasa prepared: its forward was replaced. Call disable_nasa(pipe), make "
-                "that change, then call enable_nasa again"
+                "enable_nasa prepared. Call disable_nasa(pipe), make that change, then call "
+                "enable_nasa again"
             )
         if self.is_last and texts.may_end and text is not None:
             text = text[:, : texts.lengths[0]]

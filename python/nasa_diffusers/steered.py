@@ -92,6 +92,26 @@ class Steered:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""
         return replace(self, text=self.text.view(*shape))
 
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Steered, ...]:
+        """Parts of the batch: FasterCache leaves the unconditional rows out of some calls."""
+        assert dim == 0
+        rows = self.text.shape[0]
+
+        def parts(x: Tensor | None) -> Sequence[Tensor | None]:
+            return x.chunk(chunks) if x is not None and x.shape[0] == rows else [x] * chunks
+
+        def part_of(term: Term) -> list[Term]:
+            columns = (parts(term.text), parts(term.mask), term.alpha.parts(rows, chunks))
+            return [Term(*each) for each in zip(*columns, strict=True)]  # type: ignore[arg-type]
+
+        terms = zip(*map(part_of, self.terms), strict=True)
+        # what is kept of a text, or made of it, is kept and made of all its rows
+        alone = replace(self, prompts=None, prepared=None, images=None)
+        return tuple(
+            replace(alone, text=text, terms=terms)
+            for text, terms in zip(self.text.chunk(chunks), terms, strict=True)
+        )
+
     def to(self, *args, **kwargs) -> Steered:
         """Follows a model that offloading or sharding keeps on another device than its caller."""
         terms = tuple(

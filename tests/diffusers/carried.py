@@ -33,9 +33,7 @@ class Eager:
         else:
             text, image = text_heads(attn, encoder_hidden_states), qkv
         if image_rotary_emb is not None:
-            ropes = [
-                [x[rows] for x in image_rotary_emb] for rows in (slice(0, n), slice(n, None))
-            ]
+            ropes = [[x[rows] for x in image_rotary_emb] for rows in (slice(0, n), slice(n, None))]
             for part, rope in zip((text, image), ropes, strict=True):
                 part[:2] = [apply_rotary_emb(x, rope, sequence_dim=1) for x in part[:2]]
         prompts = list(zip(*(x.split(self.lengths, dim=1) for x in text), strict=True))
@@ -63,8 +61,5 @@ def install(model, rule, negatives, alphas=None):
 
     model.register_forward_pre_hook(lengthen, with_kwargs=True)
     model.set_attn_processor(
-        {
-            name: own if ".attn2." in name else eager
-            for name, own in model.attn_processors.items()
-        }
+        {name: own if ".attn2." in name else eager for name, own in model.attn_processors.items()}
     )

@@ -77,7 +77,9 @@ class Joint(Family):
         is_replaced = "forward" in vars(denoiser) and not hasattr(denoiser, "_hf_hook")
         if is_replaced or getattr(denoiser, "_is_cached", False):
             return True
-        return any(skipping_hooks(m) for _, block in self.blocks(denoiser) for m in (block, block.attn))
+        return any(
+            skipping_hooks(m) for _, block in self.blocks(denoiser) for m in (block, block.attn)
+        )
 
     # ---- one layer ---------------------------------------------------------------------------
 
