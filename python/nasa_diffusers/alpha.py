@@ -26,6 +26,10 @@ class LayerAlpha:
     resized: dict[int, Tensor] = field(default_factory=dict)
     guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
 
+    @property
+    def learns(self) -> bool:
+        return any(x is not None and x.requires_grad for x in (self.rows, self.region))
+
     def at(self, queries: int) -> Tensor:
         """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""
         if self.region is None:
@@ -35,6 +39,16 @@ class LayerAlpha:
         if queries not in self.resized:
             self.resized[queries] = self._resize(self.region, queries)
         return self.resized[queries]
+
+    def parts(self, rows: int, chunks: int) -> list[LayerAlpha]:
+        """For parts of the batch of `rows`."""
+        if self.rows.shape[0] != rows:
+            return [self] * chunks
+        guided = [None] * chunks if self.guided is None else self.guided.chunk(chunks)
+        return [
+            LayerAlpha(values, self.region, self.grids, guided=which)
+            for values, which in zip(self.rows.chunk(chunks), guided, strict=True)
+        ]
 
     def to(self, *args, **kwargs) -> LayerAlpha:
         """The same alpha on another device."""

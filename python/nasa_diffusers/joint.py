@@ -1,8 +1,8 @@
 """The hooks on a denoiser whose blocks carry text and image together: FLUX.1, SD3.
 
-Such a block attends from all tokens to all tokens, [image; text], and changes both. NASA lets it
-run once with every prompt's tokens side by side as its text, which all of a block but its
-attention treats token by token; the attention then keeps the prompts apart:
+Such a block attends from all tokens to all tokens, [image; text], and changes both. NASA gives the
+denoiser the tokens of every prompt side by side as its text, which all of it but the attention
+treats token by token; the attention then keeps the prompts apart:
 
     image queries             Z+ over [image; positive], less what `rule` takes from the negative,
                               or under NAG both Z+ and Z- over [image; negative], blended
@@ -11,6 +11,8 @@ attention treats token by token; the attention then keeps the prompts apart:
 
 So there is one image stream, the positive text is what it is in the stock model given that
 image, and the negative prompt is carried through the blocks as the model carries its prompt.
+Between the blocks the text is a tensor like any other: what keeps a block's or an attention's
+output, to use it again or to extrapolate it, does so with all prompts.
 
 Names: b batch, l image tokens, n text tokens, h heads, d head_dim, c channels.
 """
@@ -18,7 +20,7 @@ Names: b batch, l image tokens, n text tokens, h heads, d head_dim, c channels.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,8 @@ from torch import Tensor, nn
 
 import nasa_kernels
 from nasa_diffusers import ip_adapter
-from nasa_diffusers.layer import Hook, TextHook
+from nasa_diffusers.chain import as_called, may_skip, skipping_hooks
+from nasa_diffusers.layer import Hook
 from nasa_diffusers.methods import nothing, subtract
 from nasa_diffusers.steered import Steered, Term
 from nasa_kernels.nag import pair_backend
@@ -36,17 +39,20 @@ from nasa_kernels.nag import pair_backend
 if TYPE_CHECKING:
     from nasa_diffusers.families.joint import Joint
 
-# the keyword under which a block hands its texts to its attention
+# in `joint_attention_kwargs`, which a denoiser hands to its blocks, and a block to its attention
 KEYWORD = "nasa"
 Rope = Any  # a tuple of cosine and sine, each [l + n, d]
 
 
 @dataclass(eq=False)
 class Texts:
-    """The prompts in one run of a block: their lengths, and what is done with them."""
+    """The prompts in the text of a call: their lengths, and what is done with them."""
 
     steered: Steered
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
+    is_guided: bool = True  # False: the negative prompts are carried, and steer nothing
+    may_end: bool = True  # the negative prompts end after the last guided layer
+    in_block: bool = False  # a block's hook has put the image first
     are_attended: bool = False  # the attention has seen that they are several
 
     @property
@@ -54,90 +60,115 @@ class Texts:
         return list(zip(self.steered.terms, self.lengths[1:], strict=True))
 
 
-class EmbedderHook(TextHook):
-    """Sends all prompts through the one projection before the blocks, anew in each call: it is
-    little beside a block, and a leaf that casting or offloading hooks rewrite unseen."""
-
-    def project(self, module: nn.Module, text: Steered, *args, **kwargs) -> Steered:
-        return text.projected([self.stock(x, *args, **kwargs) for x in text.texts], None)
-
-
 class BlockHook(Hook):
     """Runs a block of two streams, image and text, with all prompts as its text."""
 
     def __init__(self, name: str, block: nn.Module, is_last: bool):
         super().__init__()
-        self.name = name
+        self.name, self.layer = name, f"{name}.attn"
         # no layer after this one is guided: the negative prompts end here
         self.is_last = is_last
         # of the class: another hook may hide the signature of the module's own forward
         self.parameters = list(inspect.signature(type(block).forward).parameters)[1:]
 
     def new_forward(self, block: nn.Module, *args, **kwargs) -> tuple[Any, Tensor]:
-        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
-        steered, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
-        if not isinstance(steered, Steered):
-            return self.stock(**kwargs)
-        if steered.needs_grad and not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"nasa_diffusers: block {self.name!r} runs without gradients in a call that "
-                "records them, as reentrant checkpointing does; the text would lose its gradient. "
-                "Call enable_gradient_checkpointing() without a function, or use_reentrant=False"
-            )
-        # [b, n, c] each
-        parts = [text.expand(image.shape[0], -1, -1) for text in steered.texts]
-        texts = Texts(steered, [part.shape[1] for part in parts])
-        kwargs["joint_attention_kwargs"] = (kwargs.get("joint_attention_kwargs") or {}) | {
-            KEYWORD: texts
-        }
-        text, image = self.run(image, torch.cat(parts, dim=1), texts, kwargs)
-        if not texts.are_attended:
+        inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        options = dict(inputs.get("joint_attention_kwargs") or {})
+        texts = options.pop(KEYWORD, None)
+        if texts is None:
+            return self.stock(*args, **kwargs)
+        self._check_gradients(texts.steered)
+        image, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+        inputs["joint_attention_kwargs"] = options
+        if text.shape[1] != sum(texts.lengths):
+            # the negative prompts have ended
+            if not torch.compiler.is_compiling():
+                texts.steered.reached.add(self.layer)
+            return self.run(block, args, inputs, image, text, texts.lengths[:1], texts.lengths)
+        texts = replace(texts, in_block=True, are_attended=False)
+        options[KEYWORD] = texts
+        text, image = self.run(block, args, inputs, image, text, texts.lengths, texts.lengths)
+        if not texts.are_attended and not may_skip(block.attn):  # type: ignore[arg-type]
             raise RuntimeError(
                 f"nasa_diffusers: the attention of block {self.name!r} is not the one that "
-                "enable_nasa prepared: its forward was replaced. Call disable_nasa(pipe), make "
-                "that change, then call enable_nasa again"
+                "enable_nasa prepared. Call disable_nasa(pipe), make that change, then call "
+                "enable_nasa again"
             )
-        if text is None:
-            return None, image
-        parts = text.split(texts.lengths, dim=1)
-        return parts[0] if self.is_last else steered.projected(parts, None), image
+        if self.is_last and texts.may_end and text is not None:
+            text = text[:, : texts.lengths[0]]
+        return text, image
+
+    def _check_gradients(self, steered: Steered) -> None:
+        if not torch.is_grad_enabled() and any(term.alpha.learns for term in steered.terms):
+            raise RuntimeError(
+                f"nasa_diffusers: block {self.name!r} runs without gradients in a call whose alpha "
+                "learns, as reentrant checkpointing does; alpha would get no gradient. Call "
+                "enable_gradient_checkpointing() without a function, or use_reentrant=False"
+            )
 
     def run(
-        self, image: Tensor, text: Tensor, texts: Texts, kwargs: dict[str, Any]
+        self,
+        block: nn.Module,
+        args: tuple,
+        inputs: dict[str, Any],
+        image: Tensor,
+        text: Tensor,
+        lengths: list[int],
+        given: list[int],
     ) -> tuple[Tensor | None, Tensor]:
-        """The stock block: text and image, each changed."""
-        return self.stock(**kwargs | {"hidden_states": image, "encoder_hidden_states": text})
+        """The stock block: text and image, each changed. Of the prompts `given` to the denoiser
+        the text has the first `lengths`."""
+        changes = {"hidden_states": image, "encoder_hidden_states": text}
+        args, kwargs = as_called(self.parameters, args, inputs | changes)
+        return self.stock(*args, **kwargs)
 
 
 class RopeBlockHook(BlockHook):
-    """A block whose tokens have positions; the model gives those of [positive text; image]."""
+    """A block whose tokens have positions; the model gives those of [all prompts; image]."""
 
-    def run(self, image, text, texts, kwargs):
-        rope = kwargs["image_rotary_emb"]
+    def run(self, block, args, inputs, image, text, lengths, given):
+        rope = inputs["image_rotary_emb"]
         if rope is not None:
-            kwargs["image_rotary_emb"] = tuple(image_first(x, texts.lengths) for x in rope)
-        return super().run(image, text, texts, kwargs)
+            n, order = sum(lengths), image_first if len(lengths) > 1 else text_first
+            inputs["image_rotary_emb"] = tuple(order(x, n, sum(given)) for x in rope)
+        return super().run(block, args, inputs, image, text, lengths, given)
 
 
 class SingleBlockHook(RopeBlockHook):
     """A block that treats text and image alike, as one sequence: here with the image first."""
 
-    def run(self, image, text, texts, kwargs):
-        image, text = super().run(text, image, texts, kwargs)
+    def run(self, block, args, inputs, image, text, lengths, given):
+        if len(lengths) == 1:
+            return super().run(block, args, inputs, image, text, lengths, given)
+        image, text = super().run(block, args, inputs, text, image, lengths, given)
         return text, image
 
 
-def image_first(rope: Tensor, lengths: list[int]) -> Tensor:
-    """Rows of [positive text; image] as [image; positive text; each negative text].
+def image_first(rope: Tensor, n: int, given: int) -> Tensor:
+    """Rows of [text; image], `given` of them text, as [image; the first n of the text]."""
+    return torch.cat([rope[given:], rope[:n]])
+
+
+def text_first(rope: Tensor, n: int, given: int) -> Tensor:
+    """Rows of [text; image], `given` of them text, without the text after the first n."""
+    return torch.cat([rope[:n], rope[given:]])
+
+
+def side_by_side(steered: Steered, rows: int) -> Tensor:
+    """The tokens of all prompts, the positive one first: `[b, sum of n, c]`."""
+    return torch.cat([text.expand(rows, -1, -1) for text in steered.texts], dim=1)
+
+
+def positions(ids: Tensor, lengths: list[int]) -> Tensor:
+    """The `txt_ids` of the positive prompt, `[n, 3]`, as those of all prompts side by side.
 
     A negative token stands where the positive token of the same number stands. FLUX.1 pipelines
     put all text at position 0, so what follows the last positive token stands there as well.
     """
-    n_pos = lengths[0]
-    text, image = rope[:n_pos], rope[n_pos:]
-    rows = [image, text]
+    ids = ids[0] if ids.dim() == 3 else ids
+    rows = [ids]
     for n in lengths[1:]:
-        rows += [text[:n], text[-1:].expand(max(n - n_pos, 0), -1)]
+        rows += [ids[:n], ids[-1:].expand(max(n - lengths[0], 0), -1)]
     return torch.cat(rows)
 
 
@@ -154,8 +185,26 @@ class JointAttentionHook(Hook):
         texts = kwargs.pop(KEYWORD, None)
         if texts is None:
             return self.stock(*args, **kwargs)
+        self._check_place(attn, texts)
         texts.are_attended = True
+        if not torch.compiler.is_compiling():
+            texts.steered.reached.add(self.name)
         return self.attend(attn, texts, *args, **kwargs)
+
+    def _check_place(self, attn: Any, texts: Texts) -> None:
+        if not texts.in_block:
+            raise RuntimeError(
+                f"nasa_diffusers: the block around layer {self.name!r} is not the one that "
+                "enable_nasa prepared: its forward was replaced. Call disable_nasa(pipe), make "
+                "that change, then call enable_nasa again"
+            )
+        for hook in skipping_hooks(attn):
+            if getattr(hook, "skip_attention_scores", False):
+                raise RuntimeError(
+                    f"nasa_diffusers: {type(hook).__name__} replaces the scores of layer "
+                    f"{self.name!r} inside PyTorch's attention, which NASA computes itself; take "
+                    "it off, or call disable_nasa(pipe)"
+                )
 
     def attend(
         self,
@@ -182,16 +231,19 @@ class JointAttentionHook(Hook):
             channels = hidden_states.shape[2]
             self.last_call = JointCall(
                 q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text,
-                attends_twice=self.guided
+                attends_twice=self.guided and texts.is_guided
                 and texts.steered.nag is not None
                 and pair_backend(texts.steered.backend, q, k, v) is None,
             )  # fmt: skip
-        o = steer(q, k, v, texts, self.guided, with_text=not drops_text).flatten(2)
+        is_guided = self.guided and texts.is_guided
+        o = steer(q, k, v, texts, is_guided, with_text=not drops_text).flatten(2)
         if encoder_hidden_states is None:
             return o
         image = o[:, : hidden_states.shape[1]]
         image = attn.to_out[1](attn.to_out[0](image))
-        text_o = None if drops_text else attn.to_add_out(o[:, hidden_states.shape[1] :])
+        # where it is dropped it has no rows, but caches may do arithmetic on it
+        text_o = o[:, hidden_states.shape[1] :]
+        text_o = text_o if drops_text else attn.to_add_out(text_o)
         return (image, text_o) if added is None else (image, text_o, added)
 
     def of_images(self, attn: Any, texts: Texts, q: Tensor, kwargs: dict) -> Tensor | None:

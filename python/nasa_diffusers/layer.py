@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from nasa_diffusers import ip_adapter
@@ -20,8 +20,6 @@ from nasa_diffusers.steered import Steered
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.base import Family
-
-HOOK_NAME = "nasa"
 
 
 def refuse_copy(self, memo: dict):
@@ -68,6 +66,8 @@ class CrossAttentionHook(Hook):
             text = text.text if images is None else (text.text, images)
             return self.stock(hidden_states, text, attention_mask, *args, **kwargs)
         self._check_processor(attn, images)
+        if not torch.compiler.is_compiling():
+            text.reached.add(self.name)
 
         q = self.family.queries(attn, hidden_states)
         pos, *negatives = self.keys_values(attn, text)
@@ -192,19 +192,3 @@ def _key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
             f"per text token, got {list(mask.shape)}"
         )
     return mask[:, 0]
-
-
-# ---- putting hooks on and taking them off --------------------------------------------------------
-
-
-def attach(module: nn.Module, hook: ModelHook) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK_NAME)
-
-
-def detach(module: Any) -> None:
-    """Take the hook off and leave the module as if it had never been there."""
-    registry = module._diffusers_hook
-    registry.remove_hook(HOOK_NAME, recurse=False)
-    forward = vars(module).get("forward")
-    if not registry.hooks and getattr(forward, "__self__", None) == module:
-        del module.forward, module._diffusers_hook

@@ -11,8 +11,8 @@ Names: b batch, l image queries, n text tokens, c channels, r rows of a prompt (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class Steered:
     images: Images | None = None  # image prompts whose keys and values may be kept
     rule: str = "nasa"
     nag: Nag | None = None
-    needs_grad: bool = False  # gradients are recorded in this call of the denoiser
+    # the layers that this call of the denoiser has come to
+    reached: set[str] = field(default_factory=set)
 
     @property
     def is_cached(self) -> bool:
@@ -91,6 +92,26 @@ class Steered:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""
         return replace(self, text=self.text.view(*shape))
 
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Steered, ...]:
+        """Parts of the batch: FasterCache leaves the unconditional rows out of some calls."""
+        assert dim == 0
+        rows = self.text.shape[0]
+
+        def parts(x: Tensor | None) -> Sequence[Tensor | None]:
+            return x.chunk(chunks) if x is not None and x.shape[0] == rows else [x] * chunks
+
+        def part_of(term: Term) -> list[Term]:
+            columns = (parts(term.text), parts(term.mask), term.alpha.parts(rows, chunks))
+            return [Term(*each) for each in zip(*columns, strict=True)]  # type: ignore[arg-type]
+
+        terms = zip(*map(part_of, self.terms), strict=True)
+        # what is kept of a text, or made of it, is kept and made of all its rows
+        alone = replace(self, prompts=None, prepared=None, images=None)
+        return tuple(
+            replace(alone, text=text, terms=terms)
+            for text, terms in zip(self.text.chunk(chunks), terms, strict=True)
+        )
+
     def to(self, *args, **kwargs) -> Steered:
         """Follows a model that offloading or sharding keeps on another device than its caller."""
         terms = tuple(
@@ -102,6 +123,18 @@ class Steered:
             for term in self.terms
         )
         return replace(self, text=self.text.to(*args, **kwargs), terms=terms)
+
+    # Blocks of these families do not change the text. A cache around several of them that keeps
+    # what they add to it, as it does where blocks do, keeps a zero and adds it again.
+
+    def contiguous(self) -> Steered:
+        return self
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.text.new_zeros(()) if other is self else NotImplemented
+
+    def __radd__(self, difference: Any) -> Steered:
+        return self if isinstance(difference, Tensor) else NotImplemented
 
     def __getattr__(self, name: str):
         raise AttributeError(

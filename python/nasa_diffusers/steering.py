@@ -17,7 +17,8 @@ from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
 from nasa_diffusers.families import Family
-from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
+from nasa_diffusers.chain import Watch, as_called, attach, detach
+from nasa_diffusers.layer import CrossAttentionHook, refuse_copy
 from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, spread
 from nasa_diffusers.steered import Images, Prepared, Steered, Term
@@ -96,6 +97,13 @@ class Steering:
         self.text_hooks = family.text_hooks(denoiser, cache)
         self.block_hooks = family.block_hooks(denoiser, guided)
         self.path_to_layers = _path_to(denoiser, self.layers)
+        self.watch = Watch(
+            {
+                name: modules
+                for name, modules in family.hooked_modules(denoiser).items()
+                if guided[name] or self.block_hooks
+            }
+        )
         self._handle: Any = None
 
     @property
@@ -126,7 +134,8 @@ class Steering:
         if settings.alpha.is_zero:
             return None
         caller = find_caller()
-        if not self._is_guided_step(caller, settings.window):
+        is_guided = self._is_guided_step(caller, settings.window)
+        if not is_guided and not self.family.keeps_text(denoiser):
             return None
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
@@ -150,8 +159,9 @@ class Steering:
             steered = replace(steered, images=self._images(kwargs, afresh))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
             steered = self._prepare(steered)
-        kwargs["encoder_hidden_states"] = steered
-        return (), kwargs
+        kwargs |= self.family.carry(denoiser, steered, kwargs, is_guided)
+        self.watch.begin(denoiser, kwargs["encoder_hidden_states"], steered.reached)
+        return as_called(self.parameters, args, kwargs)
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
         if window.is_everything:
@@ -202,9 +212,8 @@ class Steering:
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
         return Steered(
-            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag,
-            needs_grad=torch.is_grad_enabled(),
-        )  # fmt: skip
+            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag
+        )
 
     def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
         """The image prompts of an IP-Adapter, where the call brings some."""

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from drawing import assert_same_image, relative_error
 from joint_cases import SIZE, negative, random
 from nasa_diffusers import enable_nasa, nasa
-from nasa_diffusers.joint import image_first
+from nasa_diffusers.joint import image_first, positions, text_first
 
 
 @pytest.fixture
@@ -18,12 +18,24 @@ def case():
 
 
 def test_negative_tokens_stand_where_positive_ones_do():
-    # rows of [positive text; image], told apart by their number
-    rope = torch.arange(5.0)[:, None]
-    assert image_first(rope, [2, 1]).flatten().tolist() == [2, 3, 4, 0, 1, 0]
-    assert image_first(rope, [2, 2]).flatten().tolist() == [2, 3, 4, 0, 1, 0, 1]
-    assert image_first(rope, [2, 4]).flatten().tolist() == [2, 3, 4, 0, 1, 0, 1, 1, 1]
-    assert image_first(rope, [2, 1, 3]).flatten().tolist() == [2, 3, 4, 0, 1, 0, 0, 1, 1]
+    # positions told apart by their number
+    ids = torch.arange(2.0)[:, None]
+    for lengths, expected in [
+        ([2, 1], [0, 1, 0]),
+        ([2, 2], [0, 1, 0, 1]),
+        ([2, 4], [0, 1, 0, 1, 1, 1]),
+        ([2, 1, 3], [0, 1, 0, 0, 1, 1]),
+    ]:
+        assert positions(ids, lengths).flatten().tolist() == expected
+    assert positions(ids[None], [2, 1]).flatten().tolist() == [0, 1, 0]
+
+
+def test_the_order_of_positions_in_a_block():
+    # rows of [positive text; negative text; image], told apart by their number
+    rope = torch.arange(6.0)[:, None]
+    assert image_first(rope, 4, 4).flatten().tolist() == [4, 5, 0, 1, 2, 3]
+    # after the negative prompt has ended
+    assert text_first(rope, 2, 4).flatten().tolist() == [0, 1, 4, 5]
 
 
 @torch.no_grad()

@@ -340,7 +340,7 @@ def test_a_processor_nasa_does_not_know_is_an_error(one_each):
 
 @torch.no_grad()
 def test_a_replaced_forward_is_an_error(one_each):
-    """Of an attention: its text would be all prompts as one. Of a block: it is handed no tensor."""
+    """Of an attention: its text would be all prompts as one. Of a block: positions are off."""
     case = one_each
     handle = enable_nasa(case.pipe, negative_prompt_embeds=negative(), alpha=0.5, cfg=False)
     block = case.model.transformer_blocks[1]
@@ -351,7 +351,7 @@ def test_a_replaced_forward_is_an_error(one_each):
     block.attn.forward = hooked
     case()
     block.forward = type(block).forward.__get__(block)
-    with pytest.raises(TypeError, match="Steered"):
+    with pytest.raises(RuntimeError, match="its forward was replaced"):
         case()
     handle.alpha = 0
     case()

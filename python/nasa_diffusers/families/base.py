@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid
 from nasa_diffusers.cache import TextCache
+from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
+from nasa_diffusers.steered import Steered
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -87,6 +89,22 @@ class Family:
         """Hooks on the blocks around the layers, where text changes from block to block."""
         return []
 
+    def hooked_modules(self, denoiser: Denoiser) -> dict[str, tuple[nn.Module, ...]]:
+        """For each layer, what has a hook of ours that a call has to come to."""
+        return {name: (attn,) for name, attn in self.layers(denoiser)}
+
+    def carry(
+        self, denoiser: Denoiser, steered: Steered, inputs: dict[str, Any], is_guided: bool = True
+    ) -> dict[str, Any]:
+        """The inputs of the denoiser that change, so that the prompts reach the layers. Where not
+        `is_guided`, the negative prompts are carried and steer nothing."""
+        return {"encoder_hidden_states": steered}
+
+    def keeps_text(self, denoiser: Denoiser) -> bool:
+        """Whether something on this denoiser keeps text, with as many tokens as it has, from call
+        to call: then the negative prompts are carried in every step, guided or not."""
+        return False
+
     def check_call(self, denoiser: Denoiser, inputs: dict[str, Any]) -> None:
         """Raise if the denoiser is called in a way in which nothing can be steered."""
 
@@ -101,6 +119,7 @@ class Family:
 
     def check_layer(self, name: str, attn: Layer) -> None:
         """Raise if the layer does something that the computation here does not."""
+        check_own_forward(name, attn)
         unusual = {
             "spatial_norm": attn.spatial_norm is not None,
             "group_norm": attn.group_norm is not None,

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nasa_diffusers.alpha import Grid
 from nasa_diffusers.families.base import on_device
 from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
-from nasa_diffusers.joint import RopeBlockHook, SingleBlockHook
+from nasa_diffusers.joint import KEYWORD, RopeBlockHook, SingleBlockHook, positions
 
 SINGLE = "single_transformer_blocks."
 
@@ -45,6 +45,11 @@ class Flux(Joint):
         if ids not in self.grids_of_ids:
             self.grids_of_ids[ids] = grid_of(ids)
         return (self.grids_of_ids[ids],)
+
+    def carry(self, denoiser, steered, inputs, is_guided=True):
+        changes = super().carry(denoiser, steered, inputs, is_guided)
+        lengths = changes["joint_attention_kwargs"][KEYWORD].lengths
+        return changes | {"txt_ids": positions(inputs["txt_ids"], lengths)}
 
     def blocks(self, denoiser):
         yield from super().blocks(denoiser)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nasa_diffusers.families.base import Denoiser, Family, Layer
-from nasa_diffusers.joint import BlockHook, EmbedderHook, JointAttentionHook
+from nasa_diffusers.chain import check_own_forward, skipping_hooks
+from nasa_diffusers.joint import KEYWORD, BlockHook, JointAttentionHook, Texts, side_by_side
 
 # of a block of two streams: what projects its text for the attention
 TEXT_LAYERS = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -36,9 +37,6 @@ class Joint(Family):
         for name, block in self.blocks(denoiser):
             yield f"{name}.attn", block.attn
 
-    def text_hooks(self, denoiser, cache):
-        return [(denoiser.context_embedder, EmbedderHook(cache))]
-
     def layer_hook(self, denoiser, name, cache, guided):
         block = denoiser.get_submodule(name.removesuffix(".attn"))
         flops = token_flops(block, self.text_layers(block))
@@ -54,9 +52,39 @@ class Joint(Family):
             for i, (name, block) in enumerate(self.blocks(denoiser))
         ]
 
+    def hooked_modules(self, denoiser):
+        return {f"{name}.attn": (block, block.attn) for name, block in self.blocks(denoiser)}
+
+    # ---- a call ------------------------------------------------------------------------------
+
+    def carry(self, denoiser, steered, inputs, is_guided=True):
+        """The tokens of all prompts, side by side, are the text of the call."""
+        texts = Texts(
+            steered,
+            [text.shape[1] for text in steered.texts],
+            is_guided,
+            may_end=not self.keeps_text(denoiser),
+        )
+        options = inputs.get("joint_attention_kwargs") or {}
+        return {
+            "encoder_hidden_states": side_by_side(steered, inputs["hidden_states"].shape[0]),
+            "joint_attention_kwargs": options | {KEYWORD: texts},
+        }
+
+    def keeps_text(self, denoiser):
+        """Whether a cache keeps the text of one call for another: diffusers' hooks on blocks, or
+        a denoiser whose own forward was replaced, as cache-dit does it."""
+        is_replaced = "forward" in vars(denoiser) and not hasattr(denoiser, "_hf_hook")
+        if is_replaced or getattr(denoiser, "_is_cached", False):
+            return True
+        return any(
+            skipping_hooks(m) for _, block in self.blocks(denoiser) for m in (block, block.attn)
+        )
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def check_layer(self, name, attn):
+        check_own_forward(name, attn)
         self.check_attention(name, attn, None)
 
     def check_attention(self, name: str, attn: Layer, attention_mask: Tensor | None) -> None:

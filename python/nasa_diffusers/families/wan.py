@@ -7,6 +7,7 @@ left alone. Wan 2.2 has two transformers, for early and for late steps: both are
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from nasa_diffusers.cache import distinct_tokens
+from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.families.base import Family, on_device, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.layer import TextHook
@@ -56,6 +57,7 @@ class Wan(Family):
                 yield name, module
 
     def check_layer(self, name, attn):
+        check_own_forward(name, attn)
         if attn.add_k_proj is not None:
             raise ValueError(
                 f"enable_nasa: layer {name!r} attends to an image besides the text; of the "
