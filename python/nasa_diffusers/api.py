@@ -93,11 +93,11 @@ def enable_nasa(
         )
     family = family_of(denoisers[0])
     guided = [_choose_layers(denoiser, family, layers) for denoiser in denoisers]
-    negative = _read_negative(
-        pipe, family, negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask,
-        max_sequence_length,
-    )  # fmt: skip
     rule = _choose_rule(family, rule)
+    negative = _read_negative(
+        pipe, family, rule, negative_prompt, negative_prompt_embeds,
+        negative_prompt_attention_mask, max_sequence_length,
+    )  # fmt: skip
     nag = _read_nag(family, denoisers[0], method, rule, alpha, nag_scale, nag_tau, nag_alpha)
     alpha = alpha if nag is None else nag_alpha
     settings = Settings(
@@ -193,8 +193,8 @@ class Handle:
         """
         steering = self._steerings[0]
         negative = _read_negative(
-            steering.pipe, steering.family, negative_prompt, negative_prompt_embeds,
-            negative_prompt_attention_mask, max_sequence_length,
+            steering.pipe, steering.family, self._settings.rule, negative_prompt,
+            negative_prompt_embeds, negative_prompt_attention_mask, max_sequence_length,
         )  # fmt: skip
         changes: dict[str, Any] = {"negative": negative}
         if self._settings.alpha_is_default:
@@ -328,8 +328,9 @@ def _choose_layers(
 
 
 def _read_negative(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | None,
     family: Family,
+    rule: str,
     negative_prompt: NegativePrompt | None,
     embeds: Tensor | None,
     mask: Tensor | None,
@@ -340,16 +341,20 @@ def _read_negative(
         raise ValueError(
             f"enable_nasa: give either negative_prompt or negative_prompt_embeds, got {given}"
         )
+    # in its one softmax over all prompts padding would take weight
+    drops_padding = rule == "vsf"
     if negative_prompt is not None:
         if mask is not None:
             raise ValueError(
                 "enable_nasa: negative_prompt_attention_mask goes with negative_prompt_embeds; a "
                 "negative_prompt brings its own mask"
             )
-        return Negative.from_prompts(pipe, family, negative_prompt, max_sequence_length)
+        return Negative.from_prompts(
+            pipe, family, negative_prompt, max_sequence_length, keeps_padding=not drops_padding
+        )
     if max_sequence_length is not None:
         raise ValueError(
             "enable_nasa: max_sequence_length is for a negative_prompt; embeddings have a length"
         )
     assert embeds is not None
-    return Negative.from_embeds(embeds, mask)
+    return Negative.from_embeds(embeds, mask, family if drops_padding else None)
