@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nasa_kernels import backends
+from nasa_kernels.scalars import real, whole
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -90,17 +91,19 @@ def check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) -> 
 def check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
     """Return alpha as a map `[b, l, h]` or as a number; the other one is None or 0."""
     if not isinstance(alpha, Tensor):
-        if isinstance(alpha, bool) or not isinstance(alpha, (float, int, torch.SymFloat)):
+        number = real(alpha)
+        if number is None:
             raise ValueError(
                 f"{function}: alpha must be a number or a tensor, got {type(alpha).__name__}"
             )
         if torch.compiler.is_compiling():
             # a number would be a constant of the graph, and each new one a recompilation
-            alpha = torch.full((), alpha, dtype=torch.float32, device=q.device)
+            alpha = torch.full((), number, dtype=torch.float32, device=q.device)
             return alpha.expand(q.shape[:3]), 0.0
-        if not math.isfinite(alpha):
-            raise ValueError(f"{function}: alpha must be finite, got {alpha}")
-        return None, float(alpha)
+        if not math.isfinite(number):
+            raise ValueError(f"{function}: alpha must be finite, got {number}")
+        return None, float(number)
+    alpha = as_number(alpha, q)
     rows = q.shape[:3]
     if alpha.dtype != torch.float32 and not alpha.dtype == q.dtype == torch.float64:
         raise ValueError(
@@ -118,10 +121,19 @@ def check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor
     return alpha.expand(rows), 0.0
 
 
+def as_number(alpha: Tensor, q: Tensor) -> Tensor:
+    """An alpha without dimensions, of whatever dtype and device, as the one number it is."""
+    if alpha.dim() or alpha.dtype == torch.bool or alpha.is_complex() or alpha.is_meta:
+        return alpha
+    dtype = torch.float64 if alpha.dtype == q.dtype == torch.float64 else torch.float32
+    return alpha.to(q.device, dtype)
+
+
 def check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels take positive scales only: a negative one moves its sign into q, exactly."""
-    if isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat)):
-        raise ValueError(f"{function}: scale must be a number, got {type(scale).__name__}")
+    given, scale = scale, real(scale)
+    if scale is None:
+        raise ValueError(f"{function}: scale must be a number, got {type(given).__name__}")
     if torch.compiler.is_compiling() and scale > 0:
         # a symbol, whose finiteness the compiler cannot ask for
         return q, float(scale)
@@ -131,15 +143,13 @@ def check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
-    numbers = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
-    if not numbers or any(
-        isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)) for x in text_queries
-    ):
+    are_two = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
+    text_pos, text_neg = map(whole, text_queries) if are_two else (None, None)
+    if text_pos is None or text_neg is None:
         raise ValueError(
             f"{function}: text_queries must be two integers, the queries of the positive and of "
             f"the negative text, got {text_queries!r}"
         )
-    text_pos, text_neg = text_queries
     if text_pos < 0 or text_neg < 0 or text_pos + text_neg > q.shape[1]:
         raise ValueError(
             f"{function}: text_queries must be at least 0 and no more than the {q.shape[1]} "

@@ -246,7 +246,7 @@ def test_compiles_whole(backend):
         ({"nag_alpha": True}, "nag_alpha must be a number, got bool"),
         ({"nag_alpha": torch.ones(3)}, "must broadcast to [b, l, 1] [2, 19, 1], got [3]"),
         ({"nag_alpha": torch.ones(2, 19, 3)}, "must broadcast to [b, l, 1]"),
-        ({"nag_alpha": torch.ones((), dtype=torch.float64)}, "call nag_alpha.float()"),
+        ({"nag_alpha": torch.ones(2, 1, 1, dtype=torch.float64)}, "call nag_alpha.float()"),
         ({"q": torch.zeros(2, 3)}, "q must be [b, l, h, d]"),
         # the negative's tensors by their own name, also where they are not used
         ({"k_neg": torch.zeros(3)}, "nag_attention: k_neg must be [2 or 1, n,"),

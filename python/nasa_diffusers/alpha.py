@@ -73,6 +73,8 @@ class Alpha:
             alpha = default
         if hasattr(alpha, "convert"):
             alpha = _mask_values(alpha) * default
+        if hasattr(alpha, "__array_interface__") and scalar(alpha) is alpha:
+            alpha = torch.tensor(alpha)  # a NumPy array; its values, as whoever has it may write
         if not isinstance(alpha, Tensor):
             numbers = alpha if isinstance(alpha, Sequence) else [alpha]
             return Alpha(alpha, torch.tensor([_number(value) for value in numbers]))

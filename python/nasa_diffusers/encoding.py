@@ -144,7 +144,7 @@ class Encoders:
 
     def __init__(self, pipe: Any):
         parts = _parts(pipe)
-        self.parts = {name: _ref(part) for name, part in parts.items()}
+        self.parts = {name: reference(part) for name, part in parts.items()}
         self.kinds = {name: type(part) for name, part in parts.items()}
         self.record = Record(Fingerprint(_modules(parts)))
 
@@ -193,10 +193,11 @@ def _modules(parts: Mapping[str, Any]) -> list[nn.Module]:
     return [part for part in parts.values() if isinstance(part, nn.Module)]
 
 
-def _ref(part: Any) -> Callable[[], Any]:
+def reference(part: Any) -> Callable[[], Any]:
+    """A weak one, or what cannot have one itself: a list, or an object with slots."""
     try:
         return weakref.ref(part)
-    except TypeError:  # of a class with __slots__: no encoder of any size
+    except TypeError:
         return lambda: part
 
 

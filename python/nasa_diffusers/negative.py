@@ -135,9 +135,7 @@ class Negative:
         return Negative(first, prompts, has_own_alphas, length, keeps_padding)
 
     @staticmethod
-    def from_embeds(
-        embeds: Tensor, mask: Tensor | None, family: Family | None = None
-    ) -> Negative:
+    def from_embeds(embeds: Tensor, mask: Tensor | None, family: Family | None = None) -> Negative:
         """The values as they are now; embeddings that learn are used as they are in each call.
         With a `family`, without the padding that it can tell."""
         _check_embeds(embeds, mask)

@@ -16,7 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
-from nasa_diffusers.encoding import call_defaults
+from nasa_diffusers.encoding import call_defaults, reference
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
 from nasa_diffusers.methods import Nag
@@ -94,7 +94,7 @@ class Steering:
     ):
         self.denoiser, self.family = denoiser, family
         # not held: a pipeline that is deleted takes its text encoders with it
-        self._pipe = weakref.ref(pipe)
+        self._pipe = reference(pipe)
         self.settings = settings
         self.cache = cache
         # of the class: a hook on the denoiser may hide the signature of its own forward
@@ -171,10 +171,7 @@ class Steering:
             return False
         timesteps, step = caller.variables.get("timesteps"), caller.variables.get("i")
         last_timesteps, last_step = self.last_step
-        try:
-            self.last_step = weakref.ref(timesteps), step
-        except TypeError:  # a list, or nothing
-            self.last_step = (lambda: timesteps), step
+        self.last_step = reference(timesteps), step
         is_back = isinstance(step, int) and isinstance(last_step, int) and step < last_step
         return caller.begins or is_back or last_timesteps() is not timesteps
 
@@ -307,9 +304,13 @@ class Steering:
         elif pipes:
             options = call_defaults(pipes[0], names)
         last = self.last
-        if last is not None and last.text() is text:
-            if last.negative is settings.negative and last.options == options:
-                return last.terms, False
+        if (
+            last is not None
+            and last.text() is text
+            and last.negative is settings.negative
+            and last.options == options
+        ):
+            return last.terms, False
         terms = settings.negative.current(pipes, self.family, options)
         self.last = LastText(weakref.ref(text), settings.negative, options, terms)
         return terms, True

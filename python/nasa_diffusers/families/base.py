@@ -57,9 +57,7 @@ class Family:
         """NAG's scale (as its code counts it, 1 more than in the paper), tau and alpha."""
         raise NotImplementedError
 
-    def encode(
-        self, pipe: Any, prompts: list[str], **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def encode(self, pipe: Any, prompts: list[str], **options: Any) -> tuple[Tensor, Tensor | None]:
         """`[m, n, c]` and, where the family masks its text, `[m, n]`. `options` are those of
         `text_options` that the call has set."""
         embeds, *others = encode_prompt(pipe, prompts, options)
