@@ -4,7 +4,6 @@
 """
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nasa_kernels import backends
+from nasa_kernels.scalars import real, whole
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -117,13 +117,6 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def is_number(x: object) -> bool:
-    """A number of Python, of NumPy, or the compiler's symbol for one."""
-    if isinstance(x, bool):
-        return False
-    return isinstance(x, (float, int, torch.SymFloat, numbers.Real))
-
-
 def _check_queries(function: str, q: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"{function}: q must be [b, l, h, d], got {_sizes(q)}")
@@ -195,17 +188,19 @@ def _check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) ->
 def _check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
     """Return alpha as a map `[b, l, h]` or as a number; the other one is None or 0."""
     if not isinstance(alpha, Tensor):
-        if not is_number(alpha):
+        number = real(alpha)
+        if number is None:
             raise ValueError(
                 f"{function}: alpha must be a number or a tensor, got {type(alpha).__name__}"
             )
         if torch.compiler.is_compiling():
             # a number would be a constant of the graph, and each new one a recompilation
-            alpha = torch.full((), alpha, dtype=torch.float32, device=q.device)
+            alpha = torch.full((), number, dtype=torch.float32, device=q.device)
             return alpha.expand(q.shape[:3]), 0.0
-        if not math.isfinite(alpha):
-            raise ValueError(f"{function}: alpha must be finite, got {alpha}")
-        return None, float(alpha)
+        if not math.isfinite(number):
+            raise ValueError(f"{function}: alpha must be finite, got {number}")
+        return None, float(number)
+    alpha = as_number(alpha, q)
     rows = q.shape[:3]
     if alpha.dtype != torch.float32 and not alpha.dtype == q.dtype == torch.float64:
         raise ValueError(
@@ -223,10 +218,19 @@ def _check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tenso
     return alpha.expand(rows), 0.0
 
 
+def as_number(alpha: Tensor, q: Tensor) -> Tensor:
+    """An alpha without dimensions, of whatever dtype and device, as the one number it is."""
+    if alpha.dim() or alpha.dtype == torch.bool or alpha.is_complex() or alpha.is_meta:
+        return alpha
+    dtype = torch.float64 if alpha.dtype == q.dtype == torch.float64 else torch.float32
+    return alpha.to(q.device, dtype)
+
+
 def _check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels take positive scales only: a negative one moves its sign into q, exactly."""
-    if not is_number(scale):
-        raise ValueError(f"{function}: scale must be a number, got {type(scale).__name__}")
+    given, scale = scale, real(scale)
+    if scale is None:
+        raise ValueError(f"{function}: scale must be a number, got {type(given).__name__}")
     if torch.compiler.is_compiling() and scale > 0:
         # a symbol, whose finiteness the compiler cannot ask for
         return q, float(scale)
@@ -236,13 +240,13 @@ def _check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]
 
 
 def _check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
-    pair = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
-    if not pair or not all(_is_integer(x) for x in text_queries):
+    are_two = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
+    text_pos, text_neg = map(whole, text_queries) if are_two else (None, None)
+    if text_pos is None or text_neg is None:
         raise ValueError(
             f"{function}: text_queries must be two integers, the queries of the positive and of "
             f"the negative text, got {text_queries!r}"
         )
-    text_pos, text_neg = text_queries
     if text_pos < 0 or text_neg < 0 or text_pos + text_neg > q.shape[1]:
         raise ValueError(
             f"{function}: text_queries must be at least 0 and no more than the {q.shape[1]} "
@@ -265,12 +269,6 @@ def _check_transforms(function: str, differentiable: bool, *tensors: Tensor) -> 
             f"{function}: the fused back ends have no forward-mode derivative; use "
             "backend='reference', which has"
         )
-
-
-def _is_integer(x: object) -> bool:
-    if isinstance(x, bool):
-        return False
-    return isinstance(x, (int, torch.SymInt, numbers.Integral))
 
 
 def _wrong_device(function: str, q: Tensor, name: str, x: Tensor) -> ValueError:

@@ -1,8 +1,11 @@
 """Normalised attention guidance (NAG, arXiv:2505.21179), the method users compare NASA with.
 
     G = s Z+ - (s - 1) Z-                   Z+- = softmax(Q K+-^T * scale + bias+-) V+-
-    G' = G * min(1, tau |Z+| / |G|)         |.| the sum of magnitudes of a query, over all heads
+    G' = G * min(1, tau |Z+| / |G|)         |.| the norm of a query's row, over all heads
     O = a G' + (1 - a) Z+                   s = nag_scale, tau = nag_tau, a = nag_alpha
+
+The norm is the sum of magnitudes, as the paper has it and the published code for most models; the
+published code for FLUX takes the root of the sum of squares (`nag_norm=2`).
 
 The norms need a query's whole row, and the attention kernels give every head to another program:
 so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest. In joint
@@ -19,7 +22,8 @@ import torch
 from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
-from nasa_kernels._checks import Call, is_number, outside_autocast, prepare
+from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
+from nasa_kernels.scalars import real, whole
 
 
 def nag_attention(
@@ -32,6 +36,7 @@ def nag_attention(
     nag_scale: float,
     nag_tau: float,
     nag_alpha: float | Tensor,
+    nag_norm: int = 1,
     mask_pos: Tensor | None = None,
     mask_neg: Tensor | None = None,
     scale: float | None = None,
@@ -42,8 +47,8 @@ def nag_attention(
         G = nag_scale Z+ - (nag_scale - 1) Z-
         O = nag_alpha G min(1, nag_tau |Z+| / |G|) + (1 - nag_alpha) Z+
 
-    Z+ and Z- are the attention over either prompt, |.| is the sum of magnitudes over the heads
-    and channels of one query. Z+ and Z- are rounded to the dtype of `q`; what follows is
+    Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
+    one query. Z+ and Z- are rounded to the dtype of `q`; what follows is
     computed in fp32 and rounded once. Deterministic, and differentiable in all tensors.
 
     Args:
@@ -55,6 +60,8 @@ def nag_attention(
         nag_tau: The most by which G may exceed Z+ in magnitude; above 0.
         nag_alpha: Share of the guided result. A finite number, or an fp32 tensor on the device of
             `q` that broadcasts to `[b, l, 1]`. Where it is 0 the result is Z+, bit for bit.
+        nag_norm: What |.| is: 1 the sum of magnitudes, as in the paper; 2 the root of the sum of
+            squares, as in the published code for FLUX.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`.
@@ -64,7 +71,7 @@ def nag_attention(
         RuntimeError: As `nasa_attention`.
     """
     function = "nag_attention"
-    _check_scale_and_tau(function, nag_scale, nag_tau)
+    settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
     call = prepare(
         function,
         q,
@@ -84,7 +91,7 @@ def nag_attention(
     if alpha_map is None and alpha == 0:
         return z_pos
     z_neg = attend(k_neg, v_neg, call.mask_neg)
-    return _blend_on(call.backend, z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+    return _blend_on(call.backend, z_pos, z_neg, alpha_map, alpha, settings)
 
 
 def nag_joint_attention(
@@ -99,6 +106,7 @@ def nag_joint_attention(
     nag_scale: float,
     nag_tau: float,
     nag_alpha: float | Tensor,
+    nag_norm: int = 1,
     text_queries: tuple[int, int] = (0, 0),
     mask_pos: Tensor | None = None,
     mask_neg: Tensor | None = None,
@@ -115,7 +123,7 @@ def nag_joint_attention(
         q, k, v, k_pos, v_pos, k_neg, v_neg, text_queries, mask_pos, mask_neg, scale, backend: As
             `nasa_joint_attention` takes them. `"triton"` and `"cpu"` read the image's keys once
             where no gradient is recorded; otherwise they are read twice.
-        nag_scale, nag_tau: As in `nag_attention`.
+        nag_scale, nag_tau, nag_norm: As in `nag_attention`.
         nag_alpha: As in `nag_attention`; a tensor broadcasts to `[b, image queries, 1]`.
 
     Returns:
@@ -125,7 +133,7 @@ def nag_joint_attention(
         ValueError, RuntimeError: As `nag_attention` and `nasa_joint_attention` do.
     """
     function = "nag_joint_attention"
-    _check_scale_and_tau(function, nag_scale, nag_tau)
+    settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
     call = prepare(
         function,
         q,
@@ -169,7 +177,7 @@ def nag_joint_attention(
         z_neg, neg = attend(
             torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, call.mask_neg
         )
-    o = _blend_on(call.backend, o, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+    o = _blend_on(call.backend, o, z_neg, alpha_map, alpha, settings)
     return torch.cat((o, pos, neg), dim=1)
 
 
@@ -196,15 +204,14 @@ def _blend_on(
     z_neg: Tensor,
     alpha_map: Tensor | None,
     alpha: float,
-    nag_scale: float,
-    nag_tau: float,
+    settings: tuple[float, float, int],
 ) -> Tensor:
     """`blend`, in Triton where that is the back end and nothing is differentiated."""
     inputs = (z_pos, z_neg) if alpha_map is None else (z_pos, z_neg, alpha_map)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if backend == "triton" and not differentiable:
-        return ops.BLEND(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
-    return blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau)
+        return ops.BLEND(z_pos, z_neg, alpha_map, alpha, *settings)
+    return blend(z_pos, z_neg, alpha_map, alpha, *settings)
 
 
 def blend(
@@ -214,6 +221,7 @@ def blend(
     alpha: float,
     nag_scale: float,
     nag_tau: float,
+    nag_norm: int = 1,
 ) -> Tensor:
     """What follows Z+ and Z-, in plain PyTorch: the oracle of the kernel, and its gradient."""
     dtype = z_pos.dtype
@@ -221,7 +229,7 @@ def blend(
         z_pos, z_neg = z_pos.float(), z_neg.float()
     guided = nag_scale * z_pos - (nag_scale - 1) * z_neg
     # [b, l, 1, 1]
-    norm_pos, norm = (x.abs().sum((2, 3), keepdim=True) for x in (z_pos, guided))
+    norm_pos, norm = (_norm(x, nag_norm) for x in (z_pos, guided))
     limit = nag_tau * norm_pos
     is_over = norm > limit
     # no division where there is nothing to shorten: 0 / 0 would spread, and so would its gradient
@@ -235,22 +243,37 @@ def blend(
     return o.to(dtype)
 
 
+def _norm(x: Tensor, nag_norm: int) -> Tensor:
+    """Of each query's row over all heads, `[b, l, h, d]` to `[b, l, 1, 1]`."""
+    if nag_norm == 1:
+        return x.abs().sum((2, 3), keepdim=True)
+    return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_scale_and_tau(function: str, nag_scale: float, nag_tau: float) -> None:
-    _check_number(function, "nag_scale", nag_scale)
-    _check_number(function, "nag_tau", nag_tau)
+def _check_settings(
+    function: str, nag_scale: float, nag_tau: float, nag_norm: int
+) -> tuple[float, float, int]:
+    nag_scale = _check_number(function, "nag_scale", nag_scale)
+    nag_tau = _check_number(function, "nag_tau", nag_tau)
     if nag_tau <= 0:
         raise ValueError(f"{function}: nag_tau must be above 0, got {nag_tau}")
+    norm = whole(nag_norm)
+    if norm not in (1, 2):
+        raise ValueError(f"{function}: nag_norm must be 1 or 2, got {nag_norm!r}")
+    return nag_scale, nag_tau, norm
 
 
-def _check_number(function: str, name: str, value: float) -> None:
-    if not is_number(value):
-        raise ValueError(f"{function}: {name} must be a number, got {type(value).__name__}")
+def _check_number(function: str, name: str, given: float) -> float:
+    value = real(given)
+    if value is None:
+        raise ValueError(f"{function}: {name} must be a number, got {type(given).__name__}")
     # of a symbol the compiler cannot ask this
     if isinstance(value, (int, float)) and not math.isfinite(value):
         raise ValueError(f"{function}: {name} must be finite, got {value}")
+    return value
 
 
 def _check_alpha(
@@ -258,8 +281,8 @@ def _check_alpha(
 ) -> tuple[Tensor | None, float]:
     """nag_alpha as a map `[b, l, 1]` or as a number; the other one is None or 0."""
     if not isinstance(nag_alpha, Tensor):
-        _check_number(function, "nag_alpha", nag_alpha)
-        return None, float(nag_alpha)
+        return None, float(_check_number(function, "nag_alpha", nag_alpha))
+    nag_alpha = as_number(nag_alpha, q)
     rows = (*q.shape[:2], 1)
     if nag_alpha.dtype != torch.float32 and not nag_alpha.dtype == q.dtype == torch.float64:
         raise ValueError(

@@ -317,8 +317,8 @@ JOINT_PAIR = {
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(
     "nag_blend_triton",
-    "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau)"
-    " -> Tensor",
+    "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau,"
+    " int nag_norm=1) -> Tensor",
     _forward_fake,
     _flops.none,
 )

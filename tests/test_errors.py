@@ -75,7 +75,7 @@ WRONG = {
     "alpha-bool": ({"alpha": True}, "alpha must be a number or a tensor, got bool"),
     "alpha-none": ({"alpha": None}, "alpha must be a number or a tensor, got NoneType"),
     "alpha-half": (
-        {"alpha": x(dtype=torch.float16)},
+        {"alpha": x(2, 1, 1, dtype=torch.float16)},
         "a tensor alpha must be fp32, got torch.float16; call alpha.float()",
     ),
     "alpha-shape": (
@@ -89,7 +89,7 @@ WRONG = {
     ),
     "scale-nan": ({"scale": float("nan")}, "scale must be finite and not 0, got nan"),
     "scale-zero": ({"scale": 0.0}, "scale must be finite and not 0, got 0.0"),
-    "scale-tensor": ({"scale": x()}, "scale must be a number, got Tensor"),
+    "scale-tensor": ({"scale": x(1)}, "scale must be a number, got Tensor"),
     "backend": (
         {"backend": "flash"},
         "backend must be None or one of ('cuda', 'triton', 'cpu', 'reference'), got 'flash'",

@@ -42,7 +42,7 @@ BOTH_SIDES = {"nag_scale": 3.0, "nag_tau": 4.3, "nag_alpha": 0.5}
 SETTINGS = {"strong": STRONG, "weak": WEAK, "both-sides": BOTH_SIDES}
 
 
-def plain_nag(inputs, nag_scale, nag_tau, nag_alpha, mask_pos=None, mask_neg=None):
+def plain_nag(inputs, nag_scale, nag_tau, nag_alpha, nag_norm=1, mask_pos=None, mask_neg=None):
     """The published formula step by step, in the dtype of the inputs; heads merged for the norm."""
 
     def one(k, v, mask):
@@ -52,7 +52,8 @@ def plain_nag(inputs, nag_scale, nag_tau, nag_alpha, mask_pos=None, mask_neg=Non
     z_pos = one(inputs["k_pos"], inputs["v_pos"], mask_pos)
     z_neg = one(inputs["k_neg"], inputs["v_neg"], mask_neg)
     guided = z_pos * nag_scale - z_neg * (nag_scale - 1)
-    ratio = guided.norm(p=1, dim=-1, keepdim=True) / z_pos.norm(p=1, dim=-1, keepdim=True)
+    p = {"p": nag_norm, "dim": -1, "keepdim": True}
+    ratio = guided.norm(**p) / z_pos.norm(**p)
     ratio = ratio.nan_to_num(10)
     guided = guided * torch.minimum(ratio, torch.full_like(ratio, nag_tau)) / ratio
     o = guided * nag_alpha + z_pos * (1 - nag_alpha)
@@ -87,6 +88,23 @@ def test_matches_the_published_formula(backend, shape, settings, dtype):
     if shape is BASIC:
         clipped = (ratio > SETTINGS[settings]["nag_tau"]).double().mean().item()
         assert {"strong": clipped == 1, "weak": clipped == 0}.get(settings, 0.1 < clipped < 0.9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((BASIC, dtype) for dtype in DTYPES), (SHAPES[2], DTYPES[1]), (SHAPES[6], DTYPES[2])],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_norm_of_the_published_flux_code(backend, shape, dtype):
+    """The root of the sum of squares; some rows are above the limit and some are not."""
+    inputs, settings = make_inputs(shape, dtype, DEVICE), {**BOTH_SIDES, "nag_norm": 2}
+    o = nag_attention(**inputs, **settings, backend=backend)
+    exact, rule, ratio = exact_and_budget(inputs, settings)
+    rule.check(o, exact)
+    if shape is BASIC:
+        assert 0 < (ratio > settings["nag_tau"]).double().mean() < 1
+        assert not torch.equal(o, nag_attention(**inputs, **BOTH_SIDES, backend=backend))
 
 
 @pytest.mark.parametrize("kind", ["bool", "bias"])
@@ -243,10 +261,12 @@ def test_compiles_whole(backend):
         ({"nag_scale": "3"}, "nag_scale must be a number, got str"),
         ({"nag_tau": 0.0}, "nag_tau must be above 0, got 0.0"),
         ({"nag_tau": float("nan")}, "nag_tau must be finite"),
+        ({"nag_norm": 3}, "nag_norm must be 1 or 2, got 3"),
+        ({"nag_norm": float("inf")}, "nag_norm must be 1 or 2, got inf"),
         ({"nag_alpha": True}, "nag_alpha must be a number, got bool"),
         ({"nag_alpha": torch.ones(3)}, "must broadcast to [b, l, 1] [2, 19, 1], got [3]"),
         ({"nag_alpha": torch.ones(2, 19, 3)}, "must broadcast to [b, l, 1]"),
-        ({"nag_alpha": torch.ones((), dtype=torch.float64)}, "call nag_alpha.float()"),
+        ({"nag_alpha": torch.ones(2, 1, 1, dtype=torch.float64)}, "call nag_alpha.float()"),
         ({"q": torch.zeros(2, 3)}, "q must be [b, l, h, d]"),
         # the negative's tensors by their own name, also where they are not used
         ({"k_neg": torch.zeros(3)}, "nag_attention: k_neg must be [2 or 1, n,"),

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("with_map", [True, False], ids=["map", "number"])
+@pytest.mark.parametrize(
+    ("with_map", "norm"), [(True, 1), (False, 1), (True, 2)], ids=["map", "number", "map-norm-2"]
+)
 @pytest.mark.parametrize(
     ("arch", "dtype", "heads", "d"),
     [
@@ -32,14 +34,14 @@ pytestmark = pytest.mark.skipif(
     ],
     ids=str,
 )
-def test_blend(arch, dtype, heads, d, with_map):
+def test_blend(arch, dtype, heads, d, with_map, norm):
     from nasa_kernels._triton import nag
 
     generator = torch.Generator().manual_seed(0)
     z_pos, z_neg = (torch.randn(2, 3, heads, d, generator=generator).to(dtype) for _ in range(2))
     share = torch.tensor([0.0, 0.25]).view(2, 1, 1).expand(2, 3, 1) if with_map else None
     # some rows are longer than the limit, some are not
-    settings = (0.25, 3.0, 3.6)
+    settings = (0.25, 3.0, 3.6, norm)
     with ptx.triton_on_cpu(arch=arch) as reports:
         o = nag.blend(z_pos, z_neg, share, *settings)
     assert len(reports) == 1

@@ -28,18 +28,18 @@ def load_row(X, C: tl.constexpr, C_CUT: tl.constexpr):
 
 
 @triton.jit
-def norm_of(blocks):
-    """The sum of magnitudes of a row."""
-    total = tl.sum(tl.abs(blocks[0]), 0)
-    for i in tl.static_range(1, len(blocks)):
-        total += tl.sum(tl.abs(blocks[i]), 0)
-    return total
+def norm_of(blocks, P: tl.constexpr):
+    """The sum of magnitudes of a row, or for P 2 the root of the sum of squares."""
+    total = 0.0
+    for i in tl.static_range(len(blocks)):
+        total += tl.sum(tl.abs(blocks[i]) if P == 1 else blocks[i] * blocks[i], 0)
+    return total if P == 1 else tl.sqrt_rn(total)
 
 
 @triton.jit(do_not_specialize=["L"])
 def blend_kernel(
     Z_pos, Z_neg, O, ALPHA, stride_ab, stride_al, L, alpha, nag_scale, nag_tau,
-    C: tl.constexpr, C_CUT: tl.constexpr,
+    C: tl.constexpr, C_CUT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if ALPHA is not None:
@@ -50,7 +50,7 @@ def blend_kernel(
     guided = ()
     for i in tl.static_range(len(C_CUT)):
         guided = guided + (nag_scale * pos[i] - (nag_scale - 1) * neg[i],)
-    norm, limit = norm_of(guided), nag_tau * norm_of(pos)
+    norm, limit = norm_of(guided, P), nag_tau * norm_of(pos, P)
     # `norm` is 0 only where it is not over the limit
     shrink = tl.where(norm > limit, limit / tl.where(norm > limit, norm, 1.0), 1.0)
 
@@ -63,7 +63,7 @@ def blend_kernel(
         start += C_CUT[i]
 
 
-def blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau):
+def blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau, nag_norm=1):
     """Launch the kernel on Z+ and Z- [b, l, h, d]; alpha_map [b, l, 1], or None for `alpha`."""
     b, l, h, d = z_pos.shape
     z_pos, z_neg = z_pos.contiguous(), z_neg.contiguous()
@@ -74,7 +74,7 @@ def blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau):
         blend_kernel[(b * l,)](
             z_pos, z_neg, o, alpha_map, *strides_or_zeros(alpha_map, 3)[:2],
             l, alpha, nag_scale, nag_tau,
-            C=h * d, C_CUT=cut(h * d, widest=1024), num_warps=4 if h * d <= 2048 else 8,
-            enable_fp_fusion=True,
+            C=h * d, C_CUT=cut(h * d, widest=1024), P=nag_norm,
+            num_warps=4 if h * d <= 2048 else 8, enable_fp_fusion=True,
         )  # fmt: skip
     return o

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nasa_diffusers.scalars import is_real, scalar
+
 # frames, height, width of the image tokens of a layer; l is their product
 Grid = tuple[int, int, int]
 
@@ -36,9 +38,10 @@ class LayerAlpha:
             return self.rows
         if torch.compiler.is_compiling():
             return self._resize(self.region, queries)
-        if queries not in self.resized:
-            self.resized[queries] = self._resize(self.region, queries)
-        return self.resized[queries]
+        found = self.resized.get(queries)
+        if found is None:
+            found = self.resized[queries] = self._resize(self.region, queries)
+        return found
 
     def parts(self, rows: int, chunks: int) -> list[LayerAlpha]:
         """For parts of the batch of `rows`."""
@@ -84,6 +87,8 @@ class Alpha:
             alpha = default
         if hasattr(alpha, "convert"):
             alpha = _mask_values(alpha) * default
+        if hasattr(alpha, "__array_interface__") and scalar(alpha) is alpha:
+            alpha = torch.tensor(alpha)  # a NumPy array; its values, as whoever has it may write
         if not isinstance(alpha, Tensor):
             numbers = alpha if isinstance(alpha, Sequence) else [alpha]
             return Alpha(alpha, torch.tensor([_number(value) for value in numbers]))
@@ -118,11 +123,12 @@ class Alpha:
         return ", ".join(f"{value:g}" for value in self.values.tolist())
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _number(given: Any) -> float:
+    value = scalar(given)
+    if not is_real(value) or not math.isfinite(value):
         raise ValueError(
             "enable_nasa: alpha must be a finite number, one per image, a 2-D tensor or a PIL "
-            f"mask; got {value!r}"
+            f"mask; got {given!r}"
         )
     return float(value)
 

@@ -17,6 +17,7 @@ from nasa_diffusers.families import Family, family_of
 from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, NegativePrompt
 from nasa_diffusers.report import Report, make_report
+from nasa_diffusers.scalars import is_int, scalar
 from nasa_diffusers.steering import Settings, Steering
 from nasa_diffusers.window import Window
 
@@ -41,6 +42,7 @@ def enable_nasa(
     nag_scale: float | None = None,
     nag_tau: float | None = None,
     nag_alpha: float | Sequence[float] | Tensor | Any | None = None,
+    nag_norm: int | None = None,
 ) -> Handle:
     """Steer every image of a stock pipeline away from a negative prompt, at any guidance scale.
 
@@ -76,6 +78,9 @@ def enable_nasa(
         nag_tau: The most by which the extrapolation may exceed Z+ in magnitude.
         nag_alpha: Share of the guided result, in all the forms of `alpha`, whose place it takes:
             `handle.alpha` reads and sets it.
+        nag_norm: How NAG measures magnitude: 1, the default, by the sum of magnitudes, as its
+            paper and most of its published code; 2 by the root of the sum of squares, as its
+            published code for FLUX.
 
     Returns:
         A handle: `handle.alpha`, `handle.set_negative_prompt`, `handle.report`, `handle.disable`.
@@ -93,12 +98,14 @@ def enable_nasa(
         )
     family = family_of(denoisers[0])
     guided = [_choose_layers(denoiser, family, layers) for denoiser in denoisers]
-    negative = _read_negative(
-        pipe, family, negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask,
-        max_sequence_length,
-    )  # fmt: skip
     rule = _choose_rule(family, rule)
-    nag = _read_nag(family, denoisers[0], method, rule, alpha, nag_scale, nag_tau, nag_alpha)
+    negative = _read_negative(
+        pipe, family, rule, negative_prompt, negative_prompt_embeds,
+        negative_prompt_attention_mask, max_sequence_length,
+    )  # fmt: skip
+    nag = _read_nag(
+        family, denoisers[0], method, rule, alpha, nag_scale, nag_tau, nag_alpha, nag_norm
+    )
     alpha = alpha if nag is None else nag_alpha
     settings = Settings(
         negative,
@@ -173,7 +180,12 @@ class Handle:
 
     @cache_limit.setter
     def cache_limit(self, limit: int) -> None:
-        self._steerings[0].cache.limit = limit
+        value = scalar(limit)
+        if not is_int(value) or value < 0:
+            raise ValueError(
+                f"cache_limit: it must be a number of bytes, 0 to keep nothing, got {limit!r}"
+            )
+        self._steerings[0].cache.limit = value
 
     def clear_cache(self) -> None:
         """Forget all keys and values, as after weights were written through `.data`."""
@@ -193,8 +205,8 @@ class Handle:
         """
         steering = self._steerings[0]
         negative = _read_negative(
-            steering.pipe, steering.family, negative_prompt, negative_prompt_embeds,
-            negative_prompt_attention_mask, max_sequence_length,
+            steering.pipe, steering.family, self._settings.rule, negative_prompt,
+            negative_prompt_embeds, negative_prompt_attention_mask, max_sequence_length,
         )  # fmt: skip
         changes: dict[str, Any] = {"negative": negative}
         if self._settings.alpha_is_default:
@@ -216,13 +228,20 @@ class Handle:
     def _settings(self) -> Settings:
         return self._steerings[0].settings
 
-    def set_nag(self, *, nag_scale: float | None = None, nag_tau: float | None = None) -> None:
+    def set_nag(
+        self,
+        *,
+        nag_scale: float | None = None,
+        nag_tau: float | None = None,
+        nag_norm: int | None = None,
+    ) -> None:
         """Change the parameters of `method="nag"`; one that is left out stays."""
         nag = self._settings.nag
         if nag is None:
             raise ValueError("set_nag: NAG is not on; call enable_nasa(..., method='nag')")
-        scale = nag.scale if nag_scale is None else nag_scale
-        self._change(nag=Nag(scale, nag.tau if nag_tau is None else nag_tau))
+        given: dict[str, Any] = {"scale": nag_scale, "tau": nag_tau, "norm": nag_norm}
+        given = {name: value for name, value in given.items() if value is not None}
+        self._change(nag=replace(nag, **given))
 
     def _default_alpha(self, negative: Negative) -> float:
         steering = self._steerings[0]
@@ -279,11 +298,14 @@ def _read_nag(
     scale: float | None,
     tau: float | None,
     nag_alpha: Any,
+    norm: int | None,
 ) -> Nag | None:
     if method not in ("nasa", "nag"):
         raise ValueError(f"enable_nasa: method must be 'nasa' or 'nag', got {method!r}")
     if method == "nasa":
-        given = {"nag_scale": scale, "nag_tau": tau, "nag_alpha": nag_alpha}
+        given = {
+            "nag_scale": scale, "nag_tau": tau, "nag_alpha": nag_alpha, "nag_norm": norm,
+        }  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"enable_nasa: {name} goes with method='nag'; leave one out")
@@ -296,7 +318,11 @@ def _read_nag(
     if rule != family.rules[0]:
         raise ValueError(f"enable_nasa: rule={rule!r} goes with method='nasa'; NAG has one rule")
     default_scale, default_tau, _ = family.default_nag(denoiser)
-    return Nag(default_scale if scale is None else scale, default_tau if tau is None else tau)
+    return Nag(
+        default_scale if scale is None else scale,
+        default_tau if tau is None else tau,
+        1 if norm is None else norm,
+    )
 
 
 def _choose_layers(
@@ -328,8 +354,9 @@ def _choose_layers(
 
 
 def _read_negative(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline | None,
     family: Family,
+    rule: str,
     negative_prompt: NegativePrompt | None,
     embeds: Tensor | None,
     mask: Tensor | None,
@@ -340,16 +367,20 @@ def _read_negative(
         raise ValueError(
             f"enable_nasa: give either negative_prompt or negative_prompt_embeds, got {given}"
         )
+    # in its one softmax over all prompts padding would take weight
+    drops_padding = rule == "vsf"
     if negative_prompt is not None:
         if mask is not None:
             raise ValueError(
                 "enable_nasa: negative_prompt_attention_mask goes with negative_prompt_embeds; a "
                 "negative_prompt brings its own mask"
             )
-        return Negative.from_prompts(pipe, family, negative_prompt, max_sequence_length)
+        return Negative.from_prompts(
+            pipe, family, negative_prompt, max_sequence_length, keeps_padding=not drops_padding
+        )
     if max_sequence_length is not None:
         raise ValueError(
             "enable_nasa: max_sequence_length is for a negative_prompt; embeddings have a length"
         )
     assert embeds is not None
-    return Negative.from_embeds(embeds, mask)
+    return Negative.from_embeds(embeds, mask, family if drops_padding else None)

@@ -20,6 +20,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from nasa_diffusers.encoding import call_defaults
+
 # their guidance is an input of the model
 WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 
@@ -67,8 +69,10 @@ class Caller:
 
     def text_options(self, names: Sequence[str]) -> dict[str, Any]:
         """The options `names` of `encode_prompt` with which this call encodes its prompt."""
-        given = {name: self.variables.get(name) for name in names}
-        if "lora_scale" in given and given["lora_scale"] is None:
+        # what this function does not name has the value that a call has by default
+        given = call_defaults(self.pipe, names)
+        given |= {name: self.variables[name] for name in names if name in self.variables}
+        if "lora_scale" in names and given.get("lora_scale") is None:
             # its name in image-to-image, inpainting and ControlNet pipelines
             given["lora_scale"] = self.variables.get("text_encoder_lora_scale")
         return {name: value for name, value in given.items() if value is not None}

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import single_file_utils as single_file
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from nasa_diffusers.api import enable_nasa
 
 LABEL_HEIGHT = 16
 METHODS = ("nasa", "nag")
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="draw images, or a sweep over alpha")
     generate.set_defaults(run=run_generate)
     add = generate.add_argument
-    add("--model", required=True, help="folder or hub id of a diffusers pipeline")
+    add("--model", required=True, help="folder or hub id of a diffusers pipeline, or one file")
+    add("--config", help="of a model that is one file: folder or hub id of its configuration")
     add("--prompt", required=True)
     add(
         "--negative",
@@ -77,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rule", help="how NASA combines the prompts, 'vsf' for value sign flip; default: its own")
     add("--nag-scale", type=float, help="of --method nag, where 1 is off; default: the family's")
     add("--nag-tau", type=float, help="of --method nag; default: the family's")
+    add("--nag-norm", type=int, choices=(1, 2), help="of --method nag; 2 as in its FLUX code")
     add("--backend", help="back end of nasa_kernels; default: the best that runs")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
     add("--device", help="default: cuda where there is one")
@@ -92,7 +97,7 @@ def run_generate(options: argparse.Namespace) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     default = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     dtype = DTYPES[options.dtype or default]
-    pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype).to(device)
+    pipe = load(options.model, options.config, dtype).to(device)
 
     handle = enable_nasa(
         pipe,
@@ -101,6 +106,7 @@ def run_generate(options: argparse.Namespace) -> None:
         rule=options.rule,
         nag_scale=options.nag_scale,
         nag_tau=options.nag_tau,
+        nag_norm=options.nag_norm,
         **{"nag_alpha" if options.method == "nag" else "alpha": options.alpha},
         start=options.start,
         stop=options.stop,
@@ -127,6 +133,27 @@ def run_generate(options: argparse.Namespace) -> None:
         print(path)
     if report is not None:
         print(report)
+
+
+def load(model: str, config: str | None, dtype: torch.dtype) -> Any:
+    """A pipeline from a folder, a hub id or one file of weights."""
+    if not Path(model).is_file():
+        if Path(model).suffix in SINGLE_FILES:
+            raise ValueError(f"--model: there is no file {model!r}")
+        if config is not None:
+            raise ValueError(f"--config goes with a --model that is one file; {model!r} is none")
+        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    # which pipeline it is stands in the configuration; the weights say which of diffusers' own
+    config = config or single_file.fetch_diffusers_config(
+        single_file.load_single_file_checkpoint(model)
+    ).get("pretrained_model_name_or_path")
+    name = DiffusionPipeline.load_config(config)["_class_name"]
+    if not hasattr(getattr(diffusers, name, None), "from_single_file"):
+        raise ValueError(
+            f"--model: a {name} cannot be read from one file; give the folder or the hub id of "
+            "the whole pipeline"
+        )
+    return getattr(diffusers, name).from_single_file(model, config=config, torch_dtype=dtype)
 
 
 def draw(pipe: Any, options: argparse.Namespace) -> list[Image.Image]:

@@ -297,7 +297,7 @@ def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text
         return nasa_kernels.nag_joint_attention(
             q[:, : queries + n_pos + n_first],
             k_image, v_image, k_pos, v_pos, k_negatives[0], v_negatives[0],
-            nag_scale=steered.nag.scale, nag_tau=steered.nag.tau,
+            nag_scale=steered.nag.scale, nag_tau=steered.nag.tau, nag_norm=steered.nag.norm,
             nag_alpha=term.alpha.at(queries), text_queries=(n_pos, n_first),
             mask_neg=term.mask, backend=steered.backend,
         )  # fmt: skip

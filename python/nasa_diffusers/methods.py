@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nasa_diffusers.alpha import LayerAlpha
+from nasa_diffusers.scalars import is_real, scalar
 from nasa_kernels import nag_attention, nasa_attention, nasa_joint_attention
 
 
@@ -31,12 +32,20 @@ class Nag:
 
     scale: float
     tau: float
+    norm: int = 1  # |.| is the sum of magnitudes, or 2 for the root of the sum of squares
 
     def __post_init__(self) -> None:
-        for name, value in (("nag_scale", self.scale), ("nag_tau", self.tau)):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value):
-                raise ValueError(f"enable_nasa: {name} must be a finite number, got {value!r}")
+        for name in ("scale", "tau", "norm"):
+            given = getattr(self, name)
+            value = scalar(given)
+            if not is_real(value) or not math.isfinite(value):
+                raise ValueError(f"enable_nasa: nag_{name} must be a finite number, got {given!r}")
+            object.__setattr__(self, name, value)
+        if self.norm not in (1, 2):
+            raise ValueError(
+                "enable_nasa: nag_norm must be 1, as in NAG's paper and most of its code, or 2, as "
+                f"in its code for FLUX, got {self.norm!r}"
+            )
         if self.scale == 1:
             raise ValueError(
                 "enable_nasa: nag_scale 1 is no guidance: it counts as the published code does, "
@@ -46,7 +55,8 @@ class Nag:
             raise ValueError(f"enable_nasa: nag_tau must be above 0, got {self.tau!r}")
 
     def __str__(self) -> str:
-        return f"nag, scale {self.scale:g}, tau {self.tau:g}"
+        norm = "" if self.norm == 1 else f", norm {self.norm:g}"
+        return f"nag, scale {self.scale:g}, tau {self.tau:g}{norm}"
 
 
 class KeysValues(NamedTuple):
@@ -79,7 +89,8 @@ def steer(
         (neg,) = negatives
         return nag_attention(
             q, pos.k, pos.v, neg.prompt.k, neg.prompt.v,
-            nag_scale=nag.scale, nag_tau=nag.tau, nag_alpha=neg.alpha.at(q.shape[1]),
+            nag_scale=nag.scale, nag_tau=nag.tau, nag_norm=nag.norm,
+            nag_alpha=neg.alpha.at(q.shape[1]),
             mask_pos=pos.mask, mask_neg=neg.prompt.mask, backend=backend,
         )  # fmt: skip
     if rule == "vsf":

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from nasa_diffusers.weights import Fingerprint, Record
+from nasa_diffusers.encoding import Encoders, call_defaults, dropped_tokens, takes, text_encoders
+from nasa_diffusers.scalars import is_int, is_real, scalar
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.base import Family
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # ((prompts: one, or one per image), its own alpha), ...
 Terms = tuple[tuple[tuple[str, ...], float], ...]
 NegativePrompt = str | Sequence[str] | Sequence[tuple[str, float]]
+MAX_PLACED = 8
+# of one prompt, with different options
+MAX_ENCODINGS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class Encoded:
     weight: float  # its own alpha, a factor on the common one
     embeds: Tensor  # [m, n, c], m = 1 for the whole batch
     mask: Tensor | None  # [m, n] bool, True = attend
+    # by tokenizer, how many tokens of the longest prompt did not fit
+    dropped: Mapping[str, int] = field(default_factory=dict)
     placed: dict[tuple, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def rows(self, like: Tensor, first: int, prompts: int | None) -> tuple[Tensor, Tensor | None]:
@@ -38,11 +43,13 @@ class Encoded:
             return self._place(like, first, prompts)
         inference = torch.is_inference_mode_enabled()
         key = (like.dtype, like.device, like.shape[0], first, prompts, inference)
-        if key not in self.placed:
-            if len(self.placed) >= 8:
+        # another thread may clear it at any time
+        found = self.placed.get(key)
+        if found is None:
+            if len(self.placed) >= MAX_PLACED:
                 self.placed.clear()
-            self.placed[key] = self._place(like, first, prompts)
-        return self.placed[key]
+            found = self.placed[key] = self._place(like, first, prompts)
+        return found
 
     def _place(self, like: Tensor, first: int, prompts: int | None) -> tuple[Tensor, Tensor | None]:
         rows, what = like.shape[0], "negative prompt"
@@ -70,59 +77,155 @@ def spread(x: Tensor, rows: int, first: int, prompts: int | None, what: str) -> 
 
 
 @dataclass(frozen=True, eq=False)
-class Negative:
-    """What the user asked to steer away from."""
+class Encoding:
+    """A negative prompt as it was encoded once."""
 
     terms: tuple[Encoded, ...]
-    prompts: Terms  # empty when embeddings were given
-    has_own_alphas: bool
-    max_sequence_length: int | None
-    encoders: Record | None
-    tokenizers: Sequence[Any]
-    # of `encode_prompt`: those of the call the prompts were encoded for
-    options: dict[str, Any] = field(default_factory=dict)
+    # of the text encoding: those of the call it was encoded for
+    options: Mapping[str, Any] = field(default_factory=dict)
+    encoders: Encoders | None = None  # None where embeddings were given
+
+    @property
+    def channels(self) -> int:
+        return self.terms[0].embeds.shape[2]
+
+
+class Negative:
+    """What the user asked to steer away from, and how it was encoded for the latest calls."""
+
+    def __init__(
+        self,
+        first: Encoding,
+        prompts: Terms = (),  # empty when embeddings were given
+        has_own_alphas: bool = False,
+        max_sequence_length: int | None = None,
+        keeps_padding: bool = True,
+    ):
+        self.prompts, self.has_own_alphas = prompts, has_own_alphas
+        self.max_sequence_length, self.keeps_padding = max_sequence_length, keeps_padding
+        # replaced as a whole; the one used last is the last
+        self._known: tuple[Encoding, ...] = (first,)
+        self._lock = threading.Lock()
 
     @staticmethod
     def from_prompts(
-        pipe: DiffusionPipeline,
+        pipe: Any,
         family: Family,
         negative_prompt: NegativePrompt,
         max_sequence_length: int | None,
+        keeps_padding: bool = True,
     ) -> Negative:
         prompts, has_own_alphas = _parse(negative_prompt)
-        return _encode(pipe, family, prompts, has_own_alphas, max_sequence_length, {})
+        if pipe is None or not text_encoders(pipe):
+            which = "the pipeline that NASA was enabled on is gone, and its text encoders with it"
+            if pipe is not None:
+                which = f"{type(pipe).__name__} has no text encoder loaded"
+            raise ValueError(f"enable_nasa: {which}; pass negative_prompt_embeds")
+        for name in family.text_parts:
+            if getattr(pipe, name, None) is None:
+                raise ValueError(
+                    f"enable_nasa: {name} of this {type(pipe).__name__} is not loaded, and the "
+                    "prompt is encoded with it; load it, or pass negative_prompt_embeds"
+                )
+        length = _check_length(pipe, max_sequence_length)
+        options = call_defaults(pipe, family.text_options)
+        if length is not None:
+            options["max_sequence_length"] = length
+        first = _encode(pipe, family, prompts, options, keeps_padding, length is not None)
+        return Negative(first, prompts, has_own_alphas, length, keeps_padding)
 
     @staticmethod
-    def from_embeds(embeds: Tensor, mask: Tensor | None) -> Negative:
-        """The values as they are now; embeddings that learn are used as they are in each call."""
+    def from_embeds(embeds: Tensor, mask: Tensor | None, family: Family | None = None) -> Negative:
+        """The values as they are now; embeddings that learn are used as they are in each call.
+        With a `family`, without the padding that it can tell."""
         _check_embeds(embeds, mask)
         mask = None if mask is None else mask.bool()
+        if mask is None and family is not None:
+            mask = family.own_tokens(embeds)
         if not embeds.requires_grad:
             embeds, mask = _trim(embeds.clone(), mask)
-        return Negative((Encoded("embeddings", 1.0, embeds, mask),), (), False, None, None, ())
+        return Negative(Encoding((Encoded("embeddings", 1.0, embeds, mask),)))
 
-    def current(self, pipe: DiffusionPipeline, family: Family, options: dict[str, Any]) -> Negative:
-        """The same prompts, encoded again if a text encoder has changed (a LoRA, say), or if this
-        call encodes its own prompt with other options."""
-        modules = text_encoders(pipe)
-        if self.encoders is None or not modules:
-            return self
-        now = Fingerprint(modules)
-        is_same = options == self.options and all(map(is_, tokenizers(pipe), self.tokenizers))
-        if is_same and self.encoders.matches(now, compare_values=True):
-            return self
-        return _encode(
-            pipe, family, self.prompts, self.has_own_alphas, self.max_sequence_length, options
+    @property
+    def terms(self) -> tuple[Encoded, ...]:
+        """As encoded for the latest call."""
+        return self._known[-1].terms
+
+    def current(
+        self, pipes: Sequence[Any], family: Family, options: Mapping[str, Any]
+    ) -> tuple[Encoded, ...]:
+        """The terms for a call that encodes text with these `options`.
+
+        Encoded again, by the first of the `pipes` that can, if that was never done with such
+        options or the encoders have changed since (a LoRA, say). What was encoded before stays
+        in use where no encoder is left.
+        """
+        if not self.prompts:
+            return self.terms
+        if self.max_sequence_length is not None:
+            options = {**options, "max_sequence_length": self.max_sequence_length}
+        with self._lock:
+            known = next((each for each in self._known if each.options == options), None)
+            latest = self._known[-1]
+            assert latest.encoders is not None
+            refusals = {id(pipe): latest.encoders.why_not(pipe) for pipe in pipes}
+            pipe = next((pipe for pipe in pipes if refusals[id(pipe)] is None), None)
+            if pipe is None:
+                if known is None:
+                    raise _cannot_encode_again(latest.options, options, refusals.values())
+            elif known is None or known.encoders is None or not known.encoders.are_those_of(pipe):
+                known = self._encode_again(pipe, family, options, known)
+            others = (each for each in self._known if each is not known)
+            self._known = (*others, known)
+            return known.terms
+
+    def _encode_again(
+        self, pipe: Any, family: Family, options: Mapping[str, Any], known: Encoding | None
+    ) -> Encoding:
+        is_named = self.max_sequence_length is not None
+        made = _encode(pipe, family, self.prompts, options, self.keeps_padding, is_named)
+        if known is not None and made.channels != known.channels:
+            # an encoder that only stands in the place of the model's
+            return known
+        still = [each for each in self._known if _is_of(each, pipe) and each.options != options]
+        self._known = tuple(still[1 - MAX_ENCODINGS :])
+        return made
+
+
+def _is_of(encoding: Encoding, pipe: Any) -> bool:
+    return encoding.encoders is not None and encoding.encoders.are_those_of(pipe)
+
+
+def _cannot_encode_again(
+    was: Mapping[str, Any], asked: Mapping[str, Any], reasons: Iterable[str | None]
+) -> RuntimeError:
+    names = [n for n in {**was, **asked} if was.get(n) != asked.get(n)]
+    now = ", ".join(f"{name}={asked.get(name)!r}" for name in names)
+    then = ", ".join(f"{name}={was.get(name)!r}" for name in names)
+    why = "; ".join(reason for reason in reasons if reason) or "its pipeline is gone"
+    length = "name max_sequence_length in enable_nasa, " if "max_sequence_length" in names else ""
+    return RuntimeError(
+        f"nasa_diffusers: this call encodes text with {now}, the negative prompt was encoded with "
+        f"{then}, and it cannot be encoded again: {why}. Call with {then}, {length}or give "
+        "handle.set_negative_prompt the negative_prompt_embeds"
+    )
+
+
+def _check_length(pipe: Any, max_sequence_length: Any) -> int | None:
+    if max_sequence_length is None:
+        return None
+    length = scalar(max_sequence_length)
+    if not is_int(length) or length < 1:
+        raise ValueError(
+            "enable_nasa: max_sequence_length must be a number of tokens, from 1, got "
+            f"{max_sequence_length!r}"
         )
-
-
-def text_encoders(pipe: DiffusionPipeline) -> list[nn.Module]:
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
-
-
-def tokenizers(pipe: DiffusionPipeline) -> list[Any]:
-    return [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    if not takes(pipe, "max_sequence_length"):
+        raise ValueError(
+            "enable_nasa: max_sequence_length is fixed by the text encoder of "
+            f"{type(pipe).__name__}; leave it out"
+        )
+    return length
 
 
 def _parse(negative_prompt: NegativePrompt) -> tuple[Terms, bool]:
@@ -143,8 +246,9 @@ def _parse(negative_prompt: NegativePrompt) -> tuple[Terms, bool]:
         )
     if not all(are_pairs):
         return ((tuple(items), 1.0),), False
+    pairs = [(prompt, scalar(weight)) for prompt, weight in pairs]
     for _, weight in pairs:
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight == 0:
+        if not is_real(weight) or not math.isfinite(weight) or weight == 0:
             raise ValueError(
                 "enable_nasa: the alpha of a negative prompt must be a finite number other than "
                 f"0, got {weight!r}; leave out a prompt that is not wanted"
@@ -154,29 +258,25 @@ def _parse(negative_prompt: NegativePrompt) -> tuple[Terms, bool]:
 
 @torch.no_grad()
 def _encode(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     family: Family,
     prompts: Terms,
-    has_own_alphas: bool,
-    max_sequence_length: int | None,
-    options: dict[str, Any],
-) -> Negative:
-    if not text_encoders(pipe):
-        raise ValueError(
-            f"enable_nasa: {type(pipe).__name__} has no text encoder loaded; pass "
-            "negative_prompt_embeds"
-        )
+    options: Mapping[str, Any],
+    keeps_padding: bool,
+    length_is_named: bool,
+) -> Encoding:
     terms = []
     for names, weight in prompts:
-        embeds, mask = family.encode(pipe, list(names), max_sequence_length, **options)
+        if keeps_padding:
+            embeds, mask = family.encode(pipe, list(names), **options)
+        else:
+            embeds, mask = family.encode_unpadded(pipe, list(names), length_is_named, **options)
         mask = None if mask is None else mask.bool()
         _check_embeds(embeds, mask)
-        terms.append(Encoded(" | ".join(names), weight, *_trim(embeds, mask)))
-    encoders = Record(Fingerprint(text_encoders(pipe)))
-    return Negative(
-        tuple(terms), prompts, has_own_alphas, max_sequence_length, encoders, tokenizers(pipe),
-        options,
-    )  # fmt: skip
+        limits = family.token_limits(pipe, embeds.shape[1], **options)
+        dropped = dropped_tokens(pipe, limits, names, **options)
+        terms.append(Encoded(" | ".join(names), weight, *_trim(embeds, mask), dropped))
+    return Encoding(tuple(terms), dict(options), Encoders(pipe))
 
 
 def _trim(embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ class Report:
     family: str
     rule: str
     alpha: str
-    negatives: tuple[str, ...]  # prompt, its tokens, its own alpha
+    negatives: tuple[str, ...]  # prompt, its tokens, how many did not fit, its own alpha
+    dropped: tuple[int, ...]  # of each negative prompt, the tokens that did not fit
     steps: str
     layers: int
     layers_guided: int
@@ -55,29 +57,36 @@ def _flops(attention: int | None, projection: int | None) -> str:
     )
 
 
+def _dropped(by_tokenizer: Mapping[str, int]) -> str:
+    parts = [f"{count} dropped by {name}" for name, count in by_tokenizer.items()]
+    return "".join(f", {part}" for part in parts)
+
+
 def make_report(steerings: list[Steering]) -> Report:
     """One report for all denoisers of a pipeline."""
     first = steerings[0]
     settings = first.settings
     hooks = [hook for steering in steerings for hook in steering.guided_layers.values()]
     calls = [hook.last_call for hook in hooks if hook.last_call is not None]
+    terms = settings.negative.terms
     negatives = tuple(
-        f"{term.label!r} ({term.embeds.shape[1]} tokens"
+        f"{term.label!r} ({term.embeds.shape[1]} tokens{_dropped(term.dropped)}"
         + (f", alpha {term.weight:g})" if settings.negative.has_own_alphas else ")")
-        for term in settings.negative.terms
+        for term in terms
     )
     return Report(
         family=first.family.name,
         rule=settings.rule if settings.nag is None else str(settings.nag),
         alpha=str(settings.alpha),
         negatives=negatives,
+        dropped=tuple(max(term.dropped.values(), default=0) for term in terms),
         steps=str(settings.window),
         layers=sum(len(steering.layers) for steering in steerings),
         layers_guided=len(hooks),
         keys_pos=calls[0].texts[0][1] if calls else None,
         keys_neg=sum(n for _, n, _ in calls[0].texts[1:])
         if calls
-        else sum(term.embeds.shape[1] for term in settings.negative.terms),
+        else sum(term.embeds.shape[1] for term in terms),
         backend=settings.backend or _chosen_backend(first.denoiser),
         attention_flops=sum(call.attention_flops for call in calls) if calls else None,
         projection_flops=sum(call.projection_flops for call in calls) if calls else None,

@@ -16,17 +16,19 @@ from torch._dynamo.eval_frame import OptimizedModule
 from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
-from nasa_diffusers.families import Family
 from nasa_diffusers.chain import Watch, as_called, attach, detach
+from nasa_diffusers.encoding import call_defaults, reference
+from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, refuse_copy
 from nasa_diffusers.methods import Nag
-from nasa_diffusers.negative import Negative, spread
+from nasa_diffusers.negative import Encoded, Negative, spread
 from nasa_diffusers.steered import Images, Prepared, Steered, Term
 from nasa_diffusers.weights import Fingerprint
 from nasa_diffusers.window import Window
 
 # hooks of diffusers that change weights for the time of a forward pass
 MOVING = ("group_offloading", "layerwise_casting")
+MAX_ALPHAS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,15 @@ class Batch(NamedTuple):
     grids: tuple[Grid, ...]  # for a map over the image
 
 
+class LastText(NamedTuple):
+    """The text of the last guided call, and the negative prompt that went with it."""
+
+    text: Callable[[], Tensor | None]
+    negative: Negative
+    options: dict[str, Any]
+    terms: tuple[Encoded, ...]
+
+
 class Steering:
     """A forward-pre-hook on one denoiser, and the hooks on its layers.
 
@@ -82,14 +93,16 @@ class Steering:
         guided: dict[str, bool],
         cache: TextCache,
     ):
-        self.pipe, self.denoiser, self.family = pipe, denoiser, family
+        self.denoiser, self.family = denoiser, family
+        # not held: a pipeline that is deleted takes its text encoders with it
+        self._pipe = reference(pipe)
         self.settings = settings
         self.cache = cache
         # of the class: a hook on the denoiser may hide the signature of its own forward
         self.parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.alphas: dict[tuple, LayerAlpha] = {}
-        self.last_negative: Negative | None = None
-        self.last_text: Callable[[], Tensor | None] = lambda: None
+        self.last: LastText | None = None
+        self.last_step: tuple[Callable[[], Any], Any] = (lambda: None, None)
         self.layers = {
             name: (attn, family.layer_hook(denoiser, name, cache, guided[name]))
             for name, attn in family.layers(denoiser)
@@ -130,10 +143,12 @@ class Steering:
     @torch.compiler.disable
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Put a `Steered` in place of the text; None leaves the stock call as it is."""
-        settings = self.settings
+        settings, caller = self.settings, find_caller()
+        if self._begins(caller):
+            # guided or not: weights may have changed in ways that nothing counts
+            self.last = None
         if settings.alpha.is_zero:
             return None
-        caller = find_caller()
         is_guided = self._is_guided_step(caller, settings.window)
         if not is_guided and not self.family.keeps_text(denoiser):
             return None
@@ -151,10 +166,8 @@ class Steering:
         elif caller is not None and caller.uses_cfg is not False and caller.is_unconditional(text):
             return None
         self.family.check_call(denoiser, kwargs)
-        # a new text, or the first step: weights may have changed in ways that nothing counts
-        afresh = self.last_text() is not text or (caller is not None and caller.begins)
-        self.last_text = weakref.ref(text)
-        steered = self._steer(settings, text, sample, kwargs, first, caller, afresh)
+        terms, afresh = self._current_terms(settings, text, caller)
+        steered = self._steer(settings, terms, text, sample, kwargs, first, caller, afresh)
         if steered.prompts is not None:
             steered = replace(steered, images=self._images(kwargs, afresh))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
@@ -162,6 +175,17 @@ class Steering:
         kwargs |= self.family.carry(denoiser, steered, kwargs, is_guided)
         self.watch.begin(denoiser, kwargs["encoder_hidden_states"], steered.reached)
         return as_called(self.parameters, args, kwargs)
+
+    def _begins(self, caller: Caller | None) -> bool:
+        """True when a run of a pipeline has begun since the last call, in whichever step: a
+        denoiser may be the one for later steps only."""
+        if caller is None:
+            return False
+        timesteps, step = caller.variables.get("timesteps"), caller.variables.get("i")
+        last_timesteps, last_step = self.last_step
+        self.last_step = reference(timesteps), step
+        is_back = isinstance(step, int) and isinstance(last_step, int) and step < last_step
+        return caller.begins or is_back or last_timesteps() is not timesteps
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
         if window.is_everything:
@@ -177,6 +201,7 @@ class Steering:
     def _steer(
         self,
         settings: Settings,
+        negatives: tuple[Encoded, ...],
         text: Tensor,
         sample: Tensor,
         inputs: dict[str, Any],
@@ -184,9 +209,8 @@ class Steering:
         caller: Caller | None,
         afresh: bool,
     ) -> Steered:
-        negative = self._current_negative(settings, caller, afresh)
         prompts = None if caller is None else caller.prompts
-        placed = [term.rows(text, first, prompts) for term in negative.terms]
+        placed = [term.rows(text, first, prompts) for term in negatives]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
                 raise ValueError(
@@ -207,7 +231,7 @@ class Steering:
         if settings.alpha.region is not None:
             grids = self.family.grids(self.denoiser, sample, inputs)
         batch = Batch(sample.shape[0], first, prompts, sample.device, grids)
-        alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negative.terms)
+        alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negatives)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
@@ -235,10 +259,9 @@ class Steering:
         """Whether layers will run as part of a graph, as far as can be seen from outside."""
         if any(module._compiled_call_impl is not None for module in self.path_to_layers):
             return True
-        pipes = (self.pipe,) if caller is None else (self.pipe, caller.pipe)
         return any(
             isinstance(part, OptimizedModule) and part._orig_mod is self.denoiser
-            for pipe in pipes
+            for pipe in self._pipes(caller)
             for part in vars(pipe).values()
         )
 
@@ -277,30 +300,54 @@ class Steering:
                         torch._dynamo.maybe_mark_dynamic(x, 1)
         return replace(steered, prepared=Prepared(text.text, keys_values))
 
-    def _current_negative(
-        self, settings: Settings, caller: Caller | None, afresh: bool
-    ) -> Negative:
-        """Encodes again after a text encoder changed, or for a call with another clip_skip or
-        text LoRA scale; looks only when a prompt is new or a run begins."""
-        if not afresh and self.last_negative is settings.negative:
-            return settings.negative
-        options = {} if caller is None else caller.text_options(self.family.text_options)
-        negative = settings.negative.current(self.pipe, self.family, options)
-        if self.settings is settings:
-            self.settings = replace(settings, negative=negative)
-            self.last_negative = negative
-        return negative
+    def _current_terms(
+        self, settings: Settings, text: Tensor, caller: Caller | None
+    ) -> tuple[tuple[Encoded, ...], bool]:
+        """The negative prompt, and whether what was made of prompts must be looked at afresh.
+
+        Encoded again after a text encoder changed, or for a call with another clip_skip, say;
+        that is looked for only when a prompt is new or a run begins.
+        """
+        pipes, names = self._pipes(caller), self.family.text_options
+        options: dict[str, Any] = {}
+        if caller is not None:
+            options = caller.text_options(names)
+        elif pipes:
+            options = call_defaults(pipes[0], names)
+        last = self.last
+        if (
+            last is not None
+            and last.text() is text
+            and last.negative is settings.negative
+            and last.options == options
+        ):
+            return last.terms, False
+        terms = settings.negative.current(pipes, self.family, options)
+        self.last = LastText(weakref.ref(text), settings.negative, options, terms)
+        return terms, True
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that NASA was enabled on; None when it is gone."""
+        return self._pipe()
+
+    def _pipes(self, caller: Caller | None) -> list[Any]:
+        """Those that may encode text for this denoiser."""
+        pipes = [self.pipe] if caller is None else [self.pipe, caller.pipe]
+        return [pipe for pipe in pipes if pipe is not None]
 
     def _alpha(self, alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
         """One object for all steps of the same size: its tensors are made once."""
         if alpha.is_learned:
             return _make_alpha(alpha, weight, batch)
         key = (alpha, weight, batch, torch.is_inference_mode_enabled())
-        if key not in self.alphas:
-            if len(self.alphas) >= 16:
+        # another thread may clear it at any time
+        found = self.alphas.get(key)
+        if found is None:
+            if len(self.alphas) >= MAX_ALPHAS:
                 self.alphas.clear()
-            self.alphas[key] = _make_alpha(alpha, weight, batch)
-        return self.alphas[key]
+            found = self.alphas[key] = _make_alpha(alpha, weight, batch)
+        return found
 
 
 def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:

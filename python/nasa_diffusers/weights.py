@@ -44,6 +44,7 @@ class Fingerprint:
         self.modules: list[nn.Module] = [] if earlier is None else list(earlier.modules)
         # where each weight is found, and the tensors it consists of
         self.weights: list[tuple[nn.Module, str]] = [] if earlier is None else [*earlier.weights]
+        # names of their memory, and of small buffers the counts of writes
         self.storages: list[int] = [] if earlier is None else list(earlier.storages)
         # False: a dropout draws, or somebody's own code has settings that cannot be known
         self.is_known: bool = earlier is None or earlier.is_known
@@ -60,7 +61,7 @@ class Fingerprint:
                     for name, weight in held.items():
                         if weight is not None:
                             self.weights.append((module, name))
-                            self._add(weight, module, name, key)
+                            self._add(weight, module, name, key, held is module._buffers)
                 attributes = vars(module)
                 if "merged_adapters" in attributes:
                     key.append(_adapters(module))
@@ -70,7 +71,9 @@ class Fingerprint:
                     self.is_known = False
         self.key: tuple[Any, ...] = tuple(key)
 
-    def _add(self, weight: Tensor, module: nn.Module, name: str, key: list[Any]) -> None:
+    def _add(
+        self, weight: Tensor, module: nn.Module, name: str, key: list[Any], is_buffer: bool
+    ) -> None:
         is_plain = type(weight) in PLAIN and not weight.is_meta
         for tensor in (weight,) if is_plain else _tensors(module, name):
             if tensor.is_meta:
@@ -79,23 +82,17 @@ class Fingerprint:
                 continue
             if tensor.is_inference():
                 self.counts_writes = False
-            key += (version(tensor), tensor.dtype, id(tensor))
+            if is_buffer and tensor.numel() <= SPREAD:
+                # another object after each move to a device; its values are compared whole
+                key += (tensor.dtype, tensor.shape)
+                self.storages.append(version(tensor))
+            else:
+                key += (version(tensor), tensor.dtype, id(tensor))
             self.storages.append(tensor.untyped_storage()._cdata)
 
     @property
     def is_complete(self) -> bool:
         return self.is_known and self.counts_writes
-
-    def _add_weight(self, module: nn.Module, name: str) -> Iterator[Any]:
-        self.weights.append((module, name))
-        for tensor in _tensors(module, name):
-            self.counts_writes &= not tensor.is_inference()
-            if tensor.is_meta:
-                # of weights that rest on a disk: all that is known is who brings them
-                yield id(getattr(module, "_hf_hook", None))
-                continue
-            yield from (version(tensor), tensor.dtype, id(tensor))
-            self.storages.append(tensor.untyped_storage()._cdata)
 
 
 class Record:

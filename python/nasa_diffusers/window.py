@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nasa_diffusers.scalars import is_int, scalar
+
 
 @dataclass(frozen=True)
 class Window:
@@ -17,15 +19,17 @@ class Window:
     stop: int | float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("start", self.start), ("stop", self.stop)):
-            if name == "stop" and value is None:
+        for name, given in (("start", self.start), ("stop", self.stop)):
+            if name == "stop" and given is None:
                 continue
-            is_step = type(value) is int and value >= 0
-            is_fraction = type(value) is float and 0 <= value <= 1
+            value = scalar(given)
+            object.__setattr__(self, name, value)
+            is_step = is_int(value) and value >= 0
+            is_fraction = isinstance(value, float) and 0 <= value <= 1
             if not is_step and not is_fraction:
                 raise ValueError(
                     f"enable_nasa: {name} must be a step (int, from 0) or a fraction of the steps "
-                    f"(float, 0.0 to 1.0), got {value!r}"
+                    f"(float, 0.0 to 1.0), got {given!r}"
                 )
 
     @property

@@ -111,8 +111,7 @@ class Model:
             )
             return Text(embeds, None, pooled)
         family = family_of(self.denoiser)
-        length = self.text_options.get("max_sequence_length")
-        return Text(*family.encode(self.pipe, list(prompts), length))
+        return Text(*family.encode(self.pipe, list(prompts), **self.text_options))
 
     def output(self, denoiser: nn.Module, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         """What `denoiser` predicts, without the variance that PixArt predicts beside it."""

@@ -2,12 +2,15 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from diffusers.pipelines.wan import pipeline_wan
 from nasa_diffusers import nasa, testing
 from nasa_diffusers.cli import main
 from PIL import Image
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +140,116 @@ def test_flops_table(capsys):
     assert "| SD 1.5, 512 px | 77 + 77 | 0.803 | +0.81% | +0.08% |" in capsys.readouterr().out
     assert main(["flops", "--model", "SD 9"]) == 1
     assert "no model 'SD 9'" in capsys.readouterr().err
+
+
+# ---- one file of weights -------------------------------------------------------------------------
+
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+OUTSIDE = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def original_name(name):
+    """Of a weight of the small UNet, as the first Stable Diffusion code called it."""
+    for new, old in OUTSIDE.items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    where, *rest = name.split(".")
+    if where == "mid_block":
+        kind, i, *rest = rest
+        block = f"middle_block.{1 if kind == 'attentions' else 2 * int(i)}"
+    else:
+        b, kind, i, *rest = rest
+        # one layer in a block going down, two going up
+        first = 2 * int(b) + (1 if where == "down_blocks" else 0)
+        side = "input_blocks" if where == "down_blocks" else "output_blocks"
+        if kind == "downsamplers":
+            return f"{side}.{first + 1}.0.op.{rest[-1]}"
+        if kind == "upsamplers":
+            return f"{side}.{first + 1}.2.conv.{rest[-1]}"
+        block = f"{side}.{first + int(i)}.{int(kind == 'attentions')}"
+    if kind == "resnets":
+        rest[0] = RESNET[rest[0]]
+    return ".".join([block, *rest])
+
+
+@pytest.fixture
+def single_file(tmp_path):
+    """The UNet of another seed than the checkpoint's, in one file."""
+    unet = testing.stable_diffusion(seed=5).unet
+    weights = {f"model.diffusion_model.{original_name(n)}": x for n, x in unet.state_dict().items()}
+    save_file({n: x.contiguous() for n, x in weights.items()}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def other_parts(monkeypatch):
+    """A file of a whole pipeline would bring them; this one is of the UNet."""
+    load = diffusers.StableDiffusionPipeline.from_single_file
+    pipe = testing.stable_diffusion()
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")}
+    calls = []
+
+    def from_single_file(path, **options):
+        calls.append(options)
+        return load(path, **options, **parts, safety_checker=None)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", from_single_file)
+    return calls
+
+
+def test_a_single_file(checkpoint, single_file, other_parts, tmp_path, capsys):
+    more = ["--config", str(checkpoint), "--negative", "blurry", "--alpha", "0.5"]
+    assert generate(single_file, tmp_path, *more) == 0, capsys.readouterr().err
+    pipe = testing.stable_diffusion()
+    pipe.unet = testing.stable_diffusion(seed=5).unet
+    with nasa(pipe, "blurry", alpha=0.5):
+        call = {"num_inference_steps": 1, "guidance_scale": 0.0}
+        expected = pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert pixels(tmp_path / "seed0-alpha0.5.png") == expected.tobytes()
+    assert other_parts == [{"config": str(checkpoint), "torch_dtype": torch.float32}]
+
+
+def test_the_configuration_is_found_by_the_weights(
+    checkpoint, single_file, other_parts, tmp_path, monkeypatch, capsys
+):
+    found = {"pretrained_model_name_or_path": str(checkpoint)}
+    seen = []
+    monkeypatch.setattr(
+        single_file_utils, "fetch_diffusers_config", lambda weights: seen.append(weights) or found
+    )
+    assert generate(single_file, tmp_path, "--negative", "blurry") == 0, capsys.readouterr().err
+    assert "model.diffusion_model.input_blocks.0.0.weight" in seen[0]
+    assert other_parts[0]["config"] == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("nothing.safetensors", [], "there is no file"),
+        ("nothing", ["--config", "x"], "--config goes with a --model that is one file"),
+    ],
+)
+def test_a_file_that_is_not_there(tmp_path, capsys, model, more, message):
+    assert generate(tmp_path / model, tmp_path, "--negative", "a", *more) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_pipeline_that_has_no_single_files(single_file, tmp_path, capsys):
+    testing.pixart().save_pretrained(tmp_path / "pixart")
+    more = ["--config", str(tmp_path / "pixart"), "--negative", "a"]
+    assert generate(single_file, tmp_path, *more) == 1
+    assert "a PixArtAlphaPipeline cannot be read from one file" in capsys.readouterr().err

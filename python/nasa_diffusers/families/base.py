@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from diffusers.models import attention_processor as stock
 from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid
 from nasa_diffusers.cache import TextCache
 from nasa_diffusers.chain import check_own_forward
+from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
 from nasa_diffusers.steered import Steered
 
@@ -37,6 +37,10 @@ class Family:
     text_modules: tuple[str, ...] = ()
     # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
     text_options: tuple[str, ...] = ()
+    # attributes of the pipeline without which it cannot encode a prompt
+    text_parts: tuple[str, ...] = ()
+    # `encode_prompt` returns a mask after the embeddings
+    masks_text = False
     # one doubled batch per step under classifier-free guidance, or two calls
     doubles_batch = True
     # processors whose computation `queries`, `keys_values` and `output` reproduce
@@ -55,12 +59,27 @@ class Family:
         """NAG's scale (as its code counts it, 1 more than in the paper), tau and alpha."""
         raise NotImplementedError
 
-    def encode(
-        self, pipe: Any, prompts: list[str], max_sequence_length: int | None, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def encode(self, pipe: Any, prompts: list[str], **options: Any) -> tuple[Tensor, Tensor | None]:
         """`[m, n, c]` and, where the family masks its text, `[m, n]`. `options` are those of
         `text_options` that the call has set."""
-        raise NotImplementedError
+        embeds, *others = encode_prompt(pipe, prompts, options)
+        return embeds, others[0] if self.masks_text else None
+
+    def encode_unpadded(
+        self, pipe: Any, prompts: list[str], length_is_named: bool, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same with a mask that leaves out padding, for one softmax over all prompts, in
+        which it would take weight. A length that the user has named is padded to."""
+        embeds, mask = self.encode(pipe, prompts, **options)
+        return embeds, self.own_tokens(embeds) if mask is None else mask
+
+    def own_tokens(self, embeds: Tensor) -> Tensor | None:
+        """`[m, n]`, False for padding, where embeddings show which of them are padding."""
+        return None
+
+    def token_limits(self, pipe: Any, tokens: int, **options: Any) -> dict[str, int]:
+        """By tokenizer, after how many tokens a prompt is cut that was encoded to `tokens`."""
+        return {"tokenizer": options.get("max_sequence_length", tokens)}
 
     def grids(self, denoiser: Denoiser, sample: Tensor, inputs: dict[str, Any]) -> tuple[Grid, ...]:
         """Frames, height and width of the image tokens, for every size a layer may have. `inputs`
@@ -182,7 +201,3 @@ def token_grid(sample: Tensor, patch: int) -> Grid:
 def config(denoiser: Denoiser, name: str):
     """A config value, None where this version of the model does not have it."""
     return getattr(denoiser.config, name, None)
-
-
-def on_device(pipe: Any) -> torch.device:
-    return pipe._execution_device

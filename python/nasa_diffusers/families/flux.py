@@ -16,17 +16,21 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nasa_diffusers.alpha import Grid
-from nasa_diffusers.families.base import on_device
+from nasa_diffusers.encoding import side_by_side, token_counts
 from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
 from nasa_diffusers.joint import KEYWORD, RopeBlockHook, SingleBlockHook, positions
 
 SINGLE = "single_transformer_blocks."
+T5 = "tokenizer_2"
+MAX_TOKENS = 512
 
 
 class Flux(Joint):
     name = "FLUX.1"
     denoisers = ("FluxTransformer2DModel",)
     doubles_batch = False
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", T5)
+    text_options = ("max_sequence_length", "lora_scale")
     processors = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
     grids_of_ids = WeakTensorKeyDictionary()
 
@@ -34,17 +38,27 @@ class Flux(Joint):
         """The NAG paper's."""
         return 5.0, 2.5, 0.25
 
-    def encode(self, pipe, prompts, max_sequence_length, **options):
-        length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        embeds, *_ = pipe.encode_prompt(prompts, prompt_2=None, device=on_device(pipe), **length)
-        return embeds, None
+    def encode_unpadded(self, pipe, prompts, length_is_named, **options):
+        if length_is_named:
+            return self.encode(pipe, prompts, **options)
+        # T5 sees its padding: a prompt without any is one encoded to its own length
+        limit, rows = options.get("max_sequence_length", MAX_TOKENS), []
+        for prompt, count in zip(prompts, token_counts(pipe, T5, prompts), strict=True):
+            length = {"max_sequence_length": min(count, limit)}
+            rows.append(self.encode(pipe, [prompt], **options | length)[0][0])
+        return side_by_side(rows)
+
+    def token_limits(self, pipe, tokens, **options):
+        # what CLIP cuts is not lost: only its pooled vector is used, and that of the prompt
+        return {T5: options.get("max_sequence_length", tokens)}
 
     def grids(self, denoiser, sample, inputs):
         ids = inputs["img_ids"]
         # looked at once a run: the pipelines hand over the same tensor in every step
-        if ids not in self.grids_of_ids:
-            self.grids_of_ids[ids] = grid_of(ids)
-        return (self.grids_of_ids[ids],)
+        grid = self.grids_of_ids.get(ids)
+        if grid is None:
+            grid = self.grids_of_ids[ids] = grid_of(ids)
+        return (grid,)
 
     def carry(self, denoiser, steered, inputs, is_guided=True):
         changes = super().carry(denoiser, steered, inputs, is_guided)

@@ -4,18 +4,23 @@ Self-attention is linear there and stays as it is; `attn2` is ordinary cross-att
 optional query and key norms act before the heads are split.
 """
 
-import inspect
-
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 
-from nasa_diffusers.families.base import Family, on_device, project_keys_values, token_grid
+from nasa_diffusers.families.base import Family, project_keys_values, token_grid
 
 
 class Sana(Family):
     name = "Sana"
     denoisers = ("SanaTransformer2DModel",)
     text_modules = ("caption_projection", "caption_norm")
-    text_options = ("lora_scale",)
+    text_parts = ("text_encoder", "tokenizer")
+    text_options = (
+        "lora_scale",
+        "max_sequence_length",
+        "clean_caption",
+        "complex_human_instruction",
+    )
+    masks_text = True
     processors = (SanaAttnProcessor2_0,)
 
     def default_alpha(self, denoiser) -> float:
@@ -25,16 +30,6 @@ class Sana(Family):
     def default_nag(self, denoiser):
         """The NAG paper's."""
         return 5.0, 2.5, 0.375
-
-    def encode(self, pipe, prompts, max_sequence_length, **options):
-        options["device"] = on_device(pipe)
-        if max_sequence_length is not None:
-            options["max_sequence_length"] = max_sequence_length
-        # Sana-Sprint has no classifier-free guidance and no argument for it
-        if "do_classifier_free_guidance" in inspect.signature(pipe.encode_prompt).parameters:
-            options["do_classifier_free_guidance"] = False
-        embeds, mask, *_ = pipe.encode_prompt(prompts, **options)
-        return embeds, mask
 
     def grids(self, denoiser, sample, inputs):
         return (token_grid(sample, denoiser.config.patch_size),)

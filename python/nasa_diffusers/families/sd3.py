@@ -5,9 +5,11 @@ negative stream too, as in FLUX.1. The second attention of SD3.5 medium's first 
 image alone and stays as it is; the last block drops its text.
 """
 
+import torch
 from diffusers.models import attention_processor as stock
 
-from nasa_diffusers.families.base import on_device, token_grid
+from nasa_diffusers.encoding import side_by_side, token_counts
+from nasa_diffusers.families.base import token_grid
 from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
 from nasa_diffusers.joint import PlainAttentionHook
 
@@ -20,24 +22,35 @@ class StableDiffusion3(Joint):
         stock.FusedJointAttnProcessor2_0,
         stock.XFormersJointAttnProcessor,
     )
-    text_options = ("clip_skip", "lora_scale")
+    text_options = ("clip_skip", "lora_scale", "max_sequence_length")
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def default_nag(self, denoiser):
         """The NAG paper's for SD3.5 large."""
         return 5.0, 2.5, 0.125
 
-    def encode(self, pipe, prompts, max_sequence_length, **options):
-        if max_sequence_length is not None:
-            options["max_sequence_length"] = max_sequence_length
-        embeds, *_ = pipe.encode_prompt(
-            prompts,
-            prompt_2=None,
-            prompt_3=None,
-            device=on_device(pipe),
-            do_classifier_free_guidance=False,
-            **options,
-        )
-        return embeds, None
+    def encode_unpadded(self, pipe, prompts, length_is_named, **options):
+        if length_is_named:
+            return self.encode(pipe, prompts, **options)
+        rows, limits = [], self.token_limits(pipe, 0, **options)
+        for prompt in prompts:
+            counts = {
+                name: min(limit, *token_counts(pipe, name, [prompt]))
+                for name, limit in limits.items()
+                if getattr(pipe, name) is not None
+            }
+            t5 = counts.get("tokenizer_3", 0)
+            length = {"max_sequence_length": max(t5, 1)}
+            embeds, _ = self.encode(pipe, [prompt], **options | length)
+            clip = max(counts["tokenizer"], counts["tokenizer_2"])
+            start = pipe.tokenizer_max_length
+            rows.append(torch.cat([embeds[0, :clip], embeds[0, start : start + t5]]))
+        return side_by_side(rows)
+
+    def token_limits(self, pipe, tokens, **options):
+        clip = pipe.tokenizer_max_length
+        t5 = options.get("max_sequence_length", tokens - clip)
+        return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
 
     def grids(self, denoiser, sample, inputs):
         return (token_grid(sample, denoiser.config.patch_size),)

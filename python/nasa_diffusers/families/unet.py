@@ -6,13 +6,15 @@ acts on cross-attention only.
 
 from diffusers.models import attention_processor as stock
 
-from nasa_diffusers.families.base import Family, config, on_device
+from nasa_diffusers.encoding import takes
+from nasa_diffusers.families.base import Family, config
 
 
 class UNet(Family):
     name = "Stable Diffusion"
     denoisers = ("UNet2DConditionModel",)
-    text_options = ("clip_skip", "lora_scale")
+    # the last one is of pipelines that take longer prompts
+    text_options = ("clip_skip", "lora_scale", "max_embeddings_multiples")
 
     def default_alpha(self, denoiser) -> float:
         """The paper's 0.1 for SD 1.5 and 0.2 for SD 2.1. It has none for SDXL: as SD 2.1, whose
@@ -26,20 +28,11 @@ class UNet(Family):
         is_sdxl = config(denoiser, "addition_embed_type") == "text_time"
         return 3.0, 2.5, 0.5 if is_sdxl else 0.375
 
-    def encode(self, pipe, prompts, max_sequence_length, **options):
-        if max_sequence_length is not None:
-            raise ValueError(
-                "enable_nasa: max_sequence_length is fixed by the text encoder of "
-                f"{type(pipe).__name__}; leave it out"
-            )
-        embeds = pipe.encode_prompt(
-            prompt=prompts,
-            device=on_device(pipe),
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **options,
-        )[0]
-        return embeds, None
+    def token_limits(self, pipe, tokens, **options):
+        # a pipeline that joins pieces of 77 tokens counts in its own way
+        if takes(pipe, "max_embeddings_multiples"):
+            return {}
+        return {"tokenizer": tokens, "tokenizer_2": tokens}
 
     def grids(self, denoiser, sample, inputs):
         # each level halves the image, rounding up

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 
 from nasa_diffusers.cache import distinct_tokens
 from nasa_diffusers.chain import check_own_forward
-from nasa_diffusers.families.base import Family, on_device, project_keys_values
+from nasa_diffusers.families.base import Family, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.layer import TextHook
 from nasa_diffusers.steered import Steered
@@ -18,6 +18,8 @@ class Wan(Family):
     name = "Wan"
     denoisers = ("WanTransformer3DModel",)
     doubles_batch = False
+    text_parts = ("text_encoder", "tokenizer")
+    text_options = ("max_sequence_length",)
     processors: tuple[type, ...] = (WanAttnProcessor,)
     attention: type = WanAttention
 
@@ -29,15 +31,14 @@ class Wan(Family):
         """The NAG paper's."""
         return 5.0, 2.5, 0.25
 
-    def encode(self, pipe, prompts, max_sequence_length, **options):
-        embeds, _ = pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            # the length that the pipeline itself encodes its prompts to
-            max_sequence_length=512 if max_sequence_length is None else max_sequence_length,
-            device=on_device(pipe),
-        )
-        return embeds, None
+    def own_tokens(self, embeds):
+        """All but the zeros at the end: the pipelines pad with them what the encoder made."""
+        if embeds.is_meta:
+            return None
+        # [m, n]: True up to the last token that is not zeros, and always for the first
+        mask = (embeds != 0).any(2).flip(1).long().cumsum(1).flip(1) > 0
+        mask[:, 0] = True
+        return None if mask.all() else mask
 
     def grids(self, denoiser, sample, inputs):
         size = zip(sample.shape[-3:], denoiser.config.patch_size, strict=True)
