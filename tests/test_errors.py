@@ -42,6 +42,10 @@ WRONG = {
         "the last dimension of v_neg must be contiguous",
     ),
     "k-3d": ({"k_neg": x(7, 3, 16)}, "k_neg must be [2 or 1, n, 3 or 1, 16] to match q [2, 9, 3"),
+    "k-and-v-1d": (
+        {"k_neg": x(7), "v_neg": x(7)},
+        "k_neg must be [2 or 1, n, 3 or 1, 16] to match q [2, 9, 3, 16], got [7]",
+    ),
     "k-d": ({"k_neg": x(2, 7, 3, 8)}, "k_neg must be [2 or 1, n, 3 or 1, 16] to match q"),
     "v-heads": ({"v_pos": x(2, 5, 2, 16)}, "got [2, 5, 2, 16]"),
     "k-batch": ({"k_pos": x(3, 5, 3, 16)}, "got [3, 5, 3, 16]"),
