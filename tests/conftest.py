@@ -16,6 +16,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config):
+    from support.failures import print_at_once
+
+    print_at_once(config)
     if INTERPRETED:
         from support.interpreter import repair_bf16
 

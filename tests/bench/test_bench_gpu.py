@@ -32,7 +32,8 @@ def test_host_time_of_a_sleeping_kernel_is_short():
     call = [lambda: torch.cuda._sleep(2_000_000)]
     timer = HostTimer(call, "eager", synchronise=synchroniser(torch.device("cuda")))
     timer.sample(5)
-    assert timer.results["host"].quantile(0.5) < 0.5 * timer.results["eager"].quantile(0.5)
+    # the fastest of them: the host may be busy with something else
+    assert timer.results["host"].quantile(0.0) < 0.5 * timer.results["eager"].quantile(0.0)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

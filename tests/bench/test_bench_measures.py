@@ -83,7 +83,8 @@ def test_host_time_ends_before_the_device_does():
 def test_host_timer_against_a_sleep():
     timer = HostTimer([lambda: time.sleep(0.004)], "warm")
     timer.sample(5)
-    assert 4000 <= timer.results["warm"].quantile(0.2) < 40000
+    # no upper bound: a busy machine sleeps as long as it likes
+    assert timer.results["warm"].quantile(0.0) >= 4000
 
 
 def test_timers_are_sampled_in_turn():
