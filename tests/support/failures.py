@@ -13,7 +13,7 @@ class Failures:
         # none in the processes that run tests for another
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if report.failed and reporter is not None:
-            reporter.ensure_newline()
+            reporter.line("")
             reporter.section(f"{report.nodeid} ({report.when})", sep="_")
             reporter.write_line(report.longreprtext)
 
