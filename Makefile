@@ -1,18 +1,25 @@
+# make help      this list
 # make demo      a negative prompt on a trained one-step model, judged; parity and cost
-# make test      everything that needs no GPU
+# make quick     errors, exact answers, losses, launches, rows: a minute, for while you work
+# make test      everything that needs no GPU: lint, types, all tests, and the oldest versions
+# make lint      ruff and mypy alone
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
 # make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
 # make wheel     one wheel for every Python and torch, with device code for every architecture
 # make format    rewrite the sources in the project's format
 #
-# demo and test set up what they need by themselves, once, in .venv.
+# They set up what they need by themselves, once, in .venv, and install nothing outside of it.
 
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
 PYTHON ?= python3
 OLDEST := $(VENV)/oldest
 QUANTISED := $(VENV)/quantised
-PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal
+PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal --durations 40
+# what is quick and finds most mistakes; Triton's interpreter is slow and has its launchers here
+QUICK = tests/op/test_errors.py tests/op/test_properties.py tests/op/test_triton_launch.py \
+    tests/bench/test_bench_rows.py tests/distill/test_distill_losses.py \
+    tests/diffusers/test_pipe_exactness.py
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(GPU),torch>=2.10$(comma)<2.16,torch==2.13.0)
 comma := ,
@@ -22,18 +29,24 @@ CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: demo test bench gpu format lint wheel
+.PHONY: help demo quick test bench gpu format lint wheel
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/ready
 	$(PY) -m nasa_distill demo
 
+quick: $(VENV)/ready-test
+	$(PY) -m pytest -q -n $(shell nproc) --dist worksteal $(QUICK) -k 'not triton or launch'
+
 # in one process Triton interprets its kernels, in the next it compiles them; then the oldest versions
 test: $(VENV)/ready $(VENV)/ready-test lint
-	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PYTEST) --ignore-glob='*/test_ptx_*'
-	TRITON_INTERPRET=0 $(PYTEST) tests/test_ptx_*.py
+	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PYTEST) tests --ignore-glob='*/test_ptx_*'
+	TRITON_INTERPRET=0 $(PYTEST) tools/ptx/tests tests/op/test_ptx_*.py
 	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers
-	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/test_properties.py -k 'triton and float16'
+	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
 lint: $(VENV)/ready-test
 	$(PY) -m ruff check .
@@ -42,9 +55,10 @@ lint: $(VENV)/ready-test
 
 gpu:
 	$(PY) -m nasa_kernels
-	$(PY) -m pytest -q tests/test_forward.py tests/test_backward.py tests/test_properties.py \
-	    tests/test_ops.py tests/test_errors.py tests/test_fuzz.py tests/test_nag.py \
-	    tests/test_joint.py tests/test_joint_backward.py tests/test_bench_gpu.py
+	$(PY) -m pytest -q tests/op/test_forward.py tests/op/test_backward.py \
+	    tests/op/test_properties.py tests/op/test_ops.py tests/op/test_errors.py \
+	    tests/op/test_fuzz.py tests/op/test_nag.py tests/op/test_joint.py \
+	    tests/op/test_joint_backward.py tests/bench/test_bench_gpu.py
 	$(BENCH) all --minutes 8
 	-$(BENCH) plot
 
@@ -57,7 +71,7 @@ bench: $(VENV)/ready-bench
 wheel: $(VENV)/ready-test
 	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
 	rm -rf build/wheel && $(PY) -m zipfile -e dist/nasa_kernels-*.whl build/wheel
-	$(PY) tests/sass.py build/wheel/nasa_kernels/_C.so
+	$(PY) tools/sass.py build/wheel/nasa_kernels/_C.so
 
 format: $(VENV)/ready-test
 	$(PY) -m ruff check --fix .
@@ -67,8 +81,7 @@ $(VENV)/ready: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "nasa-kernels needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-	    { [ "$$(id -u)" = 0 ] && apt-get install -y -qq python3-venv; } || \
-	    { echo "this Python has no venv module; on Debian: sudo apt install python3-venv"; exit 1; }
+	    { echo "this Python has no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(if $(CPU_TORCH),$(VENV)/bin/python -m pip install -q $(CPU_TORCH) 2>/dev/null ||) \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from bench import row as rows_of
 from bench.machine import RESULTS, ROOT, describe, slug
 from bench.roofline import BY_NAME, measure_rates, rates_of
+from bench.select import matching
 from bench.session import Session, console, time_table
 
 
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
             made.add_argument("--out", type=Path, help="result file; default: the device's own")
             made.add_argument("--device", help="default: cuda where there is one")
             made.add_argument("--minutes", type=float, help="begin no case after so many")
-            made.add_argument("--quick", action="store_true", help="the cases that decide")
+            made.add_argument("--quick", action="store_true", help="the headline cases alone")
         return made
 
     flops = command("flops", run_flops, "count FLOPs by method on the real architectures")
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     op.add_argument("--timing", choices=("cold", "warm", "eager"), action="append")
     op.add_argument("--compiled", action="store_true", help="also what takes seconds to compile")
     model.add_argument("--timing", choices=("eager", "graph", "compiled"), action="append")
-    command("all", run_all, "all that makes sense on this machine, what decides first")
+    command("all", run_all, "all that makes sense on this machine, headline cases first")
 
     compare = command("compare", run_compare, "what became worse from A to B", measures=False)
     compare.add_argument("before", type=Path, metavar="A.csv")
@@ -78,18 +78,24 @@ def build_parser() -> argparse.ArgumentParser:
 # ---- what measures -------------------------------------------------------------------------------
 
 
-def start(options: argparse.Namespace, device: str | None = None) -> Session:
-    name = device or options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def start(
+    device: str | None = None, out: Path | None = None, minutes: float | None = None
+) -> Session:
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no NVIDIA GPU; leave the option out")
     where = torch.device(name)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     machine = describe(where)
-    session = Session(machine, where, options.out or machine.file, console(), options.minutes)
+    session = Session(machine, where, out or machine.file, console(), minutes)
     threads = f", {machine.threads} threads" if machine.threads else ""
     session.say(f"{machine.device}{threads}, torch {machine.torch}, commit {machine.commit}")
     return session
+
+
+def start_as(options: argparse.Namespace) -> Session:
+    return start(options.device, options.out, options.minutes)
 
 
 def finish(session: Session, title: str, rows: list) -> int:
@@ -103,7 +109,7 @@ def finish(session: Session, title: str, rows: list) -> int:
 
 def with_rates(options: argparse.Namespace) -> Session:
     """A session whose floors come from rates measured in it."""
-    session = start(options)
+    session = start_as(options)
     measure_roofline(session, options.quick)
     return session
 
@@ -115,18 +121,10 @@ def measure_roofline(session: Session, quick: bool) -> list:
     return rows
 
 
-def matching(names: Sequence[str], patterns: Sequence[str] | None, what: str) -> list[str]:
-    """The names that match one of the patterns; all where there is none."""
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"no {what} {pattern!r}; there are {', '.join(names)}")
-    return [n for n in names if not patterns or any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-
-
 def run_flops(options: argparse.Namespace) -> int:
     from bench import flops
 
-    session = start(options, "meta")
+    session = start("meta", options.out, options.minutes)
     names = matching(list(flops.MODELS), options.case, "model")
     rows = flops.run(session, names if options.case else ())
     session.console.print(flops_table(rows))
@@ -155,72 +153,114 @@ def flops_table(rows: list):
 
 
 def run_roofline(options: argparse.Namespace) -> int:
-    session = start(options)
+    session = start_as(options)
     return finish(session, "rates", measure_roofline(session, options.quick))
 
 
 def run_op(options: argparse.Namespace) -> int:
     from bench import op
+    from bench.providers import PROVIDERS
 
     # before minutes are spent on rates
-    matching(op.NAMES, options.case, "case")
+    names = matching(op.NAMES, options.case, "case") if options.case else None
+    providers = matching(list(PROVIDERS), options.provider, "provider")
     session = with_rates(options)
-    return finish(session, "one operation", op_rows(session, options))
+    rows = op_rows(
+        session,
+        options.quick,
+        names,
+        options.batch,
+        options.dtype,
+        options.direction,
+        providers if options.provider else None,
+        options.timing,
+        options.compiled,
+    )
+    return finish(session, "one operation", rows)
 
 
-def op_rows(session: Session, options: argparse.Namespace) -> list:
+def op_rows(
+    session: Session,
+    quick: bool = False,
+    names: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+    directions: Sequence[str] | None = None,
+    providers: Sequence[str] | None = None,
+    timings: Sequence[str] | None = None,
+    compiled: bool = False,
+) -> list:
+    """Rows of `bench op`; None takes what makes sense on the device of the session."""
     from bench import op
     from bench.providers import PROVIDERS
 
-    def given(name: str):
-        return getattr(options, name, None)
-
     on_gpu = session.device.type == "cuda"
-    quick_names, quick_batches = op.HEADLINE[: 3 if on_gpu else 2], (1, 16) if on_gpu else (1,)
-    names = matching(op.NAMES, given("case"), "case")
-    if not given("case"):
-        # minutes per call on a CPU
-        names = list(quick_names) if options.quick else [
-            n for n in names if on_gpu or not n.startswith("wan")
-        ]  # fmt: skip
-    dtypes = ["bfloat16", "float16", "float32"] if on_gpu else ["float32", "bfloat16"]
-    if options.quick:
-        dtypes = dtypes[:1]
-    batches = given("batch") or (quick_batches if options.quick else (1, 16, 4) if on_gpu else (1,))
+    if names is None:
+        # Wan takes minutes per call on a CPU
+        all_names = [n for n in op.NAMES if on_gpu or not n.startswith("wan")]
+        names = op.HEADLINE[: 3 if on_gpu else 2] if quick else all_names
+    if dtypes is None:
+        dtypes = ["bfloat16", "float16", "float32"] if on_gpu else ["float32", "bfloat16"]
+        dtypes = dtypes[:1] if quick else dtypes
+    if batches is None:
+        batches = ((1, 16) if quick else (1, 16, 4)) if on_gpu else (1,)
+    if providers is None:
+        providers = [name for name, p in PROVIDERS.items() if compiled or not p.compiled]
     wanted = op.cases(
         session.device,
         names,
         batches,
-        [BY_NAME[d] for d in given("dtype") or dtypes],
-        given("direction") or ("forward", "backward"),
+        [BY_NAME[dtype] for dtype in dtypes],
+        directions or ("forward", "backward"),
     )
-    providers = [PROVIDERS[n] for n in matching(list(PROVIDERS), given("provider"), "provider")]
-    if not given("compiled") and not given("provider"):
-        providers = [p for p in providers if not p.compiled]
-    timings = given("timing") or (("cold", "warm", "eager") if on_gpu else ("cold", "warm"))
-    return op.run(session, wanted, providers, timings)
+    return op.run(
+        session,
+        wanted,
+        [PROVIDERS[name] for name in providers],
+        timings or (("cold", "warm", "eager") if on_gpu else ("cold", "warm")),
+    )
 
 
 def run_layer(options: argparse.Namespace) -> int:
     from bench import layer
 
-    names = matching(layer.NAMES, options.case, "case")
+    given = matching(layer.NAMES, options.case, "case") if options.case else None
+    methods = matching(list(layer.METHODS), options.provider, "method")
     session = with_rates(options)
-    return finish(session, "one layer", layer.run(session, names, options))
+    names = given or layer.default_names(session.device, options.quick)
+    rows = layer.run(session, names, options.batch, options.dtype, methods)
+    return finish(session, "one layer", rows)
 
 
 def run_model(options: argparse.Namespace) -> int:
     from bench import model
 
-    session = start(options)
-    return finish(session, "one denoiser call", model.run(session, options))
+    session = start_as(options)
+    names, methods = chosen_models(session.device, options)
+    rows = model.run(session, names, options.dtype, methods, options.timing)
+    return finish(session, "one denoiser call", rows)
 
 
 def run_memory(options: argparse.Namespace) -> int:
     from bench import model
 
-    session = start(options)
-    return finish(session, "peak memory", model.run_memory(session, options))
+    session = start_as(options)
+    names, methods = chosen_models(session.device, options)
+    return finish(session, "peak memory", model.run_memory(session, names, options.dtype, methods))
+
+
+def chosen_models(
+    device: torch.device, options: argparse.Namespace
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Names of models, and of methods."""
+    from bench import model
+
+    given = matching(list(model.MODELS), options.case, "case") if options.case else None
+    methods = list(model.QUICK_METHODS if options.quick else model.METHODS)
+    return (
+        given or model.default_names(device, options.quick),
+        matching(methods, options.provider, "method"),
+    )
 
 
 def run_all(options: argparse.Namespace) -> int:
@@ -235,16 +275,22 @@ def run_all(options: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"bench all: without models and FLOPs: {error}", file=sys.stderr)
         model = None  # type: ignore[assignment]
-    if model is not None and not options.quick:
-        counting = start(argparse.Namespace(out=None, device=None, minutes=None), "meta")
+    quick = options.quick
+    if model is not None and not quick:
+        counting = start("meta")
         counting.console.print(flops_table(flops.run(counting)))
-    minutes = options.minutes or (1.5 if options.quick else 5.0)
+    minutes = options.minutes or (1.5 if quick else 5.0)
     session = with_rates(options)
-    rows = op_rows(session.within(0.5 * minutes), options)
-    rows += layer.run(session.within(0.2 * minutes), layer.NAMES, options)
+    rows = op_rows(session.within(0.5 * minutes), quick)
+    names = layer.default_names(session.device, quick)
+    rows += layer.run(session.within(0.2 * minutes), names)
     # the rows of a model have its peak memory as well
-    if model is not None and not (options.quick and session.device.type == "cpu"):
-        rows += model.run(session.within(0.3 * minutes), options)
+    if model is not None and not (quick and session.device.type == "cpu"):
+        rows += model.run(
+            session.within(0.3 * minutes),
+            model.default_names(session.device, quick),
+            methods=list(model.QUICK_METHODS if quick else model.METHODS),
+        )
     return finish(session, "all", rows)
 
 

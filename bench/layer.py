@@ -14,7 +14,6 @@ the models; Wan's norms of Q and K are left out, for every method alike.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,28 +166,32 @@ def check(method: str, output: Tensor, layer: Layer, x: Inputs) -> dict[str, Any
     }
 
 
-def run(session: Session, names: Sequence[str], options: argparse.Namespace) -> list[Row]:
-    from bench.cli import matching
+def default_names(device: torch.device, quick: bool = False) -> Sequence[str]:
+    """The headline cases on a CPU, all of them on a GPU, and two where it must be quick."""
+    if quick:
+        return HEADLINE[:2]
+    return NAMES if device.type == "cuda" else HEADLINE
 
+
+def run(
+    session: Session,
+    names: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+) -> list[Row]:
+    """Measure layer by layer; None takes what makes sense on the device of the session."""
     on_gpu = session.device.type == "cuda"
-    given = getattr(options, "case", None)
-    if options.quick and not given:
-        names = HEADLINE[:2]
-    if not on_gpu and not given:
-        names = [name for name in names if name in HEADLINE]
-    batches = getattr(options, "batch", None) or ((1, 16) if on_gpu else (1,))
-    dtypes = getattr(options, "dtype", None) or (["bfloat16"] if on_gpu else ["float32"])
-    wanted = matching(list(METHODS), getattr(options, "provider", None), "method")
     shapes = {shape.name: shape for shape in MODEL_SHAPES}
     rows: list[Row] = []
-    for dtype in dtypes:
-        for b in batches:
-            for name in names:
+    for dtype in dtypes or (["bfloat16"] if on_gpu else ["float32"]):
+        for b in batches or ((1, 16) if on_gpu else (1,)):
+            for name in names or default_names(session.device):
                 shape = shapes[name]._replace(b=b)
                 if session.is_over:
                     session.leave_out(f"layer {shape}", "no time was left")
                     continue
-                found = time_layer(session, shape, BY_NAME[dtype], wanted)
+                found = time_layer(session, shape, BY_NAME[dtype], methods)
                 session.write(found)
                 rows += found
                 session.say(f"layer {shape} {dtype}: {len(found)} rows")

@@ -16,7 +16,6 @@ these two is the noise of the model in its dtype; ours must lie within 4 times t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -222,39 +221,41 @@ def distance(a: Tensor, b: Tensor) -> float:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def chosen(session: Session, options: argparse.Namespace) -> Iterator[tuple[str, torch.dtype]]:
-    from bench.cli import matching
+def default_names(device: torch.device, quick: bool = False) -> Sequence[str]:
+    names: Sequence[str] = ON_GPU if device.type == "cuda" else ON_CPU
+    return names[:2] if quick else names
 
-    on_gpu = session.device.type == "cuda"
-    default: tuple[str, ...] = ON_GPU if on_gpu else ON_CPU
-    names = default[:2] if options.quick else default
-    if getattr(options, "case", None):
-        names = tuple(matching(list(MODELS), options.case, "case"))
-    given = getattr(options, "dtype", None)
-    for dtype in given or ["bfloat16" if on_gpu else "float32"]:
-        for name in names:
+
+# those of a quick run: without what is measured to be compared with once
+QUICK_METHODS = tuple(name for name in METHODS if name not in ("nasa-first", "nag", "nag-ours"))
+
+
+def _cases(
+    session: Session, names: Sequence[str] | None, dtypes: Sequence[str] | None
+) -> Iterator[tuple[str, torch.dtype]]:
+    """What there is time for; None takes what makes sense on the device of the session."""
+    default = "bfloat16" if session.device.type == "cuda" else "float32"
+    for dtype in dtypes or [default]:
+        for name in names or default_names(session.device):
             if session.is_over:
                 session.leave_out(name, "no time was left")
             else:
                 yield name, BY_NAME[dtype]
 
 
-def methods(options: argparse.Namespace) -> list[str]:
-    from bench.cli import matching
-
-    names = list(METHODS)
-    if options.quick:
-        names = [n for n in names if n not in ("nasa-first", "nag", "nag-ours")]
-    return matching(names, getattr(options, "provider", None), "method")
-
-
-def run(session: Session, options: argparse.Namespace) -> list[Row]:
+def run(
+    session: Session,
+    names: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    timings: Sequence[str] | None = None,
+) -> list[Row]:
     on_gpu = session.device.type == "cuda"
-    timings = getattr(options, "timing", None) or (("eager", "graph") if on_gpu else ("eager",))
     rows: list[Row] = []
-    for name, dtype in chosen(session, options):
+    for name, dtype in _cases(session, names, dtypes):
         session.say(f"{name}, {name_of(dtype)}")
-        found = time_model(session, name, MODELS[name], dtype, methods(options), timings)
+        wanted = timings or (("eager", "graph") if on_gpu else ("eager",))
+        found = time_model(session, name, MODELS[name], dtype, methods, wanted)
         session.write(found)
         rows += found
     return rows
@@ -349,13 +350,18 @@ def _row(
     )  # fmt: skip
 
 
-def run_memory(session: Session, options: argparse.Namespace) -> list[Row]:
+def run_memory(
+    session: Session,
+    names: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+) -> list[Row]:
     """Peak memory of a call above weights and inputs; the cache of NASA is in its first call."""
     rows: list[Row] = []
-    for name, dtype in chosen(session, options):
+    for name, dtype in _cases(session, names, dtypes):
         denoiser = build(MODELS[name], dtype, session.device)
         found = []
-        for method in methods(options):
+        for method in methods:
             try:
                 with METHODS[method](denoiser) as call:
                     peak = peak_bytes(call, session.device)

@@ -29,7 +29,7 @@ from bench.work import attention_work
 from nasa_kernels.testing import MODEL_SHAPES, make_inputs
 
 ALPHA = 0.5
-# what decides comes first: a run that is cut short has measured these
+# headline cases, measured first: a run that is cut short has their rows
 HEADLINE = ("sdxl-64", "sd15-64", "pixart-1024", "sd21-64")
 NAMES = (*HEADLINE, *(s.name for s in MODEL_SHAPES if s.name not in HEADLINE))
 
@@ -41,7 +41,7 @@ def cases(
     dtypes: Iterable[torch.dtype],
     directions: Iterable[str],
 ) -> list[Case]:
-    """Every combination, in the order of the arguments' values: what decides comes first."""
+    """Every combination, in the order of the arguments' values."""
     shapes = {shape.name: shape for shape in MODEL_SHAPES}
     return [
         Case(shapes[name]._replace(b=b), dtype, device, direction)

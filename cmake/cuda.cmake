@@ -68,10 +68,10 @@ foreach(source ${NASA_KERNELS})
 endforeach()
 add_custom_target(ptx DEPENDS ${ptx_files})
 
-# The launchers with tests/fake_cuda.cpp in place of the CUDA runtime, for tests/test_cuda_launch.py.
+# The launchers with tests/support/fake_cuda.cpp in place of the CUDA runtime, for tests/cuda/test_cuda_launch.py.
 # Its kernels never run: PTX that nobody optimises is the quickest to make.
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
-set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/fake_cuda.cpp)
+set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers
   csrc/device.h csrc/launch.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh csrc/sm90.cuh
   csrc/softmax.cuh csrc/tile.cuh)

@@ -139,13 +139,13 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
     return p;
 }
 
-// What choose.cpp asks of the rows of K and V, on the GPUs where it matters
+// Whether TMA can read the rows of K or V: the test of choose.cpp, for one tensor
 bool suits_tma(const Tensor& x) {
     return starts_on_16_bytes(x) && (x.size(1) <= 1 || x.stride(1) != 0);
 }
 
-// The negative prompt does not choose the kernel: where the rows of the others let TMA read them,
-// one with other rows is copied. Returns what must live until the launch.
+// The negative prompt does not choose the kernel: where TMA can read the other tensors, a negative
+// prompt that it cannot read is copied. The copies must live until the launch.
 std::vector<Tensor> settle_negative(ForwardParams& p, const Tensor& k, const Tensor& v,
                                     const std::optional<Tensor>& mask) {
     if (!p.aligned || (suits_tma(k) && suits_tma(v))) return {};
@@ -184,7 +184,7 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
                     double alpha, double scale) {
     ForwardParams p =
         params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    // exactly the attention over the positive prompt, and at its price
+    // exactly the attention over the positive prompt: the negative one is not read
     if (p.alpha_map == nullptr && p.alpha == 0.f) {
         p.prompt[kNeg].n = 0;
         return launch_forward(p, q);
@@ -193,8 +193,7 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
     return launch_forward(p, q);
 }
 
-// What another kernel made of the shared keys, and the numbers of the last rows of q that are the
-// texts' own
+// O_s, the attention over the shared keys, which another kernel computed
 void set_shared(ForwardParams& p, const Tensor& q, const Tensor& o_shared) {
     check_rows(o_shared, "o_shared", q);
     STD_TORCH_CHECK(o_shared.size(1) == q.size(1),
@@ -206,6 +205,7 @@ void set_shared(ForwardParams& p, const Tensor& q, const Tensor& o_shared) {
     p.shared.o_stride_h = o_shared.stride(2);
 }
 
+// The last rows of q are the texts' own queries: text_pos of the positive one, then text_neg.
 void set_text_rows(ForwardParams& p, int64_t text_pos, int64_t text_neg) {
     STD_TORCH_CHECK(text_pos >= 0 && text_neg >= 0 && text_pos + text_neg <= p.l,
                     "nasa_kernels: text_pos and text_neg must be numbers of the ", p.l,
@@ -249,8 +249,8 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
     return launch_forward(p, q);
 }
 
-// dO of a backward call: what to keep until the launch, because the gradient of a sum is one number
-// with strides of 0
+// dO of a backward call, contiguous in d: the gradient of a sum is one number with strides of 0. The
+// returned tensor must live until the launch.
 Tensor set_grad(BackwardParams& p, const Tensor& grad_o, const Tensor& q) {
     const bool contiguous = grad_o.numel() == 0 || grad_o.size(3) == 1 || grad_o.stride(3) == 1;
     const Tensor grad = contiguous ? grad_o : torch::stable::contiguous(grad_o);
@@ -444,12 +444,12 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
     m.impl("joint_keys_cuda", TORCH_BOX(&nasa::joint_keys_cuda));
 }
 
-// For nasa_kernels/_cuda.py
+// For nasa_kernels/_cuda/extension.py
 extern "C" __attribute__((visibility("default"))) void nasa_kernels_overlap_launches(bool on) {
     nasa::overlap_launches(on);
 }
 
-// For nasa_kernels/_cuda.py, which asks once per device: the CUDA version of the runtime in this
+// For nasa_kernels/_cuda/extension.py, once per device: the CUDA version of the runtime in this
 // file, the newest that the driver serves (0 without a driver), both as 1000 major + 10 minor, and
 // what there is code for, as in CMakeLists.txt.
 extern "C" __attribute__((visibility("default"))) int nasa_kernels_cuda_version() {
@@ -465,7 +465,7 @@ extern "C" __attribute__((visibility("default"))) const char* nasa_kernels_archi
     return NASA_CUDA_ARCHS;
 }
 
-// For nasa_kernels/_cuda.py, which asks before a call: the shared memory a head_dim needs at least.
+// For nasa_kernels/_cuda/extension.py, before a call: the least shared memory of a head_dim.
 extern "C" __attribute__((visibility("default"))) int nasa_kernels_shared_bytes(int head_dim,
                                                                                 bool backward) {
     const int d = nasa::padded_head_dim(head_dim);

@@ -1,11 +1,13 @@
 // Which kernel takes a call.
 //
 // The kernels of one architecture give the same bits whether they hold the prompts or stream them:
-// forward_short those of forward_long, forward_sm90 those of forward_sm90_long. What the negative
-// prompt's length leads to cannot be seen, so alpha 0 is the positive prompt alone whatever the
-// negative one is. Hopper's add up in the order of wgmma, the others in that of mma.sync: for rows
-// that TMA cannot read, those of the positive prompt decide, because bindings.cpp copies a negative
-// prompt that would make the difference.
+// forward_short those of forward_long, forward_sm90 those of forward_sm90_long. So the length of the
+// negative prompt, which may choose between them, changes no bit of Z+, and alpha 0 is exactly the
+// attention over the positive prompt.
+//
+// Hopper's kernels add up in the order of wgmma, the others in that of mma.sync. TMA cannot read all
+// rows; whether it can read Q, K+ and V+ decides, and bindings.cpp copies a negative prompt that it
+// could not read.
 #include <algorithm>
 #include <atomic>
 
@@ -15,7 +17,7 @@
 namespace nasa {
 namespace {
 
-// TMA wants rows on 16 bytes that move from one to the next.
+// TMA reads rows that start on 16 bytes, with a step between them that is not 0.
 bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };

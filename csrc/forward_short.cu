@@ -9,8 +9,8 @@
 // the weights P+ and P- of a tile wait in registers, rounded, and O is made 16 columns at a time
 // from both. Nothing of size d is ever held.
 //
-// The arithmetic of a row, its order included, is that of forward_long.cu: which of the two runs
-// cannot be seen in the result.
+// The arithmetic of a row, its order included, is that of forward_long.cu: both give identical
+// bits.
 #include "launch.h"
 #include "rules.cuh"
 

@@ -74,7 +74,7 @@ struct ForwardParams {
 //     u+- = rowsum(P+- * (dO V+-^T))          dS+- = w+- P+- * (dO V+-^T - u+-)
 //     dQ = scale * (dS+ K+ + dS- K-)          dalpha = -u-
 //     dK+- = scale * dS+-^T Q                 dV+- = (w+- P+-)^T dO
-// A null pointer is a gradient that nobody asked for.
+// A null pointer: a gradient that is not computed.
 //
 // In a joint attention the weight w of a row is a function of its log-sum-exps, which then have
 // gradients of their own, of all three segments of keys:
@@ -83,7 +83,7 @@ struct ForwardParams {
 // dQ, both with O_s in `call.shared`, and backward_keys for each segment. lse, u, weight and shift
 // are of kShared, kPos, kNeg then, and the pointers are those of kPos.
 struct BackwardParams {
-    ForwardParams call;  // its o is not used; `aligned` speaks for grad_o and `image` too
+    ForwardParams call;  // its o is not used; `aligned` covers grad_o and `image` too
     Prompt image;        // the keys of kShared, where dQ is asked for
     const void* grad_o;  // [b, l, h, d]
     int64_t grad_stride_b, grad_stride_l, grad_stride_h;
@@ -97,7 +97,7 @@ struct BackwardParams {
     const float* shift;   // [3, b, h, l], null where `weight` is
     float* partial;       // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
     int splits;           // of the query rows, among the blocks that make one tile of dK and dV
-    // tiles of query rows that do not see the keys of backward_keys: how many, and the first
+    // `hidden` tiles of query rows, from `first_hidden` on, do not see the keys of backward_keys
     int first_hidden, hidden;
 };
 

@@ -339,7 +339,7 @@ cudaError_t launch_rows(const Params& params, const Device& device, int groups, 
                                  static_cast<int>(blocks_per_head));
 }
 
-// As dispatch of launch.h, for the head_dims that has_sm90 speaks of
+// As dispatch of launch.h, for the head_dims of has_sm90
 template <typename F>
 cudaError_t dispatch_exact(Type type, int d, F launch_for) {
     const auto for_type = [&](auto tag) {

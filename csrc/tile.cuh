@@ -159,7 +159,8 @@ __device__ __forceinline__ void stage(unsigned char* tile, int column,
     }
 }
 
-// What `stage` wrote as column tile `column`: row r / 2 of elements 2 * (r % 2), in floats
+// Reads back what `stage` wrote as column tile `column`: c[0] and c[1] of the lane's row, c[2] and
+// c[3] of the row eight below it, as floats.
 template <typename T, int kPitch>
 __device__ __forceinline__ void fetch(float (&c)[4], const unsigned char* tile, int column) {
     const int lane = threadIdx.x % kWarpSize;

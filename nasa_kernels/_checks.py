@@ -42,6 +42,7 @@ class Call(NamedTuple):
     differentiable: bool
     # "cuda", "triton", "cpu" or "reference": it takes this call
     backend: str
+    under_autocast: bool
 
 
 def prepare(
@@ -58,8 +59,10 @@ def prepare(
     `segments` are the image's keys in joint attention, then the positive and the negative prompt.
     Under autocast their tensors and q are cast; the caller then runs `outside_autocast`.
     """
-    if _autocasts(q):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    under_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if under_autocast:
+        dtype = torch.get_autocast_dtype(device)
         q = _cast(q, dtype)
         segments = [(side, _cast(k, dtype), _cast(v, dtype), mask) for side, k, v, mask in segments]
     _check_queries(function, q)
@@ -93,7 +96,7 @@ def prepare(
         _check_transforms(function, differentiable, q, *keys_values)
     return Call(
         q, keys_values, mask_pos, mask_neg, alpha_map, alpha_number, scale, text_pos, text_neg,
-        differentiable, backend,
+        differentiable, backend, under_autocast,
     )  # fmt: skip
 
 
@@ -101,15 +104,10 @@ def outside_autocast(run: Callable[..., T], call: Call, *args) -> T:
     """`run(call, *args)`; autocast would round the fp32 intermediates of a back end made of
     PyTorch's parts.
     """
-    if not _autocasts(call.q):
+    if not call.under_autocast:
         return run(call, *args)
     with torch.autocast(call.q.device.type, enabled=False):
         return run(call, *args)
-
-
-def _autocasts(q: Tensor) -> bool:
-    device = q.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,6 +136,9 @@ def _check_prompt(
 ) -> tuple[Tensor, Tensor]:
     """Check k and v of one side; return them expanded to the batch and heads of `q`, as views."""
     b, _, h, d = q.shape
+    n = k.shape[1] if k.dim() == 4 else 0
+    if k.shape == v.shape == (b, n, h, d) and _like(q, k) and _like(q, v):
+        return k, v
     for letter, x in (("k", k), ("v", v)):
         shape = x.shape
         if len(shape) != 4 or shape[3] != d or shape[0] not in (1, b) or shape[2] not in (1, h):
@@ -154,13 +155,16 @@ def _check_prompt(
             raise _wrong_device(function, q, f"{letter}{side}", x)
         if x.stride(3) != 1:
             _last_dimension(function, f"{letter}{side}", x)
-    n = k.shape[1]
     if v.shape[1] != n:
         raise ValueError(f"{function}: k{side} has {n} tokens but v{side} has {v.shape[1]}")
     return (
         k if k.shape[0] == b and k.shape[2] == h else k.expand(b, n, h, d),
         v if v.shape[0] == b and v.shape[2] == h else v.expand(b, n, h, d),
     )
+
+
+def _like(q: Tensor, x: Tensor) -> bool:
+    return x.dtype == q.dtype and x.device == q.device and x.stride(3) == 1
 
 
 def _check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) -> Tensor:

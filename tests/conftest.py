@@ -16,8 +16,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config):
+    from support.failures import print_at_once
+
+    print_at_once(config)
     if INTERPRETED:
-        from interpreter import repair_bf16
+        from support.interpreter import repair_bf16
 
         repair_bf16()
 
@@ -38,7 +41,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except ValueError as error:
-        from cases import refuses_dtype
+        from support.cases import refuses_dtype
 
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if not refuses_dtype(backend, error):

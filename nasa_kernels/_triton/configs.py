@@ -1,8 +1,8 @@
 """Block sizes, by head_dim and dtype, and which prompts stay on chip.
 
 No number here was timed on a GPU yet. They are the largest tiles that compile without a spill
-for sm_80, sm_90 and sm_100 under the oldest and the newest Triton (`tests/test_triton_compile.py`
-holds their registers and shared memory to ceilings).
+for sm_80, sm_90 and sm_100 under the oldest and the newest Triton, and fit the shared memory of
+every GPU: `tests/op/test_triton_compile.py` holds registers and bytes to ceilings.
 """
 
 import functools

@@ -1,0 +1,353 @@
+"""The launchers of csrc without a GPU: they run against a CUDA runtime that writes launches down.
+
+What they launch must be what tests/support/cuda_emulation.py launches and holds to fp64: the same
+kernel, blocks, shared memory, arguments and tensor maps.
+"""
+
+import ctypes
+import itertools
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import cuda_emulation
+from support.cuda_emulation import (
+    MAPPED_BYTES,
+    MAPS,
+    REPORTS,
+    BackwardParams,
+    ForwardParams,
+    Sm90Kernel,
+    nvcc,
+    path_of_sm90,
+)
+from test_cuda_backward import make_grad
+from test_cuda_forward import EDGES, MODELS, Shape, make
+from test_cuda_joint import make_joint
+from test_cuda_joint_backward import TILES, backward
+from test_cuda_joint_backward import make as make_segments
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the launchers cannot be built")
+
+
+class Gpu(NamedTuple):
+    major: int
+    sms: int
+    shared_per_block: int
+    shared_per_sm: int
+
+
+A100 = Gpu(8, 108, 166912, 167936)
+RTX4090 = Gpu(8, 128, 101376, 102400)
+H200 = Gpu(9, 132, 232448, 233472)
+
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char * 256),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint64),
+        ("allowed", ctypes.c_uint64),
+        ("overlaps", ctypes.c_uint64),
+        ("arguments", ctypes.c_ubyte * 4096),
+    ]
+
+    @property
+    def name(self) -> str:
+        """Without the hash that the compiler puts into the name of an anonymous namespace."""
+        return plain(self.kernel.decode())
+
+
+def plain(mangled: str) -> str:
+    name = re.search(r"([a-z][a-z0-9_]*_kernelI.*?E)v", mangled)[1]
+    return re.sub(r"^.*?((forward|backward|sum)_)", r"\1", name)
+
+
+@pytest.fixture(scope="module")
+def recorder() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(cuda_emulation.build("recorder") / "recorder.so"))
+    library.test_launch.restype = ctypes.POINTER(Record)
+    library.test_partial_elements.restype = ctypes.c_int64
+    library.gpu = None
+    return library
+
+
+def use(recorder, gpu: Gpu) -> None:
+    """A new device only where it is another GPU: the launchers know 64."""
+    if recorder.gpu != gpu:
+        recorder.test_use_device(*gpu)
+        recorder.gpu = gpu
+
+
+def launches(recorder, gpu: Gpu, params) -> list[Record]:
+    use(recorder, gpu)
+    run = recorder.test_backward if isinstance(params, BackwardParams) else recorder.test_forward
+    assert run(ctypes.byref(params)) == 0
+    return [recorder.test_launch(i).contents for i in range(recorder.test_launches())]
+
+
+def emulated(launch: cuda_emulation.Launch) -> tuple:
+    grid = launch.grid if isinstance(launch.grid, tuple) else (launch.grid,)
+    return plain(launch.kernel.name), (*grid, 1, 1)[:3], launch.block, launch.shared
+
+
+def recorded(record: Record) -> tuple:
+    assert record.shared <= record.allowed or record.shared == 0
+    return record.name, tuple(record.grid), record.block[0], record.shared
+
+
+def forward_params(launch: cuda_emulation.Launch) -> ForwardParams:
+    return ForwardParams.from_buffer_copy(launch.args[0])
+
+
+def sm90_params(launch: cuda_emulation.Launch) -> ForwardParams:
+    return ForwardParams.from_buffer_copy(launch.args[0][MAPS * MAPPED_BYTES :])
+
+
+CALLS = [s for s in (*MODELS, *EDGES) if s.n_pos + s.n_neg]
+
+
+@pytest.mark.parametrize("shape", CALLS, ids=str)
+def test_forward_launches_what_the_emulation_runs(recorder, shape):
+    cuda_emulation.forward(**make(shape, torch.bfloat16))
+    launch = REPORTS[-1]
+    # with few heads every block has one tile of rows
+    (record,) = launches(recorder, A100, forward_params(launch))
+    if "short" not in record.name:
+        cuda_emulation.forward(**make(shape, torch.bfloat16), path="long")
+        assert recorded(record) == emulated(REPORTS[-1])
+        return
+    blocks_per_head = -(-shape.l // 64)
+    cuda_emulation.forward(**make(shape, torch.bfloat16), blocks_per_head=blocks_per_head)
+    launch = REPORTS[-1]
+    assert recorded(record) == emulated(launch)
+    size = ctypes.sizeof(ForwardParams)
+    assert bytes(record.arguments)[size : size + 4] == launch.args[1].to_bytes(4, "little")
+    assert bytes(record.arguments)[:size] == bytes(launch.args[0])
+
+
+def test_a_full_gpu_shares_the_rows_of_a_head_among_fewer_blocks(recorder):
+    cuda_emulation.forward(**make(MODELS[3], torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    params.b, params.h, params.l = 16, 10, 4096
+    (record,) = launches(recorder, A100, params)
+    # 64 KiB for head_dim 64: two blocks per SM, 216 in all, 160 heads
+    assert record.grid[0] == 160 * 2
+
+
+def test_a_block_takes_a_kib_more_than_it_asks_for(recorder):
+    """SD 1.5 on a GPU of 100 KiB per multiprocessor: two blocks of 50,816 bytes do not fit."""
+    cuda_emulation.forward(**make(MODELS[0], torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    params.b, params.h, params.l = 1, 8, 4096
+    (record,) = launches(recorder, RTX4090, params)
+    assert record.shared == 50_816
+    assert 2 * record.shared <= RTX4090.shared_per_sm < 2 * (record.shared + 1024)
+    assert record.grid[0] == RTX4090.sms
+
+
+SMALL = Shape("d160", 1, 16, 1, 77, 77, 160)
+
+
+def test_where_shared_memory_is_small_the_long_kernel_takes_the_call(recorder):
+    cuda_emulation.forward(**make(SMALL, torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    assert "forward_short" in launches(recorder, A100, params)[0].name
+    assert "forward_long" in launches(recorder, RTX4090, params)[0].name
+
+
+def test_a_head_dim_that_does_not_fit_is_an_error_and_not_a_launch(recorder):
+    cuda_emulation.forward(**make(EDGES[3], torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    use(recorder, RTX4090)
+    params.d = 256
+    assert recorder.test_forward(ctypes.byref(params)) != 0
+    assert recorder.test_launches() == 0
+
+
+SM90 = (
+    Shape("sdxl", 2, 65, 2, 77, 77, 64),
+    Shape("pixart", 1, 33, 1, 120, 77, 72),
+    Shape("sd15", 1, 17, 3, 77, 20, 160),
+    Shape("wan", 1, 130, 2, 140, 260, 128),
+    Shape("sd15-long", 2, 70, 1, 77, 81, 40),
+    Shape("sd15-16-long", 1, 70, 1, 160, 81, 160),
+)
+
+
+def told(map_bytes: bytes) -> dict:
+    """A Told of tests/support/fake_cuda.cpp, as the fields of the interpreter's tensor map."""
+    words = [int.from_bytes(map_bytes[i : i + 8], "little") for i in range(0, 64, 8)]
+    box = [int.from_bytes(map_bytes[i : i + 4], "little") for i in range(64, 80, 4)]
+    return {"address": words[0], "shape": words[1:5], "strides": words[5:8], "box": box}
+
+
+@pytest.mark.parametrize("how", ["own", "broadcast", "joint"])
+@pytest.mark.parametrize("shape", SM90, ids=str)
+def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
+    inputs, joint = make(shape, torch.bfloat16), None
+    if how == "broadcast":
+        inputs = {
+            name: x if name == "q" else x[:1, :, :1].expand(shape.b, -1, shape.h, -1)
+            for name, x in inputs.items()
+        }
+    elif how == "joint":
+        joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
+    longest = max(shape.n_pos, shape.n_neg)
+    path = path_of_sm90(shape.d, shape.n_pos, shape.n_neg)
+    rows = 64 * Sm90Kernel.of(path, shape.d, longest).groups
+    cuda_emulation.forward_sm90(**inputs, blocks_per_head=-(-shape.l // rows), joint=joint)
+    launch = REPORTS[-1]
+    params, call = launch.args[0], sm90_params(launch)
+    (record,) = launches(recorder, H200, call)
+    assert recorded(record) == emulated(launch)
+    arguments, first = bytes(record.arguments), MAPS * MAPPED_BYTES
+    assert arguments[first : first + ctypes.sizeof(call)] == bytes(call)
+    assert arguments[len(params) : len(params) + 4] == launch.args[1].to_bytes(4, "little")
+    # without shared keys there is no map of O_s
+    places = [i for i in range(MAPS) if joint or i != 2]
+    for i, expected in zip(places, launch.memory.tensor_maps, strict=True):
+        place = slice(MAPPED_BYTES * i, MAPPED_BYTES * (i + 1))
+        mapped = arguments[place]
+        # step_h, step_b, first_row
+        assert mapped[128:140] == params[place][128:140]
+        actual = told(mapped)
+        assert actual["address"] == expected.address
+        assert actual["shape"] == list(expected.shape)
+        assert actual["box"] == list(expected.box)
+        moving = [n > 1 for n in expected.shape[1:]]
+        strides = zip(actual["strides"], expected.strides[1:], moving, strict=True)
+        assert all(a == e for a, e, moves in strides if moves)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"aligned": False}, "rows at any address"),
+        ({"d": 48}, "no kernel for the head_dim"),
+        ({"q_strides": (0, 0, 0)}, "rows that do not move"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_hopper_leaves_other_calls_to_the_other_kernels(recorder, change, reason):
+    cuda_emulation.forward_sm90(**make(SM90[0], torch.bfloat16))
+    params = sm90_params(REPORTS[-1])
+    assert "sm90" in launches(recorder, H200, params)[0].name
+    assert "sm90" not in launches(recorder, A100, params)[0].name
+    for name, value in change.items():
+        if isinstance(value, tuple):
+            getattr(params, name)[:] = value
+        else:
+            setattr(params, name, value)
+    assert "short" in launches(recorder, H200, params)[0].name
+
+
+def test_hopper_leaves_a_shared_segment_that_does_not_move_to_the_other_kernels(recorder):
+    shape = SM90[0]
+    joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
+    cuda_emulation.forward(**make(shape, torch.bfloat16), joint=joint)
+    params = forward_params(REPORTS[-1])
+    assert "sm90" in launches(recorder, H200, params)[0].name
+    params.shared.o_strides[1] = 0
+    (record,) = launches(recorder, H200, params)
+    assert "short" in record.name
+    assert bytes(record.arguments)[: ctypes.sizeof(params)] == bytes(params)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["two-prompts", "joint"])
+def test_hopper_takes_a_positive_prompt_whatever_the_negative_one_is(recorder, joint):
+    """Its two kernels give the same bits, so alpha 0 keeps those of the positive prompt alone."""
+    shape = SM90[2]
+    segment = make_joint(shape, torch.bfloat16) if joint else None
+    cuda_emulation.forward(**make(shape, torch.bfloat16), joint=segment)
+    params = forward_params(REPORTS[-1])
+    use(recorder, H200)
+    lengths = (0, 1, 80, 81, 128, 129, 5000)
+    for params.d, n_pos, n_neg in itertools.product((40, 64, 128, 160), lengths, lengths):
+        params.prompt[0].n, params.prompt[1].n = n_pos, n_neg
+        assert recorder.test_forward(ctypes.byref(params)) == 0
+        path = path_of_sm90(params.d, n_pos, n_neg)
+        name = recorder.test_launch(0).contents.name
+        assert ("sm90_long" if path == "long" else "sm90_kernel") in name, (params.d, n_pos, n_neg)
+
+
+@pytest.mark.parametrize("shape", [SM90[0], SM90[3]], ids=str)
+def test_a_kernel_that_waits_may_start_while_the_one_before_it_ends(recorder, shape):
+    """Off by default, and nothing else of the launch depends on it."""
+    cuda_emulation.forward(**make(shape, torch.bfloat16))
+    params = forward_params(REPORTS[-1])
+    try:
+        for gpu, on in ((H200, False), (H200, True), (A100, True)):
+            recorder.test_overlap(on)
+            (record,) = launches(recorder, gpu, params)
+            assert record.overlaps == ("sm90" in record.name and on)
+            if not on:
+                plain_launch = recorded(record), bytes(record.arguments)
+            elif gpu is H200:
+                assert (recorded(record), bytes(record.arguments)) == plain_launch
+    finally:
+        recorder.test_overlap(False)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", [MODELS[0], MODELS[5], EDGES[2]], ids=str)
+def test_backward_launches_what_the_emulation_runs(recorder, shape, splits):
+    inputs = make(shape, torch.float16)
+    REPORTS.clear()
+    cuda_emulation.backward(make_grad(inputs), **inputs, splits=splits)
+    params = BackwardParams.from_buffer_copy(REPORTS[0].args[0])
+    records = launches(recorder, A100, params)
+    assert len(records) == len(REPORTS) == (2 if splits == 1 else 3)
+    for record, launch in zip(records[:2], REPORTS, strict=False):
+        assert recorded(record) == emulated(launch)
+        assert bytes(record.arguments)[: ctypes.sizeof(params)] == launch.args[0]
+    if splits > 1:
+        assert records[2].name == emulated(REPORTS[2])[0]
+        assert tuple(records[2].grid)[1] == 4
+    elements = 2 * sum(shape.b * n * shape.h * shape.d for n in (shape.n_pos, shape.n_neg))
+    assert recorder.test_partial_elements(ctypes.byref(params)) == elements
+
+
+def test_joint_backward_launches_what_the_emulation_runs(recorder):
+    inputs = make_segments(TILES, torch.float16)
+    REPORTS.clear()
+    backward(make_grad(inputs), inputs, 0.5, text=TILES.text)
+    for launch in REPORTS:
+        params = BackwardParams.from_buffer_copy(launch.args[0])
+        # joint_keys_cuda launches the last one alone
+        record = launches(recorder, A100, params)[-1]
+        assert recorded(record) == emulated(launch)
+        assert bytes(record.arguments)[: ctypes.sizeof(params)] == launch.args[0]
+
+
+def test_rows_that_are_hidden_are_no_reason_to_split(recorder):
+    inputs = make(MODELS[0], torch.float16)
+    cuda_emulation.backward(make_grad(inputs), **inputs)
+    params = BackwardParams.from_buffer_copy(REPORTS[-1].args[0])
+    use(recorder, H200)
+    params.call.b, params.call.h, params.call.l = 1, 1, 64 * 20
+    for hidden, splits in ((0, 10), (12, 4), (18, 1)):
+        params.hidden = hidden
+        assert recorder.test_splits(ctypes.byref(params)) == splits
+
+
+def test_splits_fill_the_gpu_where_there_are_few_keys(recorder):
+    inputs = make(MODELS[0], torch.float16)
+    cuda_emulation.backward(make_grad(inputs), **inputs)
+    params = BackwardParams.from_buffer_copy(REPORTS[-1].args[0])
+    use(recorder, H200)
+    # one tile of keys per prompt and head: b h 2 blocks
+    for b, h, l, splits in ((1, 8, 4096, 16), (16, 8, 4096, 1), (1, 8, 100, 1), (1, 1, 4096, 32)):
+        params.call.b, params.call.h, params.call.l = b, h, l
+        assert recorder.test_splits(ctypes.byref(params)) == splits, (b, h, l)
+
+
+def test_nothing_to_do_launches_nothing(recorder):
+    cuda_emulation.forward(**make(MODELS[0], torch.float16))
+    params = forward_params(REPORTS[-1])
+    params.b = 0
+    use(recorder, A100)
+    assert recorder.test_forward(ctypes.byref(params)) == 0
+    assert recorder.test_launches() == 0

@@ -1,0 +1,215 @@
+"""A test of the tests: each fault, planted in a copy of the package, must turn the suite red.
+
+The copy is tested in a process of its own, by the part of the suite that is about the broken idea.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parents[1] / "nasa_kernels"
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # a file of tests/, and after it what `pytest -k` selects in it
+
+
+FORWARD = "test_forward.py test_matches_fp64 and triton and float16 and (basic or odd or no-neg)"
+MASKS = "test_forward.py test_masks and triton and float16"
+BACKWARD = "test_backward.py test_matches_fp64 and triton and float16 and (sd15-64 or odd)"
+STREAMED = "test_forward.py test_matches_fp64 and triton and float16 and (long-and or short-and)"
+EXACT = "test_properties.py (equal_prompts or alpha_zero or alpha_splits) and triton and float16"
+ABSENT = "test_properties.py (masked_key_is or all_masked) and triton and (float16 or bias)"
+JOINT_BACKWARD = "test_joint_backward.py matches_fp64 and triton and small and vsf and float32"
+
+FAULTS = (
+    Fault(
+        "ragged-end", "_triton/softmax.py",
+        'scores = tl.where((key < n)[None, :], scores, float("-inf"))', "scores += 0.0", FORWARD,
+    ),
+    Fault(
+        "bias-not-in-base-2", "_triton/softmax.py", "(LOG2E / qk_scale)", "(1.0 / qk_scale)", MASKS
+    ),
+    Fault(
+        "nan-of-masked-rows", "_triton/softmax.py", '> float("-inf")', '>= float("-inf")', ABSENT
+    ),
+    Fault("zero-over-zero", "_triton/softmax.py", "row_sum == 0.0", "row_sum == -1.0", ABSENT),
+    Fault(
+        "chained-rounding", "_triton/forward.py",
+        "o = (z_pos_i - c * z_neg_i) * normalise",
+        "o = (z_pos_i * normalise).to(tl.float16) - c * (z_neg_i * normalise * 1.0001)", EXACT,
+    ),
+    Fault("sign", "_triton/forward.py", "z_pos_i - c * z_neg_i", "z_pos_i + c * z_neg_i", FORWARD),
+    Fault("normaliser", "_triton/forward.py", "tl.div_rn(l_pos, l_neg)", "1.0", FORWARD),
+    Fault(
+        "decay", "_triton/forward.py", "l = l * decay + tl.sum(p, 1)", "l = l + tl.sum(p, 1)",
+        STREAMED,
+    ),
+    Fault(
+        "negative-first-tile-only", "_triton/forward.py",
+        "BLOCK_L), programs):", "BLOCK_L), 1 << 20):",
+        "test_forward.py test_matches_fp64 and triton and float16 and tiles",
+    ),
+    Fault(
+        "second-d-block", "_triton/tiles.py",
+        "for i in tl.static_range(1, len(a)):", "for i in tl.static_range(1, 1):",
+        "test_forward.py test_matches_fp64 and triton and float16 and sd15",
+    ),
+    Fault("delta-of-flash", "_triton/backward.py", "u = u / l\n", "u = u / l * 0.5\n", BACKWARD),
+    Fault(
+        "weight-of-dv", "_triton/backward.py", "weighted, do)", "p, do)", BACKWARD
+    ),
+    Fault(
+        "scale-of-dk", "_triton/backward.py",
+        "factor = tl.full([BLOCK_N], 1.0, tl.float32) * scale",
+        "factor = tl.full([BLOCK_N], 1.0, tl.float32)", BACKWARD,
+    ),
+    Fault(
+        "alpha-gradient", "_triton/backward.py", "dalpha = -u_neg", "dalpha = u_neg",
+        "test_backward.py test_alpha_tensors and triton",
+    ),
+    Fault(
+        "split-parts", "_triton/backward.py", "x.sum(0)", "x[0]",
+        "test_backward.py test_split_queries",
+    ),
+    Fault(
+        "batch-stride-of-the-mask", "_triton/forward.py", "MASK_neg += b * stride_mnb",
+        "MASK_neg += 0", MASKS,
+    ),
+    Fault(
+        "alignment-of-odd-strides", "_triton/launch.py", "return 1", "return 8 * 1",
+        "test_triton_launch.py alignment",
+    ),
+    Fault(
+        "cpu-nan", "_cpu/attention.py", "torch.where(present, v, 0.0)", "v",
+        "test_properties.py masked_key_is and cpu",
+    ),
+    Fault(
+        "cpu-alpha-map", "_cpu/attention.py", "value=-1, out=o", "value=1, out=o",
+        "test_forward.py test_alpha_tensors and cpu",
+    ),
+    Fault(
+        "nag-norm-of-one-block", "_triton/nag.py",
+        "for i in tl.static_range(1, len(blocks)):", "for i in tl.static_range(1, 1):",
+        "test_nag.py published and triton and sdxl and float32",
+    ),
+    Fault(
+        "nag-norm-per-head", "nag.py", ".sum((2, 3), keepdim=True)", ".sum(3, keepdim=True)",
+        "test_nag.py published and cpu and basic",
+    ),
+    Fault(
+        "flops", "_flops.py", "return 2 * _product(q, k_pos, k_neg)",
+        "return 2 * _product(q, k_pos)", "test_ops.py test_flops_forward and cpu",
+    ),
+    Fault(
+        "needs-ignored", "ops.py", "if needed else (0,)", "if True else (0,)",
+        "test_ops.py test_opcheck and cpu",
+    ),
+    Fault(
+        "autocast-inside", "_checks.py", "torch.autocast(call.q.device.type, enabled=False)",
+        "torch.autocast(call.q.device.type, enabled=True)", "test_ops.py test_autocast",
+    ),
+    Fault(
+        "joint-share", "_triton/joint.py", "return w_x / total, w_y / total",
+        "return w_x / total, w_y", "test_joint.py matches_fp64 and triton and flux and float32",
+    ),
+    Fault(
+        "joint-row-kind", "_triton/joint.py", "(row >= first_pos) & (row < first_neg), row",
+        "(row >= first_pos) & (row <= first_neg), row",
+        "test_joint.py matches_fp64 and triton and flux and float32",
+    ),
+    Fault(
+        "joint-sum", "_triton/joint.py", "c_s, c_p, c_n = 1.0, 1.0, -alpha",
+        "c_s, c_p, c_n = a_s, 1.0, -alpha", "test_joint.py a_sum_is and triton and streamed",
+    ),
+    Fault(
+        "joint-gradient", "_joint/rules.py", "negative = b_s * b_n * by_b", "negative = b_s * by_b",
+        "test_joint_backward.py matches_fp64 and cpu and flux",
+    ),
+    Fault(
+        "joint-gradient-of-lse", "_triton/backward.py", "ds += p * dlse", "ds -= p * dlse",
+        JOINT_BACKWARD,
+    ),
+    Fault(
+        "joint-u-of-the-shared", "_triton/joint_backward.py", "u_shared += tl.sum(",
+        "u_shared -= tl.sum(", JOINT_BACKWARD,
+    ),
+    Fault(
+        "joint-hidden-tiles", "_triton/backward.py",
+        "first_row += tl.where(tile < first_hidden, 0, hidden * BLOCK_L)", "first_row += 0",
+        "test_joint_backward.py matches_fp64 and triton and much-text",
+    ),
+    Fault(
+        "joint-no-key", "_joint/gradients.py", 'float("-inf"), float("inf")',
+        'float("-inf"), float("-inf")', "test_joint_backward.py test_masks and triton and vsf",
+    ),
+    Fault(
+        "joint-flops", "_flops.py", "_product(q, k_neg, less=text_pos),\n    )",
+        "_product(q, k_neg),\n    )", "test_joint_backward.py test_flops and cpu and meta",
+    ),
+    Fault(
+        "sign-of-the-reference", "reference.py",
+        "o = o - alpha * attend(q, k_neg", "o = o + alpha * attend(q, k_neg",
+        "test_forward.py test_matches_fp64 and reference and odd",
+    ),
+    Fault(
+        "sign-of-the-joint-reference", "reference.py", "o = o - alpha * attend(q, *taken",
+        "o = o + alpha * attend(q, *taken", "test_joint.py matches_fp64 and reference and vsf",
+    ),
+    Fault(
+        "mask-of-the-reference", "reference.py", "* scale + bias[:, None, None, :]", "* scale",
+        "test_forward.py test_masks and reference and float32",
+    ),
+    Fault(
+        "rule-of-the-joint-reference", "reference.py", '"nasa-cross": (k_neg, v_neg, mask_neg)',
+        '"nasa-cross": with_neg', "test_joint.py matches_fp64 and reference and nasa-cross",
+    ),
+    Fault(
+        "dtype-unchecked", "_checks.py", "if x.dtype != q.dtype:", "if False:",
+        "test_errors.py k-dtype",
+    ),
+)  # fmt: skip
+
+
+def run(package_root: Path, tests: str) -> subprocess.CompletedProcess:
+    file, _, selection = tests.partition(" ")
+    path = [str(package_root), os.environ.get("PYTHONPATH", "")]
+    # faults of `cpu` are in the Python that runs without the compiled kernels
+    env = {"PYTHONPATH": os.pathsep.join(p for p in path if p), "NASA_CPU_ISA": "none"}
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
+            *("-p", "no:xdist", "-k", selection, str(TESTS / file)),
+        ],
+        # in the folder of the copy: Python looks for packages where it is started
+        cwd=package_root, env=os.environ | env, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_without_a_fault_the_copy_passes(tmp_path):
+    """That each selection passes is what the suite itself shows; here, that the copy runs."""
+    shutil.copytree(PACKAGE, tmp_path / "nasa_kernels")
+    result = run(tmp_path, "test_triton_launch.py alignment")
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_turns_them_red(fault, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "nasa_kernels")
+    source = tmp_path / "nasa_kernels" / fault.file
+    text = source.read_text()
+    assert fault.old in text, f"the fault {fault.name} has lost its place"
+    source.write_text(text.replace(fault.old, fault.new))
+    result = run(tmp_path, fault.tests)
+    # 1 is "tests failed"; 2 to 5 would be an error of this test
+    assert result.returncode == 1, result.stdout[-2000:]

@@ -1,0 +1,75 @@
+"""Every configuration of the Triton kernels, compiled for every generation of GPUs.
+
+With the installed Triton, and with the oldest supported one where `make test` put it. Ceilings
+are what the compilers reach today, rounded up: a kernel that starts to spill, or to pad, fails.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# a directory with the oldest supported Triton, made by `make test`
+OLDEST = os.environ.get("NASA_TEST_OLDEST")
+VERSIONS = {"installed": None, "oldest": OLDEST} if OLDEST else {"installed": None}
+
+# bytes of stack, spills included. The kernels of 77 keys at d 40 and 64 spill nothing (below).
+STACK = {80: 128, 90: 96, 100: 256}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORE = {80: "hmma", 90: "hgmma", 100: "utchmma"}
+
+
+def rows(version: str, arch: int, *mode: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(ROOT), environment.get("PYTHONPATH", "")]
+    if VERSIONS[version]:
+        path.insert(0, VERSIONS[version])
+    environment |= {"PYTHONPATH": os.pathsep.join(p for p in path if p), "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "tools/triton_aot.py", str(arch), *mode],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100], ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_registers_memory_and_instructions(version, arch):
+    table = rows(version, arch)
+    # three kernels of cross-attention, four of joint attention
+    assert len(table) == 7 * 3 + 2 * 4
+    expected = "3.6.0" if version == "oldest" else importlib.metadata.version("triton")
+    for row in table:
+        where = f"{row} for sm_{arch}"
+        assert row["triton"] == expected, where
+        assert row["stack"] <= STACK[arch], where
+        assert row["shared"] <= SHARED[arch], where
+        # Triton 3.6 once compiled a kernel to nothing, without an error
+        assert row["mufu.ex2"] > 0, where
+        if row["kernel"].startswith(("forward", "joint")):
+            assert row[TENSOR_CORE[arch]] > 0, where
+        if row["model"] in ("flux", "sd3"):
+            assert row["stack"] == row["ldl"] == row["stl"] == 0, where
+        if row["kernel"] == "forward" and row["model"] in ("sd15-64", "sdxl-64") and arch < 100:
+            # 64 rows of 77 + 77 keys are 80 + 80 exponentials for 128 threads: no padding to 128
+            assert row["mufu.ex2"] == 80, where
+            assert row["stack"] == row["ldl"] == row["stl"] == 0, where
+            if arch == 90:
+                # three programs of 128 threads share the 65,536 registers of a multiprocessor
+                assert row["registers"] <= 168, where
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120], ids=lambda arch: f"sm_{arch}")
+def test_every_head_dim_fits_a_block_of_99_kib(arch):
+    """Consumer GPUs: a kernel that needs more raises `OutOfResources` at its first call."""
+    table = rows("installed", arch, "memory")
+    for kernel in ("forward", "queries", "keys", "joint", "joint-statistics", "joint-queries"):
+        assert any(row["kernel"] == kernel for row in table), kernel
+    for row in table:
+        assert 0 < row["shared"] <= 99 * 1024, row

@@ -1,0 +1,568 @@
+"""Runs the CUDA C++ kernels on the CPU: the PTX of the build, through the interpreter in tools/ptx.
+
+`forward` takes tensors as the op does, fills the params struct and launches what the launchers in
+csrc would launch. The PTX is made by the build's own target, with its flags, once per session.
+"""
+
+import ctypes
+import fcntl
+import functools
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import ptx
+import torch
+from torch import Tensor, library
+
+ROOT = Path(__file__).parents[2]
+BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
+LOG2E = 1.4426950408889634
+WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
+BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
+HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
+POS, NEG = 0, 1
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum")
+# what the last launches did
+REPORTS: deque = deque(maxlen=4)
+
+
+def nvcc() -> str | None:
+    """The compiler that setup.py would take."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    found = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    return next((str(p) for p in found if p.is_file()), shutil.which("nvcc"))
+
+
+@functools.cache
+def build(target: str) -> Path:
+    """Build a target of CMakeLists.txt; returns the build folder."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    torch_dir = Path(torch.__file__).parent
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    configure = [
+        *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"),
+        *(f"-DNASA_TORCH_DIR={torch_dir}", f"-DCMAKE_CUDA_COMPILER={nvcc()}"),
+    ]
+    # one test process builds, the others wait
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+            done = subprocess.run(
+                command, env=os.environ | {"PATH": path}, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"{target} does not build:\n{done.stdout}\n{done.stderr}")
+    return BUILD
+
+
+@functools.cache
+def source(name: str) -> str:
+    return (build("ptx") / "ptx" / f"{name}.ptx").read_text()
+
+
+@functools.cache
+def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int) -> ptx.LoadedKernel:
+    kind = {torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}[dtype]
+    numbers = "".join(f"Li{size}E" for size in sizes)
+    return ptx.load(source(file), f"{name}I{kind}{numbers}E")
+
+
+# ---- csrc/nasa.h -------------------------------------------------------------------------------
+
+
+ADDRESS, INT64, INT, FLOAT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+def fields(**types: type) -> list[tuple[str, type]]:
+    return list(types.items())
+
+
+class Mask(ctypes.Structure):
+    _fields_ = fields(data=ADDRESS, strides=INT64 * 2, type=INT)
+
+
+class Prompt(ctypes.Structure):
+    _fields_ = fields(
+        k=ADDRESS, v=ADDRESS, k_strides=INT64 * 3, v_strides=INT64 * 3, mask=Mask, n=INT,
+    )  # fmt: skip
+
+
+class Shared(ctypes.Structure):
+    _fields_ = fields(
+        o=ADDRESS, lse=ADDRESS, o_strides=INT64 * 3, lse_strides=INT64 * 3, rule=INT,
+        first_text_pos=INT, first_text_neg=INT,
+    )  # fmt: skip
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = fields(
+        q=ADDRESS, o=ADDRESS, q_strides=INT64 * 3, prompt=Prompt * 2, alpha_map=ADDRESS,
+        alpha_strides=INT64 * 3, b=INT, l=INT, h=INT, d=INT, shared=Shared, alpha=FLOAT,
+        scale=FLOAT, aligned=ctypes.c_bool, type=INT,
+    )  # fmt: skip
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = fields(
+        call=ForwardParams, image=Prompt, grad_o=ADDRESS, grad_strides=INT64 * 3, dq=ADDRESS,
+        dalpha=ADDRESS, dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS,
+        shift=ADDRESS, partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
+    )  # fmt: skip
+
+
+MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
+
+def padded(d: int) -> int:
+    return next(size for size in HEAD_DIMS if d <= size)
+
+
+def tile_bytes(rows: int, d: int) -> int:
+    return rows * 2 * (d + 8)
+
+
+def short_shared_bytes(d: int, keys: int) -> int:
+    return 4 * tile_bytes(keys, d) + WARPS * 2 * tile_bytes(WARP_ROWS, d) + 2 * keys * 4
+
+
+def long_columns(d: int) -> int:
+    return d if d <= 96 else d // 2 if d <= 192 else d // 4
+
+
+def long_shared_bytes(d: int) -> int:
+    tiles = tile_bytes(BLOCK_KEYS, d) + tile_bytes(BLOCK_KEYS, long_columns(d))
+    return tiles + tile_bytes(WARPS * WARP_ROWS, d) + BLOCK_KEYS * 4
+
+
+def backward_columns(d: int) -> int:
+    return d if d <= 128 else d // 2 if d <= 192 else d // 4
+
+
+def queries_shared_bytes(d: int) -> int:
+    tiles = 2 * tile_bytes(BACKWARD_ROWS, d) + 2 * tile_bytes(BACKWARD_KEYS, d)
+    return tiles + BACKWARD_KEYS * 4
+
+
+def keys_shared_bytes(d: int) -> int:
+    stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
+    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
+
+
+def has_short(d: int, keys: int) -> bool:
+    return d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
+
+
+def path_of(d: int, n_pos: int, n_neg: int) -> str:
+    """forward_short or forward_long, where shared memory is no limit."""
+    keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+    return "short" if max(n_pos, n_neg) <= BLOCK_KEYS and has_short(padded(d), keys) else "long"
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    return tensors[0].shape[-1] % 8 == 0 and all(
+        x.storage_offset() % 8 == 0
+        and all(s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+        for x in tensors
+    )
+
+
+class Launch(NamedTuple):
+    kernel: ptx.LoadedKernel
+    grid: int | tuple[int, ...]
+    block: int
+    shared: int
+    args: tuple
+    report: ptx.Report
+    memory: ptx.Memory
+
+
+class Joint(NamedTuple):
+    """The shared segment of a joint attention, in the terms of csrc/nasa.h."""
+
+    o: Tensor  # [b, l, h, d]
+    lse: Tensor  # [b, h, l]
+    rule: str = "nasa"
+    text_pos: int = 0
+    text_neg: int = 0
+
+
+class Call:
+    """One call of the op: its tensors in the interpreter's memory, its params struct."""
+
+    def __init__(self, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
+        self.memory = ptx.Memory()
+        p = self.params = ForwardParams()
+        p.q, p.q_strides[:] = self.memory.upload(q, "q"), q.stride()[:3]
+        self.o = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        p.o = self.memory.upload(self.o, "o")
+        sides = ((k_pos, v_pos, mask_pos, "pos"), (k_neg, v_neg, mask_neg, "neg"))
+        for side, (k, v, mask, name) in enumerate(sides):
+            self.set_prompt(p.prompt[side], k, v, mask, name)
+        if alpha_map is not None:
+            p.alpha_map = self.memory.upload(alpha_map, "alpha")
+            p.alpha_strides[:] = alpha_map.stride()
+        elif alpha == 0:
+            p.prompt[NEG].n = 0
+        p.b, p.l, p.h, p.d = q.shape
+        p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
+        p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
+
+    def set_prompt(self, prompt: Prompt, k, v, mask, name: str) -> None:
+        prompt.k, prompt.k_strides[:] = self.memory.upload(k, f"k_{name}"), k.stride()[:3]
+        prompt.v, prompt.v_strides[:] = self.memory.upload(v, f"v_{name}"), v.stride()[:3]
+        prompt.n = k.shape[1]
+        if mask is not None:
+            prompt.mask.data = self.memory.upload(mask, f"mask_{name}")
+            prompt.mask.strides[:] = mask.stride()
+            prompt.mask.type = MASK_TYPES[mask.dtype]
+
+    def set_shared(self, o: Tensor) -> None:
+        shared = self.params.shared
+        shared.o, shared.o_strides[:] = self.memory.upload(o, "o_shared"), o.stride()[:3]
+
+    def set_text_rows(self, text_pos: int, text_neg: int) -> None:
+        p, shared = self.params, self.params.shared
+        shared.first_text_neg = p.l - text_neg
+        shared.first_text_pos = shared.first_text_neg - text_pos
+
+    def add(self, joint: Joint, tensors: tuple[Tensor, ...]) -> None:
+        p, shared = self.params, self.params.shared
+        self.set_shared(joint.o)
+        shared.lse = self.memory.upload(joint.lse, "lse_shared")
+        shared.lse_strides[:] = joint.lse.stride()
+        shared.rule = RULES.index(joint.rule)
+        self.set_text_rows(joint.text_pos, joint.text_neg)
+        p.aligned = is_aligned(*tensors, joint.o)
+
+    def launch(
+        self, loaded: ptx.LoadedKernel, grid: int | tuple[int, ...], block: int, shared: int, *args
+    ) -> None:
+        """Run a kernel; a race in shared memory, or a read of what nobody wrote, is an error."""
+        report = loaded.launch(
+            grid, block, list(args), self.memory, shared, check_races=True,
+            count_bank_conflicts=True, dependent="sm90" in loaded.name,
+        )  # fmt: skip
+        REPORTS.append(Launch(loaded, grid, block, shared, args, report, self.memory))
+
+    def output(self, *shape: int, dtype: torch.dtype) -> tuple[int, Tensor]:
+        """The address of a new tensor, full of NaN, and its host copy."""
+        host = torch.full(shape, float("nan"), dtype=dtype)
+        return self.memory.upload(host), host
+
+
+def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint) -> Call:
+    """A forward call as csrc/bindings.cpp hands it to the launchers."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    number = 0.0 if alpha_map is not None else alpha
+    call = Call(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, scale)
+    if joint is not None:
+        call.add(joint, (q, k_pos, v_pos, k_neg, v_neg))
+        if joint.text_neg or joint.rule == "vsf":
+            call.params.prompt[NEG].n = k_neg.shape[1]
+    return call
+
+
+def forward(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+    joint: Joint | None = None,
+) -> Tensor:  # fmt: skip
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
+
+    path: "short" or "long" where both take the call; None is the launcher's choice. "sm90-short"
+        and "sm90-long" are forward_sm90's.
+    blocks_per_head: Blocks that share the rows of a head in forward_short.
+    """
+    if path is not None and path.startswith("sm90-"):
+        return forward_sm90(
+            q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos, mask_neg, scale,
+            path.removeprefix("sm90-"), blocks_per_head, joint,
+        )  # fmt: skip
+    b, l, h, d = q.shape
+    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
+    n_pos, n_neg = (call.params.prompt[side].n for side in (POS, NEG))
+    if q.numel() == 0:
+        return call.o
+    size = padded(d)
+    if (path or path_of(d, n_pos, n_neg)) == "short":
+        keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+        loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys)
+        shared = short_shared_bytes(size, keys)
+        blocks = b * h * blocks_per_head
+        call.launch(loaded, blocks, WARPS * 32, shared, bytes(call.params), blocks_per_head)
+    else:
+        loaded = kernel("forward_long", "forward_long_kernel", q.dtype, size)
+        tiles = -(-l // (WARPS * WARP_ROWS))
+        blocks = b * h * tiles * (size // long_columns(size))
+        call.launch(loaded, blocks, WARPS * 32, long_shared_bytes(size), bytes(call.params))
+    return call.memory.download(call.params.o, like=call.o)
+
+
+MAPPED_BYTES = 256
+# of the Params of csrc/sm90.cuh: q, o, o_shared, k and v of both prompts
+MAPS = 7
+
+
+def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
+    """A `Mapped` of csrc/sm90.cuh: a tensor map of x as [b, h, rows, d], and its steps."""
+    b, _, h, _ = x.shape
+    step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
+    # [b or 1, h or 1, rows, d]
+    view = x[: b if step_b else 1, :, : h if step_h else 1].transpose(1, 2)
+    tensor_map = ptx.tensor_map(call.memory, address, view, (1, 1, box_rows, 64), swizzle=128)
+    steps = struct.pack("<3i", step_h, step_b, first_row)
+    return (tensor_map + steps).ljust(MAPPED_BYTES, b"\0")
+
+
+# csrc/sm90.cuh
+GROUP_ROWS, ATOM_BYTES, QUERY_STAGES = 64, 128, 2
+
+
+def stream_keys(d: int) -> int:
+    return BLOCK_KEYS if d <= 128 else CLIP_KEYS
+
+
+def path_of_sm90(d: int, n_pos: int, n_neg: int) -> str:
+    """forward_sm90 or forward_sm90_long."""
+    longest = max(n_pos, n_neg)
+    return "short" if longest <= (BLOCK_KEYS if d in (64, 72, 128) else CLIP_KEYS) else "long"
+
+
+class Sm90Kernel(NamedTuple):
+    """What the launchers give to a kernel for Hopper: of its K and V tiles, its warpgroups."""
+
+    file: str
+    sizes: tuple[int, ...]
+    keys: int
+    groups: int  # with rows
+    threads: int
+    shared: int
+
+    @classmethod
+    def of(cls, path: str, d: int, n: int) -> "Sm90Kernel":
+        atoms = -(-d // 64)
+        rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
+        if path == "short":
+            keys = CLIP_KEYS if n <= CLIP_KEYS else BLOCK_KEYS
+            groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
+            tiles = 4 * atoms * keys * ATOM_BYTES
+            shared = tiles + groups * rows + 2 * keys * 4 + 8 * (2 + groups * barriers)
+            return cls("forward_sm90", (d, keys), keys, groups, groups * 128, shared)
+        keys, groups = stream_keys(d), 2
+        slots = 8 if d <= 64 else 4 if d <= 80 else 3
+        parked = 0 if d <= 80 else 16 if d <= 128 else 8
+        tiles = slots * atoms * keys * ATOM_BYTES + groups * 128 * parked * 16
+        shared = tiles + groups * rows + slots * keys * 4 + 8 * (3 * slots + groups * barriers)
+        return cls("forward_sm90_long", (d,), keys, groups, groups * 128 + 128, shared)
+
+
+def forward_sm90(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+    joint: Joint | None = None,
+) -> Tensor:  # fmt: skip
+    """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a.
+
+    path: "short" or "long" where both take the call; None is the launcher's choice.
+    blocks_per_head: Blocks that share the rows of a head.
+    """
+    b, l, h, d = q.shape
+    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
+    p = call.params
+    n_pos, n_neg = (p.prompt[side].n for side in (POS, NEG))
+    how = Sm90Kernel.of(path or path_of_sm90(d, n_pos, n_neg), d, max(n_pos, n_neg))
+    maps = [mapped(call, p.q, q, GROUP_ROWS), mapped(call, p.o, call.o, GROUP_ROWS)]
+    maps.append(mapped(call, p.shared.o, joint.o, GROUP_ROWS) if joint else bytes(MAPPED_BYTES))
+    for tensors, field in (((k_pos, k_neg), "k"), ((v_pos, v_neg), "v")):
+        for side in (POS, NEG):
+            prompt = p.prompt[side]
+            if prompt.n:
+                maps.append(mapped(call, getattr(prompt, field), tensors[side], how.keys))
+            else:
+                maps.append(mapped(call, p.q, q[:1, :, :1].expand_as(q), how.keys, first_row=l))
+    params = b"".join(maps) + bytes(p)
+    loaded = kernel(how.file, f"{how.file}_kernel", q.dtype, *how.sizes)
+    params = params.ljust(-(-len(params) // 128) * 128, b"\0")
+    call.launch(loaded, b * h * blocks_per_head, how.threads, how.shared, params, blocks_per_head)
+    return call.memory.download(p.o, like=call.o)
+
+
+def backward(
+    grad_o: Tensor, q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
+    scale: float | None = None, splits: int = 1, needs: tuple[bool, ...] = (True,) * 6,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients that `needs` asks for, as the CUDA back end computes them on sm_80."""
+    b, l, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    alpha_map = alpha if isinstance(alpha, Tensor) else None
+    number = 0.0 if alpha_map is not None else alpha
+    # the number 0 is no reason here to leave the negative prompt out: its gradients are asked for
+    call = Call(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number or 1.0, scale)
+    call.params.alpha = number
+    call.params.aligned = is_aligned(grad_o, q, k_pos, v_pos, k_neg, v_neg)
+    p = BackwardParams(call=call.params)
+    p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+    outputs = {}
+    likes = {"q": q, "k_pos": k_pos, "v_pos": v_pos, "k_neg": k_neg, "v_neg": v_neg}
+    likes["alpha"] = torch.empty(b, l, h)
+    for need, (name, like) in zip(needs, likes.items(), strict=True):
+        if need and like.numel():
+            outputs[name] = call.output(*like.shape, dtype=like.dtype)
+    address = {name: outputs[name][0] if name in outputs else 0 for name in likes}
+    p.dq, p.dalpha = address["q"], address["alpha"]
+    p.dk[:] = address["k_pos"], address["k_neg"]
+    p.dv[:] = address["v_pos"], address["v_neg"]
+    p.lse = call.output(2, b, h, l, dtype=torch.float32)[0]
+    p.u = call.output(2, b, h, l, dtype=torch.float32)[0]
+    elements = 2 * sum(b * p.call.prompt[side].n * h * d for side in (POS, NEG))
+    p.partial = call.output(splits, elements, dtype=torch.float32)[0] if splits > 1 else 0
+    p.splits = splits
+    launch_queries(call, p)
+    if any(p.dk) or any(p.dv):
+        launch_keys(call, p)
+    return {name: call.memory.download(at, like=host) for name, (at, host) in outputs.items()}
+
+
+def launch_queries(call: Call, p: BackwardParams) -> None:
+    size = padded(p.call.d)
+    blocks = p.call.b * p.call.h * size // backward_columns(size) * -(-p.call.l // BACKWARD_ROWS)
+    loaded = kernel("backward_queries", "backward_queries_kernel", call.o.dtype, size)
+    call.launch(loaded, blocks, WARPS * 32, queries_shared_bytes(size), bytes(p))
+
+
+def launch_keys(call: Call, p: BackwardParams) -> None:
+    size = padded(p.call.d)
+    blocks = p.call.b * p.call.h * size // backward_columns(size) * p.splits
+    blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+    loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
+    call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
+    if p.splits > 1:
+        sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
+        call.launch(sums, (3, 4), 256, 0, bytes(p))
+
+
+class JointBackward:
+    """The operators of a joint attention's backward pass, as csrc/bindings.cpp has them."""
+
+    splits = 1  # of the query rows in joint_keys_cuda
+
+    @staticmethod
+    def of(grad_o, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, *others) -> tuple:
+        tensors = (q, k_pos, v_pos, k_neg, v_neg)
+        call = Call(*tensors, mask_pos, mask_neg, None, 1.0, scale)
+        call.params.alpha = 0.0
+        call.params.aligned = is_aligned(grad_o, *tensors, *others)
+        p = BackwardParams()
+        p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+        return call, p
+
+    def statistics(
+        self, grad_o, o_shared, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale,
+        text_pos, text_neg,
+    ) -> Tensor:  # fmt: skip
+        b, l, h, _ = q.shape
+        prompts = (k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg)
+        call, p = self.of(grad_o, q, *prompts, scale)
+        call.set_shared(o_shared)
+        call.set_text_rows(text_pos, text_neg)
+        p.call = call.params
+        at, rows = call.output(2, 3, b, h, l, dtype=torch.float32)
+        p.lse = at + 4 * b * h * l
+        p.u = p.lse + 12 * b * h * l
+        launch_queries(call, p)
+        return call.memory.download(at, like=rows)
+
+    def queries(
+        self, grad_o, o_shared, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, lse,
+        weight, shift, scale, text_pos, text_neg,
+    ) -> Tensor:  # fmt: skip
+        prompts = (k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg)
+        call, p = self.of(grad_o, q, *prompts, scale, k, v)
+        call.set_shared(o_shared)
+        call.set_text_rows(text_pos, text_neg)
+        p.call = call.params
+        call.set_prompt(p.image, k, v, None, "shared")
+        step = 4 * lse.numel() // 3
+        p.lse, p.weight, p.shift = (call.memory.upload(x) + step for x in (lse, weight, shift))
+        p.dq, dq = call.output(*q.shape, dtype=q.dtype)
+        launch_queries(call, p)
+        return call.memory.download(p.dq, like=dq)
+
+    def keys(
+        self, grad_o, q, k, v, mask, lse, weight, shift, scale, first_hidden, end_hidden, needs
+    ) -> tuple[Tensor, ...]:
+        tiles = -(-q.shape[1] // BACKWARD_ROWS)
+        last = tiles if end_hidden == q.shape[1] else end_hidden // BACKWARD_ROWS
+        first = -(-first_hidden // BACKWARD_ROWS)
+        shapes = [k.shape if needed else (0,) for needed in needs]
+        if k.numel() == 0 or last - first == tiles or not any(needs):
+            return tuple(q.new_zeros(shape) for shape in shapes)
+        call, p = self.of(grad_o, q, k, v, k, v, mask, None, scale)
+        p.call = call.params
+        p.call.prompt[NEG].n = 0
+        p.first_hidden, p.hidden = first, max(0, last - first)
+        p.lse, p.weight, p.shift = (call.memory.upload(x) for x in (lse, weight, shift))
+        outputs = [call.output(*shape, dtype=q.dtype) for shape in shapes]
+        p.dk[POS], p.dv[POS] = (
+            at if needed else 0 for (at, _), needed in zip(outputs, needs, strict=True)
+        )
+        p.splits = self.splits
+        if p.splits > 1:
+            p.partial = call.output(p.splits, 2 * k.numel(), dtype=torch.float32)[0]
+        launch_keys(call, p)
+        return tuple(
+            call.memory.download(at, like=host) if host.numel() else host for at, host in outputs
+        )
+
+
+@functools.cache
+def joint_backward_operators() -> JointBackward:
+    """Registers the emulation as those operators on CPU tensors, for `_cuda/joint.py`."""
+    emulation = JointBackward()
+    for step in ("statistics", "queries", "keys"):
+        library.impl(f"nasa_kernels::joint_{step}_cuda", "CPU", getattr(emulation, step))
+    return emulation
+
+
+# ---- the accuracy rule ---------------------------------------------------------------------------
+
+
+def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, scale=None) -> Tensor:
+    """Algorithm 1 in PyTorch, in the dtype of the inputs: each step of it rounds."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # [b, h, l, n]
+        scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+            scores = scores + mask[:, None, None, :].to(q.dtype)
+        return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
+
+    weight = alpha[..., None].to(q.dtype) if isinstance(alpha, Tensor) else alpha
+    return attend(k_pos, v_pos, mask_pos) - weight * attend(k_neg, v_neg, mask_neg)
+
+
+def assert_as_accurate_as_eager(actual: Tensor, exact: Tensor, low: Tensor) -> None:
+    """Against fp64: relative L2 error at most that of eager PyTorch, max error at most 1.5 times.
+
+    The largest error of a small tensor is one element's luck: eager's counts as no less than what
+    rounding the exact result once would lose.
+    """
+    assert torch.isfinite(actual).all(), f"{(~actual.isfinite()).sum()} values are not finite"
+    error, budget = actual.double() - exact, low.double() - exact
+    assert error.norm() <= budget.norm(), f"L2: {error.norm():.2e}, eager {budget.norm():.2e}"
+    rounding = (exact.to(actual.dtype).double() - exact).abs().max()
+    top, limit = error.abs().max(), 1.5 * max(budget.abs().max(), rounding)
+    assert top <= limit, f"max: {top:.2e}, 1.5 times eager {limit:.2e}"

@@ -1,0 +1,202 @@
+// A CUDA runtime that writes down launches instead of making them, so that the launchers of csrc
+// run without a GPU: which kernel, how many blocks, how much shared memory, which arguments, which
+// tensor maps. tests/cuda/test_cuda_launch.py links it with the sources in place of the runtime.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../../csrc/nasa.h"
+
+namespace {
+
+struct Launch {
+    char kernel[256];
+    unsigned grid[3], block[3];
+    uint64_t shared, allowed;  // dynamic shared memory asked for, and opted in to
+    uint64_t overlaps;         // may start while the kernel before it ends
+    unsigned char arguments[4096];
+};
+
+struct FakeDevice {
+    int major, sms, shared_per_block, shared_per_sm;
+};
+
+std::vector<Launch> launches;
+// kernels are registered before this file's globals are made
+std::map<const void*, std::string>& names() {
+    static std::map<const void*, std::string> map;
+    return map;
+}
+std::map<const void*, int> allowed;
+std::vector<FakeDevice> devices(1);
+struct {
+    dim3 grid, block;
+    size_t shared;
+    cudaStream_t stream;
+} configuration;
+
+// Bytes of the first parameter of a kernel; an int may follow it.
+size_t parameter_bytes(const std::string& name) {
+    if (name.find("backward") != std::string::npos ||
+        name.find("sum_splits") != std::string::npos) {
+        return sizeof(nasa::BackwardParams);
+    }
+    if (name.find("sm90") == std::string::npos) return sizeof(nasa::ForwardParams);
+    return (7 * 256 + sizeof(nasa::ForwardParams) + 127) / 128 * 128;
+}
+
+// What cuTensorMapEncodeTiled is told, in place of the 128 opaque bytes
+struct Told {
+    uint64_t address, sizes[4], strides[3];
+    uint32_t box[4], swizzle;
+};
+static_assert(sizeof(Told) <= sizeof(CUtensorMap), "a map holds what it was told");
+
+CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* address,
+                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    Told told{reinterpret_cast<uint64_t>(address), {}, {}, {}, static_cast<uint32_t>(swizzle)};
+    // the limits of the driver
+    if (rank != 4 || told.address % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
+    for (int i = 0; i < 4; ++i) {
+        if (sizes[i] < 1 || sizes[i] > uint64_t{1} << 32 || box[i] < 1 || box[i] > 256) {
+            return CUDA_ERROR_INVALID_VALUE;
+        }
+        told.sizes[i] = sizes[i];
+        told.box[i] = box[i];
+    }
+    for (int i = 0; i < 3; ++i) {
+        if (strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40)
+            return CUDA_ERROR_INVALID_VALUE;
+        told.strides[i] = strides[i];
+    }
+    std::memset(map, 0, sizeof(*map));
+    std::memcpy(map, &told, sizeof(told));
+    return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = static_cast<int>(devices.size()) - 1;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    const FakeDevice& d = devices[device];
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor: *value = d.major; break;
+        case cudaDevAttrMultiProcessorCount: *value = d.sms; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = d.shared_per_block; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = d.shared_per_sm; break;
+        default: return cudaErrorInvalidValue;
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+    allowed[kernel] = bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+    *function = reinterpret_cast<void*>(&encode);
+    *result = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
+                             size_t shared, cudaStream_t) {
+    Launch launch{};
+    const std::string& name = names()[kernel];
+    name.copy(launch.kernel, sizeof(launch.kernel) - 1);
+    std::memcpy(launch.grid, &grid, sizeof(grid));
+    std::memcpy(launch.block, &block, sizeof(block));
+    launch.shared = shared;
+    launch.allowed = allowed[kernel];
+    const size_t bytes = parameter_bytes(name);
+    std::memcpy(launch.arguments, arguments[0], bytes);
+    if (name.find("short") != std::string::npos || name.find("sm90") != std::string::npos) {
+        std::memcpy(launch.arguments + bytes, arguments[1], sizeof(int));
+    }
+    launches.push_back(launch);
+    return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
+    const cudaError_t error =
+        cudaLaunchKernel(kernel, config->gridDim, config->blockDim, arguments,
+                         config->dynamicSmemBytes, config->stream);
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        const cudaLaunchAttribute& attribute = config->attrs[i];
+        launches.back().overlaps |=
+            attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+            attribute.val.programmaticStreamSerializationAllowed;
+    }
+    return error;
+}
+
+// What the compiler calls for <<<>>> and to register kernels
+cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* kernel) {
+    *handle = reinterpret_cast<cudaKernel_t>(const_cast<void*>(kernel));
+    return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block, void** arguments,
+                               size_t shared, cudaStream_t stream) {
+    return cudaLaunchKernel(handle, grid, block, arguments, shared, stream);
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+    configuration = {grid, block, shared, stream};
+    return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+    *grid = configuration.grid;
+    *block = configuration.block;
+    *shared = configuration.shared;
+    *static_cast<cudaStream_t*>(stream) = configuration.stream;
+    return cudaSuccess;
+}
+void** __cudaRegisterFatBinary(void*) {
+    static void* handle;
+    return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* kernel, char*, const char* name, int, void*, void*,
+                            void*, void*, int*) {
+    names()[kernel] = name;
+}
+char __cudaInitModule(void**) { return 0; }
+
+// ---- for the test ----------------------------------------------------------------------------
+
+// A new current device: the launchers remember what they asked of the others.
+void test_use_device(int major, int sms, int shared_per_block, int shared_per_sm) {
+    devices.push_back({major, sms, shared_per_block, shared_per_sm});
+    allowed.clear();
+}
+int test_forward(const nasa::ForwardParams* p) {
+    launches.clear();
+    return nasa::forward(*p, nullptr);
+}
+void test_overlap(bool on) { nasa::overlap_launches(on); }
+int test_backward(const nasa::BackwardParams* p) {
+    launches.clear();
+    return nasa::backward(*p, nullptr);
+}
+int test_splits(const nasa::BackwardParams* p) {
+    int splits = -1;
+    nasa::backward_splits(*p, splits);
+    return splits;
+}
+int64_t test_partial_elements(const nasa::BackwardParams* p) { return nasa::partial_elements(*p); }
+int test_launches() { return static_cast<int>(launches.size()); }
+const Launch* test_launch(int i) { return &launches[i]; }
+}

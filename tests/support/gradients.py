@@ -1,0 +1,63 @@
+"""Gradients of every back end against those of the formula in fp64, under the accuracy rule."""
+
+import torch
+from torch import Tensor
+
+from nasa_kernels import nasa_attention, nasa_joint_attention
+from nasa_kernels.testing import (
+    algorithm_1,
+    budget,
+    eager_attention,
+    largest_score,
+    without_nan,
+)
+from support import formula
+
+
+def gradients(function, inputs, alpha, grad_o, **options) -> dict[str, Tensor]:
+    """Of all inputs, and of alpha where it is a tensor."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    if isinstance(alpha, Tensor):
+        leaves["alpha"] = alpha = alpha.detach().requires_grad_()
+    o = function(**{name: leaves[name] for name in inputs}, alpha=alpha, **options)
+    # alpha 0 leaves the negative prompt out of the graph of the reference
+    found = torch.autograd.grad(
+        o, list(leaves.values()), grad_o, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
+def eager_joint(**call) -> Tensor:
+    """Whole attentions over joined keys, every step rounded."""
+    return formula.joint(**call, attend=eager_attention)
+
+
+def check_gradients(backend, inputs, alpha, **options) -> dict[str, Tensor]:
+    # weights, dO V^T - u, their product, the result
+    functions = (nasa_attention, formula.nasa, algorithm_1)
+    return _check(functions, 4, backend, inputs, alpha, **options)
+
+
+def check_joint_gradients(backend, inputs, alpha, rule, text_queries, **masks) -> dict[str, Tensor]:
+    # the weights, the attention over the shared keys, dO V^T - u, their product, the result
+    functions = (nasa_joint_attention, formula.joint, eager_joint)
+    options = {"rule": rule, "text_queries": text_queries, **masks}
+    return _check(functions, 5, backend, inputs, alpha, **options)
+
+
+def _check(functions, roundings, backend, inputs, alpha, **options) -> dict[str, Tensor]:
+    ours, exactly, eagerly = functions
+    q = inputs["q"]
+    grad_o = torch.randn(q.shape, generator=torch.Generator().manual_seed(7)).to(q)
+    actual = gradients(ours, inputs, alpha, grad_o, backend=backend, **options)
+    clean = without_nan(inputs)
+    exact_alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
+    exact = gradients(exactly, formula.doubles(clean), exact_alpha, grad_o.double(), **options)
+    rounded = gradients(eagerly, clean, alpha, grad_o, **options)
+    score = largest_score(inputs)
+    for name, expected in exact.items():
+        assert actual[name].dtype == (torch.float32 if name == "alpha" else q.dtype)
+        eager = rounded[name].nan_to_num(0.0)
+        rule = budget(expected, eager, score, q.dtype, roundings=roundings)
+        rule.check(actual[name], expected, f"gradient of {name}")
+    return actual
