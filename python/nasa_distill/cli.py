@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nasa_distill.config import PRESETS, Settings
+from nasa_distill.train.config import PRESETS, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of nasa_distill.config.Settings; ranges as LOW,HIGH; repeat",
+        help="a setting of nasa_distill.train.config.Settings; ranges as LOW,HIGH; repeat",
     )
 
     evaluate = commands.add_parser("eval", help="measure negative prompts on the small world")
@@ -128,10 +128,10 @@ def run_world(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from nasa_distill.checks import check_data
-    from nasa_distill.clip import Clip
-    from nasa_distill.nasa_t import Run
-    from nasa_distill.networks import load
+    from nasa_distill.train.checks import check_data
+    from nasa_distill.train.clip import Clip
+    from nasa_distill.train.nasa_t import Run
+    from nasa_distill.train.networks import load
     from nasa_distill.world.captions import read
 
     settings = PRESETS[options.preset].changed(**parse_settings(options.set))
@@ -157,7 +157,8 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from nasa_distill import evaluate, report, shipped
+    from nasa_distill.world import shipped
+    from nasa_distill.world.evaluation import evaluate, report
 
     student = options.student or shipped.path()
     results = evaluate.run(
@@ -174,7 +175,7 @@ def run_eval(options: argparse.Namespace) -> None:
 
 
 def run_ablate(options: argparse.Namespace) -> None:
-    from nasa_distill import ablation
+    from nasa_distill.world.evaluation import ablation
 
     rows = ablation.run(
         PRESETS["world"].changed(**parse_settings(options.set)),
@@ -191,8 +192,8 @@ def run_ablate(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from nasa_distill import hps, metrics, vbench
-    from nasa_distill.clip import Clip
+    from nasa_distill.scores import hps, pairs, vbench
+    from nasa_distill.train.clip import Clip
 
     if options.videos is not None:
         if options.vbench_python is None or options.clip is not None or options.hps is not None:
@@ -203,13 +204,13 @@ def run_score(options: argparse.Namespace) -> None:
             raise ValueError("score: --pairs takes --clip, and not --vbench-python")
         clip = Clip.load(options.clip)
         scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
-        result = metrics.score(options.pairs, clip, scorer)
-    metrics.write(result, options.out)
+        result = pairs.score(options.pairs, clip, scorer)
+    pairs.write(result, options.out)
     print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
 
 
 def run_pack(options: argparse.Namespace) -> None:
-    from nasa_distill import shipped
+    from nasa_distill.world import shipped
 
     out = options.out or shipped.FOLDER
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,7 @@ def run_pack(options: argparse.Namespace) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from nasa_distill.demo import show
+    from nasa_distill.demo.show import show
 
     show(options.out)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from nasa_distill import losses
+from nasa_distill.train import losses
 from torch import Tensor
 
 

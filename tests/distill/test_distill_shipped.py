@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from nasa_distill import ablation, demo, evaluate, report, shipped
 from nasa_distill.cli import main
-from nasa_distill.fit import generator
-from nasa_distill.networks import load
+from nasa_distill.demo import show
+from nasa_distill.train.networks import load
+from nasa_distill.train.seeds import generator
+from nasa_distill.world import shipped
+from nasa_distill.world.evaluation import ablation, evaluate, report
 from PIL import Image
 
 # on other noise and captions than those of the card, so a little below what it says
@@ -124,14 +126,14 @@ def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
 
 
 def test_the_demonstration(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "IMAGES", 40)
-    monkeypatch.setattr(demo.layers, "LAYERS", ())
+    monkeypatch.setattr(show, "IMAGES", 40)
+    monkeypatch.setattr(show.layers, "LAYERS", ())
     assert main(["demo", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "alpha 0 equals the stock images, bit for bit: yes" in output
     assert "after disable() likewise: yes" in output
     image = Image.open(tmp_path / "alpha.png")
-    assert image.width == demo.SHOWN * 64 and image.height > len(demo.ALPHAS) * 64
+    assert image.width == show.SHOWN * 64 and image.height > len(show.ALPHAS) * 64
 
 
 def test_its_quality_is_what_the_card_says(model):

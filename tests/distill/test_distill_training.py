@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, LCMScheduler
 from nasa_diffusers import enable_nasa, testing
-from nasa_distill import checkpoint, networks, sharding
-from nasa_distill.checks import check_launch
 from nasa_distill.cli import main
-from nasa_distill.config import PRESETS, STUDENT_STEPS, Settings
-from nasa_distill.nasa_t import Run
+from nasa_distill.train import checkpoint, networks, sharding
+from nasa_distill.train.checks import check_launch
+from nasa_distill.train.config import PRESETS, STUDENT_STEPS, Settings
+from nasa_distill.train.nasa_t import Run
 from PIL import Image
 from safetensors import SafetensorError
 from train_small import KILLED_AT, small_run
@@ -59,9 +59,9 @@ def test_a_run_trains_student_and_adapter_and_nothing_else(tmp_path, family, stu
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["vsd_gradient"] >= 0 and row["lora_loss"] > 0 for row in rows)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
-    picture = numpy.asarray(Image.open(tmp_path / "samples" / "step-000002.png"))[:128]
-    without, steered = picture[:, : 4 * 128], picture[:, 4 * 128 :]
-    assert without.shape == steered.shape and (without != steered).any()
+    picture = numpy.asarray(Image.open(tmp_path / "samples" / "step-000002.png"))
+    without, guided = picture[:128], picture[144:272]
+    assert without.shape == guided.shape == (128, 4 * 128, 3) and (without != guided).any()
 
     opened = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     denoiser = getattr(opened, "unet", None) or opened.transformer
@@ -127,8 +127,8 @@ def test_each_switch_shows_the_negatives_to_one_network(tmp_path, switch):
 def test_the_student_runs_the_operator_forward_and_backward(tmp_path):
     """The gradient that reaches the student is that of `enable_nasa` with the same numbers."""
     run = make_run(tmp_path, p_no_negative=0.5)
-    from nasa_distill.fit import generator
-    from nasa_distill.nasa_t import Draws
+    from nasa_distill.train.draws import Draws
+    from nasa_distill.train.seeds import generator
 
     draws = Draws.of(
         run.settings, PROMPTS, NEGATIVES, run.student.latent_shape, 4, generator(0, 0), 0.7

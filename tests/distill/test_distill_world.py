@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
 from nasa_diffusers import nasa
-from nasa_distill.fit import Settings
-from nasa_distill.networks import model_of
+from nasa_distill.train.networks import model_of
 from nasa_distill.world import captions, code, model, t5
+from nasa_distill.world.fit import Settings
 from nasa_distill.world.judge import VALID_BELOW, judge
 from nasa_distill.world.scene import ATTRIBUTES, RATES, Scene, render, renders, scenes
 from transformers import CLIPTextModelWithProjection

@@ -18,9 +18,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from nasa_distill.clip import Clip
-from nasa_distill.fit import Settings, fit
+from nasa_distill.train.clip import Clip
 from nasa_distill.world.captions import OWNER, draw_caption, matches, mentions
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.model import TEXT_WIDTH, text_config, tokenize
 from nasa_distill.world.scene import SIZE, renders, scenes
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from nasa_distill.fit import Settings, fit
 from nasa_distill.world.captions import MAX_TOKENS, OWNER, WORDS, draw_caption, mentions
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.model import TEXT_WIDTH, tokenize
 from nasa_distill.world.scene import scenes
 

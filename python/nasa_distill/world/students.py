@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nasa_distill import checkpoint, losses
-from nasa_distill.fit import Settings, fit, generator
-from nasa_distill.networks import Model, Text
-from nasa_distill.teacher import CHECKS, ddim, summary
+from nasa_distill.train import checkpoint, losses
+from nasa_distill.train.networks import Model, Text
+from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.scene import scenes
+from nasa_distill.world.teacher import CHECKS, ddim, summary
 
 CHUNK = 128
 QUARTERS = 4
@@ -54,7 +55,9 @@ def make_pairs(
         ValueError: `out` holds pairs that were made otherwise, or `steps` has no quarters.
     """
     if steps % QUARTERS:
-        raise ValueError(f"warmup.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}")
+        raise ValueError(
+            f"students.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}"
+        )
     made: list[dict[str, Any]] = []
     teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds

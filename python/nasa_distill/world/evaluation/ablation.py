@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nasa_distill import evaluate
-from nasa_distill.config import Settings
-from nasa_distill.nasa_t import Run
-from nasa_distill.networks import load
+from nasa_distill.train.config import Settings
+from nasa_distill.train.nasa_t import Run
+from nasa_distill.train.networks import load
+from nasa_distill.world.evaluation import evaluate
 
 # teacher, LoRA teacher, student
 VARIANTS = {

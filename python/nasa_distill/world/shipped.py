@@ -10,10 +10,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nasa_distill.networks import load
+from nasa_distill.train.networks import load
 
 LIMIT = 10_000_000  # bytes of safetensors
-FOLDER = Path(__file__).parent / "models" / "few-step"
+FOLDER = Path(__file__).parents[1] / "models" / "few-step"
 
 
 def path() -> Path:

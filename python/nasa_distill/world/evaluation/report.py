@@ -9,9 +9,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nasa_distill import plot
-from nasa_distill.evaluate import PAIRS, Cell, Counts, Method, Results
 from nasa_distill.intervals import Share
+from nasa_distill.world.evaluation import plot
+from nasa_distill.world.evaluation.evaluate import PAIRS, Cell, Counts, Method, Results
 
 # methods, and what their strength is
 STRENGTHS = {

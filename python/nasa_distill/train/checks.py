@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from accelerate.utils import DistributedType
 
-from nasa_distill.config import Settings
-from nasa_distill.networks import Model
+from nasa_distill.train.config import Settings
+from nasa_distill.train.networks import Model
 
 LAST_TIMESTEP = 999  # settings name timesteps below it
 

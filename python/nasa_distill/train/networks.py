@@ -22,7 +22,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from nasa_distill import losses
+from nasa_distill.train import losses
 
 PIXART = "PixArtTransformer2DModel"
 JOINT = "SD3Transformer2DModel"  # attends to image and text at once; not for NASA-T

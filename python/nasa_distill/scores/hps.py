@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from nasa_distill.clip import Clip
+from nasa_distill.train.clip import Clip
 
 HEAD_VISION, HEAD_TEXT = 80, 64  # channels of a head of ViT-H/14; its weights do not say it
 EMBEDDING = {

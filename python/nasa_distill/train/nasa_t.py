@@ -21,75 +21,36 @@ import torch
 from accelerate import Accelerator
 from diffusers import LCMScheduler
 from nasa_diffusers import enable_nasa
-from nasa_diffusers.cli import grid
 from peft import LoraConfig
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nasa_distill import checkpoint, losses, sharding
-from nasa_distill.checks import check_data, check_launch, check_model, digest
-from nasa_distill.clip import Clip
-from nasa_distill.config import Settings
-from nasa_distill.fit import generator
-from nasa_distill.networks import Model, Text, add_lora, check_fit, without_lora
+from nasa_distill import pictures
+from nasa_distill.train import checkpoint, losses, sharding
+from nasa_distill.train.checks import check_data, check_launch, check_model, digest
+from nasa_distill.train.clip import Clip
+from nasa_distill.train.config import Settings
+from nasa_distill.train.draws import Draws
+from nasa_distill.train.networks import Model, Text, add_lora, check_fit, without_lora
+from nasa_distill.train.seeds import generator
 
 # settings of how a step is computed, and not of what: a resumed run may change them
 HOW = ("accumulate", "gradient_checkpointing")
-
-
-@dataclasses.dataclass
-class Draws:
-    """The random part of one micro-batch."""
-
-    prompts: list[str]
-    negatives: list[str]
-    z: Tensor
-    alpha: Tensor  # [b], one value or 0
-    kappa: Tensor  # [b, 1, 1, 1]
-    random: torch.Generator
-
-    @staticmethod
-    def of(
-        settings: Settings,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        latent: tuple[int, int, int],
-        rows: int,
-        random: torch.Generator,
-        alpha: float,
-    ) -> Draws:
-        def choose(pool: Sequence[str]) -> list[str]:
-            return [pool[i] for i in torch.randint(len(pool), (rows,), generator=random)]
-
-        chosen = choose(prompts)
-        against = choose(negatives) if settings.needs_negatives else []
-        low, high = settings.kappa
-        kappa = low + (high - low) * torch.rand(rows, generator=random)
-        keep = torch.rand(rows, generator=random) >= settings.p_no_negative
-        z = torch.randn(rows, *latent, generator=random)
-        return Draws(chosen, against, z, alpha * keep, kappa.view(-1, 1, 1, 1), random)
-
-    def normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.random).to(like.device)
-
-    def timesteps(self, low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (len(self.prompts),), generator=self.random)
 
 
 class Run:
     """The networks, optimisers and files of one run; `Run(...).train()` is all of it.
 
     Args:
-        settings: See `nasa_distill.config`.
+        settings: See `nasa_distill.train.config`.
         teacher: A checkpoint's model. It gets an adapter, and is teacher and LoRA teacher in one.
         student: Another copy of it, or a one-step model of its family; it is trained in place.
         prompts, negatives: Texts to draw from, uniformly and with replacement.
         out: Folder of the log, the samples, the checkpoint, and `pipeline` at the end.
         clip: For the clamped CLIP loss; None leaves that loss out.
         identity: What else the run depends on; a checkpoint made with another is refused.
-        fsdp: Split student and LoRA teacher over the processes (see `nasa_distill.sharding`).
+        fsdp: Split student and LoRA teacher over the processes (see `nasa_distill.train.sharding`).
 
     Raises:
         ValueError: Empty data, networks that do not fit, or a checkpoint of another run.
@@ -394,7 +355,7 @@ class Run:
             raise FloatingPointError(
                 f"nasa_t: the {what} is not finite at step {step}; "
                 + (f"{self._checkpoint} holds the last good step" if kept else "nothing was saved")
-                + ". Lower the learning rates, or train in fp32 (--precision no)"
+                + ". Lower the learning rates, or train in fp32 (--set precision=no)"
             )
 
     @torch.no_grad()
@@ -455,20 +416,17 @@ class Run:
         )  # fmt: skip
         stage = self.settings.student_steps - 1
         state = random.get_state()
-        images, labels = [], []
+        rows = []
         for alpha in (0.0, 0.5) if self.nasa is not None else (0.0,):
             draws.alpha = torch.full((4,), alpha)
             random.set_state(state)
-            for row in self.student.decode(self._draw(draws, stage)):
-                pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-                image = Image.fromarray(pixels.cpu().numpy())
-                images.append(image.resize((128, 128), Image.Resampling.NEAREST))
-                labels.append(f"alpha {alpha:g}")
+            images = self.student.decode(self._draw(draws, stage))
+            rows.append((f"alpha {alpha:g}", (images / 2 + 0.5).clamp(0, 1)))
         if not self.accelerator.is_main_process:
             return
         path = self.out / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        grid(images, labels).save(path)
+        pictures.rows(rows, 128).save(path)
 
     def _export(self) -> None:
         """The student as a pipeline, averaged if there is an average; whole or not at all."""

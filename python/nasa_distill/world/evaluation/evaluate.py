@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nasa_distill import pictures
-from nasa_distill.fit import generator
 from nasa_distill.intervals import Share
-from nasa_distill.networks import Model, load
+from nasa_distill.train.networks import Model, load
+from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import scenes
@@ -46,6 +46,7 @@ PAIRS = (
 )
 BATCH = 100
 TEACHER_STEPS = 25
+SOURCES = Path(__file__).parents[2]
 
 
 class Method(NamedTuple):
@@ -298,7 +299,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
+            ["git", "-C", str(SOURCES), *arguments],
             capture_output=True,
             text=True,
             check=True,

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from nasa_distill.fit import Settings, fit, generator
-from nasa_distill.losses import guide
+from nasa_distill.train.losses import guide
+from nasa_distill.train.seeds import generator
 from nasa_distill.world import model as world
 from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.code import PatchCode
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import renders, scenes
 

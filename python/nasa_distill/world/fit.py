@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nasa_distill import checkpoint
+from nasa_distill.train import checkpoint
+from nasa_distill.train.seeds import generator
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,11 +30,6 @@ class Settings:
     weight_decay: float = 1e-4
     ema: float = 0.998
     seed: int = 0
-
-
-def generator(seed: int, step: int, process: int = 0) -> torch.Generator:
-    """The noise of a step depends on seed, step and process alone: there is no state to resume."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + process)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
