@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nasa_distill import tables
 from nasa_distill.train.config import Settings
 from nasa_distill.train.nasa_t import Run
 from nasa_distill.train.networks import load
@@ -100,16 +101,15 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], sign: str = "") -> str:
-    lines = ["| sees the negatives | alpha | seeds | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|" + "---|" * (3 + len(COLUMNS)))
+    cells = []
     for name in VARIANTS:
         for alpha in sorted({row["alpha"] for row in rows}):
             chosen = [row for row in rows if (row["variant"], row["alpha"]) == (name, alpha)]
             if not chosen:
                 continue
-            cells = [spread([row[key] for row in chosen], sign) for key in COLUMNS]
-            lines.append(f"| {name} | {alpha:g} | {len(chosen)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            spreads = [spread([row[key] for row in chosen], sign) for key in COLUMNS]
+            cells.append((name, f"{alpha:g}", len(chosen), *spreads))
+    return tables.markdown(("sees the negatives", "alpha", "seeds", *COLUMNS), cells) + "\n"
 
 
 def spread(shares: Sequence[float], sign: str) -> str:

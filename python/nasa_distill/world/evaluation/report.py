@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nasa_distill import tables
 from nasa_distill.intervals import Share
 from nasa_distill.world.evaluation import plot
 from nasa_distill.world.evaluation.evaluate import PAIRS, Cell, Counts, Method, Results
@@ -147,26 +148,22 @@ def said(steps: int) -> str:
 
 
 def table(cells: Sequence[Cell]) -> str:
-    head = ("model", "steps", "method", *COLUMNS)
-    rows = [head, ("---",) * len(head)]
-    for cell in cells:
-        shares = [str(cell.total.shares[name]) for name in COLUMNS]
-        rows.append((cell.model, str(cell.steps), str(cell.method), *shares))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return tables.markdown(
+        ("model", "steps", "method", *COLUMNS),
+        [
+            (cell.model, cell.steps, cell.method, *(cell.total.shares[name] for name in COLUMNS))
+            for cell in cells
+        ],
+    )
 
 
 def quality_table(results: Results) -> str:
+    named = ("valid", "followed if valid")
     rows = [
-        "| model | images | valid | followed if valid | mean residual |",
-        "|---|---|---|---|---|",
+        (name, counts.n, *(counts.shares[x] for x in named), f"{counts.residual / counts.n:.4f}")
+        for name, counts in results.quality.items()
     ]
-    for name, counts in results.quality.items():
-        shares = counts.shares
-        rows.append(
-            f"| {name} | {counts.n} | {shares['valid']} | {shares['followed if valid']} "
-            f"| {counts.residual / counts.n:.4f} |"
-        )
-    return "\n".join(rows)
+    return tables.markdown(("model", "images", *named, "mean residual"), rows)
 
 
 def pair_table(results: Results, steps: int) -> str:
@@ -174,8 +171,8 @@ def pair_table(results: Results, steps: int) -> str:
     rule = default(results)
     cells = {str(cell.method): cell for cell in sweep(results, steps, rule)}
     names = [name for name in ("none", f"{rule} 0.5", f"{rule} 1") if name in cells]
-    head = ["prompt", "negative", *(f"{name}: removed / all three" for name in names)]
-    rows = [head, ["---"] * len(head)]
+    head = ("prompt", "negative", *(f"{name}: removed / all three" for name in names))
+    rows = []
     for number, (prompt, negative) in enumerate(PAIRS):
         values = []
         for name in names:
@@ -183,8 +180,8 @@ def pair_table(results: Results, steps: int) -> str:
             values.append(
                 f"{100 * shares['removed'].value:.0f} / {100 * shares['all three'].value:.0f}"
             )
-        rows.append([prompt, negative, *values])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append((prompt, negative, *values))
+    return tables.markdown(head, rows)
 
 
 def best(cells: Sequence[Cell], name: str) -> Cell | None:
