@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from nasa_distill import pictures
 from nasa_distill.train import checkpoint, losses, sharding
+from nasa_distill.train.average import average_of
 from nasa_distill.train.checks import check_data, check_launch, check_model, digest
 from nasa_distill.train.clip import Clip
 from nasa_distill.train.config import Settings
@@ -121,6 +122,9 @@ class Run:
         if self.clip is not None:
             self.clip.to(device)
         network = self.student.denoiser.requires_grad_(True).train()
+        # FSDP copies no network that is split, so the copy comes first
+        ema = settings.ema
+        self.average = average_of(network, lambda _: ema) if ema else None
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         # the negative prompt travels with the call, so a recomputed block sees it again
@@ -137,14 +141,14 @@ class Run:
 
         self.kind = type(network)
         self.network, self.lora_teacher = map(self._prepare, (network, self.teacher.denoiser))
-        weights, decay = dict(network.named_parameters()), settings.weight_decay
-        self.average = {n: p.detach().clone() for n, p in weights.items()} if settings.ema else None
+        if self.average is not None and self.is_split:
+            sharding.shard(self.average.module, self.accelerator)
+        trained = [p for p in self.teacher.denoiser.parameters() if p.requires_grad]
+        decay = settings.weight_decay
         self.student_optimiser = torch.optim.AdamW(
-            weights.values(), settings.student_rate, weight_decay=decay
+            network.parameters(), settings.student_rate, weight_decay=decay
         )
-        self.lora_optimiser = torch.optim.AdamW(
-            self._lora.values(), settings.lora_rate, weight_decay=decay
-        )
+        self.lora_optimiser = torch.optim.AdamW(trained, settings.lora_rate, weight_decay=decay)
 
     def _prepare(self, network: Any) -> Any:
         if not self.is_split:
@@ -153,10 +157,6 @@ class Run:
         network = self.accelerator.prepare_model(network, evaluation_mode=True)
         sharding.shard(network, self.accelerator)
         return network
-
-    @property
-    def _lora(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.teacher.denoiser.named_parameters() if p.requires_grad}
 
     @property
     def _checkpoint(self) -> Path:
@@ -173,26 +173,30 @@ class Run:
             )
         if state is None:
             return 0
-        sharding.restore(self.student.denoiser.state_dict(), state["student"], "student")
-        sharding.restore(self._lora, state["lora"], "LoRA teacher")
+        student, teacher, split = self.student.denoiser, self.teacher.denoiser, self.is_split
+        # moments first: PyTorch makes them by a step of length 0
+        for network, optimiser, name in (
+            (student, self.student_optimiser, "student_optimiser"),
+            (teacher, self.lora_optimiser, "lora_optimiser"),
+        ):
+            sharding.restore_moments(network, optimiser, state[name], split)
+        sharding.restore(student, state["student"], "student", split)
+        sharding.restore(teacher, state["lora"], "LoRA teacher", split)
         if self.average is not None:
-            sharding.restore(self.average, state["average"], "average")
-        sharding.restore_optimiser(self.student_optimiser, state["student_optimiser"])
-        sharding.restore_optimiser(self.lora_optimiser, state["lora_optimiser"])
+            sharding.restore(self.average.module, state["average"], "average", split)
         return step
 
     def _save(self, step: int) -> None:
+        student, teacher, split = self.student.denoiser, self.teacher.denoiser, self.is_split
         state = {
-            "student": self.student.denoiser.state_dict(),
-            "lora": {name: p.detach() for name, p in self._lora.items()},
-            "student_optimiser": self.student_optimiser.state_dict(),
-            "lora_optimiser": self.lora_optimiser.state_dict(),
+            "student": sharding.weights_of(student, split),
+            "lora": sharding.weights_of(teacher, split, trained_only=True),
+            "student_optimiser": sharding.moments_of(student, self.student_optimiser, split),
+            "lora_optimiser": sharding.moments_of(teacher, self.lora_optimiser, split),
         }
         if self.average is not None:
-            state["average"] = self.average
-        is_main = self.accelerator.is_main_process
-        state = sharding.whole(state, is_main)
-        if is_main:
+            state["average"] = sharding.weights_of(self.average.module, split)
+        if self.accelerator.is_main_process:
             checkpoint.save({"settings": self.identity, "step": step, **state}, self._checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -235,7 +239,8 @@ class Run:
                 logged[name] = logged.get(name, 0.0) + float(value) / settings.accumulate
         if step >= settings.lora_first:
             logged["student_gradient"] = self._update(self.student_optimiser, self.network, step)
-            self._follow()
+            if self.average is not None:
+                self.average.update_parameters(self.student.denoiser)
 
         for _ in range(settings.lora_updates):
             total = 0.0
@@ -358,13 +363,6 @@ class Run:
                 + ". Lower the learning rates, or train in fp32 (--set precision=no)"
             )
 
-    @torch.no_grad()
-    def _follow(self) -> None:
-        if self.average is None:
-            return
-        for name, value in self.student.denoiser.named_parameters():
-            self.average[name].lerp_(value, 1 - self.settings.ema)
-
     # ---- the whole run ---------------------------------------------------------------------------
 
     def train(
@@ -430,21 +428,20 @@ class Run:
 
     def _export(self) -> None:
         """The student as a pipeline, averaged if there is an average; whole or not at all."""
-        pipe, network = self.student.pipe, self.student.denoiser.eval()
+        pipe, network = self.student.pipe, self.student.denoiser
         if self.nasa is not None:
             self.nasa.disable()
         network.disable_gradient_checkpointing()
-        weights = network.state_dict() | (self.average or {})
-        is_main = self.accelerator.is_main_process
-        weights = sharding.whole(weights, is_main or not self.is_split)
-        if not self.is_split:
-            network.load_state_dict(weights)
-        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-        if not is_main:
+        finished: Any = network if self.average is None else self.average.module
+        if self.is_split:
+            weights = sharding.weights_of(finished, True)
+        if not self.accelerator.is_main_process:
             return
         if self.is_split:
-            name = next(name for name, part in pipe.components.items() if part is network)
-            setattr(pipe, name, sharding.as_one(network, self.kind, weights))
+            finished = sharding.as_one(network, self.kind, weights)
+        name = next(name for name, part in pipe.components.items() if part is network)
+        scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        pipe.register_modules(**{name: finished.eval(), "scheduler": scheduler})
         partial, path = self.out / "pipeline.partial", self.out / "pipeline"
         shutil.rmtree(partial, ignore_errors=True)
         try:

@@ -1,7 +1,7 @@
 """FSDP: the weights of a network, their gradients and AdamW's moments, split over the processes.
 
-PyTorch's `fully_shard` on the blocks that diffusers keeps in one piece. Files hold whole tensors,
-so what one number of processes wrote any other number reads.
+PyTorch's `fully_shard` on the blocks that diffusers keeps in one piece. Files hold whole tensors by
+name, so what one number of processes wrote any other number reads.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 
 def is_asked_by_launcher() -> bool:
@@ -71,60 +77,69 @@ def shard(network: Any, accelerator: Accelerator) -> None:
             module.reshard()
 
 
-def whole(state: Any, keep: bool) -> Any:
-    """`state` with split tensors put together on the CPU; None unless `keep`.
+def weights_of(network: nn.Module, is_split: bool, trained_only: bool = False) -> dict[str, Any]:
+    """The whole tensors of a network, by name; of split ones only in the first process.
 
-    Every process has to call it, with the same tensors in the same order.
+    Every process of a split network has to call it.
     """
-    if isinstance(state, Mapping):
-        made: Any = {name: whole(value, keep) for name, value in state.items()}
-    elif isinstance(state, list):
-        made = [whole(value, keep) for value in state]
-    elif isinstance(state, DTensor):
-        made = state.full_tensor().cpu()
-    else:
-        made = state
-    return made if keep else None
+    options = _options(is_split, ignore_frozen_params=trained_only)
+    weights = get_model_state_dict(network, options=options)
+    if not trained_only:
+        return weights
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    return {name: weights[name] for name in weights.keys() & trained}
 
 
-def split_like(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `like` is split."""
-    if not isinstance(like, DTensor):
-        return value
-    value = value.to(like.device)
-    # no process sends anything: each has the whole
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+def moments_of(network: nn.Module, optimiser: Optimizer, is_split: bool) -> dict[str, Any]:
+    """An optimiser's state likewise, by the names of the weights; empty before its first step."""
+    if not optimiser.state:
+        # PyTorch would make a step with gradients of 0, which counts
+        return {}
+    return get_optimizer_state_dict(network, optimiser, options=_options(is_split))
 
 
-@torch.no_grad()
-def restore(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
-    """Copy whole tensors into `own`, split or not.
+def restore(network: nn.Module, saved: dict[str, Tensor], what: str, is_split: bool) -> None:
+    """Give whole tensors to a network, split or not; it keeps those that are not in `saved`.
 
     Raises:
         ValueError: They are those of another network.
     """
-    for name in sorted({*own, *saved}):
+    own = network.state_dict()
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    needed = trained if saved.keys() <= trained else own.keys()
+    for name in sorted({*needed, *saved}):
         shapes = [list(x[name].shape) if name in x else None for x in (saved, own)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"sharding.restore: {name} of the {what} is {shapes[0]} in the checkpoint and "
                 f"{shapes[1]} in this network; begin with the checkpoints that the run began with"
             )
-    for name, tensor in own.items():
-        tensor.copy_(split_like(saved[name], tensor))
+    set_model_state_dict(network, dict(saved), options=_options(is_split, strict=False))
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors, for parameters that are split or not."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    state = {
-        index: {
-            name: split_like(value, parameters[index]) if value.dim() else value
-            for name, value in values.items()
-        }
-        for index, values in saved["state"].items()
-    }
-    optimiser.load_state_dict({**saved, "state": state})
+def restore_moments(
+    network: nn.Module, optimiser: Optimizer, saved: dict[str, Any], is_split: bool
+) -> None:
+    """Give an optimiser the state that `moments_of` returned, of a network split or not."""
+    if saved:
+        set_optimizer_state_dict(
+            network, optimiser, _named(network, optimiser, saved), options=_options(is_split)
+        )
+
+
+def _named(network: nn.Module, optimiser: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints of earlier versions number the weights, in the optimiser's order."""
+    if all(isinstance(key, str) for key in saved["state"]):
+        return saved
+    names = {id(p): name for name, p in network.named_parameters()}
+    order = [names[id(p)] for group in optimiser.param_groups for p in group["params"]]
+    groups = [{**g, "params": [order[i] for i in g["params"]]} for g in saved["param_groups"]]
+    return {"state": {order[i]: x for i, x in saved["state"].items()}, "param_groups": groups}
+
+
+def _options(is_split: bool, **others: Any) -> StateDictOptions:
+    # without a process group PyTorch distributes nothing
+    return StateDictOptions(full_state_dict=is_split, cpu_offload=is_split, **others)
 
 
 def as_one(network: nn.Module, kind: Any, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nasa_distill.train import checkpoint
+from nasa_distill.train.average import average_of, resume
 from nasa_distill.train.seeds import generator
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -66,16 +66,17 @@ def fit(
     state = checkpoint.load(path, identity)
     # a sixth faster on a CPU than images as planes
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = copy.deepcopy(module).eval().requires_grad_(False)
+    average: Any = average_of(module, lambda count: min(settings.ema, count / (count + 9)))
     optimiser = torch.optim.AdamW(
         module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
     )
     start = 0
     if state is not None:
         module.load_state_dict(state["module"])
-        average.load_state_dict(state["average"])
+        average.module.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         start = state["step"]
+        resume(average, start)
     log = checkpoint.Log(out / f"{what}.jsonl", start)
     module.train()
     for step in tqdm(range(start, settings.steps), what, settings.steps, initial=start):
@@ -92,19 +93,16 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
-        decay = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mean, now in zip(average.parameters(), module.parameters(), strict=True):
-                mean.lerp_(now, 1 - decay)
+        average.update_parameters(module)
 
         done = step + 1
         log.write(done, loss=value.item())
         if check is not None and (done % check_every == 0 or done == settings.steps):
-            log.write(done, check=check(average))
+            log.write(done, check=check(average.module))
         if done % save_every == 0 or done == settings.steps:
-            weights = {"module": module.state_dict(), "average": average.state_dict()}
+            weights = {"module": module.state_dict(), "average": average.module.state_dict()}
             checkpoint.save(
                 {"settings": identity, "step": done, "optimiser": optimiser.state_dict()} | weights,
                 path,
             )
-    return average.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return average.module.to(memory_format=torch.contiguous_format)
