@@ -150,6 +150,6 @@ def test_a_negative_prompt_removes_in_one_step(model):
     for method in (evaluate.NONE, evaluate.Method("nasa", ALPHA)):
         images = evaluate.draw(model, prompt, negative, method, 1, noise, 0)
         gone[method.name] = evaluate.Counts.of(images, prompt, negative)
-    none, steered = gone["none"].shares["removed"], gone["nasa"].shares["removed"]
+    none, guided = gone["none"].shares["removed"], gone["nasa"].shares["removed"]
     # beyond the two intervals, so not by chance
-    assert steered.interval[0] > none.interval[1]
+    assert guided.interval[0] > none.interval[1]

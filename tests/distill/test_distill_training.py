@@ -191,7 +191,7 @@ def elsewhere(tmp_path_factory):
     environment |= {"ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(HERE / "train_small.py"), str(out)]
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=600
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return out

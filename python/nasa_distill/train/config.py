@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from nasa_distill.scalars import plain_fields
+
 STUDENT_STEPS = (1, 4)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # a network as small as the world's has most of its weights elsewhere
@@ -54,6 +56,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("kappa", "alpha", "noise"):
             low, high = getattr(self, name)
             if not low <= high:

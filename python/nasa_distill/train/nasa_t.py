@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nasa_distill import pictures
+from nasa_distill.scalars import plain
 from nasa_distill.train import checkpoint, losses, sharding
 from nasa_distill.train.average import average_of
 from nasa_distill.train.checks import check_data, check_launch, check_model, digest
@@ -377,6 +378,7 @@ class Run:
             FloatingPointError: As `step`.
             OSError: A file cannot be written; what the last checkpoint holds is kept.
         """
+        save_every, sample_every = plain(save_every), plain(sample_every)
         if save_every < 1 or sample_every < 1:
             raise ValueError(
                 "Run.train: save_every and sample_every must be at least 1 step, got "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nasa_distill.scalars import plain_fields
 from nasa_distill.train import checkpoint
 from nasa_distill.train.average import average_of, resume
 from nasa_distill.train.seeds import generator
@@ -30,6 +31,9 @@ class Settings:
     weight_decay: float = 1e-4
     ema: float = 0.998
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
 
 def learning_rate(settings: Settings, step: int) -> float:

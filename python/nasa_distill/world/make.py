@@ -21,6 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
+from nasa_distill.scalars import plain_fields
 from nasa_distill.train.clip import Clip
 from nasa_distill.train.networks import load, model_of
 from nasa_distill.world import clip as world_clip
@@ -64,6 +65,9 @@ class Recipe:
         Settings(steps=3000, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
     )
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
 
 def make_joint(recipe: Recipe, pairs: students.Pairs, clip: Clip, out: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nasa_distill.scalars import plain
 from nasa_distill.train import checkpoint, losses
 from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
@@ -54,6 +55,7 @@ def make_pairs(
     Raises:
         ValueError: `out` holds pairs that were made otherwise, or `steps` has no quarters.
     """
+    count, guidance, steps, guided_from, seed = plain([count, guidance, steps, guided_from, seed])
     if steps % QUARTERS:
         raise ValueError(
             f"students.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nasa_distill import tables
+from nasa_distill.scalars import plain
 from nasa_distill.train.config import Settings
 from nasa_distill.train.nasa_t import Run
 from nasa_distill.train.networks import load
@@ -47,6 +48,7 @@ def run(
     Returns:
         A row per variant and seed, as `ablation.json` has them.
     """
+    seeds, alpha, images = [plain(seed) for seed in seeds], plain(alpha), plain(images)
     if not seeds:
         raise ValueError("ablation.run: seeds must name at least one, got none")
     rows: list[dict[str, Any]] = []

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from nasa_distill import pictures
 from nasa_distill.intervals import Share
+from nasa_distill.scalars import plain
 from nasa_distill.train.networks import Model, load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption, matches
@@ -166,7 +167,7 @@ def draw(
                 "guidance_scale": method.strength,
                 "negative_prompt": [negative] * len(z),
             }
-        with _steered(model, negative, method):
+        with _guided(model, negative, method):
             images.append(_call(model, [prompt] * len(z), steps, z, seed, number, **call))
     return torch.cat(images)
 
@@ -216,7 +217,7 @@ def _call(
 
 
 @contextlib.contextmanager
-def _steered(model: Model, negative: str, method: Method) -> Iterator[None]:
+def _guided(model: Model, negative: str, method: Method) -> Iterator[None]:
     if method.name in ("none", "cfg"):
         yield
         return
@@ -251,11 +252,13 @@ def run(
     methods: tuple[Method, ...] | None = None,
 ) -> Results:
     """Methods on the student, by default all it has, and negative guidance on the teacher in 25."""
+    images, seed, steps = plain(images), plain(seed), [plain(count) for count in steps]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
     distilled = load(student)
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
+    methods = tuple(Method(method.name, plain(method.strength)) for method in methods)
     jobs = [("student", distilled, count, method) for count in steps for method in methods]
     seen = {
         f"student, {count} step{'s' * (count > 1)}": quality(
