@@ -4,6 +4,7 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
+    python -m nasa_distill sweep --out sweep.png        one picture of it
     python -m nasa_distill ablate --world world --out ablation    who should see the negatives
     python -m nasa_distill demo                         the same for one prompt, with pictures
 """
@@ -77,6 +78,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
+
+    sweep = commands.add_parser("sweep", help="one picture of it: methods by rising strength")
+    sweep.set_defaults(run=run_sweep)
+    add = sweep.add_argument
+    add("--student", help="folder of a few-step pipeline; default: the shipped one")
+    add("--steps", type=int, default=1, help="default: %(default)s")
+    add("--seed", type=int, default=0)
+    add("--pair", type=int, default=0, help="number of the prompt pair; default: %(default)s")
+    add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
 
     ablate = commands.add_parser("ablate", help="which networks should see negatives (Table 5)")
     ablate.set_defaults(run=run_ablate)
@@ -172,6 +182,15 @@ def run_eval(options: argparse.Namespace) -> None:
     picture = options.out / "samples.png"
     evaluate.samples(Path(student), options.steps[0], options.seed).save(picture)
     report.write(results, options.out, options.page, [picture])
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    from nasa_distill.world import shipped
+    from nasa_distill.world.evaluation import sweep
+
+    student = Path(options.student or shipped.path())
+    sweep.write(student, options.out, options.steps, options.seed, options.pair)
+    print(f"wrote {options.out}")
 
 
 def run_ablate(options: argparse.Namespace) -> None:
