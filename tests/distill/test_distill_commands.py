@@ -22,38 +22,7 @@ from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.make import Recipe, make
 from nasa_distill.world.scene import render, scenes
 from PIL import Image
-
-TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
-CYCLES = (TINY, replace(TINY, seed=1))
-RECIPE = Recipe(
-    clip=TINY,
-    teacher=CYCLES,
-    student=CYCLES,
-    four_step=(TINY,),
-    joint=(TINY,),
-    joint_size=(32, 2),
-    t5=TINY,
-    pixart=(TINY,),
-    pixart_size=(1, 2),
-    pairs=1,
-    guidance=1.5,
-    ddim_steps=4,
-)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Two steps of everything; the images are noise, the files are what they are."""
-    out = tmp_path_factory.mktemp("world")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        # looking at images on the way takes longer than the rest
-        for module in (teacher, students):
-            patch.setattr(module, "CHECKS", ())
-        make(RECIPE, out)
-    torch.set_num_threads(threads)
-    return out
+from small_world import RECIPE, TINY
 
 
 def test_the_world_is_made_stage_by_stage(world):

@@ -70,7 +70,7 @@ def picture(model: Path, steps: int = 1, seed: int = 0, pair: int = 0) -> Figure
 
     def cell(axes, images: Tensor, title: str) -> None:
         good = Counts.of(images, prompt, negative).good
-        axes.imshow(tile(images[shown], prompt, negative), interpolation="nearest")
+        axes.imshow(tile(images[shown], prompt, negative).numpy(), interpolation="nearest")
         axes.set_title(f"{title}{good} of {IMAGES} as asked", fontsize=8, pad=3)
 
     stock = drawn(NONE)
