@@ -22,7 +22,7 @@ from nasa_distill.train.config import PRESETS, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; what the user can correct is one line on stderr and a status of 1."""
+    """Run one command. An error that the user can correct is one line on stderr, status 1."""
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
@@ -99,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
     score = commands.add_parser(
-        "score", help="CLIP+, CLIP-, removal and HPSv2 of images, VBench of videos, of any model"
+        "score",
+        help="experimental: CLIP, HPSv2 and VBench scores of any images and videos",
     )
     score.set_defaults(run=run_score)
     add = score.add_argument

@@ -1,9 +1,10 @@
 """What is written into the plots of measurements stays in its frame and can be read."""
 
 import pytest
+from matplotlib.text import Annotation
+
 from bench import plot, readme
 from bench.row import latest, read
-from matplotlib.text import Annotation
 
 
 def committed():

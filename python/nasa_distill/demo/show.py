@@ -1,4 +1,4 @@
-"""`make demo`: the shipped one-step model with and without a negative prompt, and what it costs."""
+"""The shipped model in one step: drawn and judged with NASA at several strengths."""
 
 from __future__ import annotations
 

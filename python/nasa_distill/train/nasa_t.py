@@ -37,7 +37,7 @@ from nasa_distill.train.draws import Draws
 from nasa_distill.train.networks import Model, Text, add_lora, check_fit, without_lora
 from nasa_distill.train.seeds import generator
 
-# settings of how a step is computed, and not of what: a resumed run may change them
+# settings that do not change what is computed: a resumed run may have others
 HOW = ("accumulate", "gradient_checkpointing")
 
 
@@ -50,8 +50,8 @@ class Run:
         student: Another copy of it, or a one-step model of its family; it is trained in place.
         prompts, negatives: Texts to draw from, uniformly and with replacement.
         out: Folder of the log, the samples, the checkpoint, and `pipeline` at the end.
-        clip: For the clamped CLIP loss; None leaves that loss out.
-        identity: What else the run depends on; a checkpoint made with another is refused.
+        clip: For the clamped CLIP loss; None: train without that loss.
+        identity: What else the run depends on; a checkpoint with another identity is refused.
         fsdp: Split student and LoRA teacher over the processes (see `nasa_distill.train.sharding`).
 
     Raises:
@@ -136,7 +136,7 @@ class Run:
                 self.student.pipe, negative_prompt_embeds=null, alpha=0.0, cfg=False
             )
             if self.is_split:
-                # weights that come and go in the same memory look unchanged to it
+                # FSDP reuses memory, so the cache would not see that weights have changed
                 self.nasa.cache_limit = 0
         self.null_teacher = self.teacher.encode([""])
 
@@ -154,7 +154,7 @@ class Run:
     def _prepare(self, network: Any) -> Any:
         if not self.is_split:
             return self.accelerator.prepare(network)
-        # autocast alone
+        # for its autocast alone
         network = self.accelerator.prepare_model(network, evaluation_mode=True)
         sharding.shard(network, self.accelerator)
         return network
@@ -210,8 +210,8 @@ class Run:
             What to log of it.
 
         Raises:
-            FloatingPointError: A latent, score, loss or gradient is not finite. It was not used,
-                and no checkpoint has seen it.
+            FloatingPointError: A latent, score, loss or gradient is not finite. The step is not
+                made, and checkpoints hold only steps before it.
         """
         settings = self.settings
         shared = generator(settings.seed, step)  # the same in every process
@@ -338,8 +338,8 @@ class Run:
         return torch.full((len(like),), timestep, device=like.device)
 
     def _synchronised(self, network: nn.Module, micro: int):
-        """Gradients are averaged over processes with the last micro-batch only; split ones with
-        each, or every process would have to hold them all."""
+        """Average gradients over processes at the last micro-batch only. Split gradients are
+        averaged at each, since no process could hold the whole sum."""
         last = micro + 1 == self.settings.accumulate
         if last or self.is_split:
             return contextlib.nullcontext()
@@ -407,8 +407,8 @@ class Run:
 
     @torch.no_grad()
     def _sample(self, step: int) -> None:
-        """Two prompts without and with NASA, from the same noise at every time. All processes
-        draw: a network that is split, or has buffers, needs them all."""
+        """Two prompts without and with NASA, from the same noise each time. All processes draw,
+        because a split network needs all of them for a forward pass."""
         random = generator(self.settings.seed, -1)
         draws = Draws.of(
             self.settings, self.prompts[:2], self.negatives[:2], self.student.latent_shape, 4,
@@ -429,7 +429,7 @@ class Run:
         pictures.rows(rows, 128).save(path)
 
     def _export(self) -> None:
-        """The student as a pipeline, averaged if there is an average; whole or not at all."""
+        """Write the student, or its average, as a pipeline; a failure leaves no half of it."""
         pipe, network = self.student.pipe, self.student.denoiser
         if self.nasa is not None:
             self.nasa.disable()

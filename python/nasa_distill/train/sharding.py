@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 
 
 def is_asked_by_launcher() -> bool:
-    """Whether this is `accelerate launch --use_fsdp`, which speaks through the environment.
+    """Whether `accelerate launch --use_fsdp` started this process; it sets variables.
 
     Raises:
-        ValueError: It asks for something of FSDP that is not done here.
+        ValueError: It asks for an FSDP option that is not supported here.
     """
     if not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return False
@@ -59,9 +59,9 @@ def is_asked_by_launcher() -> bool:
 def shard(network: Any, accelerator: Accelerator) -> None:
     """Split `network` over the processes, in place; afterwards its parameters are `DTensor`s.
 
-    Everything is split again right after a forward pass, the root too: what stays whole for a
-    backward pass that never comes, as after one without a gradient, would miss the next update.
-    Weights travel in their own precision, so that autocast finds what it finds elsewhere.
+    Weights are split again after each forward pass, those of the root too. A pass without a
+    gradient has no backward pass, and weights that stayed whole would miss the next update.
+    They are gathered in fp32, so that autocast casts them as it does without FSDP.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     blocks = set(network._no_split_modules or ())
@@ -71,8 +71,8 @@ def shard(network: Any, accelerator: Accelerator) -> None:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            # FSDP notes at its first use which weights are trained, and that use may be of the
-            # frozen teacher, while the adapters are off
+            # FSDP notes at its first use which weights are trained. Without this, that could be a
+            # pass of the frozen teacher, when the adapters are off
             module.unshard()
             module.reshard()
 

@@ -77,8 +77,7 @@ class Reader(nn.Module):
 def train(settings: Settings, out: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
     """Train, or go on training; see `fit` for what it raises.
 
-    The token that closes a caption must say what the caption named; the others are free to stay
-    what they are, the words.
+    The last token must predict what the caption named; there is no loss on the others.
     """
     torch.manual_seed(settings.seed)
 

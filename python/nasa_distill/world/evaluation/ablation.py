@@ -1,7 +1,7 @@
 """Which networks should see the negative prompts: the paper's Table 5, on the small world.
 
-Each variant is trained from the same student with several seeds and then judged at alpha 0 and at
-one alpha, so that what training does and what NASA does at inference can be told apart.
+Each variant is trained from the same student with several seeds, then judged at alpha 0 and at one
+other alpha: the first shows what training did, the second what NASA adds at inference.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def run(
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """Every variant in percent, then what it differs from the first one by, in points.
 
-    The second table is of differences seed by seed: runs of one seed see the same prompts and
-    noise, in training and in the evaluation, which the differences are then free of. Spreads, from
-    two seeds on, are standard deviations.
+    The second table has differences seed by seed. Runs of one seed see the same prompts and noise,
+    in training and evaluation, so these cancel. With two seeds or more, spreads are standard
+    deviations.
     """
     none = {
         (row["alpha"], row["seed"], key): row[key]

@@ -1,7 +1,7 @@
 """What negative prompts do to a model of the small world: the paper's Table 2 and Figure 7 there.
 
-Every cell is one method at one strength over all prompt pairs, drawn by the stock pipeline and read
-by the exact judge. What is removed is never told without what is kept.
+Every cell is one method at one strength over all prompt pairs, drawn by the stock pipeline and
+judged exactly: how often the attribute is gone, and what else of the image is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import scenes
 
-# a prompt, and what must not be in its images; each negative is open in its prompt
+# a prompt, and what must not be in its images; no prompt mentions its negative's attribute
 PAIRS = (
     ("a photo of a shape", "red"),
     ("a photo of a circle", "red"),
