@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import row as rows_of
-from bench.machine import RESULTS, ROOT, describe, slug
+from bench.machine import RESULTS, describe, slug
 from bench.roofline import BY_NAME, measure_rates, rates_of
 from bench.select import matching
 from bench.session import Session, console, time_table
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     plot = command("plot", run_plot, "draw result files as PNG and SVG", measures=False)
     plot.add_argument("files", type=Path, nargs="*", help="default: all of bench/results")
     plot.add_argument("--out", type=Path, default=RESULTS / "plots", help="folder")
-    readme = command("readme", run_readme, "renew the README's performance", measures=False)
+    readme = command("readme", run_readme, "renew what the docs say of it", measures=False)
     readme.add_argument("--check", action="store_true", help="only say whether it is current")
     show = command("show", run_show, "print a result file as tables", measures=False)
     show.add_argument("file", type=Path)
@@ -331,14 +331,7 @@ def run_plot(options: argparse.Namespace) -> int:
 def run_readme(options: argparse.Namespace) -> int:
     from bench import readme
 
-    path = ROOT / "README.md"
-    text = readme.update(path)
-    if options.check:
-        current = text == path.read_text()
-        print("current" if current else "not current: run `python -m bench readme`")
-        return 0 if current else 1
-    path.write_text(text)
-    return 0
+    return readme.run(options.check)
 
 
 def run_show(options: argparse.Namespace) -> int:

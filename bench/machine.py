@@ -84,7 +84,7 @@ def commit() -> str:
         head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
         changed = _output(
             "git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no",
-            "--", ".", ":!bench/results", ":!README.md",
+            "--", ".", ":!bench/results", ":!README.md", ":!docs",
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -40,6 +40,11 @@ COLOURS = {
 }
 OTHER = "#bbbbbb"
 LABELS = {
+    "stock": "stock, no negative prompt",
+    "nasa-cpu": "NASA, CPU",
+    "nasa-triton": "NASA, Triton",
+    "nasa-cuda": "NASA, CUDA C++",
+    "stacked": "both prompts stacked",
     "nasa-first": "NASA, first call",
     "nasa-later": "NASA, later calls",
     "nasa": "NASA",
@@ -84,6 +89,11 @@ def _plain_numbers(*axes) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def _from_the_top(axes, cases: int) -> None:
+    """The first case above, and no more room at the ends than between two."""
+    axes.set_ylim(cases - 0.4, -0.6)
+
+
 def _colour(provider: str) -> str:
     return COLOURS.get(provider, OTHER)
 
@@ -111,8 +121,10 @@ def roofline(rows: list[Row]) -> Figure | None:
     timed = [r for r in timed if r.dtype == dtype]
     drawn, axes = plt.subplots(figsize=(8, 5))
     intensities = [r.flops / r.bytes for r in timed if r.flops and r.bytes]
-    low, high = min(intensities) / 2, max(*intensities, matrix / rates.copy) * 2
-    roof = [low, matrix / rates.copy, high]
+    # where the memory's roof meets the arithmetic's
+    ridge = matrix / rates.copy
+    low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
+    roof = [low, ridge, high]
     axes.plot(roof, [min(rates.copy * x, matrix) / 1e12 for x in roof], color="black", lw=1.2)
     for provider in dict.fromkeys(r.provider for r in timed):
         of = [r for r in timed if r.provider == provider]
@@ -155,11 +167,11 @@ def speedup(rows: list[Row]) -> Figure | None:
         axes.barh(
             [j + (i + 0.5) * height - 0.4 for j, _ in shown],
             [r.speedup or 0 for _, r in shown], height * 0.92,
-            color=_colour(provider), label=provider,
+            color=_colour(provider), label=LABELS.get(provider, provider),
         )  # fmt: skip
     axes.axvline(1, color="black", lw=1)
     axes.set_yticks(range(len(cases)), [f"{case} {dtype}" for case, dtype in cases], fontsize=8)
-    axes.invert_yaxis()
+    _from_the_top(axes, len(cases))
     axes.set(
         xlabel="times as fast as Algorithm 1 (two attention calls, a product, a difference)",
         title=f"Forward, cold\n{_devices(timed)}",
@@ -216,13 +228,13 @@ def _overhead_panel(axes, title: str, rows: list[Row], value: Callable) -> None:
             )  # fmt: skip
     axes.axvline(0, color="black", lw=1)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
+    _from_the_top(axes, len(cases))
     # methods lie between one and a hundred percent
     axes.set_xscale("symlog", linthresh=1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}" if x else "0"))
     added = list(by.values())
-    # room for the numbers behind the bars
-    axes.set_xlim(min(*added, 0) * 1.3 - 0.1, max(*added, 1) * 4)
+    # room for the numbers behind the bars: most of a decade
+    axes.set_xlim(min(*added, 0) * 1.3 - 0.1, max(*added, 1) * 8)
     axes.set(xlabel="percent over the stock call", title=title)
     axes.grid(True, axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)

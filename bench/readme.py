@@ -1,13 +1,15 @@
-"""`bench readme`: the README's section on performance, made from the result files.
+"""`bench readme`: the page on performance and the README's headlines, made from the result files.
 
-What stands between the two markers is replaced as a whole. Nothing of it is typed, so a number in
-it is in a result file, with its commit, its versions and its spread.
+`docs/performance.md` is written as a whole; in the README what stands between the two markers is.
+Nothing of either is typed, so a number in it is in a result file, with its commit, its versions
+and its spread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bench.machine import RESULTS, ROOT, slug
 from bench.op import HEADLINE
@@ -16,12 +18,27 @@ from bench.session import number
 
 BEGIN = "<!-- made by `python -m bench readme`: begin -->"
 END = "<!-- made by `python -m bench readme`: end -->"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+PLOTS_OF_PAGE = "../bench/results/plots"
+INTRODUCTION = """# Performance
+
+Made by `python -m bench readme` from the rows in `bench/results/`: each has its commit, versions
+and spread. `make bench` measures on your machine; [bench/README.md](../bench/README.md) says how,
+and what the columns mean."""
+NO_GPU = "No row of a GPU is in `bench/results/` yet, so no time on one is stated."
+DEVICES = 2  # of the README: the last ones, with two lines each
 METHODS = {
     "algorithm-1": "Algorithm 1",
     "nasa-first": "NASA, first call",
     "nasa-later": "NASA, later calls",
     "nag": "NAG, as published",
     "cfg": "CFG",
+}
+CALLS = {
+    "nasa": "NASA",
+    "algorithm-1": "Algorithm 1",
+    "nag": "NAG, as published",
+    "cfg": "classifier-free guidance",
 }
 PAPER = 0.0189
 # models whose text and image attend together, by the beginning of their names
@@ -30,32 +47,137 @@ JOINT = ("FLUX", "SD3")
 NEAR = 0.1
 
 
-def update(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> str:
-    """The README with its section renewed; raises where there is no place for it."""
+def run(check: bool = False) -> int:
+    """Write both files, or only say whether they are what the rows give; 1 where they are not."""
+    stale = [path for path, text in pages().items() if not _has(path, text)]
+    if not check:
+        for path, text in pages().items():
+            path.write_text(text)
+        return 0
+    for path in stale:
+        print(f"{path.name} is not current: run `python -m bench readme`")
+    if not stale:
+        print("current")
+    return 1 if stale else 0
+
+
+def _has(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
+
+
+def pages(readme: Path = README, page: Path = PAGE, results: Path = RESULTS) -> dict[Path, str]:
+    """The text of both files; raises where the README has no place for it."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"bench readme: {readme} must have one line {BEGIN!r} and one {END!r}")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     rows = [row for path in sorted(results.glob("*.csv")) for row in read(path)]
-    return f"{before}{BEGIN}\n{section(rows, results)}\n{END}{after}"
+    short = headlines(rows, results)
+    return {
+        readme: f"{before}{BEGIN}\n{short}\n{END}{after}",
+        page: section(rows, results),
+    }
 
 
 def section(rows: Iterable[Row], results: Path = RESULTS) -> str:
+    """The page on performance."""
     newest = list(latest(rows).values())
-    parts = [_flops(newest)]
-    devices = dict.fromkeys((r.device, r.threads) for r in newest if r.device != "meta")
-    parts += [_device([r for r in newest if (r.device, r.threads) == d], results) for d in devices]
-    if not any(r.cuda and r.driver for r in newest):
-        parts.append(
-            "No row of a GPU is in `bench/results/` yet, so no time on one is stated. "
-            "`make gpu` measures on yours."
-        )
+    parts = [INTRODUCTION, _flops(newest)]
     if (results / "plots" / "overhead.png").exists():
         parts.append(
-            "![What a negative prompt adds to a denoiser call](bench/results/plots/overhead.png)"
+            f"![What a negative prompt adds to a denoiser call]({PLOTS_OF_PAGE}/overhead.png)"
         )
-    return "\n\n".join(part for part in parts if part)
+    parts += [_device([r for r in newest if _of(r) == d], results) for d in _devices(newest)]
+    if not _has_gpu(newest):
+        parts.append(f"{NO_GPU} `make gpu` measures on yours.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def headlines(rows: Iterable[Row], results: Path = RESULTS) -> str:
+    """At most six lines, and two plots."""
+    newest = list(latest(rows).values())
+    lines = [_flops_added(newest)]
+    for device in _devices(newest)[-DEVICES:]:
+        of = [r for r in newest if _of(r) == device]
+        lines += [_call_headline(of), _operation_headline(of)]
+    if not _has_gpu(newest):
+        lines.append(f"{NO_GPU}")
+    text = ["\n".join(f"- {line}" for line in lines if line)]
+    plots = results / "plots"
+    speedups = [f"{slug(r.device)}-speedup.png" for r in newest if r.bench == "op"]
+    for name, what in (
+        ("overhead.png", "FLOPs that a negative prompt adds to a denoiser call"),
+        (next(iter(reversed(speedups)), ""), "times as fast as Algorithm 1"),
+    ):
+        if name and (plots / name).exists():
+            text.append(f"![{what}](bench/results/plots/{name})")
+    return "\n\n".join(text)
+
+
+def _of(row: Row) -> tuple[str, Any]:
+    return row.device, row.threads
+
+
+def _devices(rows: list[Row]) -> list[tuple[str, Any]]:
+    return list(dict.fromkeys(_of(r) for r in rows if r.device != "meta"))
+
+
+def _has_gpu(rows: list[Row]) -> bool:
+    return any(r.cuda and r.driver for r in rows)
+
+
+def _flops_added(rows: list[Row]) -> str:
+    """How far the models lie apart, per method."""
+    rows = [r for r in rows if r.bench == "flops" and r.flops]
+    stock = {r.case: r.flops for r in rows if r.provider == "stock"}
+    added: dict[str, list[float]] = {}
+    for r in rows:
+        if r.provider in METHODS and r.case in stock:
+            added.setdefault(r.provider, []).append(r.flops / stock[r.case] - 1)  # type: ignore
+    said = [f"{METHODS[m]} {_span(added[m])}" for m in METHODS if m in added]
+    if not said:
+        return ""
+    return f"FLOPs over a denoiser call without, {len(stock)} models: {'; '.join(said)}"
+
+
+def _call_headline(rows: list[Row]) -> str:
+    """What a negative prompt adds to the time of a whole call, of the first model timed."""
+    timed = [r for r in rows if r.bench == "model" and r.p50_us]
+    stock = next((r for r in timed if r.provider == "stock"), None)
+    if stock is None:
+        return ""
+    same = [
+        r for r in timed if (r.case, r.timing, r.dtype) == (stock.case, stock.timing, stock.dtype)
+    ]
+    by = {r.provider: r.p50_us / stock.p50_us - 1 for r in same}  # type: ignore[operator]
+    said = [f"{name} {by[m]:+.1%}" for m, name in CALLS.items() if m in by]
+    return f"Time of a call of {stock.case}, {_device_name(stock)}: {'; '.join(said)}"
+
+
+def _operation_headline(rows: list[Row]) -> str:
+    """Our operation against Algorithm 1, over all forward cases timed with cold caches."""
+    ours = [
+        r.speedup
+        for r in rows
+        if r.bench == "op" and r.timing == "cold" and r.direction == "forward"
+        and r.provider.startswith("nasa") and r.baseline == "algorithm-1" and r.speedup
+    ]  # fmt: skip
+    if not ours:
+        return ""
+    return (
+        f"The operation forward, {len(ours)} cases, {_device_name(rows[0])}: {min(ours):.2f} to "
+        f"{max(ours):.2f} times as fast as Algorithm 1"
+    )
+
+
+def _span(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:+.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:+.1%} to {high:+.1%}"
+
+
+def _device_name(row: Row) -> str:
+    return row.device + (f", {row.threads} threads" if row.threads else "")
 
 
 def _flops(rows: list[Row]) -> str:
@@ -134,7 +256,7 @@ def _device(rows: list[Row], results: Path) -> str:
     text.append(f"The other layers: `python -m bench show bench/results/{slug(first.device)}.csv`.")
     picture = f"{slug(first.device)}-speedup.png"
     if (results / "plots" / picture).exists():
-        text.append(f"![Times as fast as Algorithm 1](bench/results/plots/{picture})")
+        text.append(f"![Times as fast as Algorithm 1]({PLOTS_OF_PAGE}/{picture})")
     return "\n\n".join(text)
 
 

@@ -4,6 +4,7 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
+    python -m nasa_distill sweep --out sweep.png        one picture of it
     python -m nasa_distill ablate --world world --out ablation    who should see the negatives
     python -m nasa_distill demo                         the same for one prompt, with pictures
 """
@@ -17,11 +18,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nasa_distill.config import PRESETS, Settings
+from nasa_distill.train.config import PRESETS, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; what the user can correct is one line on stderr and a status of 1."""
+    """Run one command. An error that the user can correct is one line on stderr, status 1."""
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of nasa_distill.config.Settings; ranges as LOW,HIGH; repeat",
+        help="a setting of nasa_distill.train.config.Settings; ranges as LOW,HIGH; repeat",
     )
 
     evaluate = commands.add_parser("eval", help="measure negative prompts on the small world")
@@ -78,6 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
+    sweep = commands.add_parser("sweep", help="one picture of it: methods by rising strength")
+    sweep.set_defaults(run=run_sweep)
+    add = sweep.add_argument
+    add("--student", help="folder of a few-step pipeline; default: the shipped one")
+    add("--steps", type=int, default=1, help="default: %(default)s")
+    add("--seed", type=int, default=0)
+    add("--pair", type=int, default=0, help="number of the prompt pair; default: %(default)s")
+    add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
+
     ablate = commands.add_parser("ablate", help="which networks should see negatives (Table 5)")
     ablate.set_defaults(run=run_ablate)
     add = ablate.add_argument
@@ -89,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
     score = commands.add_parser(
-        "score", help="CLIP+, CLIP-, removal and HPSv2 of images, VBench of videos, of any model"
+        "score",
+        help="experimental: CLIP, HPSv2 and VBench scores of any images and videos",
     )
     score.set_defaults(run=run_score)
     add = score.add_argument
@@ -128,10 +139,10 @@ def run_world(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from nasa_distill.checks import check_data
-    from nasa_distill.clip import Clip
-    from nasa_distill.nasa_t import Run
-    from nasa_distill.networks import load
+    from nasa_distill.train.checks import check_data
+    from nasa_distill.train.clip import Clip
+    from nasa_distill.train.nasa_t import Run
+    from nasa_distill.train.networks import load
     from nasa_distill.world.captions import read
 
     settings = PRESETS[options.preset].changed(**parse_settings(options.set))
@@ -157,7 +168,8 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from nasa_distill import evaluate, report, shipped
+    from nasa_distill.world import shipped
+    from nasa_distill.world.evaluation import evaluate, report
 
     student = options.student or shipped.path()
     results = evaluate.run(
@@ -173,8 +185,17 @@ def run_eval(options: argparse.Namespace) -> None:
     report.write(results, options.out, options.page, [picture])
 
 
+def run_sweep(options: argparse.Namespace) -> None:
+    from nasa_distill.world import shipped
+    from nasa_distill.world.evaluation import sweep
+
+    student = Path(options.student or shipped.path())
+    sweep.write(student, options.out, options.steps, options.seed, options.pair)
+    print(f"wrote {options.out}")
+
+
 def run_ablate(options: argparse.Namespace) -> None:
-    from nasa_distill import ablation
+    from nasa_distill.world.evaluation import ablation
 
     rows = ablation.run(
         PRESETS["world"].changed(**parse_settings(options.set)),
@@ -191,8 +212,8 @@ def run_ablate(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from nasa_distill import hps, metrics, vbench
-    from nasa_distill.clip import Clip
+    from nasa_distill.scores import hps, pairs, vbench
+    from nasa_distill.train.clip import Clip
 
     if options.videos is not None:
         if options.vbench_python is None or options.clip is not None or options.hps is not None:
@@ -203,13 +224,13 @@ def run_score(options: argparse.Namespace) -> None:
             raise ValueError("score: --pairs takes --clip, and not --vbench-python")
         clip = Clip.load(options.clip)
         scorer = None if options.hps is None else hps.load(options.hps, clip.tokenizer)
-        result = metrics.score(options.pairs, clip, scorer)
-    metrics.write(result, options.out)
+        result = pairs.score(options.pairs, clip, scorer)
+    pairs.write(result, options.out)
     print(", ".join(f"{name} {result[name]}" for name in result if name != "rows"))
 
 
 def run_pack(options: argparse.Namespace) -> None:
-    from nasa_distill import shipped
+    from nasa_distill.world import shipped
 
     out = options.out or shipped.FOLDER
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +238,7 @@ def run_pack(options: argparse.Namespace) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from nasa_distill.demo import show
+    from nasa_distill.demo.show import show
 
     show(options.out)
 

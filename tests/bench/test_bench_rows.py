@@ -184,23 +184,36 @@ def test_rates_come_from_rows():
     assert rates.exponential is None
 
 
-def test_readme_section_is_made_from_rows(tmp_path):
+def test_pages_are_made_from_rows(tmp_path):
     results = tmp_path / "results"
     rows_of.append(results / "test.csv", all_kinds())
     path = tmp_path / "README.md"
     path.write_text(f"above\n{readme.BEGIN}\nwhat was there\n{readme.END}\nbelow\n")
-    text = readme.update(path, results)
-    assert (
-        text.startswith("above\n") and text.endswith("\nbelow\n") and "what was there" not in text
-    )
+    page = tmp_path / "performance.md"
+
+    def made():
+        texts = readme.pages(path, page, results)
+        assert list(texts) == [path, page]
+        return texts.values()
+
+    short, text = made()
+    assert short.startswith("above\n") and short.endswith("\nbelow\n")
+    assert "what was there" not in short
+    lines = [line for line in short.splitlines() if line.startswith("- ")]
+    assert lines == [
+        "- FLOPs over a denoiser call without, 2 models: Algorithm 1 +1.3%; NASA, first call "
+        "+1.3%; NASA, later calls -0.2%; NAG, as published +2.0%; CFG +100.0%",
+        "- Time of a call of m, Test device: NAG, as published +2.0%",
+        "- The operation forward, 2 cases, Test device: 2.50 to 2.50 times as fast as Algorithm 1",
+    ]
     assert "| model 0 | 1.000 | +1.30% | +1.30% | -0.20% | +2.00% | +100.00% |" in text
     assert "none comes within a tenth of it" in text
     assert "10.0 (9.00-11.0)" in text and "Test device" in text and "CLIP 13" in text
-    path.write_text(text)
-    assert readme.update(path, results) == text
+    path.write_text(short)
+    assert list(made()) == [short, text]
     path.write_text("no markers")
     with pytest.raises(ValueError, match="must have one line"):
-        readme.update(path, results)
+        made()
 
 
 def test_a_number_near_the_papers_is_named():
@@ -211,8 +224,8 @@ def test_a_number_near_the_papers_is_named():
     assert "within a tenth of it: m" in readme.section(near)
 
 
-def test_the_readme_is_current():
-    """What stands in the README is what the committed result files give."""
+def test_the_pages_are_current():
+    """What stands in the README and on the page is what the committed result files give."""
     assert cli.main(["readme", "--check"]) == 0
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from small_world import make_small
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +20,9 @@ def one_precision():
     """accelerate keeps the precision of the first run of a process."""
     yield
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """What the command `world` leaves, of tiny networks."""
+    return make_small(tmp_path_factory.mktemp("world"))

@@ -9,47 +9,20 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from nasa_diffusers import enable_nasa
-from nasa_distill import ablation, evaluate, metrics, report, teacher, warmup
+from nasa_distill import pictures
 from nasa_distill.cli import main, parse_settings
-from nasa_distill.clip import Clip
-from nasa_distill.fit import Settings, fit, generator
 from nasa_distill.intervals import Share
-from nasa_distill.networks import load
+from nasa_distill.scores import pairs
+from nasa_distill.train.clip import Clip
+from nasa_distill.train.networks import load
+from nasa_distill.train.seeds import generator
+from nasa_distill.world import students, teacher
+from nasa_distill.world.evaluation import ablation, evaluate, report
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.make import Recipe, make
 from nasa_distill.world.scene import render, scenes
 from PIL import Image
-
-TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
-CYCLES = (TINY, replace(TINY, seed=1))
-RECIPE = Recipe(
-    clip=TINY,
-    teacher=CYCLES,
-    student=CYCLES,
-    four_step=(TINY,),
-    joint=(TINY,),
-    joint_size=(32, 2),
-    t5=TINY,
-    pixart=(TINY,),
-    pixart_size=(1, 2),
-    pairs=1,
-    guidance=1.5,
-    ddim_steps=4,
-)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Two steps of everything; the images are noise, the files are what they are."""
-    out = tmp_path_factory.mktemp("world")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        # looking at images on the way takes longer than the rest
-        for module in (teacher, warmup):
-            patch.setattr(module, "CHECKS", ())
-        make(RECIPE, out)
-    torch.set_num_threads(threads)
-    return out
+from small_world import RECIPE, TINY
 
 
 def test_the_world_is_made_stage_by_stage(world):
@@ -91,7 +64,7 @@ def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all("clip_loss" in row for row in rows)
     image = Image.open(tmp_path / "run/samples/step-000002.png")
-    assert image.width == 8 * 128
+    assert image.size == (4 * 128, 2 * (128 + pictures.LABEL_HEIGHT))
     # a second student step changes the settings of the run
     assert main([*command, *small, "--set", "steps=3"]) == 1
     assert "is of a run with steps=2" in capsys.readouterr().err
@@ -274,13 +247,13 @@ def test_the_posterior_mean_is_bayes_rule():
 def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
     model = load(world / "teacher" / "pipeline")
     how = (RECIPE.guidance, RECIPE.ddim_steps, RECIPE.guided_from)
-    states, x0, captions = warmup.make_pairs(model, 1, world, *how)
-    assert states.shape == (4, *x0.shape) and len(x0) == len(captions) == warmup.CHUNK
+    states, x0, captions = students.make_pairs(model, 1, world, *how)
+    assert states.shape == (4, *x0.shape) and len(x0) == len(captions) == students.CHUNK
     noise = states[0]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
-        path, exact, _ = warmup.make_pairs(model, 1, tmp_path, *how)
+        path, exact, _ = students.make_pairs(model, 1, tmp_path, *how)
     assert 0 < (x0 - exact).norm() / exact.norm() < 0.02
 
     # eight of them by the stock pipeline, which guides them itself
@@ -308,9 +281,9 @@ def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
     torch.testing.assert_close(quarters, path[:, :8], atol=1e-4, rtol=1e-4)
     assert (drawn[RECIPE.guidance] - exact[:8]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="is of a run with guidance=1.5, this one has 3.0"):
-        warmup.make_pairs(model, 1, world, 3.0, *how[1:])
+        students.make_pairs(model, 1, world, 3.0, *how[1:])
     with pytest.raises(ValueError, match="steps must be a multiple of 4, got 6"):
-        warmup.make_pairs(model, 1, world, RECIPE.guidance, 6)
+        students.make_pairs(model, 1, world, RECIPE.guidance, 6)
 
 
 STARTS = [("student", 1), ("four-step", 1), ("four-step", 4), ("joint", 1), ("joint", 4)]
@@ -334,7 +307,7 @@ def test_the_pipeline_begins_where_the_student_was_taught(world, name, steps):
         **model.text_options,
     )
     assert images.images.shape == (1, 3, 32, 32)
-    assert seen == warmup.begins(model, steps).tolist() == [999, 749, 499, 249][:steps]
+    assert seen == students.begins(model, steps).tolist() == [999, 749, 499, 249][:steps]
 
 
 # ---- one loop for all ----------------------------------------------------------------------------
@@ -383,7 +356,7 @@ def test_clip_scores_of_images_of_any_model(world, tmp_path, capsys):
     assert main([*command, "--pairs", str(tmp_path / "pairs.csv")]) == 0
     result = json.loads((tmp_path / "s.json").read_text())
 
-    images = torch.cat([metrics.load_image(tmp_path / f"{i}.png") for i in range(3)])
+    images = torch.cat([pairs.load_image(tmp_path / f"{i}.png") for i in range(3)])
     with torch.no_grad():
         image = torch.nn.functional.normalize(clip.images(images), dim=1)
     text = torch.nn.functional.normalize(clip.texts(["red", "blue", "circle", "square"]), dim=1)
@@ -393,7 +366,7 @@ def test_clip_scores_of_images_of_any_model(world, tmp_path, capsys):
     removed = (cosines[:, 3] > cosines[:, 2]).float().mean().item()
     assert result["removed"] == pytest.approx(removed)
     # any CLIP in the scorer's place: its score is a percentage of the same cosine
-    scored = metrics.score(tmp_path / "pairs.csv", clip, clip)
+    scored = pairs.score(tmp_path / "pairs.csv", clip, clip)
     assert "hps" not in result
     assert scored["hps"] == pytest.approx(100 * result["clip_pos"], abs=1e-3)
 
@@ -405,7 +378,7 @@ def test_clip_scores_of_images_of_any_model(world, tmp_path, capsys):
     ):
         (tmp_path / "bad.csv").write_text(content)
         with pytest.raises(ValueError, match=message):
-            metrics.read_pairs(tmp_path / "bad.csv")
+            pairs.read_pairs(tmp_path / "bad.csv")
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nasa_distill import hps
+from nasa_distill.scores import hps
 from nasa_distill.world.model import make_tokenizer
 from torch import nn
 

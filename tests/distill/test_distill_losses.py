@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from nasa_distill import losses
+from nasa_distill.train import losses
+from nasa_distill.train.average import average_of, resume
 from torch import Tensor
 
 
@@ -142,3 +143,35 @@ def average_weight(steps: int = 10_000) -> float:
         sigma = math.sqrt(1 - alpha**2)
         values.append(sigma**3 * alpha)
     return sum(values) / steps
+
+
+# ---- the average of the weights ------------------------------------------------------------------
+
+
+def test_an_average_is_the_sum_of_what_it_followed():
+    """Against the sum written out: weight i counts 1 - decay_i, times all decays behind it."""
+    network = torch.nn.Linear(2, 1, bias=False).double()
+    seen, decays = [network.weight.detach().clone()], []
+
+    def decay(count):
+        decays.append(count / (count + 9))
+        return decays[-1]
+
+    average = average_of(network, decay)
+    for step in range(5):
+        with torch.no_grad():
+            network.weight += step + 1
+        average.update_parameters(network)
+        seen.append(network.weight.detach().clone())
+        if step == 2:  # another process goes on with it
+            before, average = average, average_of(network, decay)
+            average.module.load_state_dict(before.module.state_dict())
+            resume(average, step + 1)
+    assert decays == [n / (n + 9) for n in range(1, 6)]
+    shares = [1.0] + [1 - d for d in decays]
+    expected = sum(
+        share * math.prod(decays[i:]) * weight
+        for i, (share, weight) in enumerate(zip(shares, seen, strict=True))
+    )
+    torch.testing.assert_close(average.module.weight, expected, rtol=1e-12, atol=0)
+    assert not average.module.weight.requires_grad

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
 from nasa_diffusers import nasa
-from nasa_distill.fit import Settings
-from nasa_distill.networks import model_of
+from nasa_distill.train.networks import model_of
 from nasa_distill.world import captions, code, model, t5
+from nasa_distill.world.fit import Settings
 from nasa_distill.world.judge import VALID_BELOW, judge
 from nasa_distill.world.scene import ATTRIBUTES, RATES, Scene, render, renders, scenes
 from transformers import CLIPTextModelWithProjection
@@ -193,8 +193,8 @@ def test_pixart_opens_as_a_stock_pipeline_and_has_a_negative_prompt(tmp_path):
     torch.testing.assert_close(draw(opened), image)
     torch.testing.assert_close(draw(opened, max_sequence_length=captions.MAX_TOKENS), image)
     with nasa(opened, "red, blurry", alpha=0.5):
-        steered = draw(opened)
-    assert (steered - image).abs().max() > 1e-2
+        guided = draw(opened)
+    assert (guided - image).abs().max() > 1e-2
 
 
 def test_one_step_is_the_networks_own_x0():

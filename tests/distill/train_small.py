@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from nasa_diffusers import testing
-from nasa_distill import networks
-from nasa_distill.config import Settings
-from nasa_distill.nasa_t import Run
+from nasa_distill.train import networks
+from nasa_distill.train.config import Settings
+from nasa_distill.train.nasa_t import Run
 
 STEPS, KILLED_AT = 4, 3
 

@@ -18,9 +18,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from nasa_distill.clip import Clip
-from nasa_distill.fit import Settings, fit
+from nasa_distill.train.clip import Clip
 from nasa_distill.world.captions import OWNER, draw_caption, matches, mentions
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.model import TEXT_WIDTH, text_config, tokenize
 from nasa_distill.world.scene import SIZE, renders, scenes
 
@@ -59,8 +59,8 @@ def train_clip(settings: Settings, out: Path, tokenizer: CLIPTokenizer) -> Clip:
     """Train, or go on training: images with captions of their own, against those of a batch.
 
     The loss is CLIP's, except that a caption may be true of several images of the batch: all of
-    those count as its own (supervised contrastive learning). CLIP alone learns colours first and
-    shapes late, so the tokens from the end of the caption on must also say what it named.
+    those count as its own (supervised contrastive learning). With that loss alone shapes are
+    learned late, so the end-of-text tokens must also predict what the caption named.
     """
     torch.manual_seed(settings.seed)
     images, rates = renders()

@@ -1,8 +1,8 @@
 """The latent code: 4x4 patches of pixels as 16 numbers, in a diffusers autoencoder.
 
-The code is fixed and linear, a principal component analysis of the world's patches. No autoencoder
-of diffusers is linear or can tell one pixel of a patch from the next, since all of them enlarge by
-repeating; so the weights of an `AutoencoderTiny`, the class of TAESD, are set by hand to do it.
+The code is fixed and linear: a principal component analysis of the world's patches. Autoencoders
+of diffusers are not linear, and enlarge by repeating pixels. So the weights of an `AutoencoderTiny`
+(the class of TAESD) are set by hand to compute this code exactly.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from nasa_distill.world.scene import SIZE, renders
 PATCH = 4
 CHANNELS = 16
 GRID = SIZE // PATCH
-# 1 would give every component the same variance, 0 leaves the variance it has in the image
+# 1: all components have the same variance; 0: the variance they have in the image
 WHITENING = 0.5
-# the decoder squeezes what it is given, x to 3 tanh(x / 3): codes reach 7, and a 32nd of that is
-# squeezed by 0.2 percent
+# the decoder first maps x to 3 tanh(x / 3). Codes reach 7; divided by 32 they change by 0.2 percent
 SCALING = 32.0
 
 
@@ -84,7 +83,7 @@ def make_autoencoder() -> AutoencoderTiny:
 
 
 WIDTH = 64
-LIFT = 0.5  # added to a code, so that ReLU lets it pass
+LIFT = 0.5  # added to a code, so that it is positive and passes ReLU
 SHUT = 8.0  # subtracted per bit that does not match; pixels are below it
 # channels of the decoder behind the code's, four for each axis: parity of the patch column and row
 X, Y = 16, 20

@@ -1,4 +1,4 @@
-"""The exact judge: which render an image is nearest to, and how far off it is."""
+"""The exact judge: the render nearest to an image, and the distance to it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from nasa_distill.world.captions import read
 from nasa_distill.world.scene import ATTRIBUTES, RATES, renders, scenes
 
-# mean squared distance to the nearest render, images in [-1, 1]: 23 dB of their range. The latent
-# code alone takes up to 0.011 of it
+# mean squared distance to the nearest render, images in [-1, 1]: a PSNR of 23 dB. The latent code
+# alone makes up to 0.011
 VALID_BELOW = 0.02
 
 

@@ -21,14 +21,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from nasa_distill import teacher, warmup
-from nasa_distill.clip import Clip
-from nasa_distill.fit import Settings
-from nasa_distill.networks import load, model_of
+from nasa_distill.scalars import plain_fields
+from nasa_distill.train.clip import Clip
+from nasa_distill.train.networks import load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import model, t5
+from nasa_distill.world import model, students, t5, teacher
 from nasa_distill.world.captions import draw_caption
 from nasa_distill.world.code import make_autoencoder
+from nasa_distill.world.fit import Settings
 from nasa_distill.world.scene import RATES, scenes
 
 
@@ -66,8 +66,11 @@ class Recipe:
     )
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
 
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
-def make_joint(recipe: Recipe, pairs: warmup.Pairs, clip: Clip, out: Path) -> None:
+
+def make_joint(recipe: Recipe, pairs: students.Pairs, clip: Clip, out: Path) -> None:
     torch.manual_seed(0)
     encoder = world_clip.text_encoder(clip, projected=True)
     transformer = model.make_joint(*recipe.joint_size)
@@ -75,7 +78,7 @@ def make_joint(recipe: Recipe, pairs: warmup.Pairs, clip: Clip, out: Path) -> No
     from_nothing(pipe, pairs, recipe.joint, out)
 
 
-def make_pixart(recipe: Recipe, pairs: warmup.Pairs, out: Path) -> None:
+def make_pixart(recipe: Recipe, pairs: students.Pairs, out: Path) -> None:
     tokenizer = t5.make_tokenizer()
     encoder = t5.train(recipe.t5, out / "t5", tokenizer)
     torch.manual_seed(0)
@@ -84,10 +87,10 @@ def make_pixart(recipe: Recipe, pairs: warmup.Pairs, out: Path) -> None:
     from_nothing(pipe, pairs, recipe.pixart, out)
 
 
-def from_nothing(pipe: Any, pairs: warmup.Pairs, cycles: Sequence[Settings], out: Path) -> None:
+def from_nothing(pipe: Any, pairs: students.Pairs, cycles: Sequence[Settings], out: Path) -> None:
     """A student of four steps from random weights: no teacher is of its architecture."""
     called = model_of(pipe, str(out))
-    student = warmup.train(called, called.denoiser, pairs, 4, cycles, out, half=True)
+    student = students.train(called, called.denoiser, pairs, 4, cycles, out, half=True)
     pipe.register_modules(transformer=student)
     pipe.save_pretrained(out / "pipeline")
 
@@ -105,7 +108,7 @@ def make(recipe: Recipe, out: Path) -> None:
     save(unet, encoder, out / "teacher" / "pipeline", few_step=False)
 
     drawn = load(out / "teacher" / "pipeline")
-    pairs = warmup.make_pairs(
+    pairs = students.make_pairs(
         drawn, recipe.pairs, out, recipe.guidance, recipe.ddim_steps, recipe.guided_from
     )
     student = drawn.denoiser
@@ -113,7 +116,7 @@ def make(recipe: Recipe, out: Path) -> None:
         (1, recipe.student, "student"),
         (4, recipe.four_step, "four-step"),
     ):
-        student = warmup.train(drawn, student, pairs, steps, cycles, out / name)
+        student = students.train(drawn, student, pairs, steps, cycles, out / name)
         save(student, encoder, out / name / "pipeline", few_step=True)
     make_joint(recipe, pairs, clip, out / "joint")
     make_pixart(recipe, pairs, out / "pixart")

@@ -36,10 +36,10 @@ from nasa_distill.world.code import CHANNELS, GRID
 
 TEXT_WIDTH = 64
 START, END = "<|startoftext|>", "<|endoftext|>"
-# The noise of DDPM, more than Stable Diffusion's: in 8x8 latents an attribute can be told down to a
-# signal of a tenth of the noise, and below that there must be steps in which the prompt decides. At
-# the last, alpha_T = 0.006, next to nothing is left of the image. The networks predict the image:
-# there are 288 to be told apart, where noise would have to be passed through them number by number.
+# The noise of DDPM, which is more than Stable Diffusion's. An attribute of 8x8 latents can be seen
+# until the signal is a tenth of the noise; the prompt can only decide in steps beyond that. At the
+# last step, alpha_T = 0.006, almost nothing of the image is left. The networks predict the image,
+# one of 288; to predict noise they would have to reproduce every number of it.
 NOISE: dict[str, Any] = {
     "beta_schedule": "linear",
     "beta_start": 0.0001,
@@ -54,8 +54,8 @@ PATCHES: dict[str, Any] = {
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
 }
-# Shift, scale and gate of attention, then of the feed-forward network: no modulation by time. A
-# transformer that starts there learns sooner than one whose gates are random.
+# Shift, scale and gate of attention, then of the feed-forward network, without modulation by time.
+# A transformer that starts there learns faster than one with random gates.
 UNMODULATED = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
 
 
@@ -140,7 +140,7 @@ def make_pipeline(
 
 def make_scheduler(few_step: bool) -> DDIMScheduler | LCMScheduler:
     if few_step:
-        # of four steps, LCM's are 999, 749, 499 and 249: where the quarters of the schedule begin
+        # of four steps, LCM's are 999, 749, 499 and 249, the beginnings of quarters
         return LCMScheduler(**NOISE, original_inference_steps=8)
     return DDIMScheduler(**NOISE, timestep_spacing="trailing")
 
@@ -189,8 +189,8 @@ def make_joint_pipeline(
 ) -> StableDiffusion3Pipeline:
     """A stock pipeline without a T5; both its CLIPs are the world's. For a few steps.
 
-    The scheduler is that of the other students and not a rectified flow's: a network that predicts
-    a flow from pure noise has to give that noise back number by number.
+    The scheduler is that of the other students and not a rectified flow's: to predict a flow the
+    network would have to reproduce every number of the noise.
     """
     tokenizer = make_tokenizer()
     return StableDiffusion3Pipeline(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from nasa_distill.fit import Settings, fit
 from nasa_distill.world.captions import MAX_TOKENS, OWNER, WORDS, draw_caption, mentions
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.model import TEXT_WIDTH, tokenize
 from nasa_distill.world.scene import scenes
 
@@ -77,8 +77,7 @@ class Reader(nn.Module):
 def train(settings: Settings, out: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
     """Train, or go on training; see `fit` for what it raises.
 
-    The token that closes a caption must say what the caption named; the others are free to stay
-    what they are, the words.
+    The last token must predict what the caption named; there is no loss on the others.
     """
     torch.manual_seed(settings.seed)
 

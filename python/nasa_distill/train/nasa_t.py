@@ -21,75 +21,38 @@ import torch
 from accelerate import Accelerator
 from diffusers import LCMScheduler
 from nasa_diffusers import enable_nasa
-from nasa_diffusers.cli import grid
 from peft import LoraConfig
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nasa_distill import checkpoint, losses, sharding
-from nasa_distill.checks import check_data, check_launch, check_model, digest
-from nasa_distill.clip import Clip
-from nasa_distill.config import Settings
-from nasa_distill.fit import generator
-from nasa_distill.networks import Model, Text, add_lora, check_fit, without_lora
+from nasa_distill import pictures
+from nasa_distill.scalars import plain
+from nasa_distill.train import checkpoint, losses, sharding
+from nasa_distill.train.average import average_of
+from nasa_distill.train.checks import check_data, check_launch, check_model, digest
+from nasa_distill.train.clip import Clip
+from nasa_distill.train.config import Settings
+from nasa_distill.train.draws import Draws
+from nasa_distill.train.networks import Model, Text, add_lora, check_fit, without_lora
+from nasa_distill.train.seeds import generator
 
-# settings of how a step is computed, and not of what: a resumed run may change them
+# settings that do not change what is computed: a resumed run may have others
 HOW = ("accumulate", "gradient_checkpointing")
-
-
-@dataclasses.dataclass
-class Draws:
-    """The random part of one micro-batch."""
-
-    prompts: list[str]
-    negatives: list[str]
-    z: Tensor
-    alpha: Tensor  # [b], one value or 0
-    kappa: Tensor  # [b, 1, 1, 1]
-    random: torch.Generator
-
-    @staticmethod
-    def of(
-        settings: Settings,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        latent: tuple[int, int, int],
-        rows: int,
-        random: torch.Generator,
-        alpha: float,
-    ) -> Draws:
-        def choose(pool: Sequence[str]) -> list[str]:
-            return [pool[i] for i in torch.randint(len(pool), (rows,), generator=random)]
-
-        chosen = choose(prompts)
-        against = choose(negatives) if settings.needs_negatives else []
-        low, high = settings.kappa
-        kappa = low + (high - low) * torch.rand(rows, generator=random)
-        keep = torch.rand(rows, generator=random) >= settings.p_no_negative
-        z = torch.randn(rows, *latent, generator=random)
-        return Draws(chosen, against, z, alpha * keep, kappa.view(-1, 1, 1, 1), random)
-
-    def normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.random).to(like.device)
-
-    def timesteps(self, low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (len(self.prompts),), generator=self.random)
 
 
 class Run:
     """The networks, optimisers and files of one run; `Run(...).train()` is all of it.
 
     Args:
-        settings: See `nasa_distill.config`.
+        settings: See `nasa_distill.train.config`.
         teacher: A checkpoint's model. It gets an adapter, and is teacher and LoRA teacher in one.
         student: Another copy of it, or a one-step model of its family; it is trained in place.
         prompts, negatives: Texts to draw from, uniformly and with replacement.
         out: Folder of the log, the samples, the checkpoint, and `pipeline` at the end.
-        clip: For the clamped CLIP loss; None leaves that loss out.
-        identity: What else the run depends on; a checkpoint made with another is refused.
-        fsdp: Split student and LoRA teacher over the processes (see `nasa_distill.sharding`).
+        clip: For the clamped CLIP loss; None: train without that loss.
+        identity: What else the run depends on; a checkpoint with another identity is refused.
+        fsdp: Split student and LoRA teacher over the processes (see `nasa_distill.train.sharding`).
 
     Raises:
         ValueError: Empty data, networks that do not fit, or a checkpoint of another run.
@@ -160,6 +123,9 @@ class Run:
         if self.clip is not None:
             self.clip.to(device)
         network = self.student.denoiser.requires_grad_(True).train()
+        # FSDP copies no network that is split, so the copy comes first
+        ema = settings.ema
+        self.average = average_of(network, lambda _: ema) if ema else None
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         # the negative prompt travels with the call, so a recomputed block sees it again
@@ -170,32 +136,28 @@ class Run:
                 self.student.pipe, negative_prompt_embeds=null, alpha=0.0, cfg=False
             )
             if self.is_split:
-                # weights that come and go in the same memory look unchanged to it
+                # FSDP reuses memory, so the cache would not see that weights have changed
                 self.nasa.cache_limit = 0
         self.null_teacher = self.teacher.encode([""])
 
         self.kind = type(network)
         self.network, self.lora_teacher = map(self._prepare, (network, self.teacher.denoiser))
-        weights, decay = dict(network.named_parameters()), settings.weight_decay
-        self.average = {n: p.detach().clone() for n, p in weights.items()} if settings.ema else None
+        if self.average is not None and self.is_split:
+            sharding.shard(self.average.module, self.accelerator)
+        trained = [p for p in self.teacher.denoiser.parameters() if p.requires_grad]
+        decay = settings.weight_decay
         self.student_optimiser = torch.optim.AdamW(
-            weights.values(), settings.student_rate, weight_decay=decay
+            network.parameters(), settings.student_rate, weight_decay=decay
         )
-        self.lora_optimiser = torch.optim.AdamW(
-            self._lora.values(), settings.lora_rate, weight_decay=decay
-        )
+        self.lora_optimiser = torch.optim.AdamW(trained, settings.lora_rate, weight_decay=decay)
 
     def _prepare(self, network: Any) -> Any:
         if not self.is_split:
             return self.accelerator.prepare(network)
-        # autocast alone
+        # for its autocast alone
         network = self.accelerator.prepare_model(network, evaluation_mode=True)
         sharding.shard(network, self.accelerator)
         return network
-
-    @property
-    def _lora(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.teacher.denoiser.named_parameters() if p.requires_grad}
 
     @property
     def _checkpoint(self) -> Path:
@@ -212,26 +174,30 @@ class Run:
             )
         if state is None:
             return 0
-        sharding.restore(self.student.denoiser.state_dict(), state["student"], "student")
-        sharding.restore(self._lora, state["lora"], "LoRA teacher")
+        student, teacher, split = self.student.denoiser, self.teacher.denoiser, self.is_split
+        # moments first: PyTorch makes them by a step of length 0
+        for network, optimiser, name in (
+            (student, self.student_optimiser, "student_optimiser"),
+            (teacher, self.lora_optimiser, "lora_optimiser"),
+        ):
+            sharding.restore_moments(network, optimiser, state[name], split)
+        sharding.restore(student, state["student"], "student", split)
+        sharding.restore(teacher, state["lora"], "LoRA teacher", split)
         if self.average is not None:
-            sharding.restore(self.average, state["average"], "average")
-        sharding.restore_optimiser(self.student_optimiser, state["student_optimiser"])
-        sharding.restore_optimiser(self.lora_optimiser, state["lora_optimiser"])
+            sharding.restore(self.average.module, state["average"], "average", split)
         return step
 
     def _save(self, step: int) -> None:
+        student, teacher, split = self.student.denoiser, self.teacher.denoiser, self.is_split
         state = {
-            "student": self.student.denoiser.state_dict(),
-            "lora": {name: p.detach() for name, p in self._lora.items()},
-            "student_optimiser": self.student_optimiser.state_dict(),
-            "lora_optimiser": self.lora_optimiser.state_dict(),
+            "student": sharding.weights_of(student, split),
+            "lora": sharding.weights_of(teacher, split, trained_only=True),
+            "student_optimiser": sharding.moments_of(student, self.student_optimiser, split),
+            "lora_optimiser": sharding.moments_of(teacher, self.lora_optimiser, split),
         }
         if self.average is not None:
-            state["average"] = self.average
-        is_main = self.accelerator.is_main_process
-        state = sharding.whole(state, is_main)
-        if is_main:
+            state["average"] = sharding.weights_of(self.average.module, split)
+        if self.accelerator.is_main_process:
             checkpoint.save({"settings": self.identity, "step": step, **state}, self._checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -244,8 +210,8 @@ class Run:
             What to log of it.
 
         Raises:
-            FloatingPointError: A latent, score, loss or gradient is not finite. It was not used,
-                and no checkpoint has seen it.
+            FloatingPointError: A latent, score, loss or gradient is not finite. The step is not
+                made, and checkpoints hold only steps before it.
         """
         settings = self.settings
         shared = generator(settings.seed, step)  # the same in every process
@@ -274,7 +240,8 @@ class Run:
                 logged[name] = logged.get(name, 0.0) + float(value) / settings.accumulate
         if step >= settings.lora_first:
             logged["student_gradient"] = self._update(self.student_optimiser, self.network, step)
-            self._follow()
+            if self.average is not None:
+                self.average.update_parameters(self.student.denoiser)
 
         for _ in range(settings.lora_updates):
             total = 0.0
@@ -371,8 +338,8 @@ class Run:
         return torch.full((len(like),), timestep, device=like.device)
 
     def _synchronised(self, network: nn.Module, micro: int):
-        """Gradients are averaged over processes with the last micro-batch only; split ones with
-        each, or every process would have to hold them all."""
+        """Average gradients over processes at the last micro-batch only. Split gradients are
+        averaged at each, since no process could hold the whole sum."""
         last = micro + 1 == self.settings.accumulate
         if last or self.is_split:
             return contextlib.nullcontext()
@@ -394,15 +361,8 @@ class Run:
             raise FloatingPointError(
                 f"nasa_t: the {what} is not finite at step {step}; "
                 + (f"{self._checkpoint} holds the last good step" if kept else "nothing was saved")
-                + ". Lower the learning rates, or train in fp32 (--precision no)"
+                + ". Lower the learning rates, or train in fp32 (--set precision=no)"
             )
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        if self.average is None:
-            return
-        for name, value in self.student.denoiser.named_parameters():
-            self.average[name].lerp_(value, 1 - self.settings.ema)
 
     # ---- the whole run ---------------------------------------------------------------------------
 
@@ -418,6 +378,7 @@ class Run:
             FloatingPointError: As `step`.
             OSError: A file cannot be written; what the last checkpoint holds is kept.
         """
+        save_every, sample_every = plain(save_every), plain(sample_every)
         if save_every < 1 or sample_every < 1:
             raise ValueError(
                 "Run.train: save_every and sample_every must be at least 1 step, got "
@@ -446,8 +407,8 @@ class Run:
 
     @torch.no_grad()
     def _sample(self, step: int) -> None:
-        """Two prompts without and with NASA, from the same noise at every time. All processes
-        draw: a network that is split, or has buffers, needs them all."""
+        """Two prompts without and with NASA, from the same noise each time. All processes draw,
+        because a split network needs all of them for a forward pass."""
         random = generator(self.settings.seed, -1)
         draws = Draws.of(
             self.settings, self.prompts[:2], self.negatives[:2], self.student.latent_shape, 4,
@@ -455,38 +416,34 @@ class Run:
         )  # fmt: skip
         stage = self.settings.student_steps - 1
         state = random.get_state()
-        images, labels = [], []
+        rows = []
         for alpha in (0.0, 0.5) if self.nasa is not None else (0.0,):
             draws.alpha = torch.full((4,), alpha)
             random.set_state(state)
-            for row in self.student.decode(self._draw(draws, stage)):
-                pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-                image = Image.fromarray(pixels.cpu().numpy())
-                images.append(image.resize((128, 128), Image.Resampling.NEAREST))
-                labels.append(f"alpha {alpha:g}")
+            images = self.student.decode(self._draw(draws, stage))
+            rows.append((f"alpha {alpha:g}", (images / 2 + 0.5).clamp(0, 1)))
         if not self.accelerator.is_main_process:
             return
         path = self.out / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        grid(images, labels).save(path)
+        pictures.rows(rows, 128).save(path)
 
     def _export(self) -> None:
-        """The student as a pipeline, averaged if there is an average; whole or not at all."""
-        pipe, network = self.student.pipe, self.student.denoiser.eval()
+        """Write the student, or its average, as a pipeline; a failure leaves no half of it."""
+        pipe, network = self.student.pipe, self.student.denoiser
         if self.nasa is not None:
             self.nasa.disable()
         network.disable_gradient_checkpointing()
-        weights = network.state_dict() | (self.average or {})
-        is_main = self.accelerator.is_main_process
-        weights = sharding.whole(weights, is_main or not self.is_split)
-        if not self.is_split:
-            network.load_state_dict(weights)
-        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-        if not is_main:
+        finished: Any = network if self.average is None else self.average.module
+        if self.is_split:
+            weights = sharding.weights_of(finished, True)
+        if not self.accelerator.is_main_process:
             return
         if self.is_split:
-            name = next(name for name, part in pipe.components.items() if part is network)
-            setattr(pipe, name, sharding.as_one(network, self.kind, weights))
+            finished = sharding.as_one(network, self.kind, weights)
+        name = next(name for name, part in pipe.components.items() if part is network)
+        scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        pipe.register_modules(**{name: finished.eval(), "scheduler": scheduler})
         partial, path = self.out / "pipeline.partial", self.out / "pipeline"
         shutil.rmtree(partial, ignore_errors=True)
         try:

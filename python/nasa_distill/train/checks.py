@@ -1,4 +1,4 @@
-"""What a run of NASA-T cannot begin with, seen before anything is trained."""
+"""Checks of data, networks and launcher, made before anything is trained."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from accelerate.utils import DistributedType
 
-from nasa_distill.config import Settings
-from nasa_distill.networks import Model
+from nasa_distill.train.config import Settings
+from nasa_distill.train.networks import Model
 
-LAST_TIMESTEP = 999  # settings name timesteps below it
+LAST_TIMESTEP = 999  # the settings' timesteps are at most this
 
 
 def check_launch(kind: DistributedType, is_split: bool) -> None:
-    """Raise unless the processes are of a kind that a run knows."""
+    """Raise unless the processes were started in a way that a run supports."""
     known = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     known.add(DistributedType.FSDP if is_split else DistributedType.NO)
     if kind in known:
@@ -31,7 +31,7 @@ def check_launch(kind: DistributedType, is_split: bool) -> None:
 
 
 def check_model(model: Model, role: str) -> None:
-    """Raise unless a run knows how to call this network, at the timesteps it was trained on."""
+    """Raise unless this network takes one text and has 1000 timesteps."""
     if added := getattr(model.denoiser.config, "addition_embed_type", None):
         raise ValueError(
             f"Run: the {role} takes more than a text ({added}, as SDXL does), which NASA-T does "
@@ -45,12 +45,12 @@ def check_model(model: Model, role: str) -> None:
 
 
 def digest(lines: Sequence[str]) -> str:
-    """Names a list of texts; as long as the texts are the same, so are the draws."""
+    """A checksum of texts: with the same texts a resumed run draws the same prompts."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_data(prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> None:
-    """Raise unless there is something to draw, and all of it has words."""
+    """Raise unless there are prompts, and negative prompts if needed, none of them empty."""
     pools = {"prompts": prompts}
     if settings.needs_negatives:
         pools["negative prompts"] = negatives

@@ -1,4 +1,4 @@
-"""`make demo`: the shipped one-step model with and without a negative prompt, and what it costs."""
+"""The shipped model in one step: drawn and judged with NASA at several strengths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from nasa_diffusers import enable_nasa
 from rich.console import Console
 from rich.table import Table
 
-from nasa_distill import layers, pictures, shipped
-from nasa_distill.evaluate import Counts
+from nasa_distill import pictures
+from nasa_distill.demo import layers
+from nasa_distill.world import shipped
 from nasa_distill.world.code import CHANNELS, GRID
+from nasa_distill.world.evaluation.evaluate import Counts
 from nasa_kernels import __version__
 
 PROMPT, NEGATIVE = "a photo of a shape", "red"

@@ -48,8 +48,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
     except (MemoryError, OSError):
-        raise  # says nothing of what is in the file
-    # bytes that are no checkpoint raise what they like; the cause is told
+        raise  # the file itself may be good
+    # bytes that are no checkpoint raise errors of any class
     except Exception as error:
         raise ValueError(
             f"checkpoint.load: {path} cannot be read as a checkpoint of this command "

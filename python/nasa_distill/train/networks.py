@@ -1,7 +1,7 @@
 """Loading and calling the networks of a diffusers checkpoint: Stable Diffusion or PixArt.
 
-The three networks of NASA-T (teacher, LoRA teacher, student) are denoisers of one pipeline; this
-module knows how to encode text for them and how to call one, and nothing of losses.
+The three networks of NASA-T (teacher, LoRA teacher, student) are denoisers of one kind of pipeline.
+This module encodes text for them and calls them; losses are elsewhere.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from nasa_distill import losses
+from nasa_distill.train import losses
 
 PIXART = "PixArtTransformer2DModel"
-JOINT = "SD3Transformer2DModel"  # attends to image and text at once; not for NASA-T
+JOINT = "SD3Transformer2DModel"  # joint attention: evaluated, not trained by NASA-T
 KINDS = ("UNet2DConditionModel", PIXART, JOINT)
 
 
@@ -73,7 +73,7 @@ class Model:
 
     @property
     def text_options(self) -> dict[str, int]:
-        """Of the pipeline's call and of `enable_nasa`: how many tokens of a T5 there are."""
+        """The T5's number of tokens, for the pipeline's call and for `enable_nasa`."""
         if self.joint:
             return {"max_sequence_length": 0}  # there is no T5
         if type(self.denoiser).__name__ == PIXART:
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """Of the pipeline's call: PixArt bins the sizes of its large models, and knows no other."""
+        """For the pipeline's call. PixArt would round a small size to one of its large models'."""
         plain = {"use_resolution_binning": False, "clean_caption": False}
         return self.text_options | (plain if type(self.denoiser).__name__ == PIXART else {})
 
@@ -93,7 +93,7 @@ class Model:
         return len(self.alphas_cumprod) - 1
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """`[b, 1, 1, 1]` each, in fp32: bf16 would be divided by the last alpha, 0.07."""
+        """`[b, 1, 1, 1]` each, fp32: dividing by the last alpha, 0.07, enlarges rounding errors."""
         kept = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
 
@@ -187,7 +187,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Model:
 
 
 def absent(path: Path) -> dict[str, None]:
-    """The parts that a saved pipeline was made without: SD3's class wants to be told of its T5."""
+    """Parts that were saved as absent, as SD3's T5: loading needs a None for each of them."""
     index = path / "model_index.json"
     parts = json.loads(index.read_text()) if index.exists() else {}
     return {name: None for name, kind in parts.items() if kind == [None, None]}
@@ -215,7 +215,7 @@ def model_of(pipe: Any, path: str) -> Model:
     pipe.set_progress_bar_config(disable=True)
     kept = pipe.scheduler.alphas_cumprod.float().clone()
     if config.get("rescale_betas_zero_snr"):
-        # diffusers leaves 2^-24 for the solvers that divide by alpha
+        # diffusers leaves 2^-24 there, because some solvers divide by alpha
         kept[-1] = 0.0
     return Model(pipe, denoiser, kept, prediction)
 
@@ -243,7 +243,7 @@ def add_lora(denoiser: Any, config: LoraConfig) -> None:
 
 @contextlib.contextmanager
 def without_lora(denoiser: nn.Module) -> Iterator[None]:
-    """The frozen teacher inside its LoRA twin; the adapters come back whatever happens."""
+    """Switch the adapters off, for the frozen teacher, and on again in any case."""
     layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)

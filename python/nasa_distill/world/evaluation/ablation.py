@@ -1,7 +1,7 @@
 """Which networks should see the negative prompts: the paper's Table 5, on the small world.
 
-Each variant is trained from the same student with several seeds and then judged at alpha 0 and at
-one alpha, so that what training does and what NASA does at inference can be told apart.
+Each variant is trained from the same student with several seeds, then judged at alpha 0 and at one
+other alpha: the first shows what training did, the second what NASA adds at inference.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nasa_distill import evaluate
-from nasa_distill.config import Settings
-from nasa_distill.nasa_t import Run
-from nasa_distill.networks import load
+from nasa_distill import tables
+from nasa_distill.scalars import plain
+from nasa_distill.train.config import Settings
+from nasa_distill.train.nasa_t import Run
+from nasa_distill.train.networks import load
+from nasa_distill.world.evaluation import evaluate
 
 # teacher, LoRA teacher, student
 VARIANTS = {
@@ -46,6 +48,7 @@ def run(
     Returns:
         A row per variant and seed, as `ablation.json` has them.
     """
+    seeds, alpha, images = [plain(seed) for seed in seeds], plain(alpha), plain(images)
     if not seeds:
         raise ValueError("ablation.run: seeds must name at least one, got none")
     rows: list[dict[str, Any]] = []
@@ -77,9 +80,9 @@ def run(
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """Every variant in percent, then what it differs from the first one by, in points.
 
-    The second table is of differences seed by seed: runs of one seed see the same prompts and
-    noise, in training and in the evaluation, which the differences are then free of. Spreads, from
-    two seeds on, are standard deviations.
+    The second table has differences seed by seed. Runs of one seed see the same prompts and noise,
+    in training and evaluation, so these cancel. With two seeds or more, spreads are standard
+    deviations.
     """
     none = {
         (row["alpha"], row["seed"], key): row[key]
@@ -100,16 +103,15 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]], sign: str = "") -> str:
-    lines = ["| sees the negatives | alpha | seeds | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|" + "---|" * (3 + len(COLUMNS)))
+    cells = []
     for name in VARIANTS:
         for alpha in sorted({row["alpha"] for row in rows}):
             chosen = [row for row in rows if (row["variant"], row["alpha"]) == (name, alpha)]
             if not chosen:
                 continue
-            cells = [spread([row[key] for row in chosen], sign) for key in COLUMNS]
-            lines.append(f"| {name} | {alpha:g} | {len(chosen)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            spreads = [spread([row[key] for row in chosen], sign) for key in COLUMNS]
+            cells.append((name, f"{alpha:g}", len(chosen), *spreads))
+    return tables.markdown(("sees the negatives", "alpha", "seeds", *COLUMNS), cells) + "\n"
 
 
 def spread(shares: Sequence[float], sign: str) -> str:

@@ -1,9 +1,9 @@
 """VBench's scores of single frames, aesthetic and imaging quality, for videos that were saved.
 
 Its last release (0.1.5) requires `transformers==4.33.2` and `numpy<2`, which no supported diffusers
-runs with. So it lives in an environment of its own, whose Python is started here and calls the
-class that VBench documents. Its command is not used: that starts whichever `python` the PATH names
-first, needs NCCL, and ends with status 0 whatever happened.
+runs with. So it is installed in an environment of its own, whose Python is started here and calls
+the class that VBench documents. Its command is not used: it starts the first `python` on the PATH,
+needs NCCL, and ends with status 0 also when it failed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,14 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nasa_distill import checkpoint
+from nasa_distill.scalars import plain_fields
+from nasa_distill.train import checkpoint
+from nasa_distill.train.average import average_of, resume
+from nasa_distill.train.seeds import generator
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of AdamW, its schedule and the average. A run is a function of these, data and seed."""
+    """AdamW, its schedule and the average. These and the data decide the result."""
 
     steps: int
     batch: int = 64
@@ -30,10 +32,8 @@ class Settings:
     ema: float = 0.998
     seed: int = 0
 
-
-def generator(seed: int, step: int, process: int = 0) -> torch.Generator:
-    """The noise of a step depends on seed, step and process alone: there is no state to resume."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + process)
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -59,7 +59,7 @@ def fit(
         loss: Of the module, at a step, with the generator of that step.
         out: Folder of the log and the checkpoint.
         what: Named by the progress bar, the checkpoint and the errors.
-        check: Called on the average now and then; what it returns goes to the log.
+        check: Called on the average every `check_every` steps; its result is logged.
 
     Raises:
         FloatingPointError: The loss is not finite. The last checkpoint is kept.
@@ -68,18 +68,19 @@ def fit(
     path = out / f"{what}.pt"
     identity = {"what": what, **asdict(settings)}
     state = checkpoint.load(path, identity)
-    # a sixth faster on a CPU than images as planes
+    # channels last: a sixth faster on a CPU
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = copy.deepcopy(module).eval().requires_grad_(False)
+    average: Any = average_of(module, lambda count: min(settings.ema, count / (count + 9)))
     optimiser = torch.optim.AdamW(
         module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
     )
     start = 0
     if state is not None:
         module.load_state_dict(state["module"])
-        average.load_state_dict(state["average"])
+        average.module.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         start = state["step"]
+        resume(average, start)
     log = checkpoint.Log(out / f"{what}.jsonl", start)
     module.train()
     for step in tqdm(range(start, settings.steps), what, settings.steps, initial=start):
@@ -96,19 +97,16 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
-        decay = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mean, now in zip(average.parameters(), module.parameters(), strict=True):
-                mean.lerp_(now, 1 - decay)
+        average.update_parameters(module)
 
         done = step + 1
         log.write(done, loss=value.item())
         if check is not None and (done % check_every == 0 or done == settings.steps):
-            log.write(done, check=check(average))
+            log.write(done, check=check(average.module))
         if done % save_every == 0 or done == settings.steps:
-            weights = {"module": module.state_dict(), "average": average.state_dict()}
+            weights = {"module": module.state_dict(), "average": average.module.state_dict()}
             checkpoint.save(
                 {"settings": identity, "step": done, "optimiser": optimiser.state_dict()} | weights,
                 path,
             )
-    return average.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return average.module.to(memory_format=torch.contiguous_format)

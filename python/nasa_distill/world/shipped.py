@@ -10,10 +10,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nasa_distill.networks import load
+from nasa_distill.train.networks import load
 
 LIMIT = 10_000_000  # bytes of safetensors
-FOLDER = Path(__file__).parent / "models" / "few-step"
+FOLDER = Path(__file__).parents[1] / "models" / "few-step"
 
 
 def path() -> Path:
@@ -33,8 +33,8 @@ def path() -> Path:
 def pack(source: Path, target: Path) -> int:
     """Write a pipeline with its U-Net and autoencoder in half precision; bytes of the weights.
 
-    Loaded as usual they are fp32 again. The text encoder stays fp32: transformers would open it in
-    the precision it was saved in, and the U-Net in fp32.
+    diffusers loads these as fp32 again. The text encoder stays fp32, because transformers loads it
+    in the precision of the file.
 
     Raises:
         ValueError: `source` holds no pipeline, or it takes more than `LIMIT`.

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from nasa_distill.clip import Clip
 from nasa_distill.intervals import Share
+from nasa_distill.train.clip import Clip
 
 REQUIRED = ("image", "prompt", "negative")
 
@@ -35,17 +35,17 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"metrics.read_pairs: cannot read {path}: {error}") from error
+        raise ValueError(f"pairs.read_pairs: cannot read {path}: {error}") from error
     if not rows:
-        raise ValueError(f"metrics.read_pairs: {path} has no rows below its header")
+        raise ValueError(f"pairs.read_pairs: {path} has no rows below its header")
     columns = [name for name in (*REQUIRED, "present", "absent") if name in rows[0]]
     if missing := set(REQUIRED) - set(columns):
-        raise ValueError(f"metrics.read_pairs: {path} has no column {min(missing)!r}")
+        raise ValueError(f"pairs.read_pairs: {path} has no column {min(missing)!r}")
     if ("present" in columns) != ("absent" in columns):
-        raise ValueError(f"metrics.read_pairs: {path} must have both present and absent, or none")
+        raise ValueError(f"pairs.read_pairs: {path} must have both present and absent, or none")
     for number, row in enumerate(rows, start=2):
         if empty := [name for name in columns if not (row[name] or "").strip()]:
-            raise ValueError(f"metrics.read_pairs: line {number} of {path} has no {empty[0]}")
+            raise ValueError(f"pairs.read_pairs: line {number} of {path} has no {empty[0]}")
     return [{name: row[name] for name in columns} for row in rows]
 
 

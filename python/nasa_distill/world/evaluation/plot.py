@@ -32,7 +32,8 @@ def draw(title: str, axis: str, ticks: Sequence[float], lines: Sequence[Line], p
         above = [max(0.0, share.interval[1] - share.value) for share in line.shares]
         axes.errorbar(line.xs, values, (below, above), label=line.label, marker="o", markersize=4)
     axes.set_title(title, fontsize="medium")
-    axes.set(xlabel=axis, xticks=ticks, ylim=(-0.02, 1.02))
+    axes.set(xlabel=axis, ylim=(-0.02, 1.02))
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="y", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from nasa_distill.fit import Settings, fit, generator
-from nasa_distill.losses import guide
+from nasa_distill.train.losses import guide
+from nasa_distill.train.seeds import generator
 from nasa_distill.world import model as world
 from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.code import PatchCode
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import renders, scenes
 
@@ -32,15 +33,15 @@ P_EMPTY = 0.1  # captions left empty, for classifier-free guidance
 def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rates: Tensor):
     """`E[x_0 | x_t]` where `x_0` is one of finitely many: the denoiser that a network should be.
 
-    As the target of training it is what the images themselves are on average, without their
-    variance (the stable target field of Xu, Tong and Jaakkola, 2023, over all there is).
+    As a target of training it has the mean of the images themselves and less variance (the stable
+    target field of Xu, Tong and Jaakkola, 2023, over all images of the world).
 
     Args:
         x_t: `[b, ...]`, `alpha x_0 + sigma noise`.
         known: The latents `[n, ...]` that `x_0` may be.
         rates: How often, `[b, n]`: 0 for those that a caption rules out; rows need not add up to 1.
     """
-    # distances over sigma^2 reach 1e7, and their differences decide
+    # fp64: distances over sigma^2 reach 1e7, and small differences between them matter
     x, c = x_t.flatten(1).double(), known.flatten(1).double()
     a, s = alpha.double().flatten(1), sigma.double().flatten(1)
     log_rates = rates.double().log()
@@ -138,8 +139,8 @@ def ddim(
     Args:
         noise: `[b, c, 8, 8]`.
         text, text_neg: `[b or 1, n, c]`. At guidance 1 the second is not looked at.
-        guided_from: The first timestep with guidance. In the noise above it an image cannot be
-            told, and guidance costs more than it gives (Kynkäänniemi et al., 2024).
+        guided_from: The first timestep with guidance. Above it the noise hides the image, and
+            guidance does more harm than good (Kynkäänniemi et al., 2024).
     """
     scheduler: Any = DDIMScheduler(**world.NOISE, timestep_spacing="trailing")
     scheduler.set_timesteps(steps, noise.device)

@@ -1,9 +1,10 @@
-"""The student's start: regression on what the teacher draws from the same noise, as in DMD.
+"""Students by regression: from noise, learn the image that the teacher draws from it, as in DMD.
 
-Variational score distillation from the teacher's own weights begins with averages of images, which
-have no direction to the nearest one; a student that has seen pairs of noise and image begins with
-images. A student of one step learns the end of the teacher's path from its beginning; a student of
-four steps, from the beginning of each quarter of it.
+NASA-T starts from such a student. In one step the teacher's own weights draw averages of many
+images, and variational score distillation does not lead from there to a single one.
+
+A student of one step learns the end of the teacher's path from its beginning; a student of four
+steps learns it from the beginning of each quarter.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nasa_distill import checkpoint, losses
-from nasa_distill.fit import Settings, fit, generator
-from nasa_distill.networks import Model, Text
-from nasa_distill.teacher import CHECKS, ddim, summary
+from nasa_distill.scalars import plain
+from nasa_distill.train import checkpoint, losses
+from nasa_distill.train.networks import Model, Text
+from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption
+from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.scene import scenes
+from nasa_distill.world.teacher import CHECKS, ddim, summary
 
 CHUNK = 128
 QUARTERS = 4
@@ -48,13 +51,16 @@ def make_pairs(
 ) -> Pairs:
     """Noise, the teacher's latents for it, and the captions; what is in `out` is not made again.
 
-    The teacher runs in bf16: its images are told apart, or not, long before its rounding matters.
+    The teacher runs in bf16: its rounding is small beside the distances between images.
 
     Raises:
         ValueError: `out` holds pairs that were made otherwise, or `steps` has no quarters.
     """
+    count, guidance, steps, guided_from, seed = plain([count, guidance, steps, guided_from, seed])
     if steps % QUARTERS:
-        raise ValueError(f"warmup.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}")
+        raise ValueError(
+            f"students.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}"
+        )
     made: list[dict[str, Any]] = []
     teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds
@@ -105,7 +111,7 @@ def train(
         model: Encodes text for the student, and says how it is called. With the schedule of the
             teacher of the pairs, and the same latents, but it may be of another architecture.
         student: Where it begins, a network of the kind of the model's. It is not changed.
-        steps: 1 or 4, the quarters of the path that it learns to begin at.
+        steps: 1 or 4: how many quarters of the path it learns to begin at.
         cycles: As of `teacher.train`.
         half: Multiply matrices in bf16.
     """

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from nasa_distill.clip import Clip
+from nasa_distill.train.clip import Clip
 
-HEAD_VISION, HEAD_TEXT = 80, 64  # channels of a head of ViT-H/14; its weights do not say it
+HEAD_VISION, HEAD_TEXT = 80, 64  # channels of a head of ViT-H/14; not to be seen in its weights
 EMBEDDING = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -46,7 +46,7 @@ def load(path: Path, tokenizer: Any, heads: tuple[int, int] = (HEAD_VISION, HEAD
     """The scorer in a file of weights, `HPS_v2.1_compressed.pt` or that of 2.0.
 
     Args:
-        tokenizer: Of any CLIP: they all split words alike.
+        tokenizer: Of any CLIP; all of them have the same.
         heads: Channels of an attention head, of images and of text.
 
     Raises:
@@ -56,8 +56,8 @@ def load(path: Path, tokenizer: Any, heads: tuple[int, int] = (HEAD_VISION, HEAD
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         return Clip(to_transformers(state, *heads), tokenizer)
     except (MemoryError, PermissionError):
-        raise  # says nothing of what is in the file
-    # bytes that are no weights raise what they like; the cause is told
+        raise  # the file itself may be good
+    # bytes that are no weights raise errors of any class
     except Exception as error:
         raise ValueError(
             f"hps.load: {path} cannot be read as weights of HPSv2 ({type(error).__name__}: "

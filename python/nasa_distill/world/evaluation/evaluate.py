@@ -1,7 +1,7 @@
 """What negative prompts do to a model of the small world: the paper's Table 2 and Figure 7 there.
 
-Every cell is one method at one strength over all prompt pairs, drawn by the stock pipeline and read
-by the exact judge. What is removed is never told without what is kept.
+Every cell is one method at one strength over all prompt pairs, drawn by the stock pipeline and
+judged exactly: how often the attribute is gone, and what else of the image is kept.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nasa_distill import pictures
-from nasa_distill.fit import generator
 from nasa_distill.intervals import Share
-from nasa_distill.networks import Model, load
+from nasa_distill.scalars import plain
+from nasa_distill.train.networks import Model, load
+from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import scenes
 
-# a prompt, and what must not be in its images; each negative is open in its prompt
+# a prompt, and what must not be in its images; no prompt mentions its negative's attribute
 PAIRS = (
     ("a photo of a shape", "red"),
     ("a photo of a circle", "red"),
@@ -46,6 +47,7 @@ PAIRS = (
 )
 BATCH = 100
 TEACHER_STEPS = 25
+SOURCES = Path(__file__).parents[2]
 
 
 class Method(NamedTuple):
@@ -165,7 +167,7 @@ def draw(
                 "guidance_scale": method.strength,
                 "negative_prompt": [negative] * len(z),
             }
-        with _steered(model, negative, method):
+        with _guided(model, negative, method):
             images.append(_call(model, [prompt] * len(z), steps, z, seed, number, **call))
     return torch.cat(images)
 
@@ -215,7 +217,7 @@ def _call(
 
 
 @contextlib.contextmanager
-def _steered(model: Model, negative: str, method: Method) -> Iterator[None]:
+def _guided(model: Model, negative: str, method: Method) -> Iterator[None]:
     if method.name in ("none", "cfg"):
         yield
         return
@@ -250,11 +252,13 @@ def run(
     methods: tuple[Method, ...] | None = None,
 ) -> Results:
     """Methods on the student, by default all it has, and negative guidance on the teacher in 25."""
+    images, seed, steps = plain(images), plain(seed), [plain(count) for count in steps]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
     distilled = load(student)
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
+    methods = tuple(Method(method.name, plain(method.strength)) for method in methods)
     jobs = [("student", distilled, count, method) for count in steps for method in methods]
     seen = {
         f"student, {count} step{'s' * (count > 1)}": quality(
@@ -298,7 +302,7 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
+            ["git", "-C", str(SOURCES), *arguments],
             capture_output=True,
             text=True,
             check=True,

@@ -1,0 +1,1 @@
+"""`make demo`: the shipped model with and without a negative prompt, and what it costs."""

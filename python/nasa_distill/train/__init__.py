@@ -1,0 +1,1 @@
+"""NASA-T. `nasa_t.Run` is a whole run; `config.Settings` is all that it depends on."""
