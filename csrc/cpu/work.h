@@ -57,7 +57,7 @@ class Memory {
     static char* kept(int64_t bytes, Use use) {
         static thread_local Kept all[3];
         Kept& x = all[static_cast<int>(use)];
-        if (x.bytes < bytes) {
+        if (x.data == nullptr || x.bytes < bytes) {
             free(x.data);
             x.data = allocate(bytes);
             x.bytes = x.data != nullptr ? bytes : 0;
