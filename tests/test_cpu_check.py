@@ -1,0 +1,128 @@
+"""The CPU kernels outside of Python (tests/cpu_check.cpp): under sanitizers, between pages that must
+not be touched, and on CPUs that are emulated.
+
+Built below `build/` by CMake, once; without a compiler or an emulator the tests skip.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")
+# what costs the compiler minutes is left out: overflow of pointers, sizes of objects
+SANITIZERS = (
+    "address,bounds,alignment,shift,signed-integer-overflow,integer-divide-by-zero,"
+    "float-cast-overflow,bool,enum"
+)
+FLAGS = "-ffp-contract=off;-fno-exceptions;-Wno-psabi"
+
+
+def run(*command: object, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": PATH, "ASAN_OPTIONS": "detect_leaks=1"},
+    )
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def built(name: str, *options: str, compiler: str = "c++") -> Path:
+    """build/NAME/cpu_check, made with these options of CMake."""
+    for tool in ("cmake", compiler):
+        if shutil.which(tool, path=PATH) is None:
+            pytest.skip(f"there is no {tool}")
+    folder = ROOT / "build" / name
+    torch = importlib.util.find_spec("torch").submodule_search_locations[0]
+    ninja = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
+    run("cmake", "-S", ROOT, "-B", folder, *ninja, f"-DNASA_TORCH_DIR={torch}", *options)
+    run("cmake", "--build", folder, "--target", "cpu_check", "-j", os.cpu_count())
+    return folder / "cpu_check"
+
+
+@pytest.fixture(scope="module")
+def release() -> Path:
+    """Of the objects that the library is made of."""
+    return built("cpu")
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> Path:
+    return built(
+        "cpu-sanitized",
+        f"-DNASA_CPU_FLAGS=-O0;-fsanitize={SANITIZERS};-fno-sanitize-recover=all;{FLAGS}",
+        f"-DCMAKE_CXX_FLAGS=-fsanitize={SANITIZERS}",
+        "-DCMAKE_BUILD_TYPE=Debug",
+    )
+
+
+def runs(program: Path, isa: str) -> str:
+    done = run(program, isa, check=False)
+    if done.returncode == 2:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pages_behind_the_tensors_are_not_touched(release, isa):
+    assert f"{isa} Z+ and Z- apart" in runs(release, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sanitizers_find_nothing(sanitized, isa):
+    assert f"{isa} Z+ and Z- apart" in runs(sanitized, isa)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "isa"), [("Nehalem", "generic"), ("Haswell", "avx2")], ids=["2008", "2013"]
+)
+def test_an_older_cpu_takes_what_it_has(release, cpu, isa):
+    qemu = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if qemu is None:
+        pytest.skip("there is no qemu-x86_64; on Debian: apt install qemu-user-static")
+    done = run(qemu, "-cpu", cpu, release)
+    assert f"{isa} Z+ and Z- apart" in done.stdout
+    assert run(qemu, "-cpu", cpu, release, "avx512", check=False).returncode == 2
+
+
+def test_aarch64():
+    """NEON, by the same source; emulated."""
+    qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if qemu is None:
+        pytest.skip("there is no qemu-aarch64; on Debian: apt install qemu-user-static")
+    program = built(
+        "cpu-aarch64",
+        *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
+        *("-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", "-DCMAKE_EXE_LINKER_FLAGS=-static"),
+        compiler="aarch64-linux-gnu-g++",
+    )
+    assert "generic Z+ and Z- apart" in run(qemu, program).stdout
+
+
+def test_no_wide_instruction_leaves_its_kernel(release):
+    """A function that several objects define is kept once, for all CPUs: it must not be one that
+    was compiled for a newer CPU. So these objects define nothing but the two calls."""
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm")
+    objects = [
+        file
+        for isa in ISAS[1:]
+        for file in (release.parent / "CMakeFiles" / f"cpu_{isa}.dir").rglob("*.o")
+    ]
+    if not objects:
+        pytest.skip("this compiler makes no kernels for newer CPUs")
+    lines = run("nm", "-C", "--defined-only", "--extern-only", *objects).stdout.splitlines()
+    symbols = [line.split(maxsplit=2)[1:] for line in lines if len(line.split()) > 2]
+    assert len(symbols) == len(objects)
+    for kind, name in symbols:
+        assert kind == "T", f"{name} is {kind}"
+        assert "::forward(" in name or "::backward(" in name
