@@ -61,7 +61,7 @@ def test_reals(call, kind):
 def test_integers(call, kind):
     """Also where a real number is asked for."""
     function, numbers = CALLS[call]
-    plain = {name: 2 for name in numbers} | WHOLE.get(call, {})
+    plain = dict.fromkeys(numbers, 2) | WHOLE.get(call, {})
     typed = {name: INTEGERS[kind](value) for name, value in plain.items()}
     if call in TEXTS:
         plain["text_queries"] = TEXTS[call]
@@ -70,7 +70,9 @@ def test_integers(call, kind):
     assert torch.equal(function(**inputs, **typed), function(**inputs, **plain))
 
 
-@pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True)], ids=["python", "numpy", "torch"])
+@pytest.mark.parametrize(
+    "wrong", [True, np.True_, torch.tensor(True)], ids=["python", "numpy", "torch"]
+)
 @pytest.mark.parametrize("call", CALLS)
 def test_true_is_no_number(call, wrong):
     function, numbers = CALLS[call]
