@@ -16,8 +16,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller, first_guided_row
-from nasa_diffusers.families import Family
 from nasa_diffusers.chain import Watch, as_called, attach, detach
+from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, refuse_copy
 from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, spread

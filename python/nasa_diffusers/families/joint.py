@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nasa_diffusers.families.base import Denoiser, Family, Layer
 from nasa_diffusers.chain import check_own_forward, skipping_hooks
+from nasa_diffusers.families.base import Denoiser, Family, Layer
 from nasa_diffusers.joint import KEYWORD, BlockHook, JointAttentionHook, Texts, side_by_side
 
 # of a block of two streams: what projects its text for the attention
