@@ -12,6 +12,7 @@ PY ?= $(VENV)/bin/python
 PYTHON ?= python3
 OLDEST := $(VENV)/oldest
 QUANTISED := $(VENV)/quantised
+ADDONS := $(VENV)/addons
 PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(GPU),torch>=2.10$(comma)<2.16,torch==2.13.0)
@@ -32,6 +33,9 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PYTEST) --ignore-glob='*/test_ptx_*'
 	TRITON_INTERPRET=0 $(PYTEST) tests/test_ptx_*.py
 	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
+	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
+	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
+	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k token_merging
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/test_properties.py -k 'triton and float16'
 
@@ -83,7 +87,8 @@ $(VENV)/ready-bench: $(VENV)/ready setup.py
 	@touch $@
 
 # the newest supported versions in the environment, the oldest ones in a folder beside them; what
-# quantises in a folder of its own, because diffusers imports it wherever it finds it
+# quantises in a folder of its own, because diffusers imports it wherever it finds it, and add-ons
+# that patch denoisers in another, without what else they would bring
 $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
@@ -91,4 +96,6 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	    huggingface-hub==0.36.2 peft==0.17.0
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(QUANTISED) \
 	    "torchao>=0.16" "bitsandbytes>=0.49"
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(ADDONS) \
+	    tomesd==0.1.3 cache-dit==1.5.3
 	@touch $@

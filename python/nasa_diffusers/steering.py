@@ -104,6 +104,8 @@ class Steering:
                 if guided[name] or self.block_hooks
             }
         )
+        # the last call had the negative prompts in its text, though it may not have been guided
+        self.carries = False
         self._handle: Any = None
 
     @property
@@ -131,11 +133,13 @@ class Steering:
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Put a `Steered` in place of the text; None leaves the stock call as it is."""
         settings = self.settings
-        if settings.alpha.is_zero:
+        if settings.alpha.is_zero and not self.carries:
             return None
         caller = find_caller()
-        is_guided = self._is_guided_step(caller, settings.window)
-        if not is_guided and not self.family.keeps_text(denoiser):
+        begins = caller is not None and caller.begins
+        is_guided = not settings.alpha.is_zero and self._is_guided_step(caller, settings.window)
+        self.carries = self._carries(caller, settings, begins)
+        if not is_guided and not self.carries:
             return None
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
@@ -162,6 +166,22 @@ class Steering:
         kwargs |= self.family.carry(denoiser, steered, kwargs, is_guided)
         self.watch.begin(denoiser, kwargs["encoder_hidden_states"], steered.reached)
         return as_called(self.parameters, args, kwargs)
+
+    def _carries(self, caller: Caller | None, settings: Settings, begins: bool) -> bool:
+        """Whether the negative prompts go along in steps that are not guided, too: a cache keeps
+        text, whose tokens must be as many from the first step of a run to its last."""
+        if not self.family.keeps_text(self.denoiser):
+            return False
+        if settings.alpha.is_zero:
+            # set within a run
+            return not begins
+        if caller is not None and caller.variables.get("i") and not self.carries:
+            raise RuntimeError(
+                "nasa_diffusers: a cache on the blocks of this transformer keeps the text of the "
+                "steps before, which had no negative prompt; say from which step it acts with "
+                "enable_nasa(..., start=...), or set alpha before the pipeline is called"
+            )
+        return True
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
         if window.is_everything:
