@@ -15,6 +15,7 @@ PY ?= $(VENV)/bin/python
 PYTHON ?= python3
 OLDEST := $(VENV)/oldest
 QUANTISED := $(VENV)/quantised
+ADDONS := $(VENV)/addons
 PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal --durations 40
 # what is quick and finds most mistakes; Triton's interpreter is slow and has its launchers here
 QUICK = tests/op/test_errors.py tests/op/test_properties.py tests/op/test_triton_launch.py \
@@ -45,6 +46,9 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PYTEST) tests --ignore-glob='*/test_ptx_*'
 	TRITON_INTERPRET=0 $(PYTEST) tools/ptx/tests tests/op/test_ptx_*.py
 	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
+	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
+	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
+	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k token_merging
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
@@ -96,7 +100,8 @@ $(VENV)/ready-bench: $(VENV)/ready setup.py
 	@touch $@
 
 # the newest supported versions in the environment, the oldest ones in a folder beside them; what
-# quantises in a folder of its own, because diffusers imports it wherever it finds it
+# quantises in a folder of its own, because diffusers imports it wherever it finds it, and add-ons
+# that patch denoisers in another, without what else they would bring
 $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
@@ -104,4 +109,6 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	    huggingface-hub==0.36.2 peft==0.17.0
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(QUANTISED) \
 	    "torchao>=0.16" "bitsandbytes>=0.49"
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(ADDONS) \
+	    tomesd==0.1.3 cache-dit==1.5.3
 	@touch $@

@@ -75,7 +75,7 @@ def _set_inner(reference: Any, forward: Callable) -> None:
 
 def reference_of(forward: Any) -> Any:
     """The reference that a registry made this `forward` for; None if no registry made it."""
-    made = getattr(forward, "func", None)
+    made: Any = getattr(forward, "func", None)
     if getattr(made, "__module__", None) != HookRegistry.__module__:
         return None
     (cell,) = made.__closure__

@@ -39,6 +39,7 @@ def image_beside(
     images: list[Tensor],
     masks: Sequence[Tensor | None] | Tensor | None,
     text: Steered,
+    rows: int,
 ) -> KeysValues | None:
     """The images that the call for the text takes along, so that Z_i is to be added as it is.
 
@@ -50,8 +51,7 @@ def image_beside(
     if not is_one or text.nag is not None or not isinstance(scale, (int, float)) or scale == 0:
         return None
     ((k, v),) = _keys_values(attn, images, text, scale)
-    # the tokens of all images side by side
-    return KeysValues(k.flatten(1, -3), v.flatten(1, -3))
+    return of_all_images(k, v, rows)
 
 
 def image_terms(
@@ -76,9 +76,7 @@ def image_terms(
     for image, scale, (k, v), mask in zip(images, processor.scale, made, masks, strict=True):
         if mask is None:
             if scale != 0:
-                # the tokens of all images side by side
-                k, v = (x.flatten(1, -3) for x in (k, v))
-                yield KeysValues(k, v), -scale
+                yield of_all_images(k, v, q.shape[0]), -scale
             continue
         scales = scale if isinstance(scale, list) else [scale] * mask.shape[1]
         if not len(scales) == mask.shape[1] == image.shape[1]:
@@ -90,7 +88,17 @@ def image_terms(
             if image_scale != 0:
                 # [b, l, 1]
                 where = IPAdapterMaskProcessor.downsample(mask[:, i], *q.shape[:2], 1)
-                yield KeysValues(k[:, i], v[:, i]), -image_scale * where.float()
+                one = of_all_images(k[:, i], v[:, i], q.shape[0])
+                yield one, -image_scale * where.float()
+
+
+def of_all_images(k: Tensor, v: Tensor, rows: int) -> KeysValues:
+    """`[r, ..., n, h, d]` as `[b, tokens, h, d]`, the tokens of all images side by side.
+
+    As the stock processors do it: images that a call without classifier-free guidance brings for
+    both its halves (LCM's takes them) are tokens of the one half that there is.
+    """
+    return KeysValues(*(x.reshape(rows, -1, *x.shape[-2:]) for x in (k, v)))
 
 
 def _keys_values(

@@ -82,7 +82,7 @@ class CrossAttentionHook(Hook):
         ]
         masks, beside = kwargs.get("ip_adapter_masks"), None
         if images is not None:
-            beside = ip_adapter.image_beside(attn, images, masks, text)
+            beside = ip_adapter.image_beside(attn, images, masks, text, q.shape[0])
         o = steer(q, pos, signed, text.rule, text.nag, text.backend, beside)
         if images is not None and beside is None:
             for image, alpha in ip_adapter.image_terms(attn, q, images, masks, text):

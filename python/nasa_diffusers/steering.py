@@ -117,6 +117,8 @@ class Steering:
                 if guided[name] or self.block_hooks
             }
         )
+        # the last call had the negative prompts in its text, though it may not have been guided
+        self.carries = False
         self._handle: Any = None
 
     @property
@@ -144,13 +146,15 @@ class Steering:
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Put a `Steered` in place of the text; None leaves the stock call as it is."""
         settings, caller = self.settings, find_caller()
-        if self._begins(caller):
+        begins = self._begins(caller)
+        if begins:
             # guided or not: weights may have changed in ways that nothing counts
             self.last = None
-        if settings.alpha.is_zero:
+        if settings.alpha.is_zero and not self.carries:
             return None
-        is_guided = self._is_guided_step(caller, settings.window)
-        if not is_guided and not self.family.keeps_text(denoiser):
+        is_guided = not settings.alpha.is_zero and self._is_guided_step(caller, settings.window)
+        self.carries = self._carries(caller, settings, begins)
+        if not is_guided and not self.carries:
             return None
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
@@ -186,6 +190,22 @@ class Steering:
         self.last_step = reference(timesteps), step
         is_back = isinstance(step, int) and isinstance(last_step, int) and step < last_step
         return caller.begins or is_back or last_timesteps() is not timesteps
+
+    def _carries(self, caller: Caller | None, settings: Settings, begins: bool) -> bool:
+        """Whether the negative prompts go along in steps that are not guided, too: a cache keeps
+        text, whose tokens must be as many from the first step of a run to its last."""
+        if not self.family.keeps_text(self.denoiser):
+            return False
+        if settings.alpha.is_zero:
+            # set within a run
+            return not begins
+        if caller is not None and caller.variables.get("i") and not self.carries:
+            raise RuntimeError(
+                "nasa_diffusers: a cache on the blocks of this transformer keeps the text of the "
+                "steps before, which had no negative prompt; say from which step it acts with "
+                "enable_nasa(..., start=...), or set alpha before the pipeline is called"
+            )
+        return True
 
     def _is_guided_step(self, caller: Caller | None, window: Window) -> bool:
         if window.is_everything:

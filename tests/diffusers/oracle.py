@@ -39,6 +39,7 @@ class Algorithm1:
         return z.transpose(1, 2).flatten(2)
 
     def attend(self, attn, q, text, mask):
+        text = self.norm(getattr(attn, "norm_cross", None), text)
         k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(text)))
         v = self.heads(attn, attn.to_v(text))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -259,6 +259,32 @@ def test_ip_adapter_of_sdxl(draw):
     assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, steps=2, **image))
 
 
+@pytest.mark.parametrize("method", ["nasa", "nag"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("scale", [0.6, 0.0])
+def test_images_for_both_halves_of_a_batch_that_is_not_doubled(draw, method, masked, scale):
+    """LCM has no unconditional half: the stock processors take the rows of both as one row."""
+    pipe, oracle = (testing.stable_diffusion_xl(time_cond_proj_dim=8) for _ in range(2))
+    options = {"ip_adapter_image_embeds": [IMAGE_WITH_CFG], "guidance": 8.0, "steps": 2}
+    if masked:
+        mask = torch.zeros(1, 1, 32, 32)
+        mask[..., :16] = 1
+        options["cross_attention_kwargs"] = {"ip_adapter_masks": [mask]}
+    for each in (pipe, oracle):
+        each.scheduler = diffusers.LCMScheduler.from_config(each.scheduler.config)
+        load_ip_adapter(each)
+        each.set_ip_adapter_scale(scale)
+    if method == "nag":
+        # of which this share leaves Z+
+        settings = {"method": "nag", "nag_alpha": 1e-7}
+        expected = draw_with_oracle(oracle, draw, 0.0, **options)
+    else:
+        settings = {"alpha": 0.5}
+        expected = draw_with_oracle(oracle, draw, 0.5, **options)
+    with nasa(pipe, "blurry", **settings):
+        assert_same_image(draw(pipe, **options), expected)
+
+
 @pytest.fixture
 def two_segments(monkeypatch):
     """An image is a call of its own, as beside NAG."""

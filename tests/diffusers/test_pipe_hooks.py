@@ -167,6 +167,35 @@ def test_cache_and_a_window(draw, cached, window):
         assert_same_image(run(pipe, draw), run(oracle, draw))
 
 
+def test_cache_and_alpha_set_within_a_run(draw, cached):
+    build, cache = cached
+    oracle, pipe = build(), build()
+    factors = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    carried.install(oracle.transformer, "nasa-cross", [(negative(), 0.5, None)], factors)
+    for each in (oracle, pipe):
+        put_on(cache, each.transformer)
+    handle = enable_nasa(pipe, negative_prompt_embeds=negative(), alpha=0.5)
+
+    def set_alpha(values):
+        def callback(_, i, __, kwargs):
+            handle.alpha = values.get(i, handle.alpha)
+            return kwargs
+
+        return draw(pipe, steps=STEPS, callback_on_step_end=callback, **SIZE)
+
+    if build is testing.stable_diffusion_3:
+        for each in (oracle, pipe):
+            set_context(each.transformer, "cond")
+    assert_same_image(set_alpha({1: 0}), run(oracle, draw))
+    if build is testing.flux and cache is not faster:
+        # the cache starts anew with each run; alpha is 0 now, so it is stock
+        plain = build()
+        put_on(cache, plain.transformer)
+        assert torch.equal(run(pipe, draw), run(plain, draw))
+        with pytest.raises(RuntimeError, match="which had no negative prompt; say from which step"):
+            set_alpha({1: 0.5})
+
+
 def test_cache_and_layers_left_out(draw, cached):
     """Only the first layer is guided; the negative prompt is carried on, for the cache's sake."""
     build, cache = cached
@@ -311,6 +340,32 @@ def test_an_attention_put_in_later_is_an_error(one_each):
         case.model.transformer_blocks[1].attn = other().model.transformer_blocks[1].attn
         with pytest.raises(RuntimeError, match="is not the one that enable_nasa prepared"):
             case()
+
+
+CROSS = {"sd": testing.stable_diffusion, "pixart": testing.pixart, "sana": testing.sana}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", CROSS)
+def test_broadcast_on_cross_attention(draw, name, order):
+    """Pyramid Attention Broadcast keeps what a layer made, of both prompts."""
+    oracle, pipe = CROSS[name](), CROSS[name]()
+    model, text = getattr(oracle, "unet", None) or oracle.transformer, negative(9)
+    projected = text
+    for part in ("caption_projection", "caption_norm"):
+        projected = getattr(model, part, lambda x: x)(projected)
+    put_on(broadcast, model)
+    with algorithm_1(model, [(projected, None, 0.5)]):
+        expected = draw(oracle, steps=4)
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    if order == "before":
+        put_on(broadcast, model)
+    with nasa(pipe, negative_prompt_embeds=text, alpha=0.5):
+        if order == "after":
+            assert relative_error(draw(pipe, steps=4), expected) > 1e-4
+            put_on(broadcast, model)
+        assert_same_image(draw(pipe, steps=4), expected)
 
 
 # ---- arguments and forwards ----------------------------------------------------------------------

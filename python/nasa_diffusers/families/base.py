@@ -140,11 +140,14 @@ class Family:
         """Raise if the layer does something that the computation here does not."""
         check_own_forward(name, attn)
         unusual = {
-            "spatial_norm": attn.spatial_norm is not None,
-            "group_norm": attn.group_norm is not None,
+            "spatial_norm_dim": attn.spatial_norm is not None,
+            "norm_num_groups": attn.group_norm is not None,
             "added_kv_proj_dim": attn.added_kv_proj_dim is not None,
             "kv_heads": attn.inner_kv_dim != attn.inner_dim,
-            "scale_qk": not attn.scale_qk,
+            "scale_qk": attn.scale != (attn.inner_dim // attn.heads) ** -0.5,
+            # over all tokens of a text, and ours are not one text
+            "cross_attention_norm='group_norm'": isinstance(attn.norm_cross, nn.GroupNorm),
+            "pre_only": attn.pre_only,
             "residual_connection": attn.residual_connection,
             "rescale_output_factor": attn.rescale_output_factor != 1,
         }
@@ -161,18 +164,21 @@ class Family:
         """Everything K and V depend on besides the text."""
         fused = attn.to_kv if _uses_fused_projection(attn) else None
         kv = (attn.to_k, attn.to_v) if fused is None else (fused,)
-        return (*kv, attn.norm_k, getattr(attn, "norm_cross", None))
+        norms = attn.norm_k if _has_norms(attn) else None, getattr(attn, "norm_cross", None)
+        return (*kv, *norms)
 
     def queries(self, attn: Layer, hidden_states: Tensor) -> Tensor:
         """`[b, l, c]` to `[b, l, h, d]`."""
         q = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))
-        return q if attn.norm_q is None else attn.norm_q(q)
+        return attn.norm_q(q) if _has_norms(attn) else q
 
     def keys_values(self, attn: Layer, text: Tensor) -> tuple[Tensor, Tensor]:
         """`[r, n, c]` to K and V, each `[r, n, h, d]`."""
+        if attn.norm_cross is not None:
+            text = attn.norm_encoder_hidden_states(text)
         k, v = project_keys_values(attn, text)
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
-        return (k if attn.norm_k is None else attn.norm_k(k)), v
+        return (attn.norm_k(k) if _has_norms(attn) else k), v
 
     def output(self, attn: Layer, o: Tensor) -> Tensor:
         """`[b, l, h * d]` through the output projection and its dropout."""
@@ -186,6 +192,14 @@ def project_keys_values(attn: Layer, text: Tensor) -> tuple[Tensor, Tensor]:
         k, v = attn.to_kv(text).chunk(2, dim=-1)
         return k, v
     return attn.to_k(text), attn.to_v(text)
+
+
+# the other processors leave out a layer's norms of queries and keys
+WITH_NORMS = (stock.AttnProcessor2_0, stock.FusedAttnProcessor2_0)
+
+
+def _has_norms(attn: Layer) -> bool:
+    return attn.norm_q is not None and type(attn.processor) in WITH_NORMS
 
 
 def _uses_fused_projection(attn: Layer) -> bool:

@@ -81,6 +81,13 @@ class Joint(Family):
             skipping_hooks(m) for _, block in self.blocks(denoiser) for m in (block, block.attn)
         )
 
+    def check_call(self, denoiser, inputs):
+        if (inputs.get("joint_attention_kwargs") or {}).get("ip_adapter_masks") is not None:
+            raise ValueError(
+                f"nasa_diffusers: the call brings ip_adapter_masks, which diffusers takes for "
+                f"{self.name} and passes over; leave them out of joint_attention_kwargs"
+            )
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def check_layer(self, name, attn):

@@ -56,6 +56,7 @@ class StableDiffusion3(Joint):
         return (token_grid(sample, denoiser.config.patch_size),)
 
     def check_call(self, denoiser, inputs):
+        super().check_call(denoiser, inputs)
         if inputs.get("skip_layers") is not None:
             raise RuntimeError(
                 "nasa_diffusers: skip-layer guidance calls the transformer once more, for its "

@@ -27,3 +27,4 @@ class SkyReels(Wan):
                 "enable_nasa: SkyReels-V2 is supported from diffusers 0.36 on; "
                 "pip install -U diffusers"
             )
+        super().check(denoiser)

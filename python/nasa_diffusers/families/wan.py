@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 
 from nasa_diffusers.cache import distinct_tokens
 from nasa_diffusers.chain import check_own_forward
-from nasa_diffusers.families.base import Family, project_keys_values
+from nasa_diffusers.families.base import Family, config, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.layer import TextHook
 from nasa_diffusers.steered import Steered
@@ -56,6 +56,14 @@ class Wan(Family):
         for name, module in denoiser.named_modules():
             if name.endswith(".attn2") and isinstance(module, self.attention):
                 yield name, module
+
+    def check(self, denoiser):
+        if denoiser.condition_embedder.image_embedder is not None:
+            raise ValueError(
+                f"enable_nasa: this {type(denoiser).__name__} has an image encoder's tokens beside "
+                f"the text (image_dim={config(denoiser, 'image_dim')} in its config); of the "
+                f"{self.name} models text-to-video is supported, image-to-video is not"
+            )
 
     def check_layer(self, name, attn):
         check_own_forward(name, attn)
