@@ -15,11 +15,12 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
 from nasa_diffusers.cache import TextCache, all_tokens
-from nasa_diffusers.caller import Caller, find_caller, first_guided_row
+from nasa_diffusers.caller import Caller, find_caller
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, attach, detach, refuse_copy
 from nasa_diffusers.methods import Nag
-from nasa_diffusers.negative import Negative, spread
+from nasa_diffusers.negative import Negative
+from nasa_diffusers.rows import Cfg, RowFinder, Rows
 from nasa_diffusers.steered import Images, Prepared, Steered, Term
 from nasa_diffusers.weights import Fingerprint
 from nasa_diffusers.window import Window
@@ -37,7 +38,7 @@ class Settings:
     alpha_is_default: bool
     window: Window
     backend: str | None
-    cfg: bool | None
+    cfg: Cfg
     rule: str = "nasa"
     nag: Nag | None = None
     # value sign flip in joint attention has an alpha for each query
@@ -59,9 +60,7 @@ class Settings:
 class Batch(NamedTuple):
     """The rows of a call, and where their image tokens lie."""
 
-    rows: int
-    first: int  # the guided rows begin here
-    prompts: int | None
+    rows: Rows
     device: torch.device
     grids: tuple[Grid, ...]  # for a map over the image
 
@@ -84,6 +83,7 @@ class Steering:
         self.pipe, self.denoiser, self.family = pipe, denoiser, family
         self.settings = settings
         self.cache = cache
+        self.find_rows = RowFinder(family.doubles_batch)
         # of the class: a hook on the denoiser may hide the signature of its own forward
         self.parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.alphas: dict[tuple, LayerAlpha] = {}
@@ -136,16 +136,14 @@ class Steering:
                 f"{type(text).__name__}; a deprecated IP-Adapter call passes images there, use "
                 "ip_adapter_image_embeds"
             )
-        first = 0
-        if self.family.doubles_batch:
-            first = first_guided_row(caller, settings.cfg, sample)
-        elif caller is not None and caller.uses_cfg is not False and caller.is_unconditional(text):
+        rows = self.find_rows(text, sample, caller, settings.cfg)
+        if not any(rows.guided):
             return None
         self.family.check_call(denoiser, kwargs)
         # a new text, or the first step: weights may have changed in ways that nothing counts
         afresh = self.last_text() is not text or (caller is not None and caller.begins)
         self.last_text = weakref.ref(text)
-        steered = self._steer(settings, text, sample, kwargs, first, caller, afresh)
+        steered = self._steer(settings, text, sample, kwargs, rows, caller, afresh)
         if steered.prompts is not None:
             steered = replace(steered, images=self._images(kwargs, afresh))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
@@ -170,13 +168,12 @@ class Steering:
         text: Tensor,
         sample: Tensor,
         inputs: dict[str, Any],
-        first: int,
+        rows: Rows,
         caller: Caller | None,
         afresh: bool,
     ) -> Steered:
         negative = self._current_negative(settings, caller, afresh)
-        prompts = None if caller is None else caller.prompts
-        placed = [term.rows(text, first, prompts) for term in negative.terms]
+        placed = [term.rows(text, rows) for term in negative.terms]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
                 raise ValueError(
@@ -196,7 +193,7 @@ class Steering:
         grids: tuple[Grid, ...] = ()
         if settings.alpha.region is not None:
             grids = self.family.grids(self.denoiser, sample, inputs)
-        batch = Batch(sample.shape[0], first, prompts, sample.device, grids)
+        batch = Batch(rows, sample.device, grids)
         alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negative.terms)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
@@ -295,12 +292,10 @@ class Steering:
 
 
 def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
-    values = alpha.values.to(batch.device) * weight
-    values = spread(values, batch.rows, batch.first, batch.prompts, "alpha")
-    is_for_all = values.shape[0] == 1 and batch.first == 0
-    is_conditional = torch.arange(batch.rows, device=batch.device) >= batch.first
+    values = batch.rows.spread(alpha.values.to(batch.device) * weight, "alpha")
+    is_for_all = values.shape[0] == 1 and batch.rows.are_all
     # [b], always: a graph that is compiled for one alpha takes one per image as well
-    values = torch.where(is_conditional, values, 0.0)
+    values = torch.where(torch.tensor(batch.rows.guided, device=batch.device), values, 0.0)
     guided = None if is_for_all else values != 0
     values = values[:, None, None]
     if alpha.region is None:
