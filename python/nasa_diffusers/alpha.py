@@ -17,6 +17,22 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class Targets:
+    """Which image tokens of a layer are the image that is made; the others are references."""
+
+    are: Tensor  # [l] bool
+
+    def place(self, values: Tensor) -> Tensor:
+        """`[b, targets or 1, 1]` for all tokens, `[b, l, 1]`: 0 for references."""
+        placed = values.new_zeros(values.shape[0], len(self.are), 1)
+        placed[:, self.are] = values
+        return placed
+
+    def to(self, *args, **kwargs) -> Targets:
+        return Targets(self.are.to(*args, **kwargs))
+
+
+@dataclass(frozen=True, eq=False)
 class LayerAlpha:
     """Alpha of one denoiser call, for layers of any number of queries."""
 
@@ -25,22 +41,34 @@ class LayerAlpha:
     grids: tuple[Grid, ...] = ()
     resized: dict[int, Tensor] = field(default_factory=dict)
     guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
+    targets: Targets | None = None  # None: all tokens
 
     def at(self, queries: int) -> Tensor:
         """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""
-        if self.region is None:
+        if self.region is None and self.targets is None:
             return self.rows
         if torch.compiler.is_compiling():
-            return self._resize(self.region, queries)
+            return self._place(queries)
         if queries not in self.resized:
-            self.resized[queries] = self._resize(self.region, queries)
+            self.resized[queries] = self._place(queries)
         return self.resized[queries]
 
     def to(self, *args, **kwargs) -> LayerAlpha:
         """The same alpha on another device."""
         region = None if self.region is None else self.region.to(*args, **kwargs)
         guided = None if self.guided is None else self.guided.to(*args, **kwargs)
-        return LayerAlpha(self.rows.to(*args, **kwargs), region, self.grids, guided=guided)
+        targets = None if self.targets is None else self.targets.to(*args, **kwargs)
+        rows = self.rows.to(*args, **kwargs)
+        return LayerAlpha(rows, region, self.grids, guided=guided, targets=targets)
+
+    def _place(self, queries: int) -> Tensor:
+        if self.targets is None:
+            assert self.region is not None
+            return self._resize(self.region, queries)
+        if self.region is None:
+            return self.targets.place(self.rows)
+        frames, height, width = self.grids[0]
+        return self.targets.place(self._resize(self.region, frames * height * width))
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:

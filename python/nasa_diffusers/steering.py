@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
+from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha, Targets
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller
 from nasa_diffusers.families import Family
@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     rows: Rows
     device: torch.device
     grids: tuple[Grid, ...]  # for a map over the image
+    targets: Targets | None  # where reference images stand beside it
 
 
 class Steering:
@@ -193,7 +194,14 @@ class Steering:
         grids: tuple[Grid, ...] = ()
         if settings.alpha.region is not None:
             grids = self.family.grids(self.denoiser, sample, inputs)
-        batch = Batch(rows, sample.device, grids)
+        targets = self.family.targets(inputs)
+        if targets is not None and settings.rule == "vsf":
+            raise ValueError(
+                "nasa_diffusers: rule='vsf' puts the negative prompt into the one softmax of all "
+                "image tokens, so reference images beside the image that is made cannot be left "
+                "out; use another rule"
+            )
+        batch = Batch(rows, sample.device, grids, targets)
         alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negative.terms)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
@@ -299,8 +307,9 @@ def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
     guided = None if is_for_all else values != 0
     values = values[:, None, None]
     if alpha.region is None:
-        return LayerAlpha(values, guided=guided)
-    return LayerAlpha(values, alpha.region.to(batch.device), batch.grids, guided=guided)
+        return LayerAlpha(values, guided=guided, targets=batch.targets)
+    region = alpha.region.to(batch.device)
+    return LayerAlpha(values, region, batch.grids, guided=guided, targets=batch.targets)
 
 
 def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

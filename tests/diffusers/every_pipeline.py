@@ -283,7 +283,7 @@ def of_class(name, n, guidance):
     """Arguments of one class only."""
     if name.startswith(("Wan", "SkyReels", "Lucy")):
         frames = [photo().resize((32, 16)) for _ in range(5)]
-        own = {"overlap_history": 1, "base_num_frames": 5, "image_embeds": torch.zeros(n, 4, 16)}
+        own = {"overlap_history": 1, "base_num_frames": 5}
         return VIDEO | own | {"video": frames, "image": photo().resize((32, 16))}
     if name.startswith("Sana"):
         own = {"intermediate_timesteps": None, "control_image": picture(n, size=32)}
@@ -295,6 +295,7 @@ def of_class(name, n, guidance):
         "StableDiffusionDepth2ImgPipeline": {"depth_map": picture(n, 1)[:, 0]},
         "StableDiffusionDiffEditPipeline": {
             "image_latents": torch.randn(n, 1, 4, SIZE // 2, SIZE // 2),
+            "inpaint_strength": 1.0,
             "mask_image": right_half(n)[..., : SIZE // 2, : SIZE // 2],
         },
         "StableDiffusionGLIGENPipeline": {"gligen_phrases": ["x"], "gligen_boxes": [[0, 0, 1, 1]]},
@@ -313,7 +314,8 @@ def of_class(name, n, guidance):
 
 
 CLOZE = {
-    "task_prompt": "a task", "content_prompt": "a cat", "generator": None,
+    "task_prompt": "a task", "content_prompt": "a cat",
+    "generator": torch.Generator().manual_seed(0),
     "image": [[photo(), photo()], [photo(), None]],
 }  # fmt: skip
 
