@@ -24,9 +24,10 @@ class Targets:
 
     def place(self, values: Tensor) -> Tensor:
         """`[b, targets or 1, 1]` for all tokens, `[b, l, 1]`: 0 for references."""
-        placed = values.new_zeros(values.shape[0], len(self.are), 1)
-        placed[:, self.are] = values
-        return placed
+        if values.shape[1] > 1:
+            # the number of each target among the targets
+            values = values[:, (self.are.cumsum(0) - 1).clamp(min=0)]
+        return values * self.are[:, None]
 
     def to(self, *args, **kwargs) -> Targets:
         return Targets(self.are.to(*args, **kwargs))

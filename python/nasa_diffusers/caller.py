@@ -109,7 +109,9 @@ class Caller:
         count = self.variables.get("batch_size")
         if not isinstance(count, int):
             prompt = self.variables.get("prompt")
-            return 1 if isinstance(prompt, str) else len(prompt) if _is_list(prompt) else None
+            if isinstance(prompt, str):
+                return 1
+            return len(prompt) if isinstance(prompt, list) else None
         return count // self.images_per_prompt if self.is_a(COUNTING_IMAGES) else count
 
     @property
@@ -150,9 +152,7 @@ def find_caller() -> Caller | None:
             variables = frame.f_locals
             if isinstance(variables.get("self"), DiffusionPipeline):
                 return _classic(frame)
-            if "block_state" in names and isinstance(
-                variables.get("components"), ModularPipeline
-            ):
+            if "block_state" in names and isinstance(variables.get("components"), ModularPipeline):
                 state = vars(variables["block_state"])
                 # the state first: a block's own variables are those of one branch
                 return Caller(variables["components"], ChainMap(state, variables), is_modular=True)
@@ -180,13 +180,9 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 3
 
 
 def _texts(value: Any) -> list[Tensor]:
-    return [x for x in (value if _is_list(value) else [value]) if _is_text(x)]
+    return [x for x in (value if isinstance(value, (list, tuple)) else [value]) if _is_text(x)]

@@ -71,6 +71,19 @@ class Rows(NamedTuple):
         return x[torch.tensor(index, device=x.device)]
 
 
+def read_cfg(cfg: bool | Sequence[bool] | None) -> Cfg:
+    """The `cfg` of `enable_nasa`, checked."""
+    if cfg is None or isinstance(cfg, bool):
+        return cfg
+    rows = cfg.tolist() if isinstance(cfg, Tensor) else cfg
+    if not isinstance(rows, Sequence) or not rows or not all(type(on) is bool for on in rows):
+        raise ValueError(
+            "enable_nasa: cfg must be True (the second half of the rows carries the prompt), False "
+            f"(all rows do), None (ask the pipeline) or one bool per row, got {cfg!r}"
+        )
+    return tuple(rows)
+
+
 class UnknownRows(RuntimeError):
     """Nothing says which rows of a call carry the prompt."""
 
@@ -286,9 +299,7 @@ def _held(prompt: Tensor, others: list[Tensor], caller: Caller, layout: Layout |
         found = [i for i in range(size) if not is_other[i]]
         n = len(found) if images is None else images
         first = prompt[found[:n]]
-        if len(found) % n == 0 and torch.equal(
-            prompt[found], first.repeat(len(found) // n, 1, 1)
-        ):
+        if len(found) % n == 0 and torch.equal(prompt[found], first.repeat(len(found) // n, 1, 1)):
             return _in_order(is_other, n)
     why = "the text of its prompt is not told from its other texts"
     raise _unknown(prompt, caller, why)
@@ -328,10 +339,9 @@ def _images(
     if caller.uses_cfg is False:
         is_other = [other and not any(row) for other, row in zip(is_other, is_held, strict=True)]
     is_clear = OTHER in held.image or not all(is_other)
-    if is_clear and rows % size == 0:
-        # the pipeline's own tensor, several times over: the order in which MultiDiffusion does it
-        if all(is_held[i][i % size] for i in range(rows)):
-            return held.image * (rows // size)
+    # the pipeline's own tensor, several times over: the order in which MultiDiffusion does it
+    if is_clear and rows % size == 0 and all(is_held[i][i % size] for i in range(rows)):
+        return held.image * (rows // size)
     image, count = [], 0
     for i in range(rows):
         candidates = {held.image[j] for j in range(size) if is_held[i][j]}
@@ -372,7 +382,8 @@ def _lies_in(part: Tensor, whole: Tensor) -> int | None:
         return None
     if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return None
-    begin, rest = divmod(part.storage_offset() - whole.storage_offset(), part.stride(0) or 1)
+    offset = int(part.storage_offset()) - int(whole.storage_offset())
+    begin, rest = divmod(offset, part.stride(0) or 1)
     fits = rest == 0 <= begin and begin + part.shape[0] <= whole.shape[0] and part.stride(0) > 0
     return begin if fits else None
 

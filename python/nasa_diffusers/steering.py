@@ -22,6 +22,7 @@ from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative
 from nasa_diffusers.rows import Cfg, RowFinder, Rows
 from nasa_diffusers.steered import Images, Prepared, Steered, Term
+from nasa_diffusers.watch import Watch
 from nasa_diffusers.weights import Fingerprint
 from nasa_diffusers.window import Window
 
@@ -97,7 +98,9 @@ class Steering:
         self.text_hooks = family.text_hooks(denoiser, cache)
         self.block_hooks = family.block_hooks(denoiser, guided)
         self.path_to_layers = _path_to(denoiser, self.layers)
-        self._handle: Any = None
+        # a sentence, once a pipeline has run another denoiser in place of this one
+        self.lost: str | None = None
+        self._handles: list[Any] = []
 
     @property
     def guided_layers(self) -> dict[str, CrossAttentionHook]:
@@ -108,10 +111,12 @@ class Steering:
             attach(attn, hook)
         for module, hook in (*self.text_hooks, *self.block_hooks):
             attach(module, hook)
-        self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
+        own = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
+        self._handles = [own, *Watch(self).attach(self.pipe)]
 
     def detach(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         for attn, _ in self.layers.values():
             detach(attn)
         for module, _ in (*self.text_hooks, *self.block_hooks):
@@ -124,6 +129,7 @@ class Steering:
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Put a `Steered` in place of the text; None leaves the stock call as it is."""
         settings = self.settings
+        self.lost = None
         if settings.alpha.is_zero:
             return None
         caller = find_caller()
@@ -132,10 +138,12 @@ class Steering:
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
         if not isinstance(text, Tensor):
+            why = "a deprecated IP-Adapter call passes images there, use ip_adapter_image_embeds"
+            if text is None:
+                why = "this denoiser is called without a text, so there is no prompt to guide"
             raise ValueError(
                 "nasa_diffusers: encoder_hidden_states must be one tensor [b, n, c], got "
-                f"{type(text).__name__}; a deprecated IP-Adapter call passes images there, use "
-                "ip_adapter_image_embeds"
+                f"{type(text).__name__}; {why}"
             )
         rows = self.find_rows(text, sample, caller, settings.cfg)
         if not any(rows.guided):

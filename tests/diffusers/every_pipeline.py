@@ -121,7 +121,9 @@ SCHEDULERS = {
 
 
 def sd_parts(name):
-    model = unet(**(XL if "StableDiffusionXL" in name or "SDXL" in name else {}) | UNETS.get(name, {}))
+    model = unet(
+        **(XL if "StableDiffusionXL" in name or "SDXL" in name else {}) | UNETS.get(name, {})
+    )
     scheduler = SCHEDULERS.get(name, diffusers.DDIMScheduler)
     parts = {
         "vae": testing.vae(),
@@ -136,7 +138,9 @@ def sd_parts(name):
         "inverse_scheduler": diffusers.DDIMInverseScheduler(clip_sample=False),
         "low_res_scheduler": diffusers.DDPMScheduler(),
         "feature_extractor": CLIPImageProcessor(size=16, crop_size=16),
-        "image_encoder": vision() if name.startswith(("StableDiffusionImageVar", "StableUnCLIP")) else None,
+        "image_encoder": vision()
+        if name.startswith(("StableDiffusionImageVar", "StableUnCLIP"))
+        else None,
     }
     if "Union" in name:
         parts["controlnet"] = controlnet_union(model)
@@ -248,7 +252,8 @@ def build(name):
     given = {
         n: parts.get(n)
         for n, p in parameters_of(cls).items()
-        if n in parts or (p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
+        if n in parts
+        or (p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
     }
     return testing._ready(cls(**given))
 
@@ -299,16 +304,26 @@ def of_class(name, n, guidance):
             "mask_image": right_half(n)[..., : SIZE // 2, : SIZE // 2],
         },
         "StableDiffusionGLIGENPipeline": {"gligen_phrases": ["x"], "gligen_boxes": [[0, 0, 1, 1]]},
-        "StableDiffusionGLIGENTextImagePipeline": {"gligen_phrases": ["x"], "gligen_boxes": [[0, 0, 1, 1]]},
+        "StableDiffusionGLIGENTextImagePipeline": {
+            "gligen_phrases": ["x"],
+            "gligen_boxes": [[0, 0, 1, 1]],
+        },
         "StableDiffusionPix2PixZeroPipeline": {
-            "source_embeds": torch.randn(2, 77, 32), "target_embeds": torch.randn(2, 77, 32),
+            "source_embeds": torch.randn(2, 77, 32),
+            "target_embeds": torch.randn(2, 77, 32),
         },
         "StableDiffusion3ControlNetInpaintingPipeline": {"control_mask": right_half(n)},
         "StableDiffusionParadigmsPipeline": {"parallel": 1},
         "TextToVideoZeroPipeline": {"video_length": 2, "t0": 0, "t1": 1, "num_inference_steps": 3},
-        "TextToVideoZeroSDXLPipeline": {"video_length": 2, "t0": 0, "t1": 1, "num_inference_steps": 3},
+        "TextToVideoZeroSDXLPipeline": {
+            "video_length": 2,
+            "t0": 0,
+            "t1": 1,
+            "num_inference_steps": 3,
+        },
         "VisualClozeGenerationPipeline": CLOZE,
-        "VisualClozePipeline": CLOZE | {"upsampling_strength": 0.0, "upsampling_height": 16, "upsampling_width": 16},
+        "VisualClozePipeline": CLOZE
+        | {"upsampling_strength": 0.0, "upsampling_height": 16, "upsampling_width": 16},
         "SemanticStableDiffusionPipeline": {"editing_prompt": ["fur"] if guidance > 1 else None},
     }.get(name, {})
 
