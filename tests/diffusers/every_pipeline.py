@@ -6,6 +6,7 @@ names, so a class needs an entry of its own only where it wants something unusua
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import diffusers
 import torch
@@ -40,18 +41,20 @@ def denoiser_of(pipe):
 # ---- parts ---------------------------------------------------------------------------------------
 
 
+UNET = {
+    "sample_size": SIZE // 2,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
 def unet(**options):
-    sizes = {
-        "sample_size": SIZE // 2,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-        "cross_attention_dim": 32,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return diffusers.UNet2DConditionModel(**sizes | options)
+    return diffusers.UNet2DConditionModel(**UNET | options)
 
 
 XL = {
@@ -74,6 +77,13 @@ def adapter(downscale=2):
     return diffusers.T2IAdapter(
         in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=downscale,
         adapter_type="full_adapter",
+    )  # fmt: skip
+
+
+def motion_adapter():
+    return diffusers.MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=2,
+        motion_num_attention_heads=2, motion_mid_block_layers_per_block=1,
     )  # fmt: skip
 
 
@@ -121,9 +131,9 @@ SCHEDULERS = {
 
 
 def sd_parts(name):
-    model = unet(
-        **(XL if "StableDiffusionXL" in name or "SDXL" in name else {}) | UNETS.get(name, {})
-    )
+    is_xl = "StableDiffusionXL" in name or "SDXL" in name
+    model = unet(**(XL if is_xl else {}) | UNETS.get(name, {}))
+    with_vision = ("StableDiffusionImageVariation", "StableUnCLIP")
     scheduler = SCHEDULERS.get(name, diffusers.DDIMScheduler)
     parts = {
         "vae": testing.vae(),
@@ -138,9 +148,7 @@ def sd_parts(name):
         "inverse_scheduler": diffusers.DDIMInverseScheduler(clip_sample=False),
         "low_res_scheduler": diffusers.DDPMScheduler(),
         "feature_extractor": CLIPImageProcessor(size=16, crop_size=16),
-        "image_encoder": vision()
-        if name.startswith(("StableDiffusionImageVar", "StableUnCLIP"))
-        else None,
+        "image_encoder": vision() if name.startswith(with_vision) else None,
     }
     if "Union" in name:
         parts["controlnet"] = controlnet_union(model)
@@ -162,6 +170,17 @@ def sd_parts(name):
                 variance_type="fixed_small_log", prediction_type="sample"
             ),
         }
+    if name.startswith("LEdits"):
+        parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(
+            algorithm_type="sde-dpmsolver++", solver_order=2
+        )
+    if "LDM3D" in name:
+        config = dict(parts["vae"].config) | {"in_channels": 6, "out_channels": 6}
+        parts["vae"] = diffusers.AutoencoderKL.from_config(config)
+    if name.startswith("PaintByExample"):
+        module = inspect.getmodule(diffusers.PaintByExamplePipeline)
+        encoder = module.PaintByExampleImageEncoder
+        parts["image_encoder"] = encoder(vision().config)
     if name.startswith("LDM"):
         parts |= {"vqvae": parts["vae"], "bert": parts["text_encoder"]}
     return parts
@@ -230,7 +249,53 @@ def wan_parts(name):
     return parts
 
 
+class SubjectText(torch.nn.Module):
+    """The text encoder of BLIP-Diffusion as its pipelines see it: a subject before the words."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(2 * len(testing.LETTERS) + 2, 32)
+        config = SimpleNamespace(max_position_embeddings=77)
+        self.text_model = SimpleNamespace(config=config)
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, input_ids, ctx_embeddings=None, ctx_begin_pos=None):
+        words = self.words(input_ids)
+        return (words if ctx_embeddings is None else torch.cat([ctx_embeddings, words], dim=1),)
+
+
+class Subject(torch.nn.Module):
+    """The query transformer of BLIP-Diffusion: 16 tokens for a picture."""
+
+    config = SimpleNamespace(num_query_tokens=16)
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, image_input, text_input, return_dict):
+        return image_input.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 16, 32)
+
+
+class Passing:
+    """An image processor that leaves pictures as they are."""
+
+    def preprocess(self, image, **_):
+        return {"pixel_values": image}
+
+    def postprocess(self, image, **_):
+        return image
+
+
+def blip_parts(name):
+    return sd_parts(name) | {
+        "text_encoder": SubjectText(), "qformer": Subject(), "image_processor": Passing(),
+        "mean": [0.5] * 3, "std": [0.5] * 3,
+    }  # fmt: skip
+
+
 def parts_of(name, cls):
+    if name.startswith("Blip"):
+        return blip_parts(name)
+
     annotation = str(inspect.signature(cls.__init__).parameters.get("transformer"))
     for word, make in (
         ("Flux", flux_parts), ("SD3", sd3_parts), ("Sana", sana_parts),
@@ -247,21 +312,14 @@ def build(name):
     cls = classes()[name]
     parts = parts_of(name, cls) | {
         "safety_checker": None, "requires_safety_checker": False, "add_watermarker": False,
-        "watermarker": None, "pag_applied_layers": "mid" if "unet" in parameters_of(cls) else "blocks.1",
+        "watermarker": None,
     }  # fmt: skip
-    given = {
-        n: parts.get(n)
-        for n, p in parameters_of(cls).items()
-        if n in parts
-        or (p.default is inspect.Parameter.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
-    }
+    wanted = dict(inspect.signature(cls.__init__).parameters)
+    del wanted["self"]
+    parts["pag_applied_layers"] = "mid" if "unet" in wanted else "blocks.1"
+    is_needed = {n: p.default is p.empty and p.kind is not p.VAR_KEYWORD for n, p in wanted.items()}
+    given = {n: parts.get(n) for n in wanted if n in parts or is_needed[n]}
     return testing._ready(cls(**given))
-
-
-def parameters_of(cls):
-    parameters = dict(inspect.signature(cls.__init__).parameters)
-    del parameters["self"]
-    return parameters
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -293,8 +351,26 @@ def of_class(name, n, guidance):
     if name.startswith("Sana"):
         own = {"intermediate_timesteps": None, "control_image": picture(n, size=32)}
         return own | {"height": 32, "width": 32, "image": picture(n, size=32)}
+    boxes = {"gligen_phrases": ["x"], "gligen_boxes": [[0, 0, 1, 1]]}
+    upscaling = {"upsampling_strength": 0.0, "upsampling_height": 16, "upsampling_width": 16}
+    zero = {"video_length": 2, "t0": 0, "t1": 1, "num_inference_steps": 3}
+    if name.startswith("Marigold"):
+        return {"processing_resolution": 0, "output_type": "np"}
+    if name.startswith("LEdits"):
+        return {
+            "num_inversion_steps": 2,
+            "height": 32,
+            "width": 32,
+            "image": photo().resize((32, 32)),
+        }
+    if name.startswith("Blip"):
+        subjects = {"source_subject_category": ["cat"] * n, "target_subject_category": ["cat"] * n}
+        return subjects | {"reference_image": picture(n), "condtioning_image": picture(n)}
     return {
-        "CycleDiffusionPipeline": {"source_prompt": ["a rat", "a big rat"][:n]},
+        "CycleDiffusionPipeline": {
+            "source_prompt": ["a rat", "a big rat"][:n],
+            "num_inference_steps": 2,
+        },
         "PaintByExamplePipeline": {"example_image": picture(n)},
         "StableDiffusionAttendAndExcitePipeline": {"token_indices": [[1]] * n},
         "StableDiffusionDepth2ImgPipeline": {"depth_map": picture(n, 1)[:, 0]},
@@ -303,27 +379,19 @@ def of_class(name, n, guidance):
             "inpaint_strength": 1.0,
             "mask_image": right_half(n)[..., : SIZE // 2, : SIZE // 2],
         },
-        "StableDiffusionGLIGENPipeline": {"gligen_phrases": ["x"], "gligen_boxes": [[0, 0, 1, 1]]},
-        "StableDiffusionGLIGENTextImagePipeline": {
-            "gligen_phrases": ["x"],
-            "gligen_boxes": [[0, 0, 1, 1]],
-        },
+        "StableDiffusionGLIGENPipeline": boxes,
+        "StableDiffusionGLIGENTextImagePipeline": boxes,
         "StableDiffusionPix2PixZeroPipeline": {
             "source_embeds": torch.randn(2, 77, 32),
             "target_embeds": torch.randn(2, 77, 32),
         },
         "StableDiffusion3ControlNetInpaintingPipeline": {"control_mask": right_half(n)},
         "StableDiffusionParadigmsPipeline": {"parallel": 1},
-        "TextToVideoZeroPipeline": {"video_length": 2, "t0": 0, "t1": 1, "num_inference_steps": 3},
-        "TextToVideoZeroSDXLPipeline": {
-            "video_length": 2,
-            "t0": 0,
-            "t1": 1,
-            "num_inference_steps": 3,
-        },
+        "StableDiffusionLDM3DPipeline": {"output_type": "np"},
+        "TextToVideoZeroPipeline": zero,
+        "TextToVideoZeroSDXLPipeline": zero,
         "VisualClozeGenerationPipeline": CLOZE,
-        "VisualClozePipeline": CLOZE
-        | {"upsampling_strength": 0.0, "upsampling_height": 16, "upsampling_width": 16},
+        "VisualClozePipeline": CLOZE | upscaling,
         "SemanticStableDiffusionPipeline": {"editing_prompt": ["fur"] if guidance > 1 else None},
     }.get(name, {})
 
