@@ -89,7 +89,7 @@ def oracle(denoiser, inputs, negative, alpha):
     return model(denoiser, "nasa-cross", [(negative, alpha, None)], **inputs)[0]
 
 
-def check_rows(pipe, prompts, guidance, extra, texts):
+def check_rows(pipe, prompts, guidance, extra, texts, **options):
     """Draws, and checks each call of the denoiser; the numbers of prompt rows of each."""
     denoiser = every_pipeline.denoiser_of(pipe)
     counts = []
@@ -127,7 +127,8 @@ def check_rows(pipe, prompts, guidance, extra, texts):
     handle = enable_nasa(pipe, negative_prompt_embeds=negatives, alpha=ALPHA)
     try:
         negative = NEGATIVES[: len(prompts)]
-        pipe(**every_pipeline.arguments(pipe, prompts, negative, guidance, extra))
+        arguments = every_pipeline.arguments(pipe, prompts, negative, guidance, extra)
+        pipe(**arguments | options)
     finally:
         handle.disable()
     return counts
