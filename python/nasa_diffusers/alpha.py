@@ -19,6 +19,23 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class Targets:
+    """Which image tokens of a layer are the image that is made; the others are references."""
+
+    are: Tensor  # [l] bool
+
+    def place(self, values: Tensor) -> Tensor:
+        """`[b, targets or 1, 1]` for all tokens, `[b, l, 1]`: 0 for references."""
+        if values.shape[1] > 1:
+            # the number of each target among the targets
+            values = values[:, (self.are.cumsum(0) - 1).clamp(min=0)]
+        return values * self.are[:, None]
+
+    def to(self, *args, **kwargs) -> Targets:
+        return Targets(self.are.to(*args, **kwargs))
+
+
+@dataclass(frozen=True, eq=False)
 class LayerAlpha:
     """Alpha of one denoiser call, for layers of any number of queries."""
 
@@ -27,6 +44,7 @@ class LayerAlpha:
     grids: tuple[Grid, ...] = ()
     resized: dict[int, Tensor] = field(default_factory=dict)
     guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
+    targets: Targets | None = None  # None: all tokens
 
     @property
     def learns(self) -> bool:
@@ -34,13 +52,13 @@ class LayerAlpha:
 
     def at(self, queries: int) -> Tensor:
         """Alpha for a layer of `queries` image tokens, broadcastable to `[b, l, h]`."""
-        if self.region is None:
+        if self.region is None and self.targets is None:
             return self.rows
         if torch.compiler.is_compiling():
-            return self._resize(self.region, queries)
+            return self._place(queries)
         found = self.resized.get(queries)
         if found is None:
-            found = self.resized[queries] = self._resize(self.region, queries)
+            found = self.resized[queries] = self._place(queries)
         return found
 
     def parts(self, rows: int, chunks: int) -> list[LayerAlpha]:
@@ -49,7 +67,7 @@ class LayerAlpha:
             return [self] * chunks
         guided = [None] * chunks if self.guided is None else self.guided.chunk(chunks)
         return [
-            LayerAlpha(values, self.region, self.grids, guided=which)
+            LayerAlpha(values, self.region, self.grids, guided=which, targets=self.targets)
             for values, which in zip(self.rows.chunk(chunks), guided, strict=True)
         ]
 
@@ -57,7 +75,18 @@ class LayerAlpha:
         """The same alpha on another device."""
         region = None if self.region is None else self.region.to(*args, **kwargs)
         guided = None if self.guided is None else self.guided.to(*args, **kwargs)
-        return LayerAlpha(self.rows.to(*args, **kwargs), region, self.grids, guided=guided)
+        targets = None if self.targets is None else self.targets.to(*args, **kwargs)
+        rows = self.rows.to(*args, **kwargs)
+        return LayerAlpha(rows, region, self.grids, guided=guided, targets=targets)
+
+    def _place(self, queries: int) -> Tensor:
+        if self.targets is None:
+            assert self.region is not None
+            return self._resize(self.region, queries)
+        if self.region is None:
+            return self.targets.place(self.rows)
+        frames, height, width = self.grids[0]
+        return self.targets.place(self._resize(self.region, frames * height * width))
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:

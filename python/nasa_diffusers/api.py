@@ -17,11 +17,11 @@ from nasa_diffusers.families import Family, family_of
 from nasa_diffusers.methods import Nag
 from nasa_diffusers.negative import Negative, NegativePrompt
 from nasa_diffusers.report import Report, make_report
+from nasa_diffusers.rows import Cfg, read_cfg
 from nasa_diffusers.scalars import is_int, scalar
 from nasa_diffusers.steering import Settings, Steering
+from nasa_diffusers.watch import DENOISERS, denoisers_of, what_runs_instead
 from nasa_diffusers.window import Window
-
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def enable_nasa(
@@ -36,7 +36,7 @@ def enable_nasa(
     stop: int | float | None = None,
     layers: str | Sequence[str] | None = None,
     backend: str | None = None,
-    cfg: bool | None = None,
+    cfg: bool | Sequence[bool] | None = None,
     rule: str | None = None,
     method: str = "nasa",
     nag_scale: float | None = None,
@@ -67,8 +67,9 @@ def enable_nasa(
             fractions of the steps. `None` is the end.
         layers: Names of cross-attention layers, shell patterns (`"up_blocks.*"`). `None`: all.
         backend: A back end of `nasa_kernels.nasa_attention`. `None` takes the best that runs.
-        cfg: Whether the batch is doubled for classifier-free guidance. `None` asks the pipeline
-            that calls; a loop of your own has to say.
+        cfg: Which rows of a batch carry the prompt: under classifier-free guidance (True) the
+            second half, without (False) all of them; or one bool per row. `None` asks the
+            pipeline that calls; a loop of your own has to say, `handle.cfg` before each call.
         rule: One of the family's `rules`; `None` takes the first. `"vsf"` is value sign flip: one
             softmax over the keys of all prompts, the values of the negative ones times `-alpha`.
         method: `"nasa"`, or `"nag"` for normalised attention guidance, with these parameters;
@@ -113,7 +114,7 @@ def enable_nasa(
         alpha_is_default=alpha is None,
         window=Window(start, stop),
         backend=backend,
-        cfg=cfg,
+        cfg=read_cfg(cfg),
         rule=rule,
         nag=nag,
         vsf_takes_maps=family.vsf_takes_maps,
@@ -174,6 +175,15 @@ class Handle:
         )
 
     @property
+    def cfg(self) -> Cfg:
+        """Which rows of a batch carry the prompt, as in `enable_nasa`."""
+        return self._settings.cfg
+
+    @cfg.setter
+    def cfg(self, cfg: bool | Sequence[bool] | None) -> None:
+        self._change(cfg=read_cfg(cfg))
+
+    @property
     def cache_limit(self) -> int:
         """Bytes that the keys and values of text may take; 0 keeps none."""
         return self._steerings[0].cache.limit
@@ -215,7 +225,14 @@ class Handle:
 
     def report(self) -> Report:
         """Layers guided, rule, alpha, keys, back end, FLOPs added, bytes of the cache."""
-        return make_report(self._steerings)
+        return make_report(self._steerings, self._why_off())
+
+    def _why_off(self) -> str | None:
+        """Why nothing is guided; None where something is."""
+        if not self.is_enabled:
+            return "NASA is off: its hooks are no longer on the denoiser"
+        first = self._steerings[0]
+        return first.lost or what_runs_instead(first, first.pipe)
 
     def disable(self) -> None:
         """Take NASA off; the pipeline computes what it computed before, exactly."""
@@ -256,8 +273,14 @@ class Handle:
 
 def find_denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
     """The networks that a pipeline calls once per step, without the wrapper of torch.compile."""
-    modules = [getattr(pipe, name, None) for name in DENOISERS]
-    denoisers = [getattr(m, "_orig_mod", m) for m in modules if m is not None]
+    denoisers = denoisers_of(pipe)
+    for denoiser in denoisers:
+        if not isinstance(denoiser, nn.Module):
+            raise ValueError(
+                f"enable_nasa: the denoiser of this {type(pipe).__name__} is a "
+                f"{type(denoiser).__name__} and no torch.nn.Module: an exported engine has no "
+                "layers in which a prompt could act; load the PyTorch model"
+            )
     if not denoisers:
         raise ValueError(
             f"enable_nasa: {type(pipe).__name__} has no {', '.join(DENOISERS)}; NASA needs a "

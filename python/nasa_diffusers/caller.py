@@ -1,44 +1,87 @@
-"""Who is calling the denoiser, and for which rows and which step.
+"""Who is calling the denoiser: its step, its prompts, and the texts it holds.
 
-A denoiser is told neither whether its batch is doubled for classifier-free guidance nor which
-step it computes, and pipelines made with `from_pipe` share it. The pipeline in the call stack
-knows all of this, so it is read there: no value is compared and no device is synchronised.
-The names read are those of every diffusers pipeline: `do_classifier_free_guidance` (a property,
-in PixArt a local variable), `i` and `timesteps` of the loop, `batch_size` (the prompts),
-`clip_skip` and `lora_scale`.
+A denoiser is told neither which rows of its batch carry the prompt nor which step it computes,
+and pipelines made with `from_pipe` share it. The pipeline in the call stack knows all of this, so
+it is read there. The names read are those of every diffusers pipeline: `prompt_embeds` and
+`negative_prompt_embeds` with their few relatives, `do_classifier_free_guidance` (a property, in
+PixArt a local variable), `i` and `timesteps` of the loop, `batch_size` (the prompts), `clip_skip`
+and `lora_scale`. A modular pipeline keeps the same names in the state of its blocks.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from nasa_diffusers.encoding import call_defaults
 
+try:
+    from diffusers import ModularPipeline
+except ImportError:  # pragma: no cover
+
+    class ModularPipeline:  # type: ignore[no-redef]
+        pass
+
+
 # their guidance is an input of the model
 WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
+# they write prompts times images into `batch_size`
+COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
+# where pipelines hold the text of the prompt, often beside that of other branches in one tensor
+PROMPTS = ("prompt_embeds", "text_embeddings", "text_embedding", "cond_embeddings")
+# words in the names of texts that are not the prompt's
+OTHERS = {
+    *("negative", "uncond", "unconditional", "null", "empty", "safety"),
+    *("edit", "editing", "source", "target"),
+}
+IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+
+class Texts(NamedTuple):
+    """The texts that a running pipeline holds."""
+
+    prompt: Tensor | None  # [R, n, c], other branches may be rows of it
+    others: list[Tensor]  # [r, n, c] each: negative prompts, edits, safety concepts
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A pipeline that is running, and the variables of the function that runs it."""
+    """A pipeline that is running, and the variables of the functions that run it."""
 
     pipe: Any
     variables: Mapping[str, Any]
+    # the function that denoises is the `__call__` of a pipeline that diffusers comes with
+    is_stock: bool = False
+    # a modular pipeline calls the denoiser once for each branch
+    is_modular: bool = False
+
+    @property
+    def name(self) -> str:
+        return type(self.pipe).__name__
+
+    def is_a(self, names: Sequence[str]) -> bool:
+        return any(cls.__name__ in names for cls in type(self.pipe).__mro__)
 
     @property
     def uses_cfg(self) -> bool | None:
         """None where the pipeline does not say."""
-        if type(self.pipe).__name__ in WITHOUT_CFG:
+        if self.is_a(WITHOUT_CFG):
             return False
-        name = "do_classifier_free_guidance"
+        return self._says("do_classifier_free_guidance")
+
+    @property
+    def perturbs_attention(self) -> bool:
+        """Whether the prompt has a second row, for perturbed attention guidance."""
+        return bool(self._says("do_perturbed_attention_guidance"))
+
+    def _says(self, name: str) -> bool | None:
         return self.variables.get(name, getattr(self.pipe, name, None))
 
     @property
@@ -49,9 +92,9 @@ class Caller:
         timesteps = self.variables.get("step_matrix", timesteps)
         if not isinstance(index, int) or timesteps is None:
             raise RuntimeError(
-                f"nasa_diffusers: start and stop need to know the step, and "
-                f"{type(self.pipe).__name__} has no loop `for i, t in enumerate(timesteps)`; "
-                "leave them out, and set handle.alpha in a callback_on_step_end instead"
+                f"nasa_diffusers: start and stop need to know the step, and {self.name} has no "
+                "loop `for i, t in enumerate(timesteps)`; leave them out, and set handle.alpha in "
+                "a callback_on_step_end instead"
             )
         # second-order schedulers visit two timesteps in a step
         order = getattr(self.pipe.scheduler, "order", 1)
@@ -64,8 +107,19 @@ class Caller:
 
     @property
     def prompts(self) -> int | None:
-        """How many prompts the call has; each one gives `num_images_per_prompt` rows."""
-        return self.variables.get("batch_size")
+        """How many prompts the call has; each one gives `images_per_prompt` rows."""
+        count = self.variables.get("batch_size")
+        if not isinstance(count, int):
+            prompt = self.variables.get("prompt")
+            if isinstance(prompt, str):
+                return 1
+            return len(prompt) if isinstance(prompt, list) else None
+        return count // self.images_per_prompt if self.is_a(COUNTING_IMAGES) else count
+
+    @property
+    def images_per_prompt(self) -> int:
+        given = (self.variables.get(name) for name in IMAGES_PER_PROMPT)
+        return next((count for count in given if isinstance(count, int)), 1)
 
     def text_options(self, names: Sequence[str]) -> dict[str, Any]:
         """The options `names` of `encode_prompt` with which this call encodes its prompt."""
@@ -77,47 +131,62 @@ class Caller:
             given["lora_scale"] = self.variables.get("text_encoder_lora_scale")
         return {name: value for name, value in given.items() if value is not None}
 
-    def is_unconditional(self, text: Tensor) -> bool:
-        """True for the second of two calls a step, the one with the pipeline's own negative."""
-        return text is self.variables.get("negative_prompt_embeds")
+    @property
+    def texts(self) -> Texts:
+        """The texts held now, by the names of the variables that hold them."""
+        prompt = next((x for name in PROMPTS if _is_text(x := self.variables.get(name))), None)
+        others = []
+        for name, value in self.variables.items():
+            if "embed" not in name and "concept" not in name:
+                continue
+            if OTHERS & set(name.split("_")):
+                others += _texts(value)
+            elif name.endswith("_embeds_tuple"):
+                # what `encode_prompt` returned: the prompt, then the negative
+                others += _texts(value)[1:]
+        return Texts(prompt, [x for x in others if x is not prompt])
 
 
 def find_caller() -> Caller | None:
     """The innermost pipeline in the call stack; None in a loop of the user's own."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, DiffusionPipeline):
-                return Caller(owner, frame.f_locals)
+        names = frame.f_code.co_varnames
+        if names[:1] == ("self",):
+            variables = frame.f_locals
+            if isinstance(variables.get("self"), DiffusionPipeline):
+                return _classic(frame)
+            if "block_state" in names and isinstance(variables.get("components"), ModularPipeline):
+                state = vars(variables["block_state"])
+                # the state first: a block's own variables are those of one branch
+                return Caller(variables["components"], ChainMap(state, variables), is_modular=True)
         frame = frame.f_back
     return None
 
 
-def first_guided_row(caller: Caller | None, cfg: bool | None, sample: Tensor) -> int:
-    """0, or half the batch where it is `[unconditional | conditional]`."""
-    if caller is not None and _has_other_rows(caller.pipe):
-        raise RuntimeError(
-            f"nasa_diffusers: {type(caller.pipe).__name__} batches more than [unconditional | "
-            "conditional] rows; switch its extra guidance off, or call disable_nasa(pipe)"
-        )
-    rows = sample.shape[0]
-    if cfg is None and caller is not None:
-        cfg = caller.uses_cfg
-    if cfg is None and rows % 2 == 0 and torch.equal(*sample.chunk(2)):
-        raise RuntimeError(
-            "nasa_diffusers: both halves of the batch have the same latents, so this may be "
-            "classifier-free guidance, and no pipeline in the call stack says; pass cfg=True (the "
-            "first half is unconditional) or cfg=False to enable_nasa"
-        )
-    if cfg and rows % 2 == 1:
-        raise RuntimeError(
-            f"nasa_diffusers: with classifier-free guidance the batch must be even, it has {rows} "
-            "rows; pass cfg=False to enable_nasa if it is not doubled"
-        )
-    return rows // 2 if cfg else 0
+def _classic(frame: FrameType) -> Caller:
+    """The caller whose innermost function is `frame`; functions it was called by come after."""
+    pipe = frame.f_locals["self"]
+    chain = list(_functions_of(pipe, frame))
+    outermost = chain[-1]
+    is_stock = (
+        outermost.f_code.co_name == "__call__"
+        and outermost.f_globals.get("__name__", "").startswith("diffusers.")
+    )  # fmt: skip
+    return Caller(pipe, ChainMap(*(f.f_locals for f in chain)), is_stock)
 
 
-def _has_other_rows(pipe: DiffusionPipeline) -> bool:
-    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
-    return perturbed or "Pix2Pix" in type(pipe).__name__
+def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames of the pipeline's methods, the innermost first."""
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is pipe:
+            yield frame
+        frame = frame.f_back
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3
+
+
+def _texts(value: Any) -> list[Tensor]:
+    return [x for x in (value if isinstance(value, (list, tuple)) else [value]) if _is_text(x)]

@@ -16,6 +16,7 @@ from nasa_diffusers.scalars import is_int, is_real, scalar
 
 if TYPE_CHECKING:
     from nasa_diffusers.families.base import Family
+    from nasa_diffusers.rows import Rows
 
 # ((prompts: one, or one per image), its own alpha), ...
 Terms = tuple[tuple[tuple[str, ...], float], ...]
@@ -37,43 +38,26 @@ class Encoded:
     dropped: Mapping[str, int] = field(default_factory=dict)
     placed: dict[tuple, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
-    def rows(self, like: Tensor, first: int, prompts: int | None) -> tuple[Tensor, Tensor | None]:
-        """`embeds` and `mask` for the batch of `like`, whose guided rows begin at `first`."""
+    def rows(self, like: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """`embeds` and `mask` for the batch of `like`, whose rows these are."""
         if self.embeds.requires_grad:
-            return self._place(like, first, prompts)
+            return self._place(like, rows)
         inference = torch.is_inference_mode_enabled()
-        key = (like.dtype, like.device, like.shape[0], first, prompts, inference)
+        key = (like.dtype, like.device, rows, inference)
         # another thread may clear it at any time
         found = self.placed.get(key)
         if found is None:
             if len(self.placed) >= MAX_PLACED:
                 self.placed.clear()
-            found = self.placed[key] = self._place(like, first, prompts)
+            found = self.placed[key] = self._place(like, rows)
         return found
 
-    def _place(self, like: Tensor, first: int, prompts: int | None) -> tuple[Tensor, Tensor | None]:
-        rows, what = like.shape[0], "negative prompt"
-        embeds = spread(self.embeds.to(like.device, like.dtype), rows, first, prompts, what)
+    def _place(self, like: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        what = "negative prompt"
+        embeds = rows.spread(self.embeds.to(like.device, like.dtype), what)
         if self.mask is None:
             return embeds, None
-        return embeds, spread(self.mask.to(like.device), rows, first, prompts, what)
-
-
-def spread(x: Tensor, rows: int, first: int, prompts: int | None, what: str) -> Tensor:
-    """One row per prompt as one row per image: `[m, ...]` to `[1, ...]` or `[rows, ...]`."""
-    m, images = x.shape[0], rows - first
-    if m == 1:
-        return x
-    if m not in (prompts, images) or images % m != 0:
-        raise ValueError(
-            f"nasa_diffusers: there is one {what} per image, {m} in all, but the call has "
-            f"{images if prompts is None else prompts} prompts and {images} images; give one for "
-            "all, or as many as there are prompts"
-        )
-    # rows are prompt-major: all images of prompt 0, then all of prompt 1
-    x = x.repeat_interleave(images // m, dim=0)
-    # rows before `first` are not guided: their alpha is 0 and what they hold is not used
-    return x if first == 0 else torch.cat([x[:first], x])
+        return embeds, rows.spread(self.mask.to(like.device), what)
 
 
 @dataclass(frozen=True, eq=False)

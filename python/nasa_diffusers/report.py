@@ -33,6 +33,7 @@ class Report:
     projection_flops: int | None  # added once per negative prompt, then cached
     cache_bytes: int
     cache_limit: int
+    problem: str | None = None  # why nothing is guided, where nothing is
 
     def __str__(self) -> str:
         rows = {
@@ -45,6 +46,8 @@ class Report:
             "added": _flops(self.attention_flops, self.projection_flops),
             "K/V cache": f"{self.cache_bytes / 2**20:.1f} of {self.cache_limit / 2**20:.0f} MiB",
         }
+        if self.problem is not None:
+            rows = {"NOT GUIDED": self.problem} | rows
         return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
 
 
@@ -62,8 +65,8 @@ def _dropped(by_tokenizer: Mapping[str, int]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def make_report(steerings: list[Steering]) -> Report:
-    """One report for all denoisers of a pipeline."""
+def make_report(steerings: list[Steering], problem: str | None = None) -> Report:
+    """One report for all denoisers of a pipeline; with a problem none of their layers is guided."""
     first = steerings[0]
     settings = first.settings
     hooks = [hook for steering in steerings for hook in steering.guided_layers.values()]
@@ -82,7 +85,7 @@ def make_report(steerings: list[Steering]) -> Report:
         dropped=tuple(max(term.dropped.values(), default=0) for term in terms),
         steps=str(settings.window),
         layers=sum(len(steering.layers) for steering in steerings),
-        layers_guided=len(hooks),
+        layers_guided=0 if problem else len(hooks),
         keys_pos=calls[0].texts[0][1] if calls else None,
         keys_neg=sum(n for _, n, _ in calls[0].texts[1:])
         if calls
@@ -92,6 +95,7 @@ def make_report(steerings: list[Steering]) -> Report:
         projection_flops=sum(call.projection_flops for call in calls) if calls else None,
         cache_bytes=first.cache.nbytes,
         cache_limit=first.cache.limit,
+        problem=problem,
     )
 
 

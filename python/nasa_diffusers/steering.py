@@ -13,16 +13,18 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha
+from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha, Targets
 from nasa_diffusers.cache import TextCache, all_tokens
-from nasa_diffusers.caller import Caller, find_caller, first_guided_row
+from nasa_diffusers.caller import Caller, find_caller
 from nasa_diffusers.chain import Watch, as_called, attach, detach
 from nasa_diffusers.encoding import call_defaults, reference
 from nasa_diffusers.families import Family
 from nasa_diffusers.layer import CrossAttentionHook, refuse_copy
 from nasa_diffusers.methods import Nag
-from nasa_diffusers.negative import Encoded, Negative, spread
+from nasa_diffusers.negative import Encoded, Negative
+from nasa_diffusers.rows import Cfg, RowFinder, Rows
 from nasa_diffusers.steered import Images, Prepared, Steered, Term
+from nasa_diffusers.watch import PipelineWatch
 from nasa_diffusers.weights import Fingerprint
 from nasa_diffusers.window import Window
 
@@ -40,7 +42,7 @@ class Settings:
     alpha_is_default: bool
     window: Window
     backend: str | None
-    cfg: bool | None
+    cfg: Cfg
     rule: str = "nasa"
     nag: Nag | None = None
     # value sign flip in joint attention has an alpha for each query
@@ -62,11 +64,10 @@ class Settings:
 class Batch(NamedTuple):
     """The rows of a call, and where their image tokens lie."""
 
-    rows: int
-    first: int  # the guided rows begin here
-    prompts: int | None
+    rows: Rows
     device: torch.device
     grids: tuple[Grid, ...]  # for a map over the image
+    targets: Targets | None  # where reference images stand beside it
 
 
 class LastText(NamedTuple):
@@ -98,6 +99,7 @@ class Steering:
         self._pipe = reference(pipe)
         self.settings = settings
         self.cache = cache
+        self.find_rows = RowFinder(family.doubles_batch)
         # of the class: a hook on the denoiser may hide the signature of its own forward
         self.parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.alphas: dict[tuple, LayerAlpha] = {}
@@ -119,7 +121,9 @@ class Steering:
         )
         # the last call had the negative prompts in its text, though it may not have been guided
         self.carries = False
-        self._handle: Any = None
+        # a sentence, once a pipeline has run another denoiser in place of this one
+        self.lost: str | None = None
+        self._handles: list[Any] = []
 
     @property
     def guided_layers(self) -> dict[str, CrossAttentionHook]:
@@ -130,10 +134,12 @@ class Steering:
             attach(attn, hook)
         for module, hook in (*self.text_hooks, *self.block_hooks):
             attach(module, hook)
-        self._handle = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
+        own = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
+        self._handles = [own, *PipelineWatch(self).attach(self.pipe)]
 
     def detach(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         for attn, _ in self.layers.values():
             detach(attn)
         for module, _ in (*self.text_hooks, *self.block_hooks):
@@ -145,6 +151,7 @@ class Steering:
     @torch.compiler.disable
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Put a `Steered` in place of the text; None leaves the stock call as it is."""
+        self.lost = None
         settings, caller = self.settings, find_caller()
         begins = self._begins(caller)
         if begins:
@@ -159,19 +166,19 @@ class Steering:
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
         if not isinstance(text, Tensor):
+            why = "a deprecated IP-Adapter call passes images there, use ip_adapter_image_embeds"
+            if text is None:
+                why = "this denoiser is called without a text, so there is no prompt to guide"
             raise ValueError(
                 "nasa_diffusers: encoder_hidden_states must be one tensor [b, n, c], got "
-                f"{type(text).__name__}; a deprecated IP-Adapter call passes images there, use "
-                "ip_adapter_image_embeds"
+                f"{type(text).__name__}; {why}"
             )
-        first = 0
-        if self.family.doubles_batch:
-            first = first_guided_row(caller, settings.cfg, sample)
-        elif caller is not None and caller.uses_cfg is not False and caller.is_unconditional(text):
+        rows = self.find_rows(text, sample, caller, settings.cfg)
+        if not any(rows.guided):
             return None
         self.family.check_call(denoiser, kwargs)
         terms, afresh = self._current_terms(settings, text, caller)
-        steered = self._steer(settings, terms, text, sample, kwargs, first, caller, afresh)
+        steered = self._steer(settings, terms, text, sample, kwargs, rows, caller, afresh)
         if steered.prompts is not None:
             steered = replace(steered, images=self._images(kwargs, afresh))
         if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
@@ -225,12 +232,11 @@ class Steering:
         text: Tensor,
         sample: Tensor,
         inputs: dict[str, Any],
-        first: int,
+        rows: Rows,
         caller: Caller | None,
         afresh: bool,
     ) -> Steered:
-        prompts = None if caller is None else caller.prompts
-        placed = [term.rows(text, first, prompts) for term in negatives]
+        placed = [term.rows(text, rows) for term in negatives]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
                 raise ValueError(
@@ -250,7 +256,14 @@ class Steering:
         grids: tuple[Grid, ...] = ()
         if settings.alpha.region is not None:
             grids = self.family.grids(self.denoiser, sample, inputs)
-        batch = Batch(sample.shape[0], first, prompts, sample.device, grids)
+        targets = self.family.targets(inputs)
+        if targets is not None and settings.rule == "vsf":
+            raise ValueError(
+                "nasa_diffusers: rule='vsf' puts the negative prompt into the one softmax of all "
+                "image tokens, so reference images beside the image that is made cannot be left "
+                "out; use another rule"
+            )
+        batch = Batch(rows, sample.device, grids, targets)
         alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negatives)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
@@ -371,17 +384,16 @@ class Steering:
 
 
 def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
-    values = alpha.values.to(batch.device) * weight
-    values = spread(values, batch.rows, batch.first, batch.prompts, "alpha")
-    is_for_all = values.shape[0] == 1 and batch.first == 0
-    is_conditional = torch.arange(batch.rows, device=batch.device) >= batch.first
+    values = batch.rows.spread(alpha.values.to(batch.device) * weight, "alpha")
+    is_for_all = values.shape[0] == 1 and batch.rows.are_all
     # [b], always: a graph that is compiled for one alpha takes one per image as well
-    values = torch.where(is_conditional, values, 0.0)
+    values = torch.where(torch.tensor(batch.rows.guided, device=batch.device), values, 0.0)
     guided = None if is_for_all else values != 0
     values = values[:, None, None]
     if alpha.region is None:
-        return LayerAlpha(values, guided=guided)
-    return LayerAlpha(values, alpha.region.to(batch.device), batch.grids, guided=guided)
+        return LayerAlpha(values, guided=guided, targets=batch.targets)
+    region = alpha.region.to(batch.device)
+    return LayerAlpha(values, region, batch.grids, guided=guided, targets=batch.targets)
 
 
 def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

@@ -56,7 +56,7 @@ class Fingerprint:
                 self.modules.append(module)
                 key.append(id(module))
                 if module._forward_hooks or module._forward_pre_hooks:
-                    key += [*module._forward_hooks, *module._forward_pre_hooks]
+                    key += _hooks(module)
                 for held in (module._parameters, module._buffers):
                     for name, weight in held.items():
                         if weight is not None:
@@ -93,6 +93,12 @@ class Fingerprint:
     @property
     def is_complete(self) -> bool:
         return self.is_known and self.counts_writes
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    """What PyTorch numbers the hooks of a module with, but for our own, which change nothing."""
+    held = (module._forward_hooks, module._forward_pre_hooks)
+    return [i for hooks in held for i, hook in hooks.items() if not hasattr(hook, "only_watches")]
 
 
 class Record:

@@ -165,7 +165,7 @@ def flux(model, rule, negatives, *, hidden_states, encoder_hidden_states, pooled
 
 
 def sd3(model, rule, negatives, *, hidden_states, encoder_hidden_states, pooled_projections,
-        timestep, **_):  # fmt: skip
+        timestep, residuals=(), **_):  # fmt: skip
     """A call of SD3Transformer2DModel; `negatives` are (embeds, alpha, mask)."""
     height, width = hidden_states.shape[-2:]
     patch = model.config.patch_size
@@ -174,7 +174,7 @@ def sd3(model, rule, negatives, *, hidden_states, encoder_hidden_states, pooled_
     rows = image.shape[0]
     texts = [model.context_embedder(encoder_hidden_states)]
     texts += [model.context_embedder(e).expand(rows, -1, -1) for e, _, _ in negatives]
-    for block in model.transformer_blocks:
+    for i, block in enumerate(model.transformer_blocks):
         attn = block.attn
         mods = modulation(block.norm1.linear, temb, 9 if block.use_dual_attention else 6)
         shift, scale, gate, *mlp = mods[:6]
@@ -197,6 +197,8 @@ def sd3(model, rule, negatives, *, hidden_states, encoder_hidden_states, pooled_
                 feed_forward(t + t_gate * attn.to_add_out(to), block.ff_context, *t_mlp)
                 for t, to in zip(texts, text_o, strict=True)
             ]
+            if residuals:
+                image = image + residuals[i]
     scale, shift = modulation(model.norm_out.linear, temb, 2)
     image = model.proj_out(layer_norm(image) * (1 + scale) + shift)
     image = image.unflatten(1, (height // patch, width // patch))

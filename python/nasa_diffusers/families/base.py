@@ -13,7 +13,7 @@ from typing import Any
 from diffusers.models import attention_processor as stock
 from torch import Tensor, nn
 
-from nasa_diffusers.alpha import Grid
+from nasa_diffusers.alpha import Grid, Targets
 from nasa_diffusers.cache import TextCache
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
@@ -85,6 +85,11 @@ class Family:
         """Frames, height and width of the image tokens, for every size a layer may have. `inputs`
         are all that the denoiser is called with."""
         raise NotImplementedError
+
+    def targets(self, inputs: dict[str, Any]) -> Targets | None:
+        """Where reference images stand beside the image that is made: its tokens. The same object
+        for the same inputs."""
+        return None
 
     def distinct_tokens(self, text: Tensor) -> int:
         """How many of the tokens `[r, n, c]` a layer needs where the text is not masked: fewer

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nasa_diffusers.alpha import Grid
+from nasa_diffusers.alpha import Grid, Targets
 from nasa_diffusers.encoding import side_by_side, token_counts
 from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
 from nasa_diffusers.joint import KEYWORD, RopeBlockHook, SingleBlockHook, positions
@@ -33,6 +33,7 @@ class Flux(Joint):
     text_options = ("max_sequence_length", "lora_scale")
     processors = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
     grids_of_ids = WeakTensorKeyDictionary()
+    targets_of_ids = WeakTensorKeyDictionary()
 
     def default_nag(self, denoiser):
         """The NAG paper's."""
@@ -65,6 +66,12 @@ class Flux(Joint):
         lengths = changes["joint_attention_kwargs"][KEYWORD].lengths
         return changes | {"txt_ids": positions(inputs["txt_ids"], lengths)}
 
+    def targets(self, inputs):
+        ids = inputs["img_ids"]
+        if ids not in self.targets_of_ids:
+            self.targets_of_ids[ids] = targets_of(ids)
+        return self.targets_of_ids[ids]
+
     def blocks(self, denoiser):
         yield from super().blocks(denoiser)
         for i, block in enumerate(denoiser.single_transformer_blocks):
@@ -83,9 +90,22 @@ class Flux(Joint):
         return (*TEXT_LAYERS, "attn.to_add_out", "ff_context")
 
 
+def targets_of(ids: Tensor) -> Targets | None:
+    """The tokens of image 0 at `img_ids` `[l, 3]`, where there are others: Kontext numbers its
+    reference images from 1. VisualCloze, which makes all of its images, has no image 0."""
+    ids = ids[0] if ids.dim() == 3 else ids
+    if ids.is_meta:
+        return None
+    are = ids[:, 0] == 0
+    return None if are.all() or not are.any() else Targets(are)
+
+
 def grid_of(ids: Tensor) -> Grid:
     """The grid whose tokens, row by row, stand at `img_ids` `[l, 3]`: image, row and column."""
     ids = ids[0] if ids.dim() == 3 else ids
+    targets = targets_of(ids)
+    if targets is not None:
+        ids = ids[targets.are]
     _, height, width = ((ids.amax(0) - ids.amin(0)).long() + 1).tolist()
     expected = torch.stack(
         [
@@ -98,7 +118,6 @@ def grid_of(ids: Tensor) -> Grid:
     if not torch.equal(found, expected):
         raise ValueError(
             f"nasa_diffusers: img_ids are not the {height} x {width} tokens of one image, row by "
-            "row (reference images stand beside it?), so alpha cannot be a map over it; give a "
-            "number, or one per image"
+            "row, so alpha cannot be a map over it; give a number, or one per image"
         )
     return 1, height, width
