@@ -3,14 +3,12 @@
 The copy is tested in a process of its own, by the part of the suite that is about the broken idea.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.warm import Result, WarmPytest
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parents[1] / "nasa_kernels"
@@ -181,35 +179,39 @@ FAULTS = (
 )  # fmt: skip
 
 
-def run(package_root: Path, tests: str) -> subprocess.CompletedProcess:
-    file, _, selection = tests.partition(" ")
-    path = [str(package_root), os.environ.get("PYTHONPATH", "")]
+@pytest.fixture(scope="module")
+def warm():
     # faults of `cpu` are in the Python that runs without the compiled kernels
-    env = {"PYTHONPATH": os.pathsep.join(p for p in path if p), "NASA_CPU_ISA": "none"}
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
-            *("-p", "no:xdist", "-k", selection, str(TESTS / file)),
-        ],
-        # in the folder of the copy: Python looks for packages where it is started
-        cwd=package_root, env=os.environ | env, capture_output=True, text=True,
-    )  # fmt: skip
+    process = WarmPytest({"NASA_CPU_ISA": "none"})
+    yield process
+    process.close()
 
 
-def test_without_a_fault_the_copy_passes(tmp_path):
+def run(warm: WarmPytest, root: Path, tests: str) -> Result:
+    file, _, selection = tests.partition(" ")
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selection)
+    return warm.run(root, [*options, str(TESTS / file)])
+
+
+def test_without_a_fault_the_copy_passes(warm, tmp_path):
     """That each selection passes is what the suite itself shows; here, that the copy runs."""
     shutil.copytree(PACKAGE, tmp_path / "nasa_kernels")
-    result = run(tmp_path, "test_triton_launch.py alignment")
-    assert result.returncode == 0, result.stdout[-2000:]
+    imported = tmp_path / "imported"
+    with (tmp_path / "nasa_kernels/__init__.py").open("a") as text:
+        text.write(f"open({str(imported)!r}, 'w').close()\n")
+    result = run(warm, tmp_path, "test_triton_launch.py alignment")
+    assert result.code == 0, result.output[-2000:]
+    # and not the package itself
+    assert imported.exists()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_turns_them_red(fault, tmp_path):
+def test_a_fault_turns_them_red(warm, fault, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "nasa_kernels")
     source = tmp_path / "nasa_kernels" / fault.file
     text = source.read_text()
     assert fault.old in text, f"the fault {fault.name} has lost its place"
     source.write_text(text.replace(fault.old, fault.new))
-    result = run(tmp_path, fault.tests)
+    result = run(warm, tmp_path, fault.tests)
     # 1 is "tests failed"; 2 to 5 would be an error of this test
-    assert result.returncode == 1, result.stdout[-2000:]
+    assert result.code == 1, result.output[-2000:]
