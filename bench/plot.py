@@ -159,7 +159,7 @@ def speedup(rows: list[Row]) -> Figure | None:
     cases = list(dict.fromkeys((r.case, r.dtype) for r in timed))
     providers = list(dict.fromkeys(r.provider for r in timed))
     by = {(r.case, r.dtype, r.provider): r for r in timed}
-    drawn, axes = plt.subplots(figsize=(8, 0.7 + 0.13 * len(cases) * (len(providers) + 1.5)))
+    drawn, axes = plt.subplots(figsize=(8, 0.7 + 0.1 * len(cases) * (len(providers) + 1.2)))
     height = 0.8 / len(providers)
     for i, provider in enumerate(providers):
         keys = [(*case, provider) for case in cases]
@@ -197,7 +197,7 @@ def overhead(rows: list[Row]) -> Figure | None:
         return None
     sizes = [len({r.case for r in of}) for _, of, _ in panels]
     drawn, all_axes = plt.subplots(
-        len(panels), 1, figsize=(8, 1.2 + 0.62 * sum(sizes)), squeeze=False,
+        len(panels), 1, figsize=(8, 1.2 + 0.5 * sum(sizes)), squeeze=False,
         gridspec_kw={"height_ratios": sizes},
     )  # fmt: skip
     for axes, (title, of, value) in zip(all_axes[:, 0], panels, strict=True):

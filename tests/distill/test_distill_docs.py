@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from nasa_diffusers import cli as diffusers_cli
 from nasa_diffusers import testing as small
 from nasa_distill import cli
@@ -40,16 +40,16 @@ def test_blocks_run(page, world, tmp_path, monkeypatch):
 def test_the_readmes_blocks_run(monkeypatch):
     opened, moved = [], []
     monkeypatch.setattr(
-        StableDiffusionPipeline,
+        DiffusionPipeline,
         "from_pretrained",
-        lambda path, torch_dtype: opened.append((path, torch_dtype)) or small.stable_diffusion(),
+        lambda path: opened.append(path) or small.stable_diffusion(),
     )
-    monkeypatch.setattr(StableDiffusionPipeline, "to", lambda pipe, device: moved.append(device))
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda pipe, device: moved.append(device) or pipe)
     shape = next(s for s in MODEL_SHAPES if s.name == "sd15-8")
     inputs = make_inputs(shape, torch.float32, "cpu")
     mask = torch.ones(inputs["k_neg"].shape[:2], dtype=torch.bool)
     names = run(README, {**inputs, "mask": mask})
-    assert opened == [("path/to/sd-turbo", torch.float16)] and moved == ["cuda"]
+    assert opened == ["path/to/sd-turbo"] and moved == ["cuda"]
     assert names["handle"].report().layers_guided > 0
     assert names["o"].shape == inputs["q"].shape
 

@@ -54,3 +54,11 @@ def test_the_page_of_public_names_is_made_of_the_docstrings():
 def test_no_page_names_a_machine():
     for page in PAGES:
         assert not re.search(r"/(?:home|work|root|tmp)/", page.read_text()), page.name
+
+
+def test_python_on_a_page_is_run_by_a_test():
+    """Those of docs/diffusers, docs/distill and the README are; another page's would not be."""
+    fenced = {page for page in PAGES if "```python" in page.read_text()}
+    assert fenced
+    for page in fenced - {ROOT / "README.md"}:
+        assert page.parent.name in ("diffusers", "distill"), page.name

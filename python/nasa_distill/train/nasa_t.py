@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import LCMScheduler
 from nasa_diffusers import enable_nasa
 from peft import LoraConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +32,7 @@ from nasa_distill.train.clip import Clip
 from nasa_distill.train.config import Settings
 from nasa_distill.train.draws import Draws
 from nasa_distill.train.networks import Model, Text, add_lora, check_fit, without_lora
+from nasa_distill.train.output import write_pipeline
 from nasa_distill.train.seeds import generator
 
 # settings that do not change what is computed: a resumed run may have others
@@ -441,18 +439,5 @@ class Run:
             return
         if self.is_split:
             finished = sharding.as_one(network, self.kind, weights)
-        name = next(name for name, part in pipe.components.items() if part is network)
-        scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-        pipe.register_modules(**{name: finished.eval(), "scheduler": scheduler})
-        partial, path = self.out / "pipeline.partial", self.out / "pipeline"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            pipe.save_pretrained(partial)
-            shutil.rmtree(path, ignore_errors=True)
-            partial.rename(path)
-        except (OSError, SafetensorError) as error:  # of a full disk, either
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"nasa_t: cannot write {path}: {error}; {self._checkpoint} holds the whole run. "
-                "Make room, then run the same command again"
-            ) from error
+        kept = f"{self._checkpoint} holds the whole run"
+        write_pipeline(pipe, network, finished, self.out / "pipeline", kept)

@@ -46,7 +46,8 @@ def pack(source: Path, target: Path) -> int:
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)
     # transformers 5 writes tokenizer.json alone, which transformers 4 does not read
-    pipe.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
+    if hasattr(pipe.tokenizer, "backend_tokenizer"):
+        pipe.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))
     _prefix(partial / "text_encoder" / "model.safetensors")
     for config in partial.rglob("*.json"):
         _forget_folder(config)
