@@ -1,5 +1,5 @@
-"""Joint attention without the CPU kernels: PyTorch's fused CPU attention for each segment of keys, and the
-rule's coefficients from their log-sum-exps, in fp32, rounded once.
+"""Joint attention without the CPU kernels: PyTorch's fused CPU attention for each segment of keys,
+and the rule's coefficients from their log-sum-exps, in fp32, rounded once.
 """
 
 import torch
