@@ -118,7 +118,7 @@ class Alpha:
             alpha = _mask_values(alpha) * default
         if hasattr(alpha, "__array_interface__") and scalar(alpha) is alpha:
             alpha = torch.tensor(alpha)  # a NumPy array; its values, as whoever has it may write
-        if not isinstance(alpha, Tensor):
+        if not isinstance(alpha, Tensor) or (alpha.dim() == 0 and alpha.dtype == torch.bool):
             numbers = alpha if isinstance(alpha, Sequence) else [alpha]
             return Alpha(alpha, torch.tensor([_number(value) for value in numbers]))
         # the values as they are now; an alpha that learns is used as it is in each call

@@ -51,11 +51,11 @@ class Algorithm1:
         return x if norm is None else norm(x)
 
 
-def published_nag(z_pos, z_neg, scale, tau, share):
-    """NAG's published steps, on `[b, l, h * d]`; `share` is its alpha."""
+def published_nag(z_pos, z_neg, scale, tau, share, p=1):
+    """NAG's published steps, on `[b, l, h * d]`; `share` is its alpha, and for FLUX `p` is 2."""
     guided = z_pos * scale - z_neg * (scale - 1)
-    norm_pos = z_pos.norm(p=1, dim=-1, keepdim=True)
-    ratio = guided.norm(p=1, dim=-1, keepdim=True) / norm_pos
+    norm_pos = z_pos.norm(p=p, dim=-1, keepdim=True)
+    ratio = guided.norm(p=p, dim=-1, keepdim=True) / norm_pos
     guided = guided * torch.minimum(ratio, torch.full_like(ratio, tau)) / ratio
     return guided * share + z_pos * (1 - share)
 

@@ -17,6 +17,7 @@ class Nag(NamedTuple):
 
     scale: float
     tau: float
+    p: int = 1
 
 
 def attend(q, k, v, mask=None):
@@ -52,7 +53,9 @@ def image_attention(rule, alpha, image, pos, neg, mask):
         taken = attend(q, keys, torch.cat([nothing(v), nothing(v_pos), v_neg], 1), everything)
     if isinstance(rule, Nag):
         share = alpha.squeeze(-1) if isinstance(alpha, torch.Tensor) else alpha
-        merged = published_nag(z_pos.flatten(2), taken.flatten(2), *rule, share)
+        merged = published_nag(
+            z_pos.flatten(2), taken.flatten(2), rule.scale, rule.tau, share, rule.p
+        )
         return merged.unflatten(2, z_pos.shape[2:])
     return z_pos - alpha * taken
 

@@ -185,6 +185,19 @@ def test_nag_in_a_pipeline(one_each, draw):
         assert_same_image(ours, draw(pipe, steps=4, **SIZE))
 
 
+@torch.no_grad()
+def test_nag_with_the_norm_of_its_flux_code(one_each):
+    """Published for FLUX with the root of the sum of squares; everything else is the same."""
+    case, text = one_each, negative()
+    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **NAG, nag_norm=2) as handle:
+        ours = case()
+        assert "nag, scale 20, tau 2, norm 2" in str(handle.report())
+        handle.set_nag(nag_norm=1)
+        assert relative_error(ours, case()) > 1e-4
+    published = PUBLISHED._replace(p=2)
+    assert_same_image(ours, case.expected(published, [(text, 0.5, None)]))
+
+
 def test_nag_leaves_out_layers_and_has_gradients(one_each):
     case, text = one_each, negative()
     case.model.requires_grad_(True)

@@ -22,14 +22,15 @@ CHANNELS = {"sdxl": 64}
 class PlainNag(Algorithm1):
     """`share` is NAG's alpha, [b, 1, 1] or a number."""
 
-    def __init__(self, text, mask, scale, tau, share):
+    def __init__(self, text, mask, scale, tau, share, p=1):
         self.text, self.mask, self.scale, self.tau, self.share = text, mask, scale, tau, share
+        self.p = p
 
     def combine(self, attn, q, text, text_mask):
         z_pos = self.merged(self.attend(attn, q, text, text_mask))
         rows, mask = self.rows(q)
         z_neg = self.merged(self.attend(attn, q, rows, mask))
-        return published_nag(z_pos, z_neg, self.scale, self.tau, self.share)
+        return published_nag(z_pos, z_neg, self.scale, self.tau, self.share, self.p)
 
     def merged(self, z):
         return z.transpose(1, 2).flatten(2)
@@ -122,6 +123,16 @@ def test_nag_is_its_published_formula(family, backend):
     with everywhere(pipe, lambda m: PlainNag(projected(m, text), None, 20.0, 1e9, 0.5)):
         # the clip did something
         assert relative_error(plain, draw(pipe, steps=steps, **prompts(family))) > 1e-3
+
+
+@pytest.mark.parametrize(("family", "backend"), [("sd", None), ("sd", "triton")])
+def test_nag_with_the_norm_of_its_flux_code(family, backend):
+    pipe, text = FAMILIES[family](), negative(family)
+    options = {"negative_prompt_embeds": text, "method": "nag", "backend": backend, **SETTINGS}
+    with nasa(pipe, **options, nag_norm=2):
+        ours = draw(pipe, **prompts(family))
+    with everywhere(pipe, lambda m: PlainNag(projected(m, text), None, 20.0, 2.0, 0.5, p=2)):
+        assert_same_image(ours, draw(pipe, **prompts(family)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
