@@ -48,7 +48,7 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
 	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
 	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
-	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k token_merging
+	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
@@ -110,5 +110,5 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(QUANTISED) \
 	    "torchao>=0.16" "bitsandbytes>=0.49"
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(ADDONS) \
-	    tomesd==0.1.3 cache-dit==1.5.3
+	    tomesd==0.1.3 cache-dit==1.5.3 DeepCache==0.1.1
 	@touch $@

@@ -46,8 +46,6 @@ def detach(module: Any) -> None:
         _set_inner(registry._fn_refs[i], reference.original_forward)
     elif reference_of(vars(module).get("forward")) is reference:
         module.forward = reference.original_forward
-    # whoever still holds our forward, having wrapped it, calls through to the module
-    reference.forward = reference.original_forward
     old = vars(module).get("_old_forward")
     if reference_of(old) is reference:
         # accelerate's hook, which goes back to it

@@ -1,6 +1,6 @@
-"""Add-ons that patch a denoiser: token merging and cache-dit, before and after `enable_nasa`.
+"""Add-ons that patch a denoiser, before and after `enable_nasa`: tomesd, DeepCache, cache-dit.
 
-`make test` puts both packages into a folder beside its environment and runs this file with them;
+`make test` puts these packages into a folder beside its environment and runs this file with them;
 where one is missing its tests are skipped by name. Right is the image that eager attention gives
 under the same add-on.
 """
@@ -61,6 +61,39 @@ def test_token_merging(build, guidance, order):
         assert_same_image(draw(pipe, **options), expected)
         tomesd.remove_patch(pipe)
         assert_same_image(draw(pipe, **options), without)
+
+
+# ---- DeepCache -----------------------------------------------------------------------------------
+
+
+def keep_deep_blocks(pipe):
+    """Its helper, without the package's models, which are copies of an older diffusers."""
+    (folder,) = importlib.util.find_spec("DeepCache").submodule_search_locations
+    path = f"{folder}/extension/deepcache.py"
+    spec = importlib.util.spec_from_file_location("deepcache_helper", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    helper = module.DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.enable()
+
+
+@needs("DeepCache")
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_deep_cache(order):
+    oracle, pipe = testing.stable_diffusion(), testing.stable_diffusion()
+    with algorithm_1(oracle.unet, [(negative_embeds(oracle), None, 0.5)]):
+        without = draw(oracle, steps=6)
+        keep_deep_blocks(oracle)
+        expected = draw(oracle, steps=6)
+    assert relative_error(expected, without) > 1e-4
+    if order == "before":
+        keep_deep_blocks(pipe)
+    with nasa(pipe, "blurry", alpha=0.5):
+        if order == "after":
+            assert_same_image(draw(pipe, steps=6), without)
+            keep_deep_blocks(pipe)
+        assert_same_image(draw(pipe, steps=6), expected)
 
 
 # ---- cache-dit -----------------------------------------------------------------------------------
