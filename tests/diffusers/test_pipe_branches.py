@@ -278,7 +278,7 @@ def modular():
     pipe = blocks.init_pipeline()
     parts = testing.stable_diffusion_xl().components
     wanted = {name: part for name, part in parts.items() if name in pipe.component_names}
-    pipe.update_components(**wanted)
+    pipe.register_components(**wanted)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
