@@ -231,8 +231,8 @@ class Handle:
         """Why nothing is guided; None where something is."""
         if not self.is_enabled:
             return "NASA is off: its hooks are no longer on the denoiser"
-        first = self._steerings[0]
-        return first.lost or what_runs_instead(first, first.pipe)
+        problems = (s.lost or what_runs_instead(s, s.pipe) for s in self._steerings)
+        return next((problem for problem in problems if problem), None)
 
     def disable(self) -> None:
         """Take NASA off; the pipeline computes what it computed before, exactly."""

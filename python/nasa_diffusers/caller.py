@@ -168,11 +168,9 @@ def _classic(frame: FrameType) -> Caller:
     """The caller whose innermost function is `frame`; functions it was called by come after."""
     pipe = frame.f_locals["self"]
     chain = list(_functions_of(pipe, frame))
-    outermost = chain[-1]
-    is_stock = (
-        outermost.f_code.co_name == "__call__"
-        and outermost.f_globals.get("__name__", "").startswith("diffusers.")
-    )  # fmt: skip
+    # a subclass may wrap the `__call__` that has the loop
+    run = next((f for f in chain if f.f_code.co_name == "__call__"), None)
+    is_stock = run is not None and run.f_globals.get("__name__", "").startswith("diffusers.")
     return Caller(pipe, ChainMap(*(f.f_locals for f in chain)), is_stock)
 
 

@@ -45,7 +45,7 @@ class PipelineWatch:
 
     def __call__(self, part: nn.Module, args: tuple) -> None:
         steering = self.steering()
-        if torch.compiler.is_compiling() or steering is None:
+        if torch.compiler.is_compiling() or steering is None or steering.settings.alpha.is_zero:
             return
         caller = find_caller()
         if caller is None:

@@ -142,6 +142,20 @@ def test_texts_are_compared_once_a_run(monkeypatch):
     assert len(counted) == 1
 
 
+def test_a_subclass_that_wraps_the_call_of_diffusers():
+    class Wrapping(diffusers.StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe, arguments = call("StableDiffusionPipeline", ["a cat"], ["a cat"])
+    wrapping = Wrapping(**pipe.components, requires_safety_checker=False)
+    wrapping.set_progress_bar_config(disable=True)
+    with nasa(pipe, negative_prompt_embeds=TEXT, alpha=0.5):
+        expected = pipe(**arguments)[0]
+        arguments["generator"] = [torch.Generator().manual_seed(0)]
+        assert torch.equal(wrapping(**arguments)[0], expected)
+
+
 # ---- pipelines of others -------------------------------------------------------------------------
 
 
@@ -278,7 +292,7 @@ def modular():
     pipe = blocks.init_pipeline()
     parts = testing.stable_diffusion_xl().components
     wanted = {name: part for name, part in parts.items() if name in pipe.component_names}
-    pipe.update_components(**wanted)
+    pipe.register_components(**wanted)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
