@@ -149,7 +149,8 @@ bool suits_tma(const Tensor& x) {
 std::vector<Tensor> settle_negative(ForwardParams& p, const Tensor& k, const Tensor& v,
                                     const std::optional<Tensor>& mask) {
     if (!p.aligned || (suits_tma(k) && suits_tma(v))) return {};
-    const std::vector<Tensor> copies{torch::stable::clone(k), torch::stable::clone(v)};
+    const auto readable = [](const Tensor& x) { return suits_tma(x) ? x : torch::stable::clone(x); };
+    const std::vector<Tensor> copies{readable(k), readable(v)};
     p.prompt[kNeg] = prompt_of(copies[0], copies[1], mask);
     return copies;
 }
