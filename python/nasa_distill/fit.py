@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nasa_distill import checkpoint
+from nasa_distill.plain import read_numbers
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,6 +30,9 @@ class Settings:
     weight_decay: float = 1e-4
     ema: float = 0.998
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        read_numbers(self)
 
 
 def generator(seed: int, step: int, process: int = 0) -> torch.Generator:

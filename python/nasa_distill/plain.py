@@ -1,0 +1,32 @@
+"""The numbers of a dataclass of settings, NumPy's and torch's as Python's."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from nasa_diffusers.scalars import is_int, is_real, scalar
+
+ONE = {"int": "an integer", "float": "a number"}
+TWO = {"tuple[int, int]": "two integers", "tuple[float, float]": "two numbers"}
+
+
+def read_numbers(settings: Any) -> None:
+    """Check the fields of a frozen dataclass that are numbers, or pairs of them."""
+    for field in fields(settings):
+        kind, given = str(field.type), getattr(settings, field.name)
+        is_right = is_int if "int" in kind else is_real
+        value = given
+        if kind in ONE:
+            value = scalar(given)
+            if not is_right(value):
+                raise _refusal(field.name, ONE[kind], given)
+        elif kind in TWO:
+            value = tuple(map(scalar, given))
+            if len(value) != 2 or not all(map(is_right, value)):
+                raise _refusal(field.name, TWO[kind], given)
+        object.__setattr__(settings, field.name, value)
+
+
+def _refusal(name: str, must: str, given: Any) -> ValueError:
+    return ValueError(f"Settings: {name} must be {must}, got {given!r}")
