@@ -147,6 +147,7 @@ class Encoders:
         self.parts = {name: reference(part) for name, part in parts.items()}
         self.kinds = {name: type(part) for name, part in parts.items()}
         self.record = Record(Fingerprint(_modules(parts)))
+        self.have_loras = have_loras(pipe)
 
     def are_those_of(self, pipe: Any) -> bool:
         """True if the pipeline would encode a text now as it did then."""
@@ -175,6 +176,15 @@ class Encoders:
             if _is_elsewhere(part, on_device(pipe)):
                 return f"{name} is on another device than {type(pipe).__name__}"
         return None
+
+
+def have_loras(pipe: Any) -> bool:
+    """Whether a text encoder of the pipeline has any: without them their scale says nothing."""
+    return any(
+        "merged_adapters" in vars(module)
+        for encoder in _modules(_parts(pipe))
+        for module in encoder.modules()
+    )
 
 
 def _parts(pipe: Any) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nasa_diffusers.encoding import Encoders, call_defaults, dropped_tokens, takes, text_encoders
+from nasa_diffusers.encoding import (
+    Encoders,
+    call_defaults,
+    dropped_tokens,
+    have_loras,
+    takes,
+    text_encoders,
+)
 from nasa_diffusers.scalars import is_int, is_real, scalar
 
 if TYPE_CHECKING:
@@ -149,11 +156,13 @@ class Negative:
         if self.max_sequence_length is not None:
             options = {**options, "max_sequence_length": self.max_sequence_length}
         with self._lock:
-            known = next((each for each in self._known if each.options == options), None)
             latest = self._known[-1]
             assert latest.encoders is not None
             refusals = {id(pipe): latest.encoders.why_not(pipe) for pipe in pipes}
             pipe = next((pipe for pipe in pipes if refusals[id(pipe)] is None), None)
+            if not (latest.encoders.have_loras if pipe is None else have_loras(pipe)):
+                options = {name: x for name, x in options.items() if name != "lora_scale"}
+            known = next((each for each in self._known if each.options == options), None)
             if pipe is None:
                 if known is None:
                     raise _cannot_encode_again(latest.options, options, refusals.values())

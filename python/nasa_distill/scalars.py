@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
+
+from nasa_diffusers.scalars import is_int, is_real, scalar
+
+ONE = {"int": "an integer", "float": "a number"}
+TWO = {"tuple[int, int]": "two integers", "tuple[float, float]": "two numbers"}
 
 
 def plain(value: Any) -> Any:
@@ -17,7 +23,22 @@ def plain(value: Any) -> Any:
     return value
 
 
-def plain_fields(settings: Any) -> None:
-    """The same for every field of a frozen dataclass, in place."""
-    for name in settings.__dataclass_fields__:
-        object.__setattr__(settings, name, plain(getattr(settings, name)))
+def read_numbers(settings: Any) -> None:
+    """Check the fields of a frozen dataclass that are numbers, or pairs of them."""
+    for field in fields(settings):
+        kind, given = str(field.type), getattr(settings, field.name)
+        is_right = is_int if "int" in kind else is_real
+        value = given
+        if kind in ONE:
+            value = scalar(given)
+            if not is_right(value):
+                raise _refusal(field.name, ONE[kind], given)
+        elif kind in TWO:
+            value = tuple(map(scalar, given))
+            if len(value) != 2 or not all(map(is_right, value)):
+                raise _refusal(field.name, TWO[kind], given)
+        object.__setattr__(settings, field.name, value)
+
+
+def _refusal(name: str, must: str, given: Any) -> ValueError:
+    return ValueError(f"Settings: {name} must be {must}, got {given!r}")

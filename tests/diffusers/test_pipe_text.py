@@ -178,6 +178,19 @@ def test_an_option_for_which_it_was_not_encoded():
         assert "name max_sequence_length in enable_nasa" in said
 
 
+def test_the_scale_of_loras_that_are_elsewhere():
+    """Without one in the text encoder it says nothing of the text, whether that is there or not."""
+    pipe = testing.flux()
+    call = encoded(pipe, max_sequence_length=16) | SIZE
+    with nasa(pipe, "blurry", alpha=0.5):
+        expected = draw(pipe, **call)
+        calls = Calls(pipe)
+        assert torch.equal(draw(pipe, **call, joint_attention_kwargs={"scale": 0.5}), expected)
+        assert calls.count == 1  # the pipeline's own
+        pipe.text_encoder_2 = None
+        assert torch.equal(draw(pipe, **call, joint_attention_kwargs={"scale": 0.25}), expected)
+
+
 def test_encoders_that_never_were():
     pipe = testing.flux()
     pipe.text_encoder_2 = None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nasa_diffusers.scalars import is_int, is_real, scalar
+from nasa_distill.scalars import read_numbers
 
 STUDENT_STEPS = (1, 4)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -56,8 +56,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, self._numbers(field.name, str(field.type)))
+        read_numbers(self)
         for name in ("kappa", "alpha", "noise"):
             low, high = getattr(self, name)
             if not low <= high:
@@ -79,20 +78,6 @@ class Settings:
             self._refuse("precision", "'no' or 'bf16'")
         if not 0 <= self.noise[0] <= self.noise[1] < 1000:
             self._refuse("noise", "timesteps from 0 to 999")
-
-    def _numbers(self, name: str, kind: str) -> Any:
-        """A field with Python's numbers in it, whose NumPy and torch had theirs."""
-        value = getattr(self, name)
-        is_right = is_int if "int" in kind else is_real
-        if kind in ("int", "float"):
-            value = scalar(value)
-            if not is_right(value):
-                self._refuse(name, "an integer" if kind == "int" else "a number")
-        elif kind in ("tuple[int, int]", "tuple[float, float]"):
-            value = tuple(map(scalar, value))
-            if len(value) != 2 or not all(map(is_right, value)):
-                self._refuse(name, "two integers" if "int" in kind else "two numbers")
-        return value
 
     def _refuse(self, name: str, must: str) -> None:
         raise ValueError(f"Settings: {name} must be {must}, got {getattr(self, name)!r}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nasa_distill.scalars import plain_fields
+from nasa_distill.scalars import read_numbers
 from nasa_distill.train import checkpoint
 from nasa_distill.train.average import average_of, resume
 from nasa_distill.train.seeds import generator
@@ -33,7 +33,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        plain_fields(self)
+        read_numbers(self)
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -21,7 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from nasa_distill.scalars import plain_fields
+from nasa_distill.scalars import read_numbers
 from nasa_distill.train.clip import Clip
 from nasa_distill.train.networks import load, model_of
 from nasa_distill.world import clip as world_clip
@@ -67,7 +67,7 @@ class Recipe:
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
 
     def __post_init__(self) -> None:
-        plain_fields(self)
+        read_numbers(self)
 
 
 def make_joint(recipe: Recipe, pairs: students.Pairs, clip: Clip, out: Path) -> None:
