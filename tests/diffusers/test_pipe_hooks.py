@@ -7,6 +7,7 @@ pipeline: for `attn2` Algorithm 1, for joint blocks the oracle of `carried.py`.
 from types import SimpleNamespace
 
 import carried
+import changes
 import diffusers
 import joint_cases
 import pytest
@@ -194,6 +195,19 @@ def test_cache_and_alpha_set_within_a_run(draw, cached):
         assert torch.equal(run(pipe, draw), run(plain, draw))
         with pytest.raises(RuntimeError, match="which had no negative prompt; say from which step"):
             set_alpha({1: 0.5})
+
+
+@pytest.mark.parametrize("change", [changes.offload_blocks, changes.cast_to_fp8])
+def test_hooks_that_keep_nothing_are_no_cache(draw, change):
+    """In steps that are not guided the text is the positive prompt alone."""
+    pipe, tokens = testing.flux(), []
+    change(pipe.transformer)
+    pipe.transformer.context_embedder.register_forward_pre_hook(
+        lambda _, args: tokens.append(args[0].shape[1])
+    )
+    with nasa(pipe, negative_prompt_embeds=negative(9), alpha=0.5, stop=1):
+        run(pipe, draw)
+    assert tokens == [16 + 9] + [16] * (STEPS - 1)
 
 
 def test_cache_and_layers_left_out(draw, cached):

@@ -72,10 +72,9 @@ class Joint(Family):
         }
 
     def keeps_text(self, denoiser):
-        """Whether a cache keeps the text of one call for another: diffusers' hooks on blocks, or
-        a denoiser whose own forward was replaced, as cache-dit does it."""
-        is_replaced = "forward" in vars(denoiser) and not hasattr(denoiser, "_hf_hook")
-        if is_replaced or getattr(denoiser, "_is_cached", False):
+        """Whether a cache keeps the text of one call for another: hooks of diffusers that skip
+        blocks or attentions, or cache-dit's mark."""
+        if getattr(denoiser, "_is_cached", False) or skipping_hooks(denoiser):
             return True
         return any(
             skipping_hooks(m) for _, block in self.blocks(denoiser) for m in (block, block.attn)
