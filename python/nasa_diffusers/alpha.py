@@ -25,10 +25,7 @@ class Targets:
     are: Tensor  # [l] bool
 
     def place(self, values: Tensor) -> Tensor:
-        """`[b, targets or 1, 1]` for all tokens, `[b, l, 1]`: 0 for references."""
-        if values.shape[1] > 1:
-            # the number of each target among the targets
-            values = values[:, (self.are.cumsum(0) - 1).clamp(min=0)]
+        """`[b, 1, 1]` for all tokens, `[b, l, 1]`: 0 for references."""
         return values * self.are[:, None]
 
     def to(self, *args, **kwargs) -> Targets:
@@ -80,13 +77,10 @@ class LayerAlpha:
         return LayerAlpha(rows, region, self.grids, guided=guided, targets=targets)
 
     def _place(self, queries: int) -> Tensor:
-        if self.targets is None:
-            assert self.region is not None
+        if self.region is not None:
             return self._resize(self.region, queries)
-        if self.region is None:
-            return self.targets.place(self.rows)
-        frames, height, width = self.grids[0]
-        return self.targets.place(self._resize(self.region, frames * height * width))
+        assert self.targets is not None
+        return self.targets.place(self.rows)
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:

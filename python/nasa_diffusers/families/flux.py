@@ -103,9 +103,6 @@ def targets_of(ids: Tensor) -> Targets | None:
 def grid_of(ids: Tensor) -> Grid:
     """The grid whose tokens, row by row, stand at `img_ids` `[l, 3]`: image, row and column."""
     ids = ids[0] if ids.dim() == 3 else ids
-    targets = targets_of(ids)
-    if targets is not None:
-        ids = ids[targets.are]
     _, height, width = ((ids.amax(0) - ids.amin(0)).long() + 1).tolist()
     expected = torch.stack(
         [
@@ -118,6 +115,7 @@ def grid_of(ids: Tensor) -> Grid:
     if not torch.equal(found, expected):
         raise ValueError(
             f"nasa_diffusers: img_ids are not the {height} x {width} tokens of one image, row by "
-            "row, so alpha cannot be a map over it; give a number, or one per image"
+            "row (reference images stand beside it?), so alpha cannot be a map over it; give a "
+            "number, or one per image"
         )
     return 1, height, width
