@@ -25,7 +25,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nasa_kernels/__init__.py")
 
 # NumPy: Triton 3.6 fails with 2.4 in its interpreter, in which the tests run kernels.
 DIFFUSERS = [
-    *("diffusers>=0.35,<0.43", "transformers>=4.53", "accelerate>=1.0", "peft>=0.17"),
+    # 5.24 of transformers asks for a peft, 0.22, that is not out
+    *("diffusers>=0.35,<0.43", "transformers>=4.53,!=5.24.*", "accelerate>=1.0", "peft>=0.17"),
     *("pillow>=10", "tqdm"),
 ]
 DISTILL = [*DIFFUSERS, "safetensors", "matplotlib>=3.8"]
