@@ -39,8 +39,14 @@ class Calls:
     def __init__(self, denoiser, check=None):
         self.seen, self.check, self.is_checking = [], check, False
         self.names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-        denoiser.register_forward_pre_hook(self.before, with_kwargs=True)
-        denoiser.register_forward_hook(self.after)
+        self.hooks = [
+            denoiser.register_forward_pre_hook(self.before, with_kwargs=True),
+            denoiser.register_forward_hook(self.after),
+        ]
+
+    def end(self):
+        for hook in self.hooks:
+            hook.remove()
 
     def before(self, _, args, kwargs):
         if not self.is_checking:
@@ -124,7 +130,7 @@ def check_rows(pipe, prompts, guidance, extra, texts, **options):
         handle.alpha = ALPHA
 
     # before NASA, so that its hook sees the call first
-    Calls(denoiser, check)
+    calls = Calls(denoiser, check)
     handle = enable_nasa(pipe, negative_prompt_embeds=negatives, alpha=ALPHA)
     try:
         negative = NEGATIVES[: len(prompts)]
@@ -132,6 +138,7 @@ def check_rows(pipe, prompts, guidance, extra, texts, **options):
         pipe(**arguments | options)
     finally:
         handle.disable()
+        calls.end()
     return counts
 
 
@@ -191,11 +198,11 @@ def test_rows_that_carry_the_prompt_are_guided_and_no_others(name):
     if name.startswith("SkyReels") and skyreels.ATTENTION is None:
         pytest.skip("SkyReels-V2 is supported from diffusers 0.36 on")
     texts = prompt_texts(name)
+    pipe = every_pipeline.build(name)
     for guidance in (1.0, 5.0):
         for prompts in (PROMPTS[:1], PROMPTS):
             if name.startswith(ONE_PROMPT) and len(prompts) > 1:
                 continue
-            pipe = every_pipeline.build(name)
             counts = check_rows(pipe, prompts, guidance, float(len(prompts) - 1), texts)
             assert sum(counts) >= len(prompts)
 
