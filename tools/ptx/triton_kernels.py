@@ -29,8 +29,9 @@ _compiled: dict[tuple, tuple] = {}
 
 
 def compile_triton(
-    fn, args: dict, constexprs: dict, num_warps: int = 4, num_stages: int = 3, arch: int = 90
-) -> tuple[LoadedKernel, object, list[str]]:
+    fn, args: dict, constexprs: dict, num_warps: int = 4, num_stages: int = 3, arch: int = 90,
+    enable_fp_fusion: bool = True,
+) -> tuple[LoadedKernel, object, list[str]]:  # fmt: skip
     """``(kernel, Triton's compiled kernel, names of the arguments it takes)``; cached."""
     # imported here: the interpreter also serves where Triton is not installed
     import triton
@@ -54,11 +55,13 @@ def compile_triton(
             attributes[i,] = [["tt.divisibility", 16]]
     key = (
         fn, tuple(signature.items()), tuple(map(str, constants.items())), tuple(attributes),
-        num_warps, num_stages, arch,
+        num_warps, num_stages, arch, enable_fp_fusion,
     )  # fmt: skip
     if key not in _compiled:
         source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {
+            "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion,
+        }  # fmt: skip
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         names = [name for name, kind in signature.items() if kind != "constexpr"]
         _compiled[key] = load(compiled.asm["ptx"]), compiled, names
@@ -102,6 +105,7 @@ def run_triton(
     num_warps: int = 4,
     num_stages: int = 3,
     arch: int = 90,
+    enable_fp_fusion: bool = True,
     edit: Callable[[str], str] | None = None,
     **launch_options,
 ) -> Report:
@@ -110,7 +114,9 @@ def run_triton(
     ``edit`` changes the PTX before it runs, for planted faults. Tensors that share storage are
     copied apart.
     """
-    kernel, compiled, names = compile_triton(fn, args, constexprs, num_warps, num_stages, arch)
+    kernel, compiled, names = compile_triton(
+        fn, args, constexprs, num_warps, num_stages, arch, enable_fp_fusion
+    )
     if edit:
         kernel = load(edit(compiled.asm["ptx"]))
     grid = grid(args | constexprs) if callable(grid) else grid
@@ -170,10 +176,13 @@ def triton_on_cpu(arch: int = 90, **launch_options) -> Iterator[list[Report]]:
 
     reports: list[Report] = []
 
-    def run(fn, *values, grid, warmup, num_warps=4, num_stages=3, **named):
+    def run(fn, *values, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **named):
         args = dict(zip(fn.arg_names, values, strict=False)) | named
         constexprs = {p.name: args.pop(p.name) for p in fn.params if p.is_constexpr}
-        options = {"num_warps": num_warps, "num_stages": num_stages, "arch": arch}
+        options = {
+            "num_warps": num_warps, "num_stages": num_stages, "arch": arch,
+            "enable_fp_fusion": enable_fp_fusion,
+        }  # fmt: skip
         reports.append(run_triton(fn, grid, args, constexprs, **options, **launch_options))
 
     with mock.patch.object(JITFunction, "run", run):
