@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import Around
-from nasa_kernels import _cuda, backends, nasa_attention
+from nasa_kernels import _cpu, _cuda, backends, nasa_attention
 from nasa_kernels.testing import Shape
 
 Inputs = dict[str, Any]  # q, k_pos, v_pos, k_neg, v_neg
@@ -73,6 +73,44 @@ def _ours(backend: str) -> Provider:
         return reason
 
     return Provider(f"nasa-{backend}", attend, refuse=refuse, ours=True)
+
+
+class Composition(torch.autograd.Function):
+    """What `cpu` runs where its kernels were not built: PyTorch's attention for each prompt."""
+
+    @staticmethod
+    def forward(ctx, alpha: float, scale: float, *tensors: Tensor) -> Tensor:
+        from nasa_kernels._cpu import attention
+
+        o, *kept = attention.attention(*tensors, None, None, None, alpha, scale)
+        ctx.save_for_backward(*kept, *tensors)
+        ctx.numbers = alpha, scale
+        return o
+
+    @staticmethod
+    def backward(ctx, *grad_o: Tensor):
+        from nasa_kernels._cpu import attention
+
+        needs = [True] * 5 + [False]
+        *gradients, _ = attention.backward(
+            *grad_o, *ctx.saved_tensors, None, None, None, *ctx.numbers, needs
+        )
+        return None, None, *gradients
+
+
+def composition(inputs: Inputs, alpha: float) -> Tensor:
+    scale = inputs["q"].shape[-1] ** -0.5
+    if torch.is_grad_enabled():
+        return Composition.apply(alpha, scale, *inputs.values())
+    from nasa_kernels._cpu import attention
+
+    return attention.forward(*inputs.values(), None, None, None, alpha, scale)
+
+
+def _needs_cpu_kernels(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return "it is for CPU tensors"
+    return "it is what nasa-cpu runs here" if _cpu.load() is not None else None
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------
@@ -193,6 +231,7 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         *(_ours(backend) for backend in backends.NAMES if backend != "reference"),
+        Provider("nasa-cpu-without-kernels", composition, refuse=_needs_cpu_kernels, ours=True),
         Provider("stock", stock, guided=False),
         Provider(BASELINE, two_calls),
         Provider("algorithm-1-compiled", Compiled(two_calls), compiled=True),
