@@ -82,7 +82,8 @@ class Composition(torch.autograd.Function):
     def forward(ctx, alpha: float, scale: float, *tensors: Tensor) -> Tensor:
         from nasa_kernels._cpu import attention
 
-        o, *kept = attention.attention(*tensors, None, None, None, alpha, scale)
+        call: tuple[Any, ...] = (*tensors, None, None, None, alpha, scale)
+        o, *kept = attention.attention(*call)
         ctx.save_for_backward(*kept, *tensors)
         ctx.numbers = alpha, scale
         return o
@@ -92,9 +93,8 @@ class Composition(torch.autograd.Function):
         from nasa_kernels._cpu import attention
 
         needs = [True] * 5 + [False]
-        *gradients, _ = attention.backward(
-            *grad_o, *ctx.saved_tensors, None, None, None, *ctx.numbers, needs
-        )
+        call: tuple[Any, ...] = (*ctx.saved_tensors, None, None, None, *ctx.numbers, needs)
+        *gradients, _ = attention.backward(*grad_o, *call)
         return None, None, *gradients
 
 
@@ -104,7 +104,8 @@ def composition(inputs: Inputs, alpha: float) -> Tensor:
         return Composition.apply(alpha, scale, *inputs.values())
     from nasa_kernels._cpu import attention
 
-    return attention.forward(*inputs.values(), None, None, None, alpha, scale)
+    call: tuple[Any, ...] = (*inputs.values(), None, None, None, alpha, scale)
+    return attention.forward(*call)
 
 
 def _needs_cpu_kernels(case: Case) -> str | None:

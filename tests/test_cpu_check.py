@@ -4,6 +4,7 @@ must not be touched, and on CPUs that are emulated.
 Built below `build/` by CMake, once; without a compiler or an emulator the tests skip.
 """
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -43,8 +44,12 @@ def built(name: str, *options: str, compiler: str = "c++") -> Path:
     folder = ROOT / "build" / name
     torch = importlib.util.find_spec("torch").submodule_search_locations[0]
     ninja = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
-    run("cmake", "-S", ROOT, "-B", folder, *ninja, f"-DNASA_TORCH_DIR={torch}", *options)
-    run("cmake", "--build", folder, "--target", "cpu_check", "-j", os.cpu_count())
+    folder.mkdir(parents=True, exist_ok=True)
+    # several processes of pytest may want it at once
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run("cmake", "-S", ROOT, "-B", folder, *ninja, f"-DNASA_TORCH_DIR={torch}", *options)
+        run("cmake", "--build", folder, "--target", "cpu_check", "-j", os.cpu_count())
     return folder / "cpu_check"
 
 
