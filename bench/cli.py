@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bench import mkl
 from bench import row as rows_of
 from bench.machine import RESULTS, describe, slug
 from bench.roofline import BY_NAME, measure_rates, rates_of
@@ -19,6 +20,8 @@ from bench.session import Session, console, time_table
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
+        if getattr(options, "free_mkl", False) and not mkl.is_free():
+            mkl.start_again()
         return options.run(options) or 0
     except ImportError as error:
         print(f"bench {options.command}: {error}: pip install -e '.[bench]'", file=sys.stderr)
@@ -40,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
             made.add_argument("--device", help="default: cuda where there is one")
             made.add_argument("--minutes", type=float, help="begin no case after so many")
             made.add_argument("--quick", action="store_true", help="the headline cases alone")
+            made.add_argument(
+                "--free-mkl", action="store_true",
+                help="PyTorch's products at their best on a CPU that is not Intel's",
+            )  # fmt: skip
         return made
 
     flops = command("flops", run_flops, "count FLOPs by method on the real architectures")

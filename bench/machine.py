@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from bench import mkl
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -58,7 +60,9 @@ def describe(device: torch.device) -> Machine:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return cpu_name() if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return cpu_name() + (", MKL free" if mkl.is_free() else "")
+    return device.type
 
 
 def cpu_name() -> str:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import Around
 from nasa_kernels import backends, nasa_attention
-from nasa_kernels.testing import Shape
+from nasa_kernels.testing import Shape, cpu_composition, why_no_cpu_kernels
 
 Inputs = dict[str, Any]  # q, k_pos, v_pos, k_neg, v_neg
 BASELINE = "algorithm-1"
@@ -73,6 +73,39 @@ def _ours(backend: str) -> Provider:
         return reason
 
     return Provider(f"nasa-{backend}", attend, refuse=refuse, ours=True)
+
+
+class Composition(torch.autograd.Function):
+    """What `cpu` runs where its kernels were not built: PyTorch's attention for each prompt."""
+
+    @staticmethod
+    def forward(ctx, alpha: float, scale: float, *tensors: Tensor) -> Tensor:
+        call: tuple[Any, ...] = (*tensors, None, None, None, alpha, scale)
+        o, *kept = cpu_composition.attention(*call)
+        ctx.save_for_backward(*kept, *tensors)
+        ctx.numbers = alpha, scale
+        return o
+
+    @staticmethod
+    def backward(ctx, *grad_o: Tensor):
+        needs = [True] * 5 + [False]
+        call: tuple[Any, ...] = (*ctx.saved_tensors, None, None, None, *ctx.numbers, needs)
+        *gradients, _ = cpu_composition.backward(*grad_o, *call)
+        return None, None, *gradients
+
+
+def composition(inputs: Inputs, alpha: float) -> Tensor:
+    scale = inputs["q"].shape[-1] ** -0.5
+    if torch.is_grad_enabled():
+        return Composition.apply(alpha, scale, *inputs.values())
+    call: tuple[Any, ...] = (*inputs.values(), None, None, None, alpha, scale)
+    return cpu_composition.forward(*call)
+
+
+def _needs_cpu_kernels(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return "it is for CPU tensors"
+    return "it is what nasa-cpu runs here" if why_no_cpu_kernels() is not None else None
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------
@@ -193,6 +226,7 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         *(_ours(backend) for backend in backends.NAMES if backend != "reference"),
+        Provider("nasa-cpu-without-kernels", composition, refuse=_needs_cpu_kernels, ours=True),
         Provider("stock", stock, guided=False),
         Provider(BASELINE, two_calls),
         Provider("algorithm-1-compiled", Compiled(two_calls), compiled=True),

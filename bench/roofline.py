@@ -1,8 +1,9 @@
 """The floors of a device, from rates measured on it in the same run.
 
     copy         bytes per second of a large copy, what is read and what is written together
-    matrix       FLOP/s of a large matrix product of random numbers, by dtype
-    exponential  2^x per second, numbers in registers (GPU) or in a core's cache (CPU)
+    matrix       FLOP/s of a large matrix product of random numbers, by dtype; on a CPU for which
+                 there are kernels, of the products that they are made of, in registers
+    exponential  2^x per second, numbers in registers
     issue        fp32 multiply-adds per second on one lane each, registers only (GPU)
     launch       seconds per call of the smallest kernel, in a CUDA graph on a GPU
 
@@ -12,6 +13,7 @@ bound, which an implementation reaches only by overlapping everything else.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,7 @@ from bench.machine import Machine
 from bench.row import Row
 from bench.timing import GraphTimer, HostTimer, Timer, measure, synchroniser
 from bench.work import Work
+from nasa_kernels.testing import CPU_LIBRARY, why_no_cpu_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -125,6 +128,12 @@ def _cases(device: torch.device, quick: bool):
     yield f"copy-{elements * 4 >> 20}MiB", "float32", amount, [copy]
     del source, target, copy
 
+    if not gpu and why_no_cpu_kernels() is None:
+        yield from _cpu_cases()
+        one = torch.zeros(1)
+        yield "launch", "float32", {}, [lambda: one.add_(1)]
+        return
+
     n = (4096 if quick else 8192) if gpu else (1024 if quick else 2048)
     # a CPU's fp16 products can take a thousand times as long as its others
     for dtype in DTYPES if gpu else (torch.bfloat16, torch.float32):
@@ -151,3 +160,18 @@ def _cases(device: torch.device, quick: bool):
 
     one = torch.zeros(1, device=device)
     yield "launch", "float32", {}, [lambda: one.add_(1)]
+
+
+def _cpu_cases():
+    """Products and exponentials of the kernels' vector layer, on every thread: PyTorch's matrix
+    products may be far from what the CPU can do, and its exponentials are exact ones."""
+    work = ctypes.CDLL(str(CPU_LIBRARY)).nasa_cpu_work
+    work.restype = ctypes.c_int64
+    rounds = ctypes.c_int64(200_000)
+    # in the order of the enumerations in csrc/cpu/nasa_cpu.h
+    for i, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16)):
+        flops = work(0, i, rounds)
+        call = functools.partial(work, 0, i, rounds)
+        yield "matrix-registers", name_of(dtype), {"flops": flops}, [call]
+    call = functools.partial(work, 1, 0, rounds)
+    yield "exponential-registers", "float32", {"exponentials": work(1, 0, rounds)}, [call]

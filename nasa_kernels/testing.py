@@ -10,12 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# what `cpu` runs without its kernels, the library that has these, and why it is not there
+from nasa_kernels import _cpu
+from nasa_kernels._cpu import attention
 from nasa_kernels.reference import (
     additive_bias,
     joint,
     nasa_attention_reference,
     nasa_joint_attention_reference,
 )
+
+# what `cpu` runs without its kernels, the library that has these, and a sentence where there is none
+cpu_composition = attention
+CPU_LIBRARY = _cpu.LIBRARY
+why_no_cpu_kernels = _cpu.load
 
 
 class Shape(NamedTuple):

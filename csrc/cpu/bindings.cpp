@@ -306,3 +306,26 @@ extern "C" __attribute__((visibility("default"))) const char* nasa_cpu_isa() {
     const nasa::cpu::Kernels* const found = nasa::cpu::kernels(std::getenv("NASA_CPU_ISA"));
     return found == nullptr ? "" : found->name;
 }
+
+// For bench/roofline.py: work that needs no memory, on every thread. Returns how much it was.
+extern "C" __attribute__((visibility("default"))) int64_t nasa_cpu_work(int work, int type,
+                                                                       int64_t rounds) {
+    using namespace nasa::cpu;
+    struct Context {
+        Work work;
+        Type type;
+        int64_t rounds, done;
+    } context{static_cast<Work>(work), static_cast<Type>(type), rounds, 0};
+    const Threads all = threads();
+    all.parallel_for(
+        0, all.count, 1,
+        [](int64_t begin, int64_t end, void* pointer) {
+            auto* const x = static_cast<Context*>(pointer);
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t done = chosen().work(x->work, x->type, x->rounds);
+                __atomic_fetch_add(&x->done, done, __ATOMIC_RELAXED);
+            }
+        },
+        &context);
+    return context.done;
+}

@@ -6,10 +6,11 @@
 namespace nasa {
 namespace cpu {
 
-#define NASA_DECLARE(isa)                                             \
-    namespace isa {                                                   \
-    bool forward(const Call&, const Result&, const Threads&);         \
-    bool backward(const Call&, const Gradients&, const Threads&);     \
+#define NASA_DECLARE(isa)                                         \
+    namespace isa {                                               \
+    bool forward(const Call&, const Result&, const Threads&);     \
+    bool backward(const Call&, const Gradients&, const Threads&); \
+    int64_t work(Work, Type, int64_t);                            \
     }
 NASA_DECLARE(generic)
 #if defined(NASA_WITH_AVX2)
@@ -25,15 +26,15 @@ NASA_DECLARE(avx512bf16)
 const Kernels* kernels(const char* name) {
     // the best last. __builtin_cpu_supports asks CPUID, and whether the system saves the registers
     static const Kernels all[] = {
-        {"generic", generic::forward, generic::backward},
+        {"generic", generic::forward, generic::backward, generic::work},
 #if defined(NASA_WITH_AVX2)
-        {"avx2", avx2::forward, avx2::backward},
+        {"avx2", avx2::forward, avx2::backward, avx2::work},
 #endif
 #if defined(NASA_WITH_AVX512)
-        {"avx512", avx512::forward, avx512::backward},
+        {"avx512", avx512::forward, avx512::backward, avx512::work},
 #endif
 #if defined(NASA_WITH_AVX512BF16)
-        {"avx512bf16", avx512bf16::forward, avx512bf16::backward},
+        {"avx512bf16", avx512bf16::forward, avx512bf16::backward, avx512bf16::work},
 #endif
     };
     const bool runs[] = {

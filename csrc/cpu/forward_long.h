@@ -25,7 +25,11 @@ void attend_long(const float* qt, const Keys& x, int64_t d, const Scaling& how, 
             rows.sum[r] = fma(rows.sum[r], rescale[r], sum[r]);
         }
         const float* const v = x.v_along_n + first / Math::kPack * d;
-        values<Math, R>(s, v, keys, d, first == 0 ? nullptr : &rescale, z, ahead);
+        if (first == 0) {
+            values<true, Math, R>(s, v, keys, d, rescale, z, ahead);
+        } else {
+            values<false, Math, R>(s, v, keys, d, rescale, z, ahead);
+        }
     }
 }
 

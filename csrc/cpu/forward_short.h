@@ -10,9 +10,9 @@ namespace cpu {
 namespace NASA_ISA {
 namespace {
 
-// z [d, rows] = V^T P, or z * rescale + V^T P
-template <class Math, int R>
-void values(const float* p, const float* v, int64_t keys, int64_t d, const Vec (*rescale)[R],
+// z [d, rows] = V^T P, or where some keys went before, z * rescale + V^T P
+template <bool kIsFirst, class Math, int R>
+void values(const float* p, const float* v, int64_t keys, int64_t d, const Vec (&rescale)[R],
             float* z, Ahead& ahead) {
     constexpr int kWidth = R * kLanes;
     for_tiles<kTile>(d, [&](auto tile, int64_t column) __attribute__((always_inline)) {
@@ -26,7 +26,7 @@ void values(const float* p, const float* v, int64_t keys, int64_t d, const Vec (
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 float* const at = to + t * kWidth + r * kLanes;
-                store(at, rescale == nullptr ? c[t][r] : fma(load(at), (*rescale)[r], c[t][r]));
+                store(at, kIsFirst ? c[t][r] : fma(load(at), rescale[r], c[t][r]));
             }
         }
     });
@@ -37,7 +37,7 @@ void attend_short(const float* qt, const Keys& x, int64_t d, const Scaling& how,
                   Statistics<R>& rows, float* z, Ahead& ahead) {
     scores<Math, R>(qt, x, 0, x.n, d, how, s, rows.largest, ahead);
     weights<Math, typename Math::Exponential>(s, x.n, how, rows.largest, rows.sum);
-    values<Math, R>(s, x.v_along_n, x.n, d, nullptr, z, ahead);
+    values<true, Math, R>(s, x.v_along_n, x.n, d, rows.sum, z, ahead);
 }
 
 }  // namespace

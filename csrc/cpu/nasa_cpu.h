@@ -89,11 +89,16 @@ struct Threads {
     int64_t count;
 };
 
+// What the time of a call is made of
+enum class Work { kProducts, kExponentials };
+
 // What one instruction set offers. False: there is no memory for the scratch.
 struct Kernels {
     const char* name;
     bool (*forward)(const Call& call, const Result& result, const Threads& threads);
     bool (*backward)(const Call& call, const Gradients& gradients, const Threads& threads);
+    // does nothing but such work, on one thread; returns how many FLOP or exponentials it was
+    int64_t (*work)(Work work, Type type, int64_t rounds);
 };
 
 // The best of those compiled in that this CPU has, or at most the one named; null where that name

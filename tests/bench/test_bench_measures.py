@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import baselines, flops, gate, launches, layer, model, op, session, timing
 from bench import row as rows_of
 from bench.providers import PROVIDERS, Case, Provider, two_calls
-from bench.roofline import Rates
+from bench.roofline import Rates, _cpu_cases
 from bench.timing import GRAPH_SECONDS, HostTimer, Samples, calls_in_graph, measure, rotations
 from bench.work import Work, attention_work
-from nasa_kernels import nasa_attention
+from nasa_kernels import _cpu, nasa_attention
 from nasa_kernels.testing import Shape, make_inputs
 
 CPU = torch.device("cpu")
@@ -412,3 +412,22 @@ def test_register_kernels_compute_what_they_say(name):
     else:
         registers.multiply_adds[(2,)](x, 2, 0.25, registers.ELEMENTS, registers.UNROLLED)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_free_mkl_are_of_a_device_of_their_own(monkeypatch):
+    from bench import machine, mkl
+
+    before = machine.device_name(CPU)
+    monkeypatch.setenv("LD_PRELOAD", f"/somewhere/{mkl._NAME}")
+    assert machine.device_name(CPU) == f"{before}, MKL free"
+    assert machine.slug(machine.device_name(CPU)) != machine.slug(before)
+
+
+@pytest.mark.skipif(_cpu.load() is not None, reason=str(_cpu.load()))
+def test_floors_of_a_cpu_come_from_its_kernels():
+    """Each call returns how much work it was."""
+    found = {case: (dtype, *rest) for case, dtype, *rest in _cpu_cases()}
+    _, columns, (call,) = found["exponential-registers"]
+    assert columns["exponentials"] == call() > 0
+    _, columns, (call,) = found["matrix-registers"]
+    assert columns["flops"] == call() > 10**6

@@ -1,0 +1,116 @@
+"""A test of tests/cpu_check.cpp: each fault, planted in a copy of the CPU kernels, must be found.
+
+Compiled for the instruction set that is quickest to compile, from a handful of objects.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "csrc" / "cpu"
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-exceptions", "-w", "-DNASA_ISA=generic")
+UNITS = ("forward", "backward", "peak", "dispatch")
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    units: tuple[str, ...]  # what has to be compiled again
+
+
+FORWARD, BACKWARD = ("forward",), ("backward",)
+FAULTS = (
+    Fault("sign", "work.h", "= -p.alpha_map[b", "= p.alpha_map[b", FORWARD),
+    Fault(
+        "rescale", "forward_long.h", "rescale[r] = exponential(before[r], rows.largest[r]);",
+        "rescale[r] = broadcast(1.f);", FORWARD,
+    ),
+    Fault(
+        "read-behind-the-end", "tile.h", "return x + smaller(i, count - 1) * stride;",
+        "return x + i * stride;", FORWARD,
+    ),
+    Fault(
+        "columns-behind-the-end", "keys.h", "const int64_t at = smaller(i, count - kLanes);",
+        "const int64_t at = i;", FORWARD,
+    ),
+    Fault(
+        "masked-key", "keys.h", "if (bias == -__builtin_inff()) continue;",
+        "if (bias == -1e30f) continue;", FORWARD,
+    ),
+    Fault("second-sum", "tile.h", "c[t][r] += rest[t][r];", ";", FORWARD),
+    Fault(
+        "rule", "rules.h", "a.of[0] + minus_alpha * b.of[0], a.of[1]",
+        "a.of[0], a.of[1]", FORWARD,
+    ),
+    Fault(
+        "text-rows", "work.h", "const int64_t first = x.first + begin * kLanes;",
+        "const int64_t first = begin * kLanes;", FORWARD,
+    ),
+    Fault(
+        "pair-rows", "work.h", "{{z_neg.rule, to.z_neg, z_neg.rows, image}}",
+        "{{z_neg.rule, to.z_neg, z_neg.rows, first_neg}}", FORWARD,
+    ),
+    Fault("u", "backward.cpp", "u[r] = fma(u[r], rescale, new_u[r]);", "", BACKWARD),
+    Fault("dlse", "rules.h", "const Vec pos = a.of[0] * a.of[1] * by_a", "const Vec pos = by_a",
+          BACKWARD),
+    Fault(
+        "rows-behind-the-end", "backward.cpp", "exists[i] = i < count ? 1.f : 0.f",
+        "exists[i] = 1.f", BACKWARD,
+    ),
+    Fault("weight-of-dv", "backward.cpp", "store(e + at, p * f.c[r]);", "store(e + at, p);",
+          BACKWARD),
+    Fault(
+        "scale-of-dk", "backward.cpp", "reduce<T>(p, x, b, h, dk, parts, stride, width, p.scale,",
+        "reduce<T>(p, x, b, h, dk, parts, stride, width, 1.f,", BACKWARD,
+    ),
+    Fault("dalpha", "rules.h", "{{zero, zero, zero}, -u_n}", "{{zero, zero, zero}, u_n}", BACKWARD),
+)  # fmt: skip
+
+
+def compile_unit(source: Path, out: Path) -> Path:
+    done = subprocess.run(
+        ["c++", *FLAGS, f"-I{source.parent}", "-c", source, "-o", out],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def check(objects: dict[str, Path], folder: Path) -> subprocess.CompletedProcess:
+    program = folder / "cpu_check"
+    subprocess.run(["c++", *objects.values(), "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """Of the sources as they are."""
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("objects")
+    made = {name: compile_unit(SOURCES / f"{name}.cpp", folder / f"{name}.o") for name in UNITS}
+    shutil.copy(TESTS / "cpu_check.cpp", folder)
+    shutil.copy(SOURCES / "nasa_cpu.h", folder)
+    made["check"] = compile_unit(folder / "cpu_check.cpp", folder / "check.o")
+    assert check(made, folder).returncode == 0
+    return made
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_found(fault, objects, tmp_path):
+    shutil.copytree(SOURCES, tmp_path / "cpu")
+    source = tmp_path / "cpu" / fault.file
+    text = source.read_text()
+    assert fault.old in text, f"the fault {fault.name} has lost its place"
+    source.write_text(text.replace(fault.old, fault.new))
+    made = dict(objects)
+    for name in fault.units:
+        made[name] = compile_unit(tmp_path / "cpu" / f"{name}.cpp", tmp_path / f"{name}.o")
+    # 1 is a wrong result; a signal is a page that must not be touched
+    assert check(made, tmp_path).returncode in (1, -11, -7)
