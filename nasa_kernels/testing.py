@@ -20,7 +20,7 @@ from nasa_kernels.reference import (
     nasa_joint_attention_reference,
 )
 
-# what `cpu` runs without its kernels, the library that has these, and a sentence where there is none
+# of `cpu`: what runs without its kernels, their library, and a sentence where there is none
 cpu_composition = attention
 CPU_LIBRARY = _cpu.LIBRARY
 why_no_cpu_kernels = _cpu.load

@@ -243,5 +243,5 @@ def test_image_to_video_is_refused():
     pipe = testing.wan()
     attn = pipe.transformer.blocks[0].attn2
     attn.add_k_proj = torch.nn.Linear(24, 24)
-    with pytest.raises(ValueError, match="image-to-video is not"):
+    with pytest.raises(ValueError, match="besides? the text.* is not supported"):
         enable_nasa(pipe, negative_prompt_embeds=torch.zeros(1, 4, 32))

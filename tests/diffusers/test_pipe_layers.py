@@ -294,7 +294,7 @@ def test_image_to_video_is_refused(name, added):
     pipe = testing.wan()
     size = testing.WAN_SIZE | {"image_dim": 16, "added_kv_proj_dim": added}
     pipe.register_modules(transformer=getattr(diffusers, name)(**size))
-    with pytest.raises(ValueError, match=r"image_dim=16 in its config.* image-to-video is not"):
+    with pytest.raises(ValueError, match=r"image_dim=16 in its config.* is not supported"):
         enable_nasa(pipe, "blurry")
 
 

@@ -68,8 +68,8 @@ def hook(handle, rows):
     sample, text = torch.zeros(rows, 4, 16, 16), torch.full((rows, 7, 32), float(rows))
     with torch.no_grad():
         hook = handle._steerings[0]
-        _, kwargs = hook(hook.denoiser, (sample, 1, text), {})
-    return kwargs["encoder_hidden_states"]
+        (*_, text), _ = hook(hook.denoiser, (sample, 1, text), {})
+    return text
 
 
 def test_batches_of_many_sizes():

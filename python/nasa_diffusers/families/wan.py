@@ -61,16 +61,16 @@ class Wan(Family):
         if denoiser.condition_embedder.image_embedder is not None:
             raise ValueError(
                 f"enable_nasa: this {type(denoiser).__name__} has an image encoder's tokens beside "
-                f"the text (image_dim={config(denoiser, 'image_dim')} in its config); of the "
-                f"{self.name} models text-to-video is supported, image-to-video is not"
+                f"the text (image_dim={config(denoiser, 'image_dim')} in its config), which is not "
+                "supported; the image-to-video models of Wan 2.2, which have none, are"
             )
 
     def check_layer(self, name, attn):
         check_own_forward(name, attn)
         if attn.add_k_proj is not None:
             raise ValueError(
-                f"enable_nasa: layer {name!r} attends to an image besides the text; of the "
-                f"{self.name} models text-to-video is supported, image-to-video is not"
+                f"enable_nasa: layer {name!r} attends to an image encoder's tokens besides the "
+                "text, which is not supported; leave it out with layers=..."
             )
         if getattr(attn.processor, "_parallel_config", None) is not None:
             raise ValueError(
