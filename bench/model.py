@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from nasa_diffusers import enable_nasa
+from nasa_diffusers import NAG, NASA, Method, enable_nasa
 from nasa_diffusers.flops import Model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,9 +118,11 @@ def _nag(denoiser: Denoiser) -> Iterator[Callable[..., Tensor]]:
 
 
 @contextlib.contextmanager
-def _ours(denoiser: Denoiser, first: bool = False, **how: Any) -> Iterator[Callable[..., Tensor]]:
+def _ours(
+    denoiser: Denoiser, method: Method, first: bool = False
+) -> Iterator[Callable[..., Tensor]]:
     pipe: Any = SimpleNamespace(transformer=denoiser.module)
-    handle = enable_nasa(pipe, negative_prompt_embeds=denoiser.negative, **how)
+    handle = enable_nasa(pipe, method=method, negative_prompt_embeds=denoiser.negative)
 
     def first_call(module: Any = None) -> Tensor:
         handle.clear_cache()
@@ -132,9 +134,9 @@ def _ours(denoiser: Denoiser, first: bool = False, **how: Any) -> Iterator[Calla
         handle.disable()
 
 
-_NASA: dict[str, Any] = {"alpha": 0.5, "rule": "nasa"}
+_NASA = NASA(0.5, rule="nasa")
 # the defaults of `baselines.nag`
-_NAG: dict[str, Any] = {"method": "nag", "nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}
+_NAG = NAG(scale=5.0, tau=2.5, alpha=0.25)
 
 
 @contextlib.contextmanager
@@ -168,10 +170,10 @@ def _twice(x: Any) -> Any:
 METHODS: dict[str, Callable[[Denoiser], contextlib.AbstractContextManager]] = {
     "stock": _stock,
     "algorithm-1": _algorithm_1,
-    "nasa": partial(_ours, **_NASA),
-    "nasa-first": partial(_ours, first=True, **_NASA),
+    "nasa": partial(_ours, method=_NASA),
+    "nasa-first": partial(_ours, method=_NASA, first=True),
     "nag": _nag,
-    "nag-ours": partial(_ours, **_NAG),
+    "nag-ours": partial(_ours, method=_NAG),
     "cfg": _cfg,
 }
 # ours, and what each must equal

@@ -41,7 +41,7 @@ def entry(name: str, thing: Any) -> Iterator[str]:
     yield from text_of(thing)
     if inspect.isclass(thing):
         for member, value in vars(thing).items():
-            if member.startswith("_") or not inspect.getdoc(value):
+            if member.startswith("_") or not value.__doc__:
                 continue
             if inspect.isfunction(value) or isinstance(value, property):
                 yield f"#### `{name.rpartition('.')[2]}.{member}`\n"

@@ -22,7 +22,7 @@ def nasa_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention steered away from a negative prompt (NASA, equations 7 to 9).
+    """Attention guided away from a negative prompt (NASA, equations 7 to 9).
 
         O = softmax(q k_pos^T * scale + bias_pos) v_pos
             - alpha * softmax(q k_neg^T * scale + bias_neg) v_neg

@@ -28,7 +28,7 @@ def nasa_joint_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Joint attention (FLUX, SD3) steered away from a negative prompt; one call serves a block.
+    """Joint attention (FLUX, SD3) guided away from a negative prompt; one call serves a block.
 
     With rule "sum", cross-attention to a further prompt, as to the image of an IP-Adapter.
 

@@ -8,6 +8,17 @@ handle.disable()
 """
 
 from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
+from nasa_diffusers.methods import NAG, NASA, VSF, Method
 from nasa_diffusers.report import Report
 
-__all__ = ["Handle", "Report", "disable_nasa", "enable_nasa", "nasa"]
+__all__ = [
+    "NAG",
+    "NASA",
+    "VSF",
+    "Handle",
+    "Method",
+    "Report",
+    "disable_nasa",
+    "enable_nasa",
+    "nasa",
+]

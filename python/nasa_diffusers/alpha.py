@@ -104,22 +104,20 @@ class Alpha:
     region: Tensor | None = None  # [height, width] fp32
 
     @staticmethod
-    def parse(alpha: Any, default: float) -> Alpha:
-        """Read the `alpha` of `enable_nasa`. A PIL mask is white where `default` holds."""
-        if alpha is None:
-            alpha = default
+    def parse(alpha: Any, default: float, method: str) -> Alpha:
+        """Read the `alpha` of a method. A PIL mask is white where `default` holds."""
         if hasattr(alpha, "convert"):
             alpha = _mask_values(alpha) * default
         if hasattr(alpha, "__array_interface__") and scalar(alpha) is alpha:
             alpha = torch.tensor(alpha)  # a NumPy array; its values, as whoever has it may write
         if not isinstance(alpha, Tensor) or (alpha.dim() == 0 and alpha.dtype == torch.bool):
             numbers = alpha if isinstance(alpha, Sequence) else [alpha]
-            return Alpha(alpha, torch.tensor([_number(value) for value in numbers]))
+            return Alpha(alpha, torch.tensor([_number(value, method) for value in numbers]))
         # the values as they are now; an alpha that learns is used as it is in each call
         values = alpha.float() if alpha.requires_grad else alpha.detach().float().clone()
         if values.dim() > 2 or values.numel() == 0 or not values.isfinite().all():
             raise ValueError(
-                "enable_nasa: a tensor alpha must be one finite number, one per image [m], or a "
+                f"{method}: a tensor alpha must be one finite number, one per image [m], or a "
                 f"map over the image [height, width]; got shape {list(alpha.shape)}"
             )
         if values.dim() == 2:
@@ -146,12 +144,12 @@ class Alpha:
         return ", ".join(f"{value:g}" for value in self.values.tolist())
 
 
-def _number(given: Any) -> float:
+def _number(given: Any, method: str) -> float:
     value = scalar(given)
     if not is_real(value) or not math.isfinite(value):
         raise ValueError(
-            "enable_nasa: alpha must be a finite number, one per image, a 2-D tensor or a PIL "
-            f"mask; got {given!r}"
+            f"{method}: alpha must be a finite number, one per image, a 2-D tensor or a PIL mask; "
+            f"got {given!r}"
         )
     return float(value)
 

@@ -23,9 +23,17 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from nasa_diffusers.api import enable_nasa
+from nasa_diffusers.methods import NAG, NASA, VSF, Method
 
 LABEL_HEIGHT = 16
-METHODS = ("nasa", "nag")
+METHODS: dict[str, Any] = {"nasa": NASA, "nag": NAG, "vsf": VSF}
+# flags of one method: what each sets in which class
+FLAGS: dict[str, tuple[type[Method], str]] = {
+    "rule": (NASA, "rule"),
+    "nag_scale": (NAG, "scale"),
+    "nag_tau": (NAG, "tau"),
+    "nag_norm": (NAG, "norm"),
+}
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,11 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         nargs="+",
         metavar=("PROMPT", "ALPHA"),
-        help="what to steer away from; repeat with an alpha each for several at once",
+        help="what to guide away from; repeat with an alpha each for several at once",
     )
     strength = generate.add_mutually_exclusive_group()
     strength.add_argument(
-        "--alpha", type=float, help="strength, nag_alpha of --method nag; default: the family's"
+        "--alpha", type=float, help="strength of the method; default: the family's"
     )
     strength.add_argument(
         "--sweep", type=_numbers, metavar="A,B,...", help="alphas to draw side by side"
@@ -78,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--height", type=int, help="of the image in pixels")
     add("--width", type=int, help="of the image in pixels")
     add("--method", choices=METHODS, default="nasa", help="default: %(default)s")
-    add("--rule", help="how NASA combines the prompts, 'vsf' for value sign flip; default: its own")
+    add("--rule", help="of --method nasa in joint attention; default: the family's")
     add("--nag-scale", type=float, help="of --method nag, where 1 is off; default: the family's")
     add("--nag-tau", type=float, help="of --method nag; default: the family's")
     add("--nag-norm", type=int, choices=(1, 2), help="of --method nag; 2 as in its FLUX code")
@@ -102,12 +110,7 @@ def run_generate(options: argparse.Namespace) -> None:
     handle = enable_nasa(
         pipe,
         _negatives(options.negative),
-        method=options.method,
-        rule=options.rule,
-        nag_scale=options.nag_scale,
-        nag_tau=options.nag_tau,
-        nag_norm=options.nag_norm,
-        **{"nag_alpha" if options.method == "nag" else "alpha": options.alpha},
+        read_method(options),
         start=options.start,
         stop=options.stop,
         layers=options.layers,
@@ -133,6 +136,22 @@ def run_generate(options: argparse.Namespace) -> None:
         print(path)
     if report is not None:
         print(report)
+
+
+def read_method(options: argparse.Namespace) -> Method:
+    """The method that the flags describe."""
+    cls, settings = METHODS[options.method], {}
+    for flag, (owner, name) in FLAGS.items():
+        value = getattr(options, flag)
+        if value is None:
+            continue
+        if cls is not owner:
+            raise ValueError(
+                f"--{flag.replace('_', '-')} goes with --method {owner.name.lower()}, and the "
+                f"method is {options.method}; leave one out"
+            )
+        settings[name] = value
+    return cls(alpha=options.alpha, **settings)
 
 
 def load(model: str, config: str | None, dtype: torch.dtype) -> Any:
@@ -206,7 +225,7 @@ def run_flops(options: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
     with contextlib.closing(tqdm(names, unit="model", disable=not sys.stderr.isatty())) as bar:
-        print(markdown([count(name, options.method) for name in bar]))
+        print(markdown([count(name, METHODS[options.method]()) for name in bar]))
 
 
 def _negatives(given: list[list[str]]) -> str | list[tuple[str, float]]:

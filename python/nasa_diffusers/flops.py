@@ -1,7 +1,7 @@
 """What NASA adds to a denoiser call, counted on the real architectures on the meta device.
 
 Nothing is computed and no weight is loaded: `FlopCounterMode` counts the operations of a stock
-call, of the first steered call and of a later one, whose text keys and values are cached. The
+call, of the first guided call and of a later one, whose text keys and values are cached. The
 positive prompt's are cached too, so a later call leaves out work that the stock call repeats.
 Encoding the negative prompt is not part of a denoiser call and is not counted.
 """
@@ -24,8 +24,13 @@ from diffusers import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nasa_diffusers.api import enable_nasa
+from nasa_diffusers.api import choose_layers, in_force, put_on
+from nasa_diffusers.families import Family, family_of
 from nasa_diffusers.families.wan import Wan
+from nasa_diffusers.guidance import Settings
+from nasa_diffusers.methods import NASA, Method
+from nasa_diffusers.negative import Negative
+from nasa_diffusers.window import Window
 
 
 @dataclass(frozen=True)
@@ -185,13 +190,14 @@ class Count:
         return (self.later - self.stock) / self.stock
 
 
-def count(name: str, method: str = "nasa") -> Count:
+def count(name: str, method: Method | None = None) -> Count:
     """Count one of `MODELS`."""
     return count_model(name, MODELS[name], method)
 
 
-def count_model(name: str, model: Model, method: str = "nasa") -> Count:
+def count_model(name: str, model: Model, method: Method | None = None) -> Count:
     """Count an architecture, with a negative prompt as long as the positive one."""
+    method = NASA() if method is None else method
     with torch.device("meta"):
         denoiser = model.build(**model.config).eval()
         sample = torch.empty(1, *model.latents)
@@ -210,17 +216,20 @@ def count_model(name: str, model: Model, method: str = "nasa") -> Count:
 
     stock = call()
     pipe: Any = SimpleNamespace(transformer=denoiser)
-    strength: dict[str, Any] = {"nag_alpha" if method == "nag" else "alpha": 0.5}
-    handle = enable_nasa(pipe, negative_prompt_embeds=negative, method=method, **strength)
+    family: Family = family_of(denoiser)
     if model.words is not None:
-        handle._steerings[0].family = FoldedWan(text, model.words)
+        family = FoldedWan(text, model.words)
+    prompt = Negative.from_embeds(negative, None, family, method.drops_padding)
+    read = in_force(method, family, denoiser, prompt)
+    settings = Settings(prompt, **read, window=Window(), backend=None, cfg=None)
+    put_on(pipe, [denoiser], family, settings, [choose_layers(denoiser, family, None)])
     return Count(name, model.tokens, stock, first=call(), later=call(), words=model.words)
 
 
 def markdown(counts: list[Count]) -> str:
     """The table of the documentation."""
     lines = [
-        "| model, batch 1 | text keys | stock call, TFLOP | first steered call | later calls |",
+        "| model, batch 1 | text keys | stock call, TFLOP | first guided call | later calls |",
         "|---|---|---|---|---|",
     ]
     lines += [

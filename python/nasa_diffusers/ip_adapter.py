@@ -1,4 +1,4 @@
-"""The image prompts of an IP-Adapter, beside a steered text.
+"""The image prompts of an IP-Adapter, beside a guided text.
 
     O = (Z+ - alpha * Z-) + sum of scale_i * Z_i        (Z_i: attention over image prompt i)
 
@@ -12,7 +12,7 @@ projected once, as those of the text are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
@@ -20,10 +20,8 @@ from diffusers.models import attention_processor as stock
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
 
-from nasa_diffusers.methods import KeysValues
-
-if TYPE_CHECKING:
-    from nasa_diffusers.steered import Steered
+from nasa_diffusers.guided_text import GuidedText
+from nasa_diffusers.prompts import KeysValues
 
 PROCESSORS = (
     stock.IPAdapterAttnProcessor,
@@ -38,17 +36,22 @@ def image_beside(
     attn: Any,
     images: list[Tensor],
     masks: Sequence[Tensor | None] | Tensor | None,
-    text: Steered,
+    text: GuidedText,
     rows: int,
 ) -> KeysValues | None:
     """The images that the call for the text takes along, so that Z_i is to be added as it is.
 
-    None where there is more than one adapter, a mask, a scale that is no number, or 0; and in NAG,
-    whose norms are those of the text.
+    None where there is more than one adapter, a mask, a scale that is no number, or 0; and where
+    the method does not take them.
     """
     scale = attn.processor.scale[0]
     is_one = len(images) == len(attn.processor.scale) == 1 and masks is None
-    if not is_one or text.nag is not None or not isinstance(scale, (int, float)) or scale == 0:
+    if (
+        not is_one
+        or not text.method.adds_images
+        or not isinstance(scale, (int, float))
+        or scale == 0
+    ):
         return None
     ((k, v),) = _keys_values(attn, images, text, scale)
     return of_all_images(k, v, rows)
@@ -59,7 +62,7 @@ def image_terms(
     q: Tensor,  # [b, l, h, d]
     images: list[Tensor],  # per adapter [b, n, c], or with masks [b, images, n, c]
     masks: Sequence[Tensor | None] | Tensor | None,  # per adapter [1, images, height, width]
-    text: Steered,
+    text: GuidedText,
 ) -> Iterator[tuple[KeysValues, float | Tensor]]:
     """Every image as one more prompt, with its alpha: to add it is to subtract -scale of it."""
     processor = attn.processor
@@ -102,7 +105,7 @@ def of_all_images(k: Tensor, v: Tensor, rows: int) -> KeysValues:
 
 
 def _keys_values(
-    attn: Any, images: list[Tensor], text: Steered, scale: float = 1.0
+    attn: Any, images: list[Tensor], text: GuidedText, scale: float = 1.0
 ) -> list[tuple[Tensor, ...]]:
     """K and `scale` times V of each adapter's images, `[b, ..., n, h, d]`, kept like the text's."""
     processor = attn.processor

@@ -21,23 +21,18 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-import nasa_kernels
 from nasa_diffusers import ip_adapter
 from nasa_diffusers.chain import as_called, may_skip, skipping_hooks
+from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.layer import Hook
-from nasa_diffusers.methods import nothing, subtract
-from nasa_diffusers.steered import Steered, Term
-from nasa_kernels.nag import pair_backend
-
-if TYPE_CHECKING:
-    from nasa_diffusers.families.joint import Joint
+from nasa_diffusers.prompts import nothing, subtract
+from nasa_diffusers.streams import Streams, keep_apart
 
 # in `joint_attention_kwargs`, which a denoiser hands to its blocks, and a block to its attention
 KEYWORD = "nasa"
@@ -48,16 +43,20 @@ Rope = Any  # a tuple of cosine and sine, each [l + n, d]
 class Texts:
     """The prompts in the text of a call: their lengths, and what is done with them."""
 
-    steered: Steered
+    text: GuidedText
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
-    is_guided: bool = True  # False: the negative prompts are carried, and steer nothing
+    is_guided: bool = True  # False: the negative prompts are carried, and change nothing
     may_end: bool = True  # the negative prompts end after the last guided layer
     in_block: bool = False  # a block's hook has put the image first
     are_attended: bool = False  # the attention has seen that they are several
 
-    @property
-    def negatives(self) -> list[tuple[Term, int]]:
-        return list(zip(self.steered.terms, self.lengths[1:], strict=True))
+
+class JointMaths(Protocol):
+    """What a family says of the attention of its blocks; Q, K and V are `[b, tokens, h, d]`."""
+
+    def check_attention(self, name: str, attn: Any, attention_mask: Tensor | None) -> None: ...
+    def image_heads(self, attn: Any, image: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def text_heads(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class BlockHook(Hook):
@@ -77,13 +76,13 @@ class BlockHook(Hook):
         texts = options.pop(KEYWORD, None)
         if texts is None:
             return self.stock(*args, **kwargs)
-        self._check_gradients(texts.steered)
+        self._check_gradients(texts.text)
         image, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
         inputs["joint_attention_kwargs"] = options
         if text.shape[1] != sum(texts.lengths):
             # the negative prompts have ended
             if not torch.compiler.is_compiling():
-                texts.steered.reached.add(self.layer)
+                texts.text.reached.add(self.layer)
             return self.run(block, args, inputs, image, text, texts.lengths[:1], texts.lengths)
         texts = replace(texts, in_block=True, are_attended=False)
         options[KEYWORD] = texts
@@ -98,8 +97,8 @@ class BlockHook(Hook):
             text = text[:, : texts.lengths[0]]
         return text, image
 
-    def _check_gradients(self, steered: Steered) -> None:
-        if not torch.is_grad_enabled() and any(term.alpha.learns for term in steered.terms):
+    def _check_gradients(self, text: GuidedText) -> None:
+        if not torch.is_grad_enabled() and any(term.alpha.learns for term in text.terms):
             raise RuntimeError(
                 f"nasa_diffusers: block {self.name!r} runs without gradients in a call whose alpha "
                 "learns, as reentrant checkpointing does; alpha would get no gradient. Call "
@@ -154,9 +153,9 @@ def text_first(rope: Tensor, n: int, given: int) -> Tensor:
     return torch.cat([rope[:n], rope[given:]])
 
 
-def side_by_side(steered: Steered, rows: int) -> Tensor:
+def side_by_side(guided_text: GuidedText, rows: int) -> Tensor:
     """The tokens of all prompts, the positive one first: `[b, sum of n, c]`."""
-    return torch.cat([text.expand(rows, -1, -1) for text in steered.texts], dim=1)
+    return torch.cat([text.expand(rows, -1, -1) for text in guided_text.texts], dim=1)
 
 
 def positions(ids: Tensor, lengths: list[int]) -> Tensor:
@@ -175,7 +174,7 @@ def positions(ids: Tensor, lengths: list[int]) -> Tensor:
 class JointAttentionHook(Hook):
     """Keeps the prompts of a block apart in its attention."""
 
-    def __init__(self, name: str, family: Joint, guided: bool, token_flops: int):
+    def __init__(self, name: str, family: JointMaths, guided: bool, token_flops: int):
         super().__init__()
         self.name, self.family, self.guided = name, family, guided
         self.token_flops = token_flops
@@ -188,7 +187,7 @@ class JointAttentionHook(Hook):
         self._check_place(attn, texts)
         texts.are_attended = True
         if not torch.compiler.is_compiling():
-            texts.steered.reached.add(self.name)
+            texts.text.reached.add(self.name)
         return self.attend(attn, texts, *args, **kwargs)
 
     def _check_place(self, attn: Any, texts: Texts) -> None:
@@ -221,22 +220,21 @@ class JointAttentionHook(Hook):
         q, k, v = self.family.image_heads(attn, hidden_states)
         added = self.of_images(attn, texts, q, kwargs)
         if encoder_hidden_states is not None:
-            text = self.family.text_heads(attn, encoder_hidden_states)
-            q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), text, strict=True))
+            of_text = self.family.text_heads(attn, encoder_hidden_states)
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), of_text, strict=True))
         if image_rotary_emb is not None:
             q, k = (self.rotate(x, image_rotary_emb) for x in (q, k))
         # SD3 drops the text of its last block
         drops_text = bool(attn.context_pre_only)
+        text, is_guided = texts.text, self.guided and texts.is_guided
+        streams = Streams(q, k, v, texts.lengths, text.terms, not drops_text, text.backend)
         if not torch.compiler.is_compiling():
-            channels = hidden_states.shape[2]
             self.last_call = JointCall(
-                q.shape, texts.lengths, channels, self.token_flops, with_text=not drops_text,
-                attends_twice=self.guided and texts.is_guided
-                and texts.steered.nag is not None
-                and pair_backend(texts.steered.backend, q, k, v) is None,
+                q.shape, texts.lengths, hidden_states.shape[2], self.token_flops,
+                with_text=not drops_text,
+                attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
-        is_guided = self.guided and texts.is_guided
-        o = steer(q, k, v, texts, is_guided, with_text=not drops_text).flatten(2)
+        o = (text.method.joint(streams) if is_guided else keep_apart(streams)).flatten(2)
         if encoder_hidden_states is None:
             return o
         image = o[:, : hidden_states.shape[1]]
@@ -257,8 +255,8 @@ class JointAttentionHook(Hook):
                 f"nasa_diffusers: layer {self.name!r} has an IP-Adapter and the call brings no "
                 "image for it; pass ip_adapter_image, or take it off: pipe.unload_ip_adapter()"
             )
-        backend, o = texts.steered.backend, None
-        for image, alpha in ip_adapter.image_terms(attn, q, images, None, texts.steered):
+        backend, o = texts.text.backend, None
+        for image, alpha in ip_adapter.image_terms(attn, q, images, None, texts.text):
             z = subtract(q, nothing(image), image, alpha, backend)
             o = z if o is None else o + z
         return None if o is None else o.flatten(2)
@@ -275,73 +273,6 @@ class PlainAttentionHook(Hook):
     def new_forward(self, attn: nn.Module, *args, **kwargs) -> Any:
         kwargs.pop(KEYWORD, None)
         return self.stock(*args, **kwargs)
-
-
-def steer(q: Tensor, k: Tensor, v: Tensor, texts: Texts, guided: bool, with_text: bool) -> Tensor:
-    """The attention of a block over `[image; positive text; negative texts]`, `[b, l + n, h, d]`.
-
-    Several negative prompts each take from the image what they would take alone. `with_text`
-    False leaves out the text queries.
-    """
-    steered, n_pos = texts.steered, texts.lengths[0]
-    queries = q.shape[1] - sum(texts.lengths)
-    sizes = [queries, *texts.lengths]
-    q_image, q_pos, *q_negatives = q.split(sizes, dim=1)
-    k_image, k_pos, *k_negatives = k.split(sizes, dim=1)
-    v_image, v_pos, *v_negatives = v.split(sizes, dim=1)
-
-    n_first = texts.lengths[1] if with_text else 0
-    n_pos = n_pos if with_text else 0
-    if guided and steered.nag is not None:
-        (term,) = steered.terms
-        return nasa_kernels.nag_joint_attention(
-            q[:, : queries + n_pos + n_first],
-            k_image, v_image, k_pos, v_pos, k_negatives[0], v_negatives[0],
-            nag_scale=steered.nag.scale, nag_tau=steered.nag.tau, nag_norm=steered.nag.norm,
-            nag_alpha=term.alpha.at(queries), text_queries=(n_pos, n_first),
-            mask_neg=term.mask, backend=steered.backend,
-        )  # fmt: skip
-
-    def joint(q_rows: Tensor, i: int, text_queries: tuple[int, int], is_on: bool = guided):
-        term = steered.terms[i]
-        # value sign flip counts negative keys in its softmax at any alpha, other rules do not
-        rule = steered.rule if is_on else "nasa-cross"
-        return nasa_kernels.nasa_joint_attention(
-            q_rows, k_image, v_image, k_pos, v_pos, k_negatives[i], v_negatives[i],
-            image_alpha(term, queries, sum(text_queries)) if is_on else 0.0,
-            rule=rule, text_queries=text_queries,
-            mask_neg=guided_keys(term) if rule == "vsf" else term.mask, backend=steered.backend,
-        )  # fmt: skip
-
-    o = joint(q[:, : queries + n_pos + n_first], 0, (n_pos, n_first))
-    if len(q_negatives) == 1:
-        return o
-    image, text = o[:, :queries], [o[:, queries:]]
-    z_pos = joint(q_image, 0, (0, 0), is_on=False) if guided else image
-    for i, q_neg in list(enumerate(q_negatives))[1:]:
-        n = q_neg.shape[1] if with_text else 0
-        o = joint(torch.cat([q_image, q_neg[:, :n]], dim=1), i, (0, n))
-        image = image + (o[:, :queries] - z_pos)
-        text.append(o[:, queries:])
-    return torch.cat([image, *text], dim=1)
-
-
-def image_alpha(term: Term, queries: int, text_queries: int) -> Tensor:
-    """Alpha of the image queries, broadcastable to all rows; text is never steered."""
-    alpha = term.alpha.at(queries)
-    if alpha.shape[1] == 1:
-        return alpha
-    return F.pad(alpha, (0, 0, 0, text_queries))
-
-
-def guided_keys(term: Term) -> Tensor | None:
-    """The mask of a negative prompt, nothing of it for images that are not guided: `[b, n]`."""
-    if term.alpha.guided is None:
-        return term.mask
-    # [b, 1], and the text as [r, n]
-    guided = term.alpha.guided[:, None]
-    present = torch.ones_like(term.text[..., 0], dtype=torch.bool)
-    return guided & (present if term.mask is None else term.mask)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ attention slicing, fused projections). A call that brings plain text is passed o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.hooks import ModelHook
@@ -15,11 +15,19 @@ from torch import Tensor, nn
 
 from nasa_diffusers import ip_adapter
 from nasa_diffusers.cache import TextCache
-from nasa_diffusers.methods import KeysValues, Signed, nothing, steer, subtract
-from nasa_diffusers.steered import Steered
+from nasa_diffusers.guided_text import GuidedText
+from nasa_diffusers.prompts import KeysValues, Signed, nothing, subtract
 
-if TYPE_CHECKING:
-    from nasa_diffusers.families.base import Family
+
+class LayerMaths(Protocol):
+    """What a family says of its text cross-attention layers."""
+
+    processors: tuple[type, ...]  # those whose computation the following reproduce
+
+    def projections(self, attn: Any) -> tuple[nn.Module | None, ...]: ...
+    def queries(self, attn: Any, hidden_states: Tensor) -> Tensor: ...
+    def keys_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]: ...
+    def output(self, attn: Any, o: Tensor) -> Tensor: ...
 
 
 def refuse_copy(self, memo: dict):
@@ -41,9 +49,9 @@ class Hook(ModelHook):
 
 
 class CrossAttentionHook(Hook):
-    """Computes `Z+ - alpha * Z-` in place of a layer's own text cross-attention."""
+    """Computes guided attention in place of a layer's own text cross-attention."""
 
-    def __init__(self, name: str, family: Family, cache: TextCache, guided: bool):
+    def __init__(self, name: str, family: LayerMaths, cache: TextCache, guided: bool):
         super().__init__()
         self.name, self.family, self.cache, self.guided = name, family, cache, guided
         self.last_call: LayerCall | None = None
@@ -60,7 +68,7 @@ class CrossAttentionHook(Hook):
         text, images = encoder_hidden_states, None
         if isinstance(text, tuple):
             text, images = text
-        if not isinstance(text, Steered):
+        if not isinstance(text, GuidedText):
             return self.stock(hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         if not self.guided:
             text = text.text if images is None else (text.text, images)
@@ -83,7 +91,7 @@ class CrossAttentionHook(Hook):
         masks, beside = kwargs.get("ip_adapter_masks"), None
         if images is not None:
             beside = ip_adapter.image_beside(attn, images, masks, text, q.shape[0])
-        o = steer(q, pos, signed, text.rule, text.nag, text.backend, beside)
+        o = text.method.cross(q, pos, signed, text.backend, beside)
         if images is not None and beside is None:
             for image, alpha in ip_adapter.image_terms(attn, q, images, masks, text):
                 o = o + subtract(q, nothing(image), image, alpha, text.backend)
@@ -102,7 +110,7 @@ class CrossAttentionHook(Hook):
 
     # ---- keys and values ---------------------------------------------------------------------
 
-    def keys_values(self, attn: Any, text: Steered) -> list[KeysValues]:
+    def keys_values(self, attn: Any, text: GuidedText) -> list[KeysValues]:
         """K and V of the positive text, then of each negative one."""
         if text.prepared is not None:
             return text.prepared.keys_values[self.name]
@@ -146,11 +154,11 @@ class TextHook(Hook):
         self.cache = cache
 
     def new_forward(self, module: nn.Module, text: Any, *args, **kwargs):
-        if not isinstance(text, Steered):
+        if not isinstance(text, GuidedText):
             return self.stock(text, *args, **kwargs)
         return self.project(module, text, *args, **kwargs)
 
-    def project(self, module: nn.Module, text: Steered, *args, **kwargs) -> Steered:
+    def project(self, module: nn.Module, text: GuidedText, *args, **kwargs) -> GuidedText:
         """All texts as the module makes them."""
         if text.prepared is not None:
             return text.as_prepared()

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from nasa_diffusers.encoding import (
     takes,
     text_encoders,
 )
+from nasa_diffusers.families.base import Family
+from nasa_diffusers.methods import Method
+from nasa_diffusers.rows import Rows
 from nasa_diffusers.scalars import is_int, is_real, scalar
-
-if TYPE_CHECKING:
-    from nasa_diffusers.families.base import Family
-    from nasa_diffusers.rows import Rows
 
 # ((prompts: one, or one per image), its own alpha), ...
 Terms = tuple[tuple[tuple[str, ...], float], ...]
@@ -82,7 +81,7 @@ class Encoding:
 
 
 class Negative:
-    """What the user asked to steer away from, and how it was encoded for the latest calls."""
+    """What the images are guided away from, and how it was encoded for the latest calls."""
 
     def __init__(
         self,
@@ -90,10 +89,11 @@ class Negative:
         prompts: Terms = (),  # empty when embeddings were given
         has_own_alphas: bool = False,
         max_sequence_length: int | None = None,
-        keeps_padding: bool = True,
+        drops_padding: bool = False,
+        given: tuple[Tensor, Tensor | None] | None = None,  # embeddings and their mask
     ):
-        self.prompts, self.has_own_alphas = prompts, has_own_alphas
-        self.max_sequence_length, self.keeps_padding = max_sequence_length, keeps_padding
+        self.prompts, self.has_own_alphas, self.given = prompts, has_own_alphas, given
+        self.max_sequence_length, self.drops_padding = max_sequence_length, drops_padding
         # replaced as a whole; the one used last is the last
         self._known: tuple[Encoding, ...] = (first,)
         self._lock = threading.Lock()
@@ -104,9 +104,22 @@ class Negative:
         family: Family,
         negative_prompt: NegativePrompt,
         max_sequence_length: int | None,
-        keeps_padding: bool = True,
+        drops_padding: bool = False,
     ) -> Negative:
         prompts, has_own_alphas = _parse(negative_prompt)
+        return Negative._from_parsed(
+            pipe, family, prompts, has_own_alphas, max_sequence_length, drops_padding
+        )
+
+    @staticmethod
+    def _from_parsed(
+        pipe: Any,
+        family: Family,
+        prompts: Terms,
+        has_own_alphas: bool,
+        max_sequence_length: int | None,
+        drops_padding: bool,
+    ) -> Negative:
         if pipe is None or not text_encoders(pipe):
             which = "the pipeline that NASA was enabled on is gone, and its text encoders with it"
             if pipe is not None:
@@ -122,20 +135,36 @@ class Negative:
         options = call_defaults(pipe, family.text_options)
         if length is not None:
             options["max_sequence_length"] = length
-        first = _encode(pipe, family, prompts, options, keeps_padding, length is not None)
-        return Negative(first, prompts, has_own_alphas, length, keeps_padding)
+        first = _encode(pipe, family, prompts, options, drops_padding, length is not None)
+        return Negative(first, prompts, has_own_alphas, length, drops_padding)
 
     @staticmethod
-    def from_embeds(embeds: Tensor, mask: Tensor | None, family: Family | None = None) -> Negative:
-        """The values as they are now; embeddings that learn are used as they are in each call.
-        With a `family`, without the padding that it can tell."""
+    def from_embeds(
+        embeds: Tensor, mask: Tensor | None, family: Family, drops_padding: bool = False
+    ) -> Negative:
+        """The values as they are now; embeddings that learn are used as they are in each call."""
         _check_embeds(embeds, mask)
         mask = None if mask is None else mask.bool()
-        if mask is None and family is not None:
+        if not embeds.requires_grad:
+            embeds = embeds.clone()
+        given = embeds, mask
+        if mask is None and drops_padding:
             mask = family.own_tokens(embeds)
         if not embeds.requires_grad:
-            embeds, mask = _trim(embeds.clone(), mask)
-        return Negative(Encoding((Encoded("embeddings", 1.0, embeds, mask),)))
+            embeds, mask = _trim(embeds, mask)
+        first = Encoding((Encoded("embeddings", 1.0, embeds, mask),))
+        return Negative(first, drops_padding=drops_padding, given=given)
+
+    def for_method(self, pipe: Any, family: Family, method: Method) -> Negative:
+        """The same prompt with or without its padding, as the method takes it."""
+        if method.drops_padding == self.drops_padding:
+            return self
+        if self.given is not None:
+            return Negative.from_embeds(*self.given, family, method.drops_padding)
+        return Negative._from_parsed(
+            pipe, family, self.prompts, self.has_own_alphas, self.max_sequence_length,
+            method.drops_padding,
+        )  # fmt: skip
 
     @property
     def terms(self) -> tuple[Encoded, ...]:
@@ -176,7 +205,7 @@ class Negative:
         self, pipe: Any, family: Family, options: Mapping[str, Any], known: Encoding | None
     ) -> Encoding:
         is_named = self.max_sequence_length is not None
-        made = _encode(pipe, family, self.prompts, options, self.keeps_padding, is_named)
+        made = _encode(pipe, family, self.prompts, options, self.drops_padding, is_named)
         if known is not None and made.channels != known.channels:
             # an encoder that only stands in the place of the model's
             return known
@@ -234,7 +263,7 @@ def _parse(negative_prompt: NegativePrompt) -> tuple[Terms, bool]:
         )
     if any(not prompt.strip() for prompt, _ in pairs):
         raise ValueError(
-            "enable_nasa: the negative prompt is empty, so there is nothing to steer away from; "
+            "enable_nasa: the negative prompt is empty, so there is nothing to guide away from; "
             "give a prompt, or set alpha to 0 to switch NASA off"
         )
     if not all(are_pairs):
@@ -255,15 +284,15 @@ def _encode(
     family: Family,
     prompts: Terms,
     options: Mapping[str, Any],
-    keeps_padding: bool,
+    drops_padding: bool,
     length_is_named: bool,
 ) -> Encoding:
     terms = []
     for names, weight in prompts:
-        if keeps_padding:
-            embeds, mask = family.encode(pipe, list(names), **options)
-        else:
+        if drops_padding:
             embeds, mask = family.encode_unpadded(pipe, list(names), length_is_named, **options)
+        else:
+            embeds, mask = family.encode(pipe, list(names), **options)
         mask = None if mask is None else mask.bool()
         _check_embeds(embeds, mask)
         limits = family.token_limits(pipe, embeds.shape[1], **options)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from nasa_diffusers.guidance import Guidance
 from nasa_kernels import backends
-
-if TYPE_CHECKING:
-    from nasa_diffusers.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Report:
     """Counts are those of the last denoiser call; None where none has been made."""
 
     family: str
-    rule: str
+    method: str  # with its settings
     alpha: str
     negatives: tuple[str, ...]  # prompt, its tokens, how many did not fit, its own alpha
     dropped: tuple[int, ...]  # of each negative prompt, the tokens that did not fit
@@ -37,7 +34,8 @@ class Report:
 
     def __str__(self) -> str:
         rows = {
-            "family": f"{self.family}, rule {self.rule}",
+            "family": self.family,
+            "method": self.method,
             "negative": "; ".join(self.negatives),
             "alpha": f"{self.alpha}, {self.steps}",
             "layers": f"{self.layers_guided} of {self.layers} text cross-attention layers guided",
@@ -65,11 +63,11 @@ def _dropped(by_tokenizer: Mapping[str, int]) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def make_report(steerings: list[Steering], problem: str | None = None) -> Report:
+def make_report(guidances: list[Guidance], problem: str | None = None) -> Report:
     """One report for all denoisers of a pipeline; with a problem none of their layers is guided."""
-    first = steerings[0]
+    first = guidances[0]
     settings = first.settings
-    hooks = [hook for steering in steerings for hook in steering.guided_layers.values()]
+    hooks = [hook for guidance in guidances for hook in guidance.guided_layers.values()]
     calls = [hook.last_call for hook in hooks if hook.last_call is not None]
     terms = settings.negative.terms
     negatives = tuple(
@@ -79,12 +77,12 @@ def make_report(steerings: list[Steering], problem: str | None = None) -> Report
     )
     return Report(
         family=first.family.name,
-        rule=settings.rule if settings.nag is None else str(settings.nag),
+        method=str(settings.method),
         alpha=str(settings.alpha),
         negatives=negatives,
         dropped=tuple(max(term.dropped.values(), default=0) for term in terms),
         steps=str(settings.window),
-        layers=sum(len(steering.layers) for steering in steerings),
+        layers=sum(len(guidance.layers) for guidance in guidances),
         layers_guided=0 if problem else len(hooks),
         keys_pos=calls[0].texts[0][1] if calls else None,
         keys_neg=sum(n for _, n, _ in calls[0].texts[1:])

@@ -10,18 +10,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from nasa_diffusers.caller import find_caller
 
-if TYPE_CHECKING:
-    from nasa_diffusers.steering import Steering
-
 DENOISERS = ("unet", "transformer", "transformer_2")
 SHARED = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae.decoder", "image_encoder")
+
+
+class Guided(Protocol):
+    """The hook on a denoiser, as far as it is asked here."""
+
+    denoiser: nn.Module
+    lost: str | None
+
+    @property
+    def pipe(self) -> Any: ...
+
+    @property
+    def is_off(self) -> bool: ...
 
 
 class PipelineWatch:
@@ -29,8 +39,8 @@ class PipelineWatch:
 
     only_watches = True
 
-    def __init__(self, steering: Steering | None = None):
-        self.steering = (lambda: None) if steering is None else weakref.ref(steering)
+    def __init__(self, guidance: Guided | None = None):
+        self.guidance = (lambda: None) if guidance is None else weakref.ref(guidance)
 
     def __reduce__(self):
         # a part may be copied or saved; the copy watches nothing
@@ -44,34 +54,34 @@ class PipelineWatch:
         return [part.register_forward_pre_hook(self) for part in _shared(pipe)]
 
     def __call__(self, part: nn.Module, args: tuple) -> None:
-        steering = self.steering()
-        if torch.compiler.is_compiling() or steering is None or steering.settings.alpha.is_zero:
+        guidance = self.guidance()
+        if torch.compiler.is_compiling() or guidance is None or guidance.is_off:
             return
         caller = find_caller()
         if caller is None:
             return
-        steering.lost = what_runs_instead(steering, caller.pipe)
-        if steering.lost is not None:
+        guidance.lost = what_runs_instead(guidance, caller.pipe)
+        if guidance.lost is not None:
             raise RuntimeError(
-                f"nasa_diffusers: {steering.lost}. Call disable_nasa on the pipeline that NASA was "
+                f"nasa_diffusers: {guidance.lost}. Call disable_nasa on the pipeline that NASA was "
                 "put on, then enable_nasa on this one, or run it without"
             )
 
 
-def what_runs_instead(steering: Steering, pipe: Any) -> str | None:
+def what_runs_instead(guidance: Guided, pipe: Any) -> str | None:
     """A sentence about a denoiser that runs in place of the guided one; None where none does."""
     denoisers = denoisers_of(pipe)
-    own, name = steering.denoiser, type(pipe).__name__
+    own, name = guidance.denoiser, type(pipe).__name__
     if not denoisers or any(denoiser is own for denoiser in denoisers):
         return None
     for denoiser in denoisers:
         is_guided = any(
-            type(hook) is type(steering)
+            type(hook) is type(guidance)
             for hook in getattr(denoiser, "_forward_pre_hooks", {}).values()
         )
         if is_guided:
             continue
-        if pipe is steering.pipe:
+        if pipe is guidance.pipe:
             return (
                 f"NASA was put on the {type(own).__name__} that this {name} had then; it runs "
                 f"another {type(denoiser).__name__} now, which is not guided"

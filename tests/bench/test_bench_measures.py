@@ -326,7 +326,7 @@ def test_methods_that_are_off_are_the_stock_model(name):
         torch.testing.assert_close(denoiser(), stock, rtol=1e-4, atol=1e-5)
     with baselines.nag_published(denoiser.module, denoiser.negative):
         assert (denoiser() - stock).abs().max() > 1e-4
-    # the same prompt on both sides: nothing to steer away from
+    # the same prompt on both sides: nothing to guide away from
     same = denoiser.inputs["encoder_hidden_states"]
     with baselines.nag_published(denoiser.module, same):
         torch.testing.assert_close(denoiser(), stock, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import streams
 import torch
-from nasa_diffusers import testing
+from nasa_diffusers import NAG, NASA, VSF, testing
 
 RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
 SIZE = {"height": 32, "width": 48, "max_sequence_length": 16}
@@ -67,7 +67,12 @@ CASES = {
 }
 # one of each family, where the models of a family cannot differ
 ONE_EACH = ("flux-schnell", "sd3.5-medium")
-NAG = {"method": "nag", "nag_scale": 20.0, "nag_tau": 2.0, "nag_alpha": 0.5}
+STRONG = NAG(scale=20.0, tau=2.0, alpha=0.5)
+
+
+def by_rule(rule, alpha=None):
+    """The method that an oracle's rule stands for."""
+    return VSF(alpha) if rule == "vsf" else NASA(alpha, rule)
 
 
 def gradients(case):

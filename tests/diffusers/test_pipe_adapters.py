@@ -7,7 +7,7 @@ import pytest
 import torch
 from counting import Projections
 from drawing import assert_same_image, negative_embeds, relative_error
-from nasa_diffusers import ip_adapter, nasa, testing
+from nasa_diffusers import NAG, VSF, ip_adapter, nasa, testing
 from oracle import Algorithm1, algorithm_1
 from peft import LoraConfig
 
@@ -132,7 +132,7 @@ def test_lora_scale_of_image_to_image(sd):
                 "a cat", image=torch.zeros(1, 3, 32, 32), strength=1.0, num_inference_steps=1,
                 guidance_scale=0, cross_attention_kwargs=scale,
             )  # fmt: skip
-            labels.append(handle._steerings[0].settings.negative.terms[0].embeds)
+            labels.append(handle._guidances[0].settings.negative.terms[0].embeds)
     expected = sd.encode_prompt("blurry", "cpu", 1, False, lora_scale=0.1)[0]
     assert torch.equal(labels[1], expected) and not torch.equal(*labels)
 
@@ -194,7 +194,7 @@ class WithImages(Algorithm1):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks=None, **kwargs):
         text = encoder_hidden_states[0]
-        steered = super().__call__(attn, hidden_states, text)
+        guided = super().__call__(attn, hidden_states, text)
         scale = self.ip_processor.scale
         outputs = []
         for self.ip_processor.scale in (scale, [0.0] * len(scale)):
@@ -204,7 +204,7 @@ class WithImages(Algorithm1):
                 )
             )
         self.ip_processor.scale = scale
-        return steered + outputs[0] - outputs[1]
+        return guided + outputs[0] - outputs[1]
 
 
 def draw_with_oracle(pipe, draw, alpha, **options):
@@ -276,7 +276,7 @@ def test_images_for_both_halves_of_a_batch_that_is_not_doubled(draw, method, mas
         each.set_ip_adapter_scale(scale)
     if method == "nag":
         # of which this share leaves Z+
-        settings = {"method": "nag", "nag_alpha": 1e-7}
+        settings = {"method": NAG(alpha=1e-7)}
         expected = draw_with_oracle(oracle, draw, 0.0, **options)
     else:
         settings = {"alpha": 0.5}
@@ -296,7 +296,7 @@ SEVERAL = [("blurry", 0.3), ("red", 0.8)]
 
 @pytest.mark.parametrize(
     "options",
-    [{"negatives": SEVERAL}, {"negatives": SEVERAL, "rule": "vsf"}, {"alpha": torch.eye(4) / 2}],
+    [{"negatives": SEVERAL}, {"negatives": SEVERAL, "method": VSF()}, {"alpha": torch.eye(4) / 2}],
     ids=["several", "vsf", "map"],
 )
 def test_an_image_in_the_call_for_the_text_is_one_after_it(sd, draw, request, options):
@@ -496,7 +496,7 @@ def test_ip_adapter_compiled(sd, draw):
 def test_ip_adapter_with_nag(sd, draw):
     """The image terms are added to whatever the method makes of the text."""
     load_ip_adapter(sd)
-    text_only = nasa(sd, "blurry", method="nag")
+    text_only = nasa(sd, "blurry", NAG())
     with text_only:
         sd.set_ip_adapter_scale(0.0)
         off = draw(sd, ip_adapter_image_embeds=[IMAGE])
@@ -504,5 +504,5 @@ def test_ip_adapter_with_nag(sd, draw):
         on = draw(sd, ip_adapter_image_embeds=[IMAGE])
     assert not torch.allclose(on, off)
     fresh = testing.stable_diffusion()
-    with nasa(fresh, "blurry", method="nag"):
+    with nasa(fresh, "blurry", NAG()):
         assert_same_image(off, draw(fresh))

@@ -12,7 +12,7 @@ import pytest
 import streams
 import torch
 from drawing import assert_same_image, denoise, negative_embeds, relative_error
-from nasa_diffusers import disable_nasa, enable_nasa, nasa, rows, testing
+from nasa_diffusers import NASA, VSF, disable_nasa, enable_nasa, nasa, rows, testing
 from oracle import algorithm_1
 from test_pipe_rows import Calls, check_rows, prompt_texts
 
@@ -81,8 +81,8 @@ def test_two_calls_with_the_same_text(name, monkeypatch):
     Calls(pipe.transformer, lambda inputs, out: outputs.append(out.clone()))
     with nasa(pipe, negative_prompt_embeds=TEXT, alpha=0.5):
         pipe(**arguments)
-    steered, stock = outputs
-    assert relative_error(steered, stock) > 1e-4
+    guided, stock = outputs
+    assert relative_error(guided, stock) > 1e-4
 
 
 def test_a_callback_that_rewrites_both_texts():
@@ -128,7 +128,7 @@ def test_a_callback_that_ends_guidance():
     Calls(pipe.unet, lambda inputs, out: seen.append(out.clone()))
     with nasa(pipe, negative_prompt_embeds=TEXT, alpha=0.5) as handle:
         pipe(**arguments | options)
-        guided = [hook.last_call for hook in handle._steerings[0].guided_layers.values()]
+        guided = [hook.last_call for hook in handle._guidances[0].guided_layers.values()]
     assert [len(out) for out in seen] == [2, 1]
     assert all(last.q[0] == 1 for last in guided)
 
@@ -333,7 +333,7 @@ def test_a_new_denoiser_made_from_the_guided_one(sd, draw):
     pipe = every_pipeline.build("StableDiffusionPipeline")
     arguments = every_pipeline.arguments(pipe, ["a cat"], ["bad"], 1.0)
     handle = enable_nasa(pipe, "blurry", alpha=0.5)
-    steered = pipe(**arguments)[0]
+    guided = pipe(**arguments)[0]
     video = diffusers.AnimateDiffPipeline.from_pipe(
         pipe, motion_adapter=every_pipeline.motion_adapter()
     )
@@ -345,7 +345,7 @@ def test_a_new_denoiser_made_from_the_guided_one(sd, draw):
     assert handle.report().layers_guided == 0
     # the first pipeline still is what it was
     again = every_pipeline.arguments(pipe, ["a cat"], ["bad"], 1.0)
-    assert torch.equal(pipe(**again)[0], steered)
+    assert torch.equal(pipe(**again)[0], guided)
     assert handle.report().problem is None
     handle.disable()
     video("a cat", **options)
@@ -422,7 +422,7 @@ def test_reference_images_are_not_guided(rule, alpha):
     expected = case.expected(rule, [(text, tokens, None)], **inputs)
     with (
         torch.no_grad(),
-        nasa(case.pipe, negative_prompt_embeds=text, alpha=alpha, rule=rule, cfg=False),
+        nasa(case.pipe, None, NASA(alpha, rule), negative_prompt_embeds=text, cfg=False),
     ):
         assert_same_image(case(**inputs), expected)
 
@@ -430,7 +430,7 @@ def test_reference_images_are_not_guided(rule, alpha):
 def test_value_sign_flip_cannot_leave_references_out():
     case = joint_cases.flux()
     with (
-        nasa(case.pipe, negative_prompt_embeds=joint_cases.negative(), rule="vsf", cfg=False),
+        nasa(case.pipe, None, VSF(), negative_prompt_embeds=joint_cases.negative(), cfg=False),
         pytest.raises(ValueError, match="reference images beside the image that is made"),
     ):
         case(**kontext_inputs(case))
@@ -442,6 +442,6 @@ def test_nag_leaves_references_out():
     share = torch.cat([torch.full((24,), 0.5), torch.zeros(24)]).view(1, -1, 1, 1)
     expected = case.expected(streams.Nag(20.0, 2.0), [(text, share, None)], **inputs)
     with torch.no_grad(), nasa(
-        case.pipe, negative_prompt_embeds=text, cfg=False, **joint_cases.NAG
+        case.pipe, None, joint_cases.STRONG, negative_prompt_embeds=text, cfg=False
     ):  # fmt: skip
         assert_same_image(case(**inputs), expected)

@@ -140,7 +140,7 @@ def test_reported_bytes_are_those_of_the_tensors(sd, draw):
     handle = enable_nasa(sd, "blurry", alpha=0.5)
     draw(sd)
     # K and V of 77 + 77 tokens, fp32, over the widths of the layers, and the two texts
-    widths = [hook[0].inner_dim for hook in handle._steerings[0].layers.values()]
+    widths = [hook[0].inner_dim for hook in handle._guidances[0].layers.values()]
     expected = 2 * 77 * 4 * (2 * sum(widths) + 32)
     # the values by which to_k and to_v are recognised: of small ones all
     expected += 2 * 4 * 32 * sum(widths)

@@ -198,9 +198,9 @@ def test_skyreels_leaves_the_unconditional_call_alone():
     with nasa(pipe, negative_prompt_embeds=padded(5, seed=2), alpha=0.5):
         draw(pipe, **call, guidance=1.0)
         draw(pipe, **call, **both)
-    _, stock, steered, conditional, unconditional = outputs
+    _, stock, guided, conditional, unconditional = outputs
     assert torch.equal(unconditional, stock)
-    assert torch.equal(conditional, steered)
+    assert torch.equal(conditional, guided)
 
 
 @SUPPORTED
@@ -209,7 +209,7 @@ def test_skyreels_steps_are_those_of_its_matrix():
     pipe, seen = testing.skyreels(), []
     call = {"prompt": None, "prompt_embeds": padded(9), "steps": 4, "guidance": 1.0}
     handle = enable_nasa(pipe, negative_prompt_embeds=padded(5, seed=2), stop=0.5)
-    hook = next(iter(handle._steerings[0].guided_layers.values()))
+    hook = next(iter(handle._guidances[0].guided_layers.values()))
     pipe.transformer.register_forward_hook(lambda *_: seen.append(hook.last_call is not None))
     pipe.transformer.register_forward_hook(lambda *_: setattr(hook, "last_call", None))
     draw(pipe, **call, **VIDEO, **MODES["blocks one after another"])

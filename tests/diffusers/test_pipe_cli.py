@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines.wan import pipeline_wan
-from nasa_diffusers import nasa, testing
+from nasa_diffusers import NAG, VSF, nasa, testing
 from nasa_diffusers.cli import main
 from PIL import Image
 from safetensors.torch import save_file
@@ -60,22 +60,22 @@ def test_sweep_makes_a_grid(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "name"),
+    ("arguments", "method", "name"),
     [
-        (["--rule", "vsf"], {"rule": "vsf", "alpha": 0.5}, "vsf"),
+        (["--method", "vsf"], VSF(0.5), "VSF"),
         (
             ["--method", "nag", "--nag-scale", "8", "--nag-tau", "2"],
-            {"method": "nag", "nag_scale": 8.0, "nag_tau": 2.0, "nag_alpha": 0.5},
-            "nag, scale 8, tau 2",
+            NAG(scale=8.0, tau=2.0, alpha=0.5),
+            "NAG, scale 8, tau 2",
         ),
     ],
     ids=["vsf", "nag"],
 )
-def test_other_methods(checkpoint, tmp_path, capsys, arguments, options, name):
+def test_other_methods(checkpoint, tmp_path, capsys, arguments, method, name):
     assert generate(checkpoint, tmp_path, "--negative", "blurry", "--alpha", "0.5", *arguments) == 0
     assert name in capsys.readouterr().out
     pipe = testing.stable_diffusion()
-    with nasa(pipe, "blurry", **options):
+    with nasa(pipe, "blurry", method):
         call = {"num_inference_steps": 1, "guidance_scale": 0.0}
         expected = pipe("a cat", generator=torch.Generator().manual_seed(0), **call).images[0]
     assert pixels(tmp_path / "seed0-alpha0.5.png") == expected.tobytes()

@@ -272,6 +272,6 @@ def test_weights_that_offloading_brings_with_a_block(draw):
     changes.offload_blocks(pipe.unet)
     with nasa(pipe, "blurry", alpha=0.5) as handle:
         pipe.unet.mid_block.attentions[0].compile(backend="eager")
-        steering = handle._steerings[0]
-        assert steering._is_compiled(None) and not steering._can_prepare({})
+        guidance = handle._guidances[0]
+        assert guidance._is_compiled(None) and not guidance._can_prepare({})
         assert_same_image(draw(pipe), expected)

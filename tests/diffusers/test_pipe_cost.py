@@ -1,9 +1,9 @@
-"""What a steered call costs: FLOPs on the real architectures, launches and copies in a layer."""
+"""What a guided call costs: FLOPs on the real architectures, launches and copies in a layer."""
 
 import pytest
 import torch
 from drawing import draw, negative_embeds
-from nasa_diffusers import enable_nasa, flops, ip_adapter, nasa, testing
+from nasa_diffusers import NAG, VSF, enable_nasa, flops, ip_adapter, nasa, testing
 from nasa_diffusers.families import family_of
 from test_pipe_adapters import IMAGE, load_ip_adapter
 
@@ -130,11 +130,11 @@ def test_an_ip_adapter_is_part_of_the_call(sd, monkeypatch):
 def test_nag_is_five_launches_and_vsf_seven(sd):
     """NAG: Z+, Z-, and its own kernel. VSF: one attention, and what puts its values together."""
     pipe = testing.pixart()
-    with nasa(pipe, "blurry", method="nag", backend="triton"):
+    with nasa(pipe, "blurry", NAG(), backend="triton"):
         names = launches(pipe, pipe.transformer, draw)
     kernels = [name.removeprefix("nasa_kernels::") for name in names[1:-1]]
     assert kernels == ["forward_triton", "forward_triton", "nag_blend_triton"]
-    with nasa(sd, "blurry", rule="vsf", alpha=0.5):
+    with nasa(sd, "blurry", VSF(0.5)):
         names = launches(sd, sd.unet, draw)
     assert sum(name.startswith("nasa_kernels::") for name in names) == 1
     assert len(names) == 7, names

@@ -1,4 +1,4 @@
-"""Same bits where nothing is steered, Algorithm 1 where something is, stock again afterwards."""
+"""Same bits where nothing is guided, Algorithm 1 where something is, stock again afterwards."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_alpha_0_is_stock_bit_for_bit(pipe, draw, steps, guidance):
     stock = draw(pipe, steps=steps, guidance=guidance)
     with nasa(pipe, NEGATIVE, alpha=0) as handle:
         assert torch.equal(draw(pipe, steps=steps, guidance=guidance), stock)
-        # no layer was steered: nothing was computed that stock does not compute
+        # no layer was guided: nothing was computed that stock does not compute
         assert handle.report().attention_flops is None
         assert handle.report().cache_bytes == 0
 
@@ -44,7 +44,7 @@ def test_disable_nasa_finds_the_pipeline(pipe, draw):
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, -0.5])
-def test_steered_call_is_algorithm_1(pipe, alpha):
+def test_guided_call_is_algorithm_1(pipe, alpha):
     """Against fp64, no worse than the eager computation; twice, since their roundings differ."""
     positive, negative = negative_embeds(pipe, "a cat"), negative_embeds(pipe)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_steered_call_is_algorithm_1(pipe, alpha):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_steered_image_is_algorithm_1(pipe, draw, steps):
+def test_guided_image_is_algorithm_1(pipe, draw, steps):
     with algorithm_1(pipe.unet, [(negative_embeds(pipe), None, 0.5)]):
         eager = draw(pipe, steps=steps)
     with nasa(pipe, NEGATIVE, alpha=0.5):
@@ -80,7 +80,7 @@ def test_stable_diffusion_2(draw, steps):
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_only_conditional_rows_are_steered(pipe, draw, images):
+def test_only_conditional_rows_are_guided(pipe, draw, images):
     """Under classifier-free guidance the first half of the batch has alpha 0."""
     rows = torch.tensor([0.0] * images + [0.5] * images).view(-1, 1, 1, 1)
     with algorithm_1(pipe.unet, [(negative_embeds(pipe), None, rows)]):
@@ -91,7 +91,7 @@ def test_only_conditional_rows_are_steered(pipe, draw, images):
 
 
 def test_rows_with_alpha_0_are_stock_when_the_op_runs(pipe, draw):
-    """One image of two is steered, so the op runs for both."""
+    """One image of two is guided, so the op runs for both."""
     prompts = ["a cat", "a dog"]
     stock = draw(pipe, prompts)
     with nasa(pipe, NEGATIVE, alpha=[0, 0.5]):
@@ -101,7 +101,7 @@ def test_rows_with_alpha_0_are_stock_when_the_op_runs(pipe, draw):
 
 
 def test_same_latents_twice_is_not_taken_for_guidance(sd):
-    """Two prompts with one seed: equal halves, and still every row is steered."""
+    """Two prompts with one seed: equal halves, and still every row is guided."""
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     options = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
     stock = sd(["a cat", "a dog"], generator=generators, **options).images

@@ -79,7 +79,7 @@ def test_alpha_0_and_disable_are_stock_bit_for_bit(pipe, draw, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_steered_image_is_algorithm_1(pipe, draw, steps):
+def test_guided_image_is_algorithm_1(pipe, draw, steps):
     with nasa(pipe, "blurry", alpha=0.5):
         ours = draw(pipe, steps=steps)
     with contextlib.ExitStack() as stack:
@@ -96,13 +96,13 @@ def test_guidance_leaves_the_unconditional_half_alone(pipe, draw):
     stock = torch.cat(outputs.take())
     with nasa(pipe, "blurry", alpha=0.5):
         draw(pipe)
-        steered = torch.cat(outputs.take())
+        guided = torch.cat(outputs.take())
         draw(pipe, guidance=5.0)
         ours = torch.cat(outputs.take())
     # Wan calls the conditional rows first, all others batch them last
     first, last = (1, 0) if isinstance(pipe, diffusers.WanPipeline) else (0, 1)
     assert_same_image(ours[first], stock[first])
-    assert_same_image(ours[last], steered[0])
+    assert_same_image(ours[last], guided[0])
     assert not torch.allclose(ours[last], stock[last])
 
 
@@ -215,7 +215,7 @@ def test_region_follows_the_tokens(pipe, draw):
 
 
 def test_sana_sprint_never_doubles_its_batch():
-    """Two prompts with one seed are two rows to steer: its guidance is an input of the model."""
+    """Two prompts with one seed are two rows to guide: its guidance is an input of the model."""
     pipe = testing.sana(sprint=True, qk_norm="rms_norm_across_heads")
 
     def draw(prompts):

@@ -47,10 +47,10 @@ def test_true_guidance_leaves_the_unconditional_call_alone(case, draw):
     with nasa(pipe, "blurry", alpha=0.5, max_sequence_length=8):
         draw(pipe, **SIZE)
         draw(pipe, **SIZE, negative_prompt="red", true_cfg_scale=3.0)
-    conditional, unconditional, alone, steered, left = outputs
+    conditional, unconditional, alone, guided, left = outputs
     assert torch.equal(left, unconditional)
-    assert torch.equal(steered, alone)
-    assert relative_error(steered, conditional) > 1e-3
+    assert torch.equal(guided, alone)
+    assert relative_error(guided, conditional) > 1e-3
 
 
 @torch.no_grad()

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from drawing import assert_same_image, denoise, negative_embeds, relative_error
-from nasa_diffusers import enable_nasa, nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, enable_nasa, nasa, testing
 from oracle import algorithm_1
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_steered_call_is_algorithm_1(pipe, dtype):
+def test_guided_call_is_algorithm_1(pipe, dtype):
     """Against fp64 on the CPU, no worse than the eager computation, and a rounding."""
     positive, negative = negative_embeds(pipe, "a cat"), negative_embeds(pipe)
 
@@ -52,18 +52,18 @@ def test_offloaded_weights(draw, kind, order):
 
 
 METHODS = {
-    "nasa": {"alpha": 0.5},
-    "nag": {"method": "nag", "nag_scale": 5.0, "nag_alpha": 0.5},
-    "vsf": {"rule": "vsf", "alpha": 0.5},
+    "nasa": NASA(0.5),
+    "nag": NAG(scale=5.0, alpha=0.5),
+    "vsf": VSF(0.5),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_that_of_the_cpu(draw, method):
-    with nasa(testing.pixart(), "blurry", **METHODS[method]) as handle:
-        expected = draw(handle._steerings[0].pipe, steps=2)
-    with nasa(testing.pixart().to("cuda"), "blurry", **METHODS[method]) as handle:
-        ours = draw(handle._steerings[0].pipe, steps=2)
+    with nasa(testing.pixart(), "blurry", METHODS[method]) as handle:
+        expected = draw(handle._guidances[0].pipe, steps=2)
+    with nasa(testing.pixart().to("cuda"), "blurry", METHODS[method]) as handle:
+        ours = draw(handle._guidances[0].pipe, steps=2)
     assert relative_error(ours.cpu(), expected) < 1e-3
 
 
@@ -71,7 +71,7 @@ def test_every_method_is_that_of_the_cpu(draw, method):
 def test_cuda_graphs_see_a_new_alpha_and_a_new_prompt(draw, method):
     plain, pipe = testing.stable_diffusion().to("cuda"), testing.stable_diffusion().to("cuda")
     pipe.unet.compile(fullgraph=True, mode="reduce-overhead")
-    handles = [enable_nasa(p, "blurry", **METHODS[method]) for p in (plain, pipe)]
+    handles = [enable_nasa(p, "blurry", METHODS[method]) for p in (plain, pipe)]
     calls = [(0.5, "a cat", "blurry"), (0.1, "a dog", "blurry"), (0.9, "a dog", "red")]
     for alpha, prompt, negative in calls:
         for handle in handles:

@@ -220,7 +220,7 @@ def test_cache_and_layers_left_out(draw, cached):
     with nasa(pipe, alpha=0.5, **options) as handle:
         ours = run(pipe, draw)
         assert relative_error(ours, stock) > 1e-4
-        assert [n for n, (_, h) in handle._steerings[0].layers.items() if h.last_call is None] == []
+        assert [n for n, (_, h) in handle._guidances[0].layers.items() if h.last_call is None] == []
 
 
 @pytest.mark.parametrize("ours_first", [True, False], ids=["nasa first", "cache first"])

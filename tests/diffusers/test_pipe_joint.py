@@ -1,14 +1,15 @@
 """What FLUX.1 and SD3 have in common: a call, and a pipeline, is two full text streams."""
 
 import contextlib
+from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from drawing import assert_same_image, relative_error
-from joint_cases import CASES, NAG, RULES, SIZE, gradients, negative
-from nasa_diffusers import enable_nasa, nasa
+from joint_cases import CASES, RULES, SIZE, STRONG, by_rule, gradients, negative
+from nasa_diffusers import NAG, NASA, enable_nasa, nasa
 from packaging.version import Version
 from streams import Nag
 
@@ -50,7 +51,7 @@ def test_the_oracle_without_negatives_is_stock(case):
 def test_a_call_is_two_full_text_streams(case, rule, tokens):
     """With a negative prompt shorter than the positive one, as long, and longer."""
     text = negative(tokens)
-    with nasa(case.pipe, negative_prompt_embeds=text, alpha=0.5, rule=rule, cfg=False):
+    with nasa(case.pipe, method=by_rule(rule, 0.5), negative_prompt_embeds=text, cfg=False):
         ours = case()
     assert relative_error(ours, case()) > 1e-3
     assert_same_image(ours, case.expected(rule, [(text, 0.5, None)]))
@@ -61,7 +62,9 @@ def test_a_call_is_two_full_text_streams(case, rule, tokens):
 def test_the_op_run_at_alpha_0_is_stock(case, rule):
     """Value sign flip is not: its softmax counts the negative keys whatever alpha is."""
     stock, forced = case(), torch.zeros((), requires_grad=True)
-    with nasa(case.pipe, negative_prompt_embeds=negative(), alpha=forced, rule=rule, cfg=False):
+    with nasa(
+        case.pipe, method=by_rule(rule, forced), negative_prompt_embeds=negative(), cfg=False
+    ):
         assert_same_image(case(), stock)
 
 
@@ -71,7 +74,7 @@ def test_masked_negative(one_each, rule):
     case, text = one_each, negative()
     mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1, 1]])
     options = {"negative_prompt_embeds": text, "negative_prompt_attention_mask": mask}
-    with nasa(case.pipe, **options, alpha=0.5, rule=rule, cfg=False):
+    with nasa(case.pipe, method=by_rule(rule, 0.5), **options, cfg=False):
         expected = case.expected(rule, [(text, 0.5, mask.bool().expand(2, -1))])
         assert_same_image(case(), expected)
 
@@ -80,7 +83,7 @@ def test_masked_negative(one_each, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_several_negatives_take_what_each_would_take_alone(one_each, rule):
     case, prompts = one_each, [("blurry", 0.3), ("red, and fur", -0.2)]
-    with nasa(case.pipe, prompts, rule=rule, cfg=False, max_sequence_length=8):
+    with nasa(case.pipe, prompts, by_rule(rule), cfg=False, max_sequence_length=8):
         ours = case()
     negatives = [(embeds(case, prompt), alpha, None) for prompt, alpha in prompts]
     assert_same_image(ours, case.expected(rule, negatives))
@@ -90,8 +93,8 @@ def test_several_negatives_take_what_each_would_take_alone(one_each, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_one_alpha_per_image(one_each, rule):
     case, text = one_each, negative()
-    stock, options = case(), {"negative_prompt_embeds": text, "cfg": False, "rule": rule}
-    with nasa(case.pipe, **options, alpha=[0.0, 0.5]):
+    stock, options = case(), {"negative_prompt_embeds": text, "cfg": False}
+    with nasa(case.pipe, method=by_rule(rule, [0.0, 0.5]), **options):
         ours = case()
     assert_same_image(ours[:1], stock[:1])
     assert_same_image(ours[1:], case.expected(rule, [(text, 0.5, None)])[1:])
@@ -100,15 +103,15 @@ def test_one_alpha_per_image(one_each, rule):
 @torch.no_grad()
 @pytest.mark.parametrize("rule", [*RULES, "nag"])
 def test_a_map_over_the_image(one_each, rule):
-    """Its values pooled to the 4 x 6 tokens; where it is 0 the image is not steered."""
+    """Its values pooled to the 4 x 6 tokens; where it is 0 the image is not guided."""
     case, text = one_each, negative()
     region = torch.rand(9, 12, generator=torch.Generator().manual_seed(5))
     region[:, 6:] = 0
     tokens = F.adaptive_avg_pool2d(region[None, None], (4, 6)).view(1, -1, 1, 1)
-    options = {"rule": rule, "alpha": region}
-    if rule == "nag":
-        rule, options = PUBLISHED, NAG | {"nag_alpha": region}
-    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **options) as handle:
+    method = replace(STRONG, alpha=region) if rule == "nag" else by_rule(rule, region)
+    rule = PUBLISHED if rule == "nag" else rule
+    options = {"negative_prompt_embeds": text, "cfg": False}
+    with nasa(case.pipe, method=method, **options) as handle:
         assert_same_image(case(), case.expected(rule, [(text, tokens, None)]))
         handle.alpha = torch.full((16, 24), 0.5)
         assert_same_image(case(), case.expected(rule, [(text, 0.5, None)]))
@@ -119,8 +122,8 @@ def test_equal_prompts_cancel_in_the_text_streams(one_each):
     """With rule "nasa" and alpha 1 nothing is left of an image query's attention: Z+ - Z+."""
     case, text = one_each, negative(7)
     inputs = {"encoder_hidden_states": text.expand(2, -1, -1)}
-    options = {"negative_prompt_embeds": text, "cfg": False, "rule": "nasa"}
-    with nasa(case.pipe, **options, alpha=1.0):
+    options = {"negative_prompt_embeds": text, "cfg": False}
+    with nasa(case.pipe, method=NASA(1.0, "nasa"), **options):
         ours = case(**inputs)
     assert_same_image(ours, case.expected("nasa", [(text, 1.0, None)], **inputs))
 
@@ -150,9 +153,11 @@ def test_half_precision(one_each):
 def test_nag_is_its_published_formula(case, tokens, backend):
     """The published code's two image streams are one: both leave a block as the same tokens."""
     text = negative(tokens)
-    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, backend=backend, **NAG) as handle:
+    with nasa(
+        case.pipe, None, STRONG, negative_prompt_embeds=text, cfg=False, backend=backend
+    ) as handle:
         ours = case()
-        assert handle.report().rule == "nag, scale 20, tau 2"
+        assert handle.report().method == "NAG, scale 20, tau 2"
     plain = case.expected(PUBLISHED, [(text, 0.5, None)])
     assert_same_image(ours, plain)
     # the clip did something
@@ -165,7 +170,7 @@ def test_nag_with_a_mask_and_a_share_per_image(one_each):
     mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1, 1]])
     stock = case()
     options = {"negative_prompt_embeds": text, "negative_prompt_attention_mask": mask}
-    with nasa(case.pipe, **options, cfg=False, **NAG | {"nag_alpha": [0.0, 0.5]}):
+    with nasa(case.pipe, method=replace(STRONG, alpha=[0.0, 0.5]), **options, cfg=False):
         ours = case()
     assert_same_image(ours[:1], stock[:1])
     expected = case.expected(PUBLISHED, [(text, 0.5, mask.bool().expand(2, -1))])
@@ -175,7 +180,7 @@ def test_nag_with_a_mask_and_a_share_per_image(one_each):
 def test_nag_in_a_pipeline(one_each, draw):
     case, pipe = one_each, one_each.pipe
     stock = draw(pipe, steps=4, **SIZE)
-    with nasa(pipe, "blurry", **NAG, max_sequence_length=8) as handle:
+    with nasa(pipe, "blurry", STRONG, max_sequence_length=8) as handle:
         ours = draw(pipe, steps=4, **SIZE)
         handle.alpha = 0
         assert torch.equal(draw(pipe, steps=4, **SIZE), stock)
@@ -189,10 +194,11 @@ def test_nag_in_a_pipeline(one_each, draw):
 def test_nag_with_the_norm_of_its_flux_code(one_each):
     """Published for FLUX with the root of the sum of squares; everything else is the same."""
     case, text = one_each, negative()
-    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **NAG, nag_norm=2) as handle:
+    norm_2 = replace(STRONG, norm=2)
+    with nasa(case.pipe, None, norm_2, negative_prompt_embeds=text, cfg=False) as handle:
         ours = case()
-        assert "nag, scale 20, tau 2, norm 2" in str(handle.report())
-        handle.set_nag(nag_norm=1)
+        assert "NAG, scale 20, tau 2, norm 2" in str(handle.report())
+        handle.method = STRONG
         assert relative_error(ours, case()) > 1e-4
     published = PUBLISHED._replace(p=2)
     assert_same_image(ours, case.expected(published, [(text, 0.5, None)]))
@@ -201,7 +207,7 @@ def test_nag_with_the_norm_of_its_flux_code(one_each):
 def test_nag_leaves_out_layers_and_has_gradients(one_each):
     case, text = one_each, negative()
     case.model.requires_grad_(True)
-    with nasa(case.pipe, negative_prompt_embeds=text, cfg=False, **NAG):
+    with nasa(case.pipe, None, STRONG, negative_prompt_embeds=text, cfg=False):
         ours = gradients(case)
     case.expected(PUBLISHED, [(text, 0.5, None)]).square().mean().backward()
     for name, p in case.model.named_parameters():
@@ -210,16 +216,15 @@ def test_nag_leaves_out_layers_and_has_gradients(one_each):
     with torch.no_grad():
         stock = case()
         options = {"negative_prompt_embeds": text, "layers": "transformer_blocks.0.attn"}
-        with nasa(case.pipe, cfg=False, **options, **NAG):
+        with nasa(case.pipe, method=STRONG, cfg=False, **options):
             assert relative_error(case(), stock) > 1e-4
 
 
 def test_defaults_of_nag(one_each):
     """The NAG paper's, its scale counted 1 more."""
     share = 0.25 if isinstance(one_each.pipe, diffusers.FluxPipeline) else 0.125
-    handle = enable_nasa(one_each.pipe, negative_prompt_embeds=negative(), method="nag")
-    nag = handle._steerings[0].settings.nag
-    assert (nag.scale, nag.tau, handle.alpha) == (5.0, 2.5, share)
+    handle = enable_nasa(one_each.pipe, method=NAG(), negative_prompt_embeds=negative())
+    assert handle.method == NAG(5.0, 2.5, share, norm=1)
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -227,10 +232,10 @@ def test_defaults_of_nag(one_each):
 
 @torch.no_grad()
 def test_layers_that_are_not_guided_carry_the_negative(one_each):
-    """Only the last layer is steered; the negative prompt reaches it through all the others."""
+    """Only the last layer is guided; the negative prompt reaches it through all the others."""
     case = one_each
     handle = enable_nasa(case.pipe, negative_prompt_embeds=negative(), alpha=0.5, cfg=False)
-    everything, last = case(), list(handle._steerings[0].layers)[-1]
+    everything, last = case(), list(handle._guidances[0].layers)[-1]
     handle.disable()
     stock = case()
     with nasa(
@@ -246,11 +251,11 @@ def test_negatives_end_after_the_last_guided_layer(one_each):
     case, seen = one_each, []
     options = {"negative_prompt_embeds": negative(), "alpha": 0.5, "cfg": False}
     with nasa(case.pipe, **options, layers="transformer_blocks.0.attn") as handle:
-        for _, (attn, _) in handle._steerings[0].layers.items():
+        for _, (attn, _) in handle._guidances[0].layers.items():
             attn.to_k.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
-        steered = case()
-        texts = [h.last_call for _, h in handle._steerings[0].layers.values()]
-    assert relative_error(steered, case()) > 1e-4
+        guided = case()
+        texts = [h.last_call for _, h in handle._guidances[0].layers.values()]
+    assert relative_error(guided, case()) > 1e-4
     # no later layer was told of a negative prompt
     assert [call is not None for call in texts] == [True] + [False] * (len(texts) - 1)
 
@@ -274,7 +279,7 @@ def test_alpha_0_and_disable_are_stock_bit_for_bit(case, draw, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_steered_image_is_two_full_text_streams(case, draw, steps):
+def test_guided_image_is_two_full_text_streams(case, draw, steps):
     with nasa(case.pipe, "blurry", alpha=0.5, max_sequence_length=8):
         ours = draw(case.pipe, steps=steps, **SIZE)
     with two_streams(case, "nasa-cross", [(embeds(case, "blurry"), 0.5, None)]):
@@ -302,15 +307,15 @@ def test_default_rule_alpha_and_report(one_each, draw):
     with nasa(one_each.pipe, "blurry", max_sequence_length=8) as handle:
         draw(one_each.pipe, **SIZE)
         report = handle.report()
-        assert (handle.alpha, report.rule) == (0.25, "nasa-cross")
-        assert report.layers_guided == report.layers == len(handle._steerings[0].layers)
+        assert (handle.method, report.method) == (NASA(0.25, "nasa-cross"), "NASA, rule nasa-cross")
+        assert report.layers_guided == report.layers == len(handle._guidances[0].layers)
         assert report.attention_flops > 0 == report.projection_flops
 
 
 def test_window(one_each, draw):
     pipe, calls = one_each.pipe, []
     with nasa(pipe, "blurry", alpha=0.5, stop=1, max_sequence_length=8) as handle:
-        hook = next(iter(handle._steerings[0].guided_layers.values()))
+        hook = next(iter(handle._guidances[0].guided_layers.values()))
         pipe.transformer.register_forward_hook(lambda *_: calls.append(hook.last_call is not None))
         pipe.transformer.register_forward_hook(lambda *_: setattr(hook, "last_call", None))
         draw(pipe, steps=2, **SIZE)
@@ -323,11 +328,8 @@ def test_window(one_each, draw):
 def test_settings_that_cannot_be(one_each):
     pipe = one_each.pipe
     for options, message in [
-        ({"rule": "nasa-image"}, "rule must be one of 'nasa-cross', 'nasa-text', 'nasa', 'vsf'"),
         ({"alpha": float("nan")}, "alpha must be a finite number"),
         ({"alpha": "strong"}, "alpha must be a finite number"),
-        ({"method": "nag", "alpha": 0.5}, "method='nag' takes nag_alpha"),
-        ({"method": "nag", "rule": "nasa"}, "rule='nasa' goes with method='nasa'"),
         ({"layers": "down_blocks.*"}, "matches none of the"),
     ]:
         with pytest.raises(ValueError, match=message):

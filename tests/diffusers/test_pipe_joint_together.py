@@ -9,8 +9,8 @@ import pytest
 import torch
 from changes import cast_to_fp8, offload_blocks, offload_leaves, offload_sequentially
 from drawing import assert_same_image, relative_error
-from joint_cases import CASES, NAG, ONE_EACH, SIZE, gradients, negative
-from nasa_diffusers import enable_nasa, flops, nasa, testing
+from joint_cases import CASES, ONE_EACH, SIZE, STRONG, gradients, negative
+from nasa_diffusers import NAG, enable_nasa, flops, nasa, testing
 from peft import LoraConfig
 
 from nasa_kernels import ops
@@ -140,9 +140,9 @@ def test_flops_of_the_real_architectures(name, share, monkeypatch):
     assert counted.first == counted.later
     assert 0.97 * share < counted.added_first < share
     # Z+ and Z- are one operator, and elsewhere two attentions of the image, and nothing else
-    assert flops.count(name, method="nag").first == counted.first
+    assert flops.count(name, NAG()).first == counted.first
     monkeypatch.setattr(ops, "JOINT_PAIR", {})
-    in_two = flops.count(name, method="nag")
+    in_two = flops.count(name, NAG())
     config = flops.MODELS[name].config
     if name.startswith("FLUX"):
         layers, width = 19 + 38, 24 * 128
@@ -153,7 +153,7 @@ def test_flops_of_the_real_architectures(name, share, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"method": "nag"}], ids=["nasa", "nag"])
+@pytest.mark.parametrize("options", [{}, {"method": NAG()}], ids=["nasa", "nag"])
 def test_report_counts_what_the_counter_counts(one_each, options):
     case = one_each
     case.model.to("meta")
@@ -190,7 +190,7 @@ def fresh_compiler():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"alpha": 0.5}, NAG], ids=["nasa", "nag"])
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"method": STRONG}], ids=["nasa", "nag"])
 def test_compiled_whole(one_each, fresh_compiler, options):
     case = one_each
     stock = case()

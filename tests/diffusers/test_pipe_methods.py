@@ -1,12 +1,13 @@
 """NAG and value sign flip on every family, against plain eager processors of their formulas."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from drawing import assert_same_image, draw, negative_embeds, relative_error
-from nasa_diffusers import enable_nasa, nasa, testing
+from nasa_diffusers import NAG, VSF, enable_nasa, nasa, testing
 from oracle import Algorithm1, installed, published_nag
 
 FAMILIES = {
@@ -43,7 +44,9 @@ class PlainNag(Algorithm1):
 
 
 class PlainFlip(PlainNag):
-    """One softmax over both prompts' keys, the negative values times -alpha; `rows` [b] steered."""
+    """One softmax over both prompts' keys, the negative values times -alpha.
+
+    `guided` `[b]` are the rows that see the negative keys."""
 
     def __init__(self, text, mask, alpha, guided=None):
         self.text, self.mask, self.alpha, self.guided = text, mask, alpha, guided
@@ -105,7 +108,7 @@ def negative(name):
     return torch.randn(1, 9, CHANNELS.get(name, 32), generator=generator)
 
 
-SETTINGS = {"nag_scale": 20.0, "nag_tau": 2.0, "nag_alpha": 0.5}
+STRONG = NAG(scale=20.0, tau=2.0, alpha=0.5)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ SETTINGS = {"nag_scale": 20.0, "nag_tau": 2.0, "nag_alpha": 0.5}
 def test_nag_is_its_published_formula(family, backend):
     pipe, text = FAMILIES[family](), negative(family)
     steps = 1 if backend else 4
-    with nasa(pipe, negative_prompt_embeds=text, method="nag", backend=backend, **SETTINGS):
+    with nasa(pipe, method=STRONG, negative_prompt_embeds=text, backend=backend):
         ours = draw(pipe, steps=steps, **prompts(family))
     with everywhere(pipe, lambda m: PlainNag(projected(m, text), None, 20.0, 2.0, 0.5)):
         plain = draw(pipe, steps=steps, **prompts(family))
@@ -128,8 +131,8 @@ def test_nag_is_its_published_formula(family, backend):
 @pytest.mark.parametrize(("family", "backend"), [("sd", None), ("sd", "triton")])
 def test_nag_with_the_norm_of_its_flux_code(family, backend):
     pipe, text = FAMILIES[family](), negative(family)
-    options = {"negative_prompt_embeds": text, "method": "nag", "backend": backend, **SETTINGS}
-    with nasa(pipe, **options, nag_norm=2):
+    options = {"negative_prompt_embeds": text, "backend": backend}
+    with nasa(pipe, method=replace(STRONG, norm=2), **options):
         ours = draw(pipe, **prompts(family))
     with everywhere(pipe, lambda m: PlainNag(projected(m, text), None, 20.0, 2.0, 0.5, p=2)):
         assert_same_image(ours, draw(pipe, **prompts(family)))
@@ -140,9 +143,9 @@ def test_vsf_is_its_published_formula(family):
     pipe, text = FAMILIES[family](), negative(family)
     mask = torch.tensor([[1] * 6 + [0] * 3]).bool()
     options = {"negative_prompt_embeds": text, "negative_prompt_attention_mask": mask}
-    with nasa(pipe, **options, rule="vsf", alpha=1.5) as handle:
+    with nasa(pipe, method=VSF(1.5), **options) as handle:
         ours = draw(pipe, steps=4, **prompts(family))
-        assert handle.report().rule == "vsf"
+        assert handle.report().method == "VSF"
     with everywhere(pipe, lambda m: PlainFlip(projected(m, text), mask, 1.5)):
         assert_same_image(ours, draw(pipe, steps=4, **prompts(family)))
     assert relative_error(ours, draw(pipe, steps=4, **prompts(family))) > 1e-3
@@ -153,11 +156,11 @@ def test_only_conditional_rows(sd):
     hides its keys."""
     text = negative_embeds(sd)
     share = torch.tensor([0.0, 0.5]).view(2, 1, 1)
-    with nasa(sd, "blurry", method="nag", **SETTINGS):
+    with nasa(sd, "blurry", STRONG):
         ours = draw(sd, guidance=5.0)
     with everywhere(sd, lambda m: PlainNag(text, None, 20.0, 2.0, share)):
         assert_same_image(ours, draw(sd, guidance=5.0))
-    with nasa(sd, "blurry", rule="vsf", alpha=0.5):
+    with nasa(sd, "blurry", VSF(0.5)):
         ours = draw(sd, guidance=5.0)
     guided = torch.tensor([False, True])
     with everywhere(sd, lambda m: PlainFlip(text, None, 0.5, guided)):
@@ -168,15 +171,15 @@ def test_alpha_per_image(sd):
     """0 for one of two images: that one is stock, whatever the method."""
     both = ["a cat", "a dog"]
     stock = draw(sd, both)
-    for options in ({"method": "nag", "nag_alpha": [0, 0.5]}, {"rule": "vsf", "alpha": [0, 0.5]}):
-        with nasa(sd, "blurry", **options):
+    for method in (NAG(alpha=[0, 0.5]), VSF([0, 0.5])):
+        with nasa(sd, "blurry", method):
             ours = draw(sd, both)
         assert_same_image(ours[0], stock[0])
         assert not torch.allclose(ours[1], stock[1])
 
 
 def test_a_map_of_the_share(sd):
-    with nasa(sd, "blurry", method="nag", **SETTINGS) as handle:
+    with nasa(sd, "blurry", STRONG) as handle:
         whole = draw(sd)
         handle.alpha = torch.full((16, 16), 0.5)
         assert_same_image(draw(sd), whole)
@@ -187,7 +190,7 @@ def test_a_map_of_the_share(sd):
 def test_several_prompts_in_one_softmax(sd):
     """VSF of two negative prompts is that of both side by side, each with its alpha."""
     first, second = negative_embeds(sd, "blurry"), negative_embeds(sd, "red")
-    with nasa(sd, [("blurry", 0.3), ("red", 0.8)], rule="vsf"):
+    with nasa(sd, [("blurry", 0.3), ("red", 0.8)], VSF()):
         ours = draw(sd)
     alphas = torch.cat([torch.full((77, 1), 0.3), torch.full((77, 1), 0.8)])
     text = torch.cat([first, second], dim=1)
@@ -195,88 +198,50 @@ def test_several_prompts_in_one_softmax(sd):
         assert_same_image(ours, draw(sd))
 
 
-@pytest.mark.parametrize(
-    "options", [{"method": "nag", **SETTINGS}, {"rule": "vsf", "alpha": 0.5}], ids=["nag", "vsf"]
-)
-def test_off_is_stock_and_settings_change_between_calls(sd, options):
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5)], ids=str)
+def test_off_is_stock_and_on_again_is_the_same(sd, method):
     stock = draw(sd, guidance=5.0)
-    handle = enable_nasa(sd, "blurry", **options)
+    handle = enable_nasa(sd, "blurry", method)
     first = draw(sd, guidance=5.0)
     handle.alpha = 0
     assert torch.equal(draw(sd, guidance=5.0), stock)
     handle.alpha = 0.5
     assert torch.equal(draw(sd, guidance=5.0), first)
-    if "method" in options:
-        handle.set_nag(nag_scale=8.0, nag_tau=1.0)
-        assert "nag, scale 8, tau 1" in str(handle.report())
-        assert not torch.allclose(draw(sd, guidance=5.0), first)
     handle.disable()
     assert torch.equal(draw(sd, guidance=5.0), stock)
 
 
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [("sd", (3.0, 2.5, 0.375)), ("sdxl", (3.0, 2.5, 0.5)), ("pixart", (5.0, 2.5, 0.375))],
-)
-def test_defaults_of_nag(family, expected):
-    handle = enable_nasa(FAMILIES[family](), negative_prompt_embeds=negative(family), method="nag")
-    nag = handle._steerings[0].settings.nag
-    assert (nag.scale, nag.tau, handle.alpha) == expected
-    handle.set_negative_prompt(negative_prompt_embeds=2 * negative(family))
-    assert handle.alpha == expected[2]
+# ---- what it says --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "cfg"}, "method must be 'nasa' or 'nag', got 'cfg'"),
-        ({"rule": "nasa-text"}, "rule must be one of 'nasa', 'vsf' for Stable Diffusion"),
-        ({"nag_scale": 3.0}, "nag_scale goes with method='nag'"),
-        ({"nag_alpha": 0.5}, "nag_alpha goes with method='nag'"),
-        ({"method": "nag", "alpha": 0.5}, "method='nag' takes nag_alpha"),
-        ({"method": "nag", "rule": "vsf"}, "rule='vsf' goes with method='nasa'"),
-        ({"method": "nag", "nag_scale": 1}, "1 more than the paper's scale"),
-        ({"method": "nag", "nag_scale": "3"}, "nag_scale must be a finite number"),
-        ({"method": "nag", "nag_tau": 0}, "nag_tau must be above 0"),
-        ({"method": "nag", "nag_alpha": "half"}, "must be a finite number"),
-        ({"rule": "vsf", "alpha": torch.ones(4, 4)}, "alpha cannot be a map over the image"),
-    ],
-    ids=str,
-)
-def test_refusals(sd, options, message):
-    with pytest.raises(ValueError, match="enable_nasa:") as error:
-        enable_nasa(sd, "blurry", **options)
-    assert message in str(error.value)
-    stock = draw(sd)
-    assert torch.equal(draw(sd), stock)
+def test_vsf_refuses_a_map(sd):
+    for refused in (
+        lambda: enable_nasa(sd, "blurry", VSF(torch.ones(4, 4))),
+        lambda: setattr(enable_nasa(sd, "blurry", VSF()), "alpha", torch.ones(4, 4)),
+    ):
+        with pytest.raises(ValueError, match="VSF: .*cannot be a map"):
+            refused()
 
 
-def test_refusals_after_it_is_on(sd):
-    handle = enable_nasa(sd, "blurry", method="nag")
-    with pytest.raises(ValueError, match="takes one negative prompt"):
-        handle.set_negative_prompt([("blurry", 0.3), ("red", 0.8)])
-    with pytest.raises(ValueError, match="1 more than the paper's"):
-        handle.set_nag(nag_scale=1.0)
+def test_nag_refuses_several_prompts(sd):
+    several = [("blurry", 0.3), ("red", 0.8)]
+    with pytest.raises(ValueError, match="NAG: it takes one negative prompt"):
+        enable_nasa(sd, several, NAG())
+    handle = enable_nasa(sd, "blurry", NAG())
     before = draw(sd)
-    handle.disable()
-    handle = enable_nasa(sd, "blurry", rule="vsf")
-    with pytest.raises(ValueError, match="cannot be a map"):
-        handle.alpha = torch.ones(4, 4)
-    with pytest.raises(ValueError, match="NAG is not on"):
-        handle.set_nag(nag_scale=2.0)
-    assert not torch.allclose(draw(sd), before)
+    with pytest.raises(ValueError, match="NAG: it takes one negative prompt"):
+        handle.set_negative_prompt(several)
+    assert torch.equal(draw(sd), before)
 
 
-@pytest.mark.parametrize(
-    "options", [{"method": "nag", **SETTINGS}, {"rule": "vsf", "alpha": 0.5}], ids=["nag", "vsf"]
-)
-def test_compiled(options):
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5)], ids=str)
+def test_compiled(method):
     """Alpha and the prompts are data here too."""
     torch._dynamo.reset()
     plain, pipe = testing.pixart(), testing.pixart()
     pipe.transformer.compile(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        handles = [enable_nasa(each, "blurry", **options) for each in (plain, pipe)]
+        handles = [enable_nasa(each, "blurry", method) for each in (plain, pipe)]
         for alpha in (0.5, 0.25):
             for handle in handles:
                 handle.alpha = alpha

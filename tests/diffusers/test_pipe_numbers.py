@@ -1,10 +1,11 @@
 """Every number that people give may be Python's, NumPy's, or a tensor without dimensions."""
 
+import nasa_diffusers
 import numpy as np
 import pytest
 import torch
 from drawing import draw
-from nasa_diffusers import enable_nasa, nasa, testing
+from nasa_diffusers import NAG, enable_nasa, nasa, testing
 
 FLOATS = {
     "float32": np.float32,
@@ -16,22 +17,32 @@ FLOATS = {
 INTEGERS = {"int64": np.int64, "int32": np.int32, "array": np.array, "torch": torch.tensor}
 # of each argument, a value exact in every dtype, for steps and lengths a whole one
 FRACTIONS = [
-    {"alpha": 0.5},
-    {"start": 0.5},
-    {"stop": 0.5},
-    {"method": "nag", "nag_scale": 3.5},
-    {"method": "nag", "nag_tau": 1.5},
-    {"method": "nag", "nag_alpha": 0.5},
+    ("alpha", 0.5),
+    ("start", 0.5),
+    ("stop", 0.5),
+    ("NASA.alpha", 0.5),
+    ("VSF.alpha", 0.5),
+    ("NAG.scale", 3.5),
+    ("NAG.tau", 1.5),
+    ("NAG.alpha", 0.5),
 ]
 WHOLE = [
-    {"alpha": 1},
-    {"start": 1},
-    {"stop": 1},
-    {"method": "nag", "nag_scale": 3},
-    {"method": "nag", "nag_tau": 2},
-    {"method": "nag", "nag_norm": 2},
-    {"method": "nag", "nag_alpha": 1},
+    ("alpha", 1),
+    ("start", 1),
+    ("stop", 1),
+    ("NAG.scale", 3),
+    ("NAG.tau", 2),
+    ("NAG.norm", 2),
+    ("NAG.alpha", 1),
 ]
+
+
+def options(name, value):
+    """What `enable_nasa` takes, for an argument of it or of a method."""
+    method, _, argument = name.rpartition(".")
+    if not method:
+        return {argument: value}
+    return {"method": getattr(nasa_diffusers, method)(**{argument: value})}
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +55,18 @@ def image(pipe, prompt="blurry", **options):
         return draw(pipe, steps=2)
 
 
-def typed(options, kind):
-    return {name: x if isinstance(x, str) else kind(x) for name, x in options.items()}
-
-
 @pytest.mark.parametrize("kind", FLOATS)
-@pytest.mark.parametrize("options", FRACTIONS, ids=str)
-def test_fractions(pipe, options, kind):
-    assert torch.equal(image(pipe, **typed(options, FLOATS[kind])), image(pipe, **options))
+@pytest.mark.parametrize(("name", "value"), FRACTIONS)
+def test_fractions(pipe, name, value, kind):
+    typed = image(pipe, **options(name, FLOATS[kind](value)))
+    assert torch.equal(typed, image(pipe, **options(name, value)))
 
 
 @pytest.mark.parametrize("kind", INTEGERS)
-@pytest.mark.parametrize("options", WHOLE, ids=str)
-def test_whole_numbers(pipe, options, kind):
-    assert torch.equal(image(pipe, **typed(options, INTEGERS[kind])), image(pipe, **options))
+@pytest.mark.parametrize(("name", "value"), WHOLE)
+def test_whole_numbers(pipe, name, value, kind):
+    typed = image(pipe, **options(name, INTEGERS[kind](value)))
+    assert torch.equal(typed, image(pipe, **options(name, value)))
 
 
 @pytest.mark.parametrize("kind", FLOATS)
@@ -98,10 +107,9 @@ def test_lengths_and_limits(kind):
 
 @pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True)], ids=["bool", "np", "torch"])
 def test_true_is_no_number(pipe, wrong):
-    for options in (*WHOLE, *FRACTIONS):
-        (name,) = [name for name in options if name != "method"]
-        with pytest.raises(ValueError, match="enable_nasa: "):
-            enable_nasa(pipe, "blurry", **{**options, name: wrong})
+    for name, _ in (*WHOLE, *FRACTIONS):
+        with pytest.raises(ValueError, match="(enable_nasa|NASA|NAG|VSF): "):
+            enable_nasa(pipe, "blurry", **options(name, wrong))
     with pytest.raises(ValueError, match="alpha of a negative prompt must be a finite number"):
         enable_nasa(pipe, [("blurry", wrong)])
     with pytest.raises(ValueError, match="max_sequence_length must be a number of tokens"):
@@ -113,5 +121,5 @@ def test_true_is_no_number(pipe, wrong):
 def test_a_number_that_learns_keeps_its_gradient():
     """As alpha it does; where there is none to give it is refused."""
     scale = torch.tensor(3.0, requires_grad=True)
-    with pytest.raises(ValueError, match="nag_scale must be a finite number"):
-        enable_nasa(testing.stable_diffusion(), "blurry", method="nag", nag_scale=scale)
+    with pytest.raises(ValueError, match="NAG: scale must be a finite number"):
+        NAG(scale=scale)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan
 from drawing import assert_same_image, draw, relative_error
-from nasa_diffusers import enable_nasa, flops, nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, enable_nasa, flops, nasa, testing
 from nasa_diffusers.cache import Prompts, distinct_tokens
 from oracle import algorithm_1
 
@@ -104,7 +104,7 @@ def test_a_string_is_folded_and_the_report_says_so(monkeypatch):
         # letters, the end of the text, and one key for all padding
         assert layer_keys(handle) == (10, 8)
         # guided for the transformer's 2 layers: 4 b h l n d
-        b, queries, h, d = next(iter(handle._steerings[0].guided_layers.values())).last_call.q
+        b, queries, h, d = next(iter(handle._guidances[0].guided_layers.values())).last_call.q
         assert handle.report().attention_flops == 2 * 4 * b * h * queries * d * 8
 
 
@@ -152,7 +152,7 @@ def test_gradients_see_all_tokens():
 def test_compiled_and_with_every_method(method):
     """Prompts of other lengths are data: folded lengths do not recompile."""
     torch._dynamo.reset()
-    options = {"nasa": {}, "nag": {"method": "nag"}, "vsf": {"rule": "vsf"}}[method]
+    options = {"method": {"nasa": NASA(), "nag": NAG(), "vsf": VSF()}[method]}
     plain, pipe = testing.wan(), testing.wan()
     pipe.transformer.compile(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

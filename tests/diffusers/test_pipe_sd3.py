@@ -4,7 +4,7 @@ import joint_cases
 import pytest
 import torch
 from drawing import assert_same_image, relative_error
-from joint_cases import RULES, SIZE, negative, random
+from joint_cases import RULES, SIZE, by_rule, negative, random
 from nasa_diffusers import nasa
 
 
@@ -18,12 +18,12 @@ def test_guidance_leaves_the_unconditional_half_alone(case, draw, rule):
     pipe, outputs = case.pipe, []
     pipe.transformer.register_forward_hook(lambda _, __, out: outputs.append(out[0]))
     draw(pipe, guidance=5.0, **SIZE)
-    with nasa(pipe, "blurry", alpha=0.5, rule=rule, max_sequence_length=8):
+    with nasa(pipe, "blurry", by_rule(rule, 0.5), max_sequence_length=8):
         draw(pipe, **SIZE)
         draw(pipe, guidance=5.0, **SIZE)
-    stock, alone, steered = outputs
-    assert_same_image(steered[:1], stock[:1])
-    assert_same_image(steered[1:], alone)
+    stock, alone, guided = outputs
+    assert_same_image(guided[:1], stock[:1])
+    assert_same_image(guided[1:], alone)
     assert relative_error(alone, stock[1:]) > 1e-4
 
 

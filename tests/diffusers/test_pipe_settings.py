@@ -181,16 +181,16 @@ def test_settings_are_values_not_references(sd, draw):
 # ---- steps ---------------------------------------------------------------------------------------
 
 
-def steered_steps(pipe, draw, steps, **window):
-    """Which of the denoiser's calls were steered, seen from inside a layer."""
+def guided_steps(pipe, draw, steps, **window):
+    """Which of the denoiser's calls were guided, seen from inside a layer."""
     seen = []
     handle = enable_nasa(pipe, "blurry", **window)
-    hook = next(iter(handle._steerings[0].guided_layers.values()))
+    hook = next(iter(handle._guidances[0].guided_layers.values()))
     pipe.unet.register_forward_hook(lambda *_: seen.append(hook.last_call is not None))
     pipe.unet.register_forward_hook(lambda *_: setattr(hook, "last_call", None))
     draw(pipe, steps=steps)
     handle.disable()
-    return [i for i, was_steered in enumerate(seen) if was_steered]
+    return [i for i, was_guided in enumerate(seen) if was_guided]
 
 
 @pytest.mark.parametrize(
@@ -210,12 +210,12 @@ def steered_steps(pipe, draw, steps, **window):
     ids=str,
 )
 def test_window_of_steps(sd, draw, window, expected):
-    assert steered_steps(sd, draw, 4, **window) == expected
+    assert guided_steps(sd, draw, 4, **window) == expected
 
 
 @pytest.mark.parametrize("window", [{"stop": 1}, {"stop": 0.1}, {"start": 0.0}], ids=str)
 def test_a_one_step_model_has_step_0(sd, draw, window):
-    assert steered_steps(sd, draw, 1, **window) == [0]
+    assert guided_steps(sd, draw, 1, **window) == [0]
 
 
 def test_second_order_schedulers_visit_a_step_twice(sd, draw):
@@ -223,7 +223,7 @@ def test_second_order_schedulers_visit_a_step_twice(sd, draw):
 
     sd.scheduler = HeunDiscreteScheduler()
     # 3 steps are 5 calls, two for each step but the last
-    assert steered_steps(sd, draw, 3, start=1, stop=2) == [2, 3]
+    assert guided_steps(sd, draw, 3, start=1, stop=2) == [2, 3]
 
 
 def test_steps_outside_the_window_are_stock(sd, draw):
@@ -300,7 +300,7 @@ TEXT = torch.zeros(1, 4, 32)
 )
 def test_wrong_arguments(sd, draw, arguments, message):
     stock = draw(sd)
-    with pytest.raises(ValueError, match="enable_nasa:") as error:
+    with pytest.raises(ValueError, match="^(enable_nasa|NASA): ") as error:
         enable_nasa(sd, **arguments)
     assert message in str(error.value)
     # nothing was left behind

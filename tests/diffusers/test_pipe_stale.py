@@ -428,7 +428,7 @@ def test_encoder_of_the_negative_prompt(change):
         before = draw(pipe, **call)
         change(pipe)
         ours = draw(pipe, **call)
-        (term,) = handle._steerings[0].settings.negative.terms
+        (term,) = handle._guidances[0].settings.negative.terms
     assert torch.equal(term.embeds, expected)
     with nasa(fresh, negative_prompt_embeds=expected, alpha=5.0):
         assert torch.equal(ours, draw(fresh, **call))

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.wan import pipeline_wan
 from drawing import assert_same_image, draw, relative_error
-from nasa_diffusers import enable_nasa, encoding, nasa, testing
+from nasa_diffusers import NASA, VSF, enable_nasa, encoding, nasa, testing
 from nasa_diffusers.families import FAMILIES
 from oracle import algorithm_1
 from transformers import T5Config, T5EncoderModel
@@ -37,7 +37,7 @@ def encoded(pipe, **options):
 
 def kept(handle):
     """The embeddings of the negative prompt that the last call used."""
-    return handle._steerings[0].settings.negative.terms[0].embeds
+    return handle._guidances[0].settings.negative.terms[0].embeds
 
 
 class Calls:
@@ -572,7 +572,7 @@ def test_tokens_beyond_77_are_counted(build):
 def test_tokens_beyond_max_sequence_length_are_counted(build, dropped):
     letters = 80 if build is testing.stable_diffusion_3 else 20
     with nasa(build(), "a" * letters, max_sequence_length=8) as handle:
-        assert handle._steerings[0].settings.negative.terms[0].dropped == dropped
+        assert handle._guidances[0].settings.negative.terms[0].dropped == dropped
         assert handle.report().dropped == (max(dropped.values()),)
         assert f"{max(dropped.values())} dropped by" in str(handle.report())
 
@@ -607,33 +607,33 @@ def test_vsf_leaves_out_the_padding_of_wan(given):
     else:
         options = {"negative_prompt": ["blurry", "red and fur"] if len(rows) == 2 else "blurry"}
     prompt = ["a cat", "a dog"][: len(rows)]
-    with nasa(pipe, **options, rule="vsf", alpha=1.5) as handle:
+    with nasa(pipe, method=VSF(1.5), **options) as handle:
         ours = draw(pipe, prompt, steps=2)
         assert handle.report().keys_neg == text.shape[1] < 20
     with everywhere(plain, lambda m: PlainFlip(projected(m, text), mask, 1.5)):
         expected = draw(plain, prompt, steps=2)
     assert_same_image(ours, expected)
-    with nasa(pipe, **options, rule="nasa", alpha=1.5) as handle:
+    with nasa(pipe, method=NASA(1.5), **options) as handle:
         assert handle.report().keys_neg == 512
 
 
 def test_vsf_leaves_out_the_padding_of_flux():
     pipe = testing.flux()
-    with nasa(pipe, "blurry", rule="vsf") as handle:
+    with nasa(pipe, "blurry", VSF()) as handle:
         draw(pipe, **SIZE)
         ids = pipe.tokenizer_2("blurry", return_tensors="pt").input_ids
         assert torch.allclose(kept(handle), pipe.text_encoder_2(ids)[0], atol=1e-6)
         handle.set_negative_prompt(["blurry", "red"])
-        (term,) = handle._steerings[0].settings.negative.terms
+        (term,) = handle._guidances[0].settings.negative.terms
         assert term.mask.sum(1).tolist() == [len("blurry") + 1, len("red") + 1]
     # a length that is named is padded to
-    with nasa(pipe, "blurry", rule="vsf", max_sequence_length=12) as handle:
+    with nasa(pipe, "blurry", VSF(), max_sequence_length=12) as handle:
         assert kept(handle).shape[1] == 12
 
 
 def test_vsf_leaves_out_the_padding_of_sd3():
     pipe = testing.stable_diffusion_3()
-    with nasa(pipe, "blurry", rule="vsf") as handle:
+    with nasa(pipe, "blurry", VSF()) as handle:
         embeds = kept(handle)
     full, *_ = pipe.encode_prompt(
         "blurry", None, None, device="cpu", do_classifier_free_guidance=False,
@@ -643,5 +643,5 @@ def test_vsf_leaves_out_the_padding_of_sd3():
     assert torch.equal(embeds, torch.cat([full[:, :clip], full[:, 77:]], dim=1))
     # and of an SD3 without its T5, whose place is taken by zeros
     pipe.text_encoder_3 = pipe.tokenizer_3 = None
-    with nasa(pipe, "blurry", rule="vsf") as handle:
+    with nasa(pipe, "blurry", VSF()) as handle:
         assert kept(handle).shape[1] == clip

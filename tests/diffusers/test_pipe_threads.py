@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from nasa_diffusers import nasa, negative, steering, testing
+from nasa_diffusers import guidance, nasa, negative, testing
 
 THREADS, CALLS = 8, 150
 
@@ -15,7 +15,7 @@ THREADS, CALLS = 8, 150
 def busy(monkeypatch):
     """Threads take turns all the time, and next to nothing is kept."""
     monkeypatch.setattr(negative, "MAX_PLACED", 1, raising=False)
-    monkeypatch.setattr(steering, "MAX_ALPHAS", 1, raising=False)
+    monkeypatch.setattr(guidance, "MAX_ALPHAS", 1, raising=False)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -36,7 +36,7 @@ class Slow(dict):
 
 
 def slow_down(handle):
-    (hook,) = handle._steerings
+    (hook,) = handle._guidances
     hook.alphas = Slow()
     for term in hook.settings.negative.terms:
         object.__setattr__(term, "placed", Slow())
@@ -67,7 +67,7 @@ def hook(handle, rows):
     """What the hook on the denoiser makes of a call with so many rows."""
     sample, text = torch.zeros(rows, 4, 16, 16), torch.full((rows, 7, 32), float(rows))
     with torch.no_grad():
-        hook = handle._steerings[0]
+        hook = handle._guidances[0]
         (*_, text), _ = hook(hook.denoiser, (sample, 1, text), {})
     return text
 
@@ -126,12 +126,12 @@ def test_pipelines_with_options_of_their_own():
 
     expected = {length: encode(length) for length in (9, 12, 16)}
     with nasa(pipe, "blurry") as handle:
-        held = handle._steerings[0].settings.negative
+        held = handle._guidances[0].settings.negative
 
         def work(i):
             length = (9, 12, 16)[i % 3]
             options = {"max_sequence_length": length}
-            (term,) = held.current([pipe], handle._steerings[0].family, options)
+            (term,) = held.current([pipe], handle._guidances[0].family, options)
             assert torch.equal(term.embeds, expected[length])
 
         run(work, 20)

@@ -221,7 +221,7 @@ def test_inference_mode(sd, draw):
 
 
 def test_from_pipe_shares_the_denoiser_and_nasa(sd, draw):
-    """The second pipeline is steered too, and its own guidance decides which rows are."""
+    """The second pipeline is guided too, and its own guidance decides which rows are."""
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     options = {"image": picture, "strength": 0.5, "output_type": "latent"}
 
@@ -250,7 +250,7 @@ def test_window_counts_the_steps_that_image_to_image_runs(sd):
     second.set_progress_bar_config(disable=True)
     calls = []
     with nasa(second, "blurry", stop=1) as handle:
-        hook = next(iter(handle._steerings[0].guided_layers.values()))
+        hook = next(iter(handle._guidances[0].guided_layers.values()))
         second.unet.register_forward_hook(lambda *_: calls.append(hook.last_call is not None))
         second.unet.register_forward_hook(lambda *_: setattr(hook, "last_call", None))
         picture = torch.zeros(1, 3, 32, 32)

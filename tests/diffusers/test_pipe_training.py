@@ -1,9 +1,9 @@
-"""Gradients through a steered denoiser, with and without gradient checkpointing."""
+"""Gradients through a guided denoiser, with and without gradient checkpointing."""
 
 import pytest
 import torch
 from drawing import negative_embeds, relative_error
-from nasa_diffusers import enable_nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, enable_nasa, testing
 from oracle import algorithm_1
 
 
@@ -49,16 +49,16 @@ def negative(seed=1):
 
 
 METHODS = {
-    "nasa": {"alpha": 0.5},
-    "nag": {"method": "nag", "nag_alpha": 0.5},
-    "vsf": {"rule": "vsf", "alpha": 0.5},
+    "nasa": NASA(0.5),
+    "nag": NAG(alpha=0.5),
+    "vsf": VSF(0.5),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpointing_changes_no_gradient(model, method):
     pipe, denoiser, loss = model
-    enable_nasa(pipe, negative_prompt_embeds=negative(), **METHODS[method])
+    enable_nasa(pipe, method=METHODS[method], negative_prompt_embeds=negative())
     loss().backward()
     plain = gradients(denoiser)
     denoiser.enable_gradient_checkpointing()

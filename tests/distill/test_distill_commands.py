@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
-from nasa_diffusers import enable_nasa
+from nasa_diffusers import NAG, NASA, VSF, enable_nasa
 from nasa_distill import pictures
 from nasa_distill.cli import main, parse_settings
 from nasa_distill.intervals import Share
@@ -160,16 +160,17 @@ def test_methods_are_those_of_the_pipeline(world, name):
         ours("cfg", 3.0), by_hand(guidance_scale=3.0, negative_prompt=[negative] * 3)
     )
     drawn = [ours("none")]
-    by_default, *others = ("nasa-cross", "nasa-text", "nasa", "vsf") if text else ("nasa", "vsf")
-    for method, options in (
-        (by_default, {"alpha": 2.0}),
-        ("nag", {"method": "nag", "nag_scale": 2.0}),
-        *((rule, {"rule": rule, "alpha": 2.0}) for rule in others),
+    by_default, *others = ("nasa-cross", "nasa-text", "nasa") if text else ("nasa",)
+    for name, method in (
+        (by_default, NASA(2.0)),
+        ("nag", NAG(scale=2.0)),
+        ("vsf", VSF(2.0)),
+        *((rule, NASA(2.0, rule)) for rule in others),
     ):
-        handle = enable_nasa(model.pipe, negative, **options, **text)
+        handle = enable_nasa(model.pipe, negative, method, **text)
         images = by_hand(guidance_scale=0)
         handle.disable()
-        assert torch.equal(ours(method, 2.0), images)
+        assert torch.equal(ours(name, 2.0), images)
         assert not any(torch.equal(images, other) for other in drawn)
         drawn.append(images)
 

@@ -17,8 +17,8 @@ from nasa_diffusers.alpha import Grid, Targets
 from nasa_diffusers.cache import TextCache
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
+from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
-from nasa_diffusers.steered import Steered
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -30,9 +30,10 @@ class Family:
 
     name: str
     denoisers: tuple[str, ...]  # class names
-    # what `enable_nasa(rule=...)` may name, the default first
-    rules: tuple[str, ...] = ("nasa", "vsf")
-    vsf_takes_maps = False
+    # of NASA, the default first
+    rules: tuple[str, ...] = ("nasa",)
+    # text and image share one attention
+    is_joint = False
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
     # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
@@ -118,11 +119,15 @@ class Family:
         return {name: (attn,) for name, attn in self.layers(denoiser)}
 
     def carry(
-        self, denoiser: Denoiser, steered: Steered, inputs: dict[str, Any], is_guided: bool = True
+        self,
+        denoiser: Denoiser,
+        guided_text: GuidedText,
+        inputs: dict[str, Any],
+        is_guided: bool = True,
     ) -> dict[str, Any]:
         """The inputs of the denoiser that change, so that the prompts reach the layers. Where not
-        `is_guided`, the negative prompts are carried and steer nothing."""
-        return {"encoder_hidden_states": steered}
+        `is_guided`, the negative prompts are carried and change nothing."""
+        return {"encoder_hidden_states": guided_text}
 
     def keeps_text(self, denoiser: Denoiser) -> bool:
         """Whether something on this denoiser keeps text, with as many tokens as it has, from call
@@ -130,7 +135,7 @@ class Family:
         return False
 
     def check_call(self, denoiser: Denoiser, inputs: dict[str, Any]) -> None:
-        """Raise if the denoiser is called in a way in which nothing can be steered."""
+        """Raise if the denoiser is called in a way in which nothing can be guided."""
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise if this denoiser mixes text tokens before its blocks, or counts their positions."""

@@ -61,8 +61,8 @@ class Flux(Joint):
             grid = self.grids_of_ids[ids] = grid_of(ids)
         return (grid,)
 
-    def carry(self, denoiser, steered, inputs, is_guided=True):
-        changes = super().carry(denoiser, steered, inputs, is_guided)
+    def carry(self, denoiser, guided_text, inputs, is_guided=True):
+        changes = super().carry(denoiser, guided_text, inputs, is_guided)
         lengths = changes["joint_attention_kwargs"][KEYWORD].lengths
         return changes | {"txt_ids": positions(inputs["txt_ids"], lengths)}
 

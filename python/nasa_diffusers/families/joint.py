@@ -18,8 +18,8 @@ TEXT_LAYERS = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 class Joint(Family):
     """The answers for blocks with one attention over `[image; text]`, called `attn`."""
 
-    rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
-    vsf_takes_maps = True
+    rules = ("nasa-cross", "nasa-text", "nasa")
+    is_joint = True
 
     def default_alpha(self, denoiser: Denoiser) -> float:
         """The paper has none: half of PixArt's. What a query attends to is partly the image here,
@@ -57,17 +57,17 @@ class Joint(Family):
 
     # ---- a call ------------------------------------------------------------------------------
 
-    def carry(self, denoiser, steered, inputs, is_guided=True):
+    def carry(self, denoiser, guided_text, inputs, is_guided=True):
         """The tokens of all prompts, side by side, are the text of the call."""
         texts = Texts(
-            steered,
-            [text.shape[1] for text in steered.texts],
+            guided_text,
+            [text.shape[1] for text in guided_text.texts],
             is_guided,
             may_end=not self.keeps_text(denoiser),
         )
         options = inputs.get("joint_attention_kwargs") or {}
         return {
-            "encoder_hidden_states": side_by_side(steered, inputs["hidden_states"].shape[0]),
+            "encoder_hidden_states": side_by_side(guided_text, inputs["hidden_states"].shape[0]),
             "joint_attention_kwargs": options | {KEYWORD: texts},
         }
 

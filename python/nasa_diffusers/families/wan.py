@@ -1,7 +1,7 @@
 """Wan 2.1 and 2.2, text to video: UMT5 text, zero-padded and not masked.
 
 Classifier-free guidance is two calls a step; the one with the pipeline's own negative prompt is
-left alone. Wan 2.2 has two transformers, for early and for late steps: both are steered.
+left alone. Wan 2.2 has two transformers, for early and for late steps: both are guided.
 """
 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
@@ -10,8 +10,8 @@ from nasa_diffusers.cache import distinct_tokens
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.families.base import Family, config, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
+from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.layer import TextHook
-from nasa_diffusers.steered import Steered
 
 
 class Wan(Family):
@@ -93,7 +93,7 @@ class WanTextHook(TextHook):
     """The condition embedder takes timestep and text together: only the text is doubled."""
 
     def new_forward(self, module, timestep, text, *args, **kwargs):  # type: ignore[override]
-        if not isinstance(text, Steered):
+        if not isinstance(text, GuidedText):
             return self.stock(timestep, text, *args, **kwargs)
         temb, timestep_proj, projected, images = self.stock(timestep, text.text, *args, **kwargs)
         return temb, timestep_proj, self.project(module, text, projected), images

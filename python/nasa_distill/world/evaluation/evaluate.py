@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import nasa_diffusers
 import torch
-from nasa_diffusers import nasa
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -53,8 +53,16 @@ SOURCES = Path(__file__).parents[2]
 class Method(NamedTuple):
     """A way to use the negative prompt, and how strongly."""
 
-    name: str  # "none", "cfg", "nag", or a rule of `enable_nasa`
+    name: str  # "none", "cfg", "nag", "vsf", or a rule of NASA
     strength: float = 0.0
+
+    def made(self) -> nasa_diffusers.Method:
+        """The method of `enable_nasa`; strength is the scale of NAG and the alpha of the others."""
+        if self.name == "nag":
+            return nasa_diffusers.NAG(scale=self.strength)
+        if self.name == "vsf":
+            return nasa_diffusers.VSF(self.strength)
+        return nasa_diffusers.NASA(self.strength, rule=self.name)
 
     def __str__(self) -> str:
         return self.name if self.name == "none" else f"{self.name} {self.strength:g}"
@@ -221,10 +229,7 @@ def _guided(model: Model, negative: str, method: Method) -> Iterator[None]:
     if method.name in ("none", "cfg"):
         yield
         return
-    options: dict[str, Any] = {"rule": method.name, "alpha": method.strength}
-    if method.name == "nag":
-        options = {"method": "nag", "nag_scale": method.strength}
-    with nasa(model.pipe, negative, **options, **model.text_options):
+    with nasa_diffusers.nasa(model.pipe, negative, method.made(), **model.text_options):
         yield
 
 

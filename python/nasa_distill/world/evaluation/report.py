@@ -261,15 +261,15 @@ TEXTS = {
     "models": "models are those",
     "methods": """\
 `cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`
-(value sign flip) are those of `enable_nasa`, by alpha, `nag_scale` and alpha.""",
+(value sign flip) are `NASA`, `NAG` and `VSF` of `enable_nasa`, by alpha, scale and alpha.""",
 }
 TEXTS_JOINT = {
     "title": "The rules of joint attention, measured on the small world",
     "models": "model is the `SD3Transformer2DModel`",
     "methods": """\
-`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa-cross`, `nasa-text`,
-`nasa` and `vsf` are the rules of `enable_nasa` ([what each subtracts](../diffusers/joint.md)), by
-alpha; `nag` is its other method, by `nag_scale`.""",
+`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa-cross`, `nasa-text`
+and `nasa` are the rules of `NASA` ([what each subtracts](../diffusers/joint.md)), by alpha; `vsf`
+is `VSF`, by alpha, and `nag` is `NAG`, by scale.""",
 }
 TEMPLATE = """# {title}
 

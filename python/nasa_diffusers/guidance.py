@@ -1,4 +1,4 @@
-"""The hook on the denoiser: it decides, call by call, what is steered and how."""
+"""The hook on the denoiser: it decides, call by call, what is guided and how."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from nasa_diffusers.caller import Caller, find_caller
 from nasa_diffusers.chain import Watch, as_called, attach, detach
 from nasa_diffusers.encoding import call_defaults, reference
 from nasa_diffusers.families import Family
+from nasa_diffusers.guided_text import GuidedText, Images, Prepared
 from nasa_diffusers.layer import CrossAttentionHook, refuse_copy
-from nasa_diffusers.methods import Nag
+from nasa_diffusers.methods import Method
 from nasa_diffusers.negative import Encoded, Negative
+from nasa_diffusers.prompts import Term
 from nasa_diffusers.rows import Cfg, RowFinder, Rows
-from nasa_diffusers.steered import Images, Prepared, Steered, Term
 from nasa_diffusers.watch import PipelineWatch
 from nasa_diffusers.weights import Fingerprint
 from nasa_diffusers.window import Window
@@ -38,27 +39,12 @@ class Settings:
     """Everything a call reads. Replaced as a whole, so a call in progress keeps what it saw."""
 
     negative: Negative
-    alpha: Alpha
+    method: Method  # its defaults filled in
+    alpha: Alpha  # of the method, as it was read
     alpha_is_default: bool
     window: Window
     backend: str | None
     cfg: Cfg
-    rule: str = "nasa"
-    nag: Nag | None = None
-    # value sign flip in joint attention has an alpha for each query
-    vsf_takes_maps: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rule == "vsf" and self.alpha.region is not None and not self.vsf_takes_maps:
-            raise ValueError(
-                "enable_nasa: rule='vsf' weighs the values of keys, which all of the image shares, "
-                "so alpha cannot be a map over the image; give a number, or one per image"
-            )
-        if self.nag is not None and self.negative.has_own_alphas:
-            raise ValueError(
-                "enable_nasa: method='nag' takes one negative prompt, a string or one per image, "
-                "since its norm is that of one difference; put several into one string"
-            )
 
 
 class Batch(NamedTuple):
@@ -79,7 +65,7 @@ class LastText(NamedTuple):
     terms: tuple[Encoded, ...]
 
 
-class Steering:
+class Guidance:
     """A forward-pre-hook on one denoiser, and the hooks on its layers.
 
     Runs outside compiled code: a compiled denoiser receives its result as one more argument.
@@ -150,7 +136,7 @@ class Steering:
 
     @torch.compiler.disable
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        """Put a `Steered` in place of the text; None leaves the stock call as it is."""
+        """Put a `GuidedText` in place of the text; None leaves the stock call as it is."""
         self.lost = None
         settings, caller = self.settings, find_caller()
         begins = self._begins(caller)
@@ -178,13 +164,13 @@ class Steering:
             return None
         self.family.check_call(denoiser, kwargs)
         terms, afresh = self._current_terms(settings, text, caller)
-        steered = self._steer(settings, terms, text, sample, kwargs, rows, caller, afresh)
-        if steered.prompts is not None:
-            steered = replace(steered, images=self._images(kwargs, afresh))
-        if steered.prompts is not None and self._is_compiled(caller) and self._can_prepare(kwargs):
-            steered = self._prepare(steered)
-        kwargs |= self.family.carry(denoiser, steered, kwargs, is_guided)
-        self.watch.begin(denoiser, kwargs["encoder_hidden_states"], steered.reached)
+        guided = self._guided_text(settings, terms, text, sample, kwargs, rows, afresh)
+        if guided.prompts is not None:
+            guided = replace(guided, images=self._images(kwargs, afresh))
+            if self._is_compiled(caller) and self._can_prepare(kwargs):
+                guided = self._prepare(guided)
+        kwargs |= self.family.carry(denoiser, guided, kwargs, is_guided)
+        self.watch.begin(denoiser, kwargs["encoder_hidden_states"], guided.reached)
         return as_called(self.parameters, args, kwargs)
 
     def _begins(self, caller: Caller | None) -> bool:
@@ -225,7 +211,7 @@ class Steering:
             )
         return window.holds(*caller.step)
 
-    def _steer(
+    def _guided_text(
         self,
         settings: Settings,
         negatives: tuple[Encoded, ...],
@@ -233,9 +219,8 @@ class Steering:
         sample: Tensor,
         inputs: dict[str, Any],
         rows: Rows,
-        caller: Caller | None,
         afresh: bool,
-    ) -> Steered:
+    ) -> GuidedText:
         placed = [term.rows(text, rows) for term in negatives]
         for embeds, _ in placed:
             if embeds.shape[2] != text.shape[2]:
@@ -257,20 +242,14 @@ class Steering:
         if settings.alpha.region is not None:
             grids = self.family.grids(self.denoiser, sample, inputs)
         targets = self.family.targets(inputs)
-        if targets is not None and settings.rule == "vsf":
-            raise ValueError(
-                "nasa_diffusers: rule='vsf' puts the negative prompt into the one softmax of all "
-                "image tokens, so reference images beside the image that is made cannot be left "
-                "out; use another rule"
-            )
+        if targets is not None:
+            settings.method.check_references()
         batch = Batch(rows, sample.device, grids, targets)
         alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negatives)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
-        return Steered(
-            text, terms, settings.backend, prompts_seen, rule=settings.rule, nag=settings.nag
-        )
+        return GuidedText(text, terms, settings.method, settings.backend, prompts_seen)
 
     def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
         """The image prompts of an IP-Adapter, where the call brings some."""
@@ -314,10 +293,10 @@ class Steering:
                 return False
         return True
 
-    def _prepare(self, steered: Steered) -> Steered:
+    def _prepare(self, guided: GuidedText) -> GuidedText:
         """Project the text here, outside the graph, where what is kept from earlier calls can be
         looked up; the graph receives keys and values as inputs."""
-        text = steered
+        text = guided
         for module, hook in self.text_hooks:
             text = hook.project(module, text)
         keys_values = {
@@ -331,7 +310,7 @@ class Steering:
                     # a prompt of another length is other data, too
                     if x is not None:
                         torch._dynamo.maybe_mark_dynamic(x, 1)
-        return replace(steered, prepared=Prepared(text.text, keys_values))
+        return replace(guided, prepared=Prepared(text.text, keys_values))
 
     def _current_terms(
         self, settings: Settings, text: Tensor, caller: Caller | None
@@ -358,6 +337,11 @@ class Steering:
         terms = settings.negative.current(pipes, self.family, options)
         self.last = LastText(weakref.ref(text), settings.negative, options, terms)
         return terms, True
+
+    @property
+    def is_off(self) -> bool:
+        """True at alpha 0, where the stock code runs."""
+        return self.settings.alpha.is_zero
 
     @property
     def pipe(self) -> Any:

@@ -1,6 +1,6 @@
 """What travels through the denoiser in place of `encoder_hidden_states`.
 
-A guided forward pass replaces the text by one `Steered` object, and every text cross-attention
+A guided forward pass replaces the text by one `GuidedText` object, and every text cross-attention
 layer takes it apart again. So the negative prompt, its alpha and its mask are arguments of each
 block: a block that gradient checkpointing runs a second time sees what it saw the first time,
 and two threads, or two pipelines that share a denoiser, never share a setting.
@@ -12,26 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nasa_diffusers.alpha import LayerAlpha
-from nasa_diffusers.methods import KeysValues, Nag
-
-if TYPE_CHECKING:
-    from nasa_diffusers.cache import Prompts, TextCache
-    from nasa_diffusers.weights import Fingerprint
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One negative prompt: the `alpha * Z-` that is subtracted."""
-
-    text: Tensor  # [r, n_neg, c]
-    mask: Tensor | None  # [r, n_neg] bool, True = attend
-    alpha: LayerAlpha
+from nasa_diffusers.cache import Prompts, TextCache
+from nasa_diffusers.methods import Method
+from nasa_diffusers.prompts import KeysValues, Term
+from nasa_diffusers.weights import Fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +42,17 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
+class GuidedText:
     """The positive text and the negative ones, on their way to the cross-attention layers."""
 
     text: Tensor  # [b, n_pos, c]
     terms: tuple[Term, ...]
+    method: Method  # its alpha is in the terms
     backend: str | None
     prompts: Prompts | None  # where their keys and values are kept; None: nowhere
     made_by: Fingerprint | None = None  # the text projections passed so far
     prepared: Prepared | None = None
     images: Images | None = None  # image prompts whose keys and values may be kept
-    rule: str = "nasa"
-    nag: Nag | None = None
     # the layers that this call of the denoiser has come to
     reached: set[str] = field(default_factory=set)
 
@@ -77,22 +65,22 @@ class Steered:
     def texts(self) -> list[Tensor]:
         return [self.text, *(term.text for term in self.terms)]
 
-    def projected(self, texts: Sequence[Tensor], made_by: Fingerprint | None) -> Steered:
+    def projected(self, texts: Sequence[Tensor], made_by: Fingerprint | None) -> GuidedText:
         """The same prompts after one of the model's own text projections."""
         text, *negatives = texts
         terms = tuple(replace(t, text=x) for t, x in zip(self.terms, negatives, strict=True))
         return replace(self, text=text, terms=terms, made_by=made_by)
 
-    def as_prepared(self) -> Steered:
+    def as_prepared(self) -> GuidedText:
         """After one of the text projections, whose work `prepared` already holds."""
         assert self.prepared is not None
         return replace(self, text=self.prepared.text)
 
-    def view(self, *shape: int) -> Steered:
+    def view(self, *shape: int) -> GuidedText:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""
         return replace(self, text=self.text.view(*shape))
 
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[Steered, ...]:
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[GuidedText, ...]:
         """Parts of the batch: FasterCache leaves the unconditional rows out of some calls."""
         assert dim == 0
         rows = self.text.shape[0]
@@ -112,7 +100,7 @@ class Steered:
             for text, terms in zip(self.text.chunk(chunks), terms, strict=True)
         )
 
-    def to(self, *args, **kwargs) -> Steered:
+    def to(self, *args, **kwargs) -> GuidedText:
         """Follows a model that offloading or sharding keeps on another device than its caller."""
         terms = tuple(
             Term(
@@ -127,18 +115,18 @@ class Steered:
     # Blocks of these families do not change the text. A cache around several of them that keeps
     # what they add to it, as it does where blocks do, keeps a zero and adds it again.
 
-    def contiguous(self) -> Steered:
+    def contiguous(self) -> GuidedText:
         return self
 
     def __sub__(self, other: Any) -> Tensor:
         return self.text.new_zeros(()) if other is self else NotImplemented
 
-    def __radd__(self, difference: Any) -> Steered:
+    def __radd__(self, difference: Any) -> GuidedText:
         return self if isinstance(difference, Tensor) else NotImplemented
 
     def __getattr__(self, name: str):
         raise AttributeError(
-            f"nasa_diffusers: a module asked the steered text for {name!r}, so it is not one that "
+            f"nasa_diffusers: a module asked the guided text for {name!r}, so it is not one that "
             "enable_nasa prepared: its forward was replaced, or it was added later. Call "
             "disable_nasa(pipe), make that change, then call enable_nasa again."
         )
