@@ -49,7 +49,7 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
 	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
 	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
-	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers
+	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers -m contract
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
 lint: $(VENV)/ready-test

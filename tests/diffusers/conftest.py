@@ -11,6 +11,18 @@ STABLE_DIFFUSION = {
     "sdxl": testing.stable_diffusion_xl,
 }
 
+# files about what diffusers does and calls things: these hold for the oldest versions as well
+CONTRACT = (
+    "adapters", "branches", "causal", "exactness", "families", "flux", "hooks", "joint", "layers",
+    "rows", "runs", "sd3", "settings", "text", "together", "videos",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_pipe_") in CONTRACT:
+            item.add_marker(pytest.mark.contract)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
