@@ -46,6 +46,7 @@ TWO_CALLS = ("WanTransformer3DModel", "FluxTransformer2DModel")
 # one frame group of a streaming video model, and an image that a CPU draws in seconds
 MODELS: dict[str, Model] = {
     "SD 1.5, 128 px": replace(flops.MODELS["SD 1.5, 512 px"], latents=(4, 16, 16)),
+    "SD 1.5, 256 px": replace(flops.MODELS["SD 1.5, 512 px"], latents=(4, 32, 32)),
     "Wan 2.1 1.3B, 480p, 9 frames": replace(
         flops.MODELS["Wan 2.1 1.3B, 480p, 81 frames"], latents=(16, 3, 60, 104)
     ),

@@ -82,8 +82,8 @@ def cuobjdump(library: Path, *flags: str) -> str:
 
 
 def listed_architectures() -> tuple[set[str], set[str]]:
-    """What CMakeLists.txt lists: machine code for these, PTX for those."""
-    text = (ROOT / "CMakeLists.txt").read_text()
+    """What cmake/cuda.cmake lists: machine code for these, PTX for those."""
+    text = (ROOT / "cmake/cuda.cmake").read_text()
     archs = re.search(r'set\(NASA_CUDA_ARCHS "([^"]+)"', text)[1].split(";")
     names = {arch: "sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in archs}
     return set(names.values()), {name for arch, name in names.items() if arch.endswith("+PTX")}

@@ -65,10 +65,13 @@ void pack_along_n(const T* from, int64_t d, int64_t j, float* to) {
         to_floats(from, d, to + j * d);
     } else {
         float* const pairs = to + j / 2 * d;
-        for (int64_t c = 0; c < d; ++c) {
-            const uint32_t low = j % 2 == 0 ? from[c].bits : bit_cast<uint32_t>(pairs[c]);
-            const uint32_t high = j % 2 == 0 ? 0 : uint32_t{from[c].bits} << 16;
-            pairs[c] = bit_cast<float>(low | high);
+        if (j % 2 == 0) {
+            for (int64_t c = 0; c < d; ++c) pairs[c] = bit_cast<float>(uint32_t{from[c].bits});
+        } else {
+            for (int64_t c = 0; c < d; ++c) {
+                const uint32_t low = bit_cast<uint32_t>(pairs[c]);
+                pairs[c] = bit_cast<float>(low | uint32_t{from[c].bits} << 16);
+            }
         }
     }
 }

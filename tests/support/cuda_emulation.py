@@ -46,7 +46,7 @@ def build(target: str) -> Path:
     torch_dir = Path(torch.__file__).parent
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     configure = [
-        *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja"),
+        *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DNASA_CPU=OFF", "-DNASA_CUDA=ON"),
         *(f"-DNASA_TORCH_DIR={torch_dir}", f"-DCMAKE_CUDA_COMPILER={nvcc()}"),
     ]
     # one test process builds, the others wait
