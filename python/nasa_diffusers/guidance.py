@@ -85,6 +85,7 @@ class Guidance:
         self._pipe = reference(pipe)
         self.settings = settings
         self.cache = cache
+        self.image_tokens = family.image_tokens(denoiser)
         self.find_rows = RowFinder(family.doubles_batch)
         # of the class: a hook on the denoiser may hide the signature of its own forward
         self.parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -240,8 +241,8 @@ class Guidance:
             )
         grids: tuple[Grid, ...] = ()
         if settings.alpha.region is not None:
-            grids = self.family.grids(self.denoiser, sample, inputs)
-        targets = self.family.targets(inputs)
+            grids = self.image_tokens.grids(sample, inputs)
+        targets = self.image_tokens.targets(inputs)
         if targets is not None:
             settings.method.check_references()
         batch = Batch(rows, sample.device, grids, targets)

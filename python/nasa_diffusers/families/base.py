@@ -25,6 +25,22 @@ Layer = Any
 Denoiser = Any
 
 
+class ImageTokens:
+    """Where the image tokens of a denoiser's calls lie. `inputs` are all that it is called with."""
+
+    def __init__(self, family: Family, denoiser: Denoiser):
+        self.family, self.denoiser = family, denoiser
+
+    def grids(self, sample: Tensor, inputs: dict[str, Any]) -> tuple[Grid, ...]:
+        """As the family says."""
+        return self.family.grids(self.denoiser, sample, inputs)
+
+    def targets(self, inputs: dict[str, Any]) -> Targets | None:
+        """Where reference images stand beside the image that is made: its tokens. The same object
+        for the same inputs."""
+        return None
+
+
 class Family:
     """The answers for diffusers' `Attention` layers called `attn2`."""
 
@@ -87,10 +103,9 @@ class Family:
         are all that the denoiser is called with."""
         raise NotImplementedError
 
-    def targets(self, inputs: dict[str, Any]) -> Targets | None:
-        """Where reference images stand beside the image that is made: its tokens. The same object
-        for the same inputs."""
-        return None
+    def image_tokens(self, denoiser: Denoiser) -> ImageTokens:
+        """Made once for a denoiser: what is remembered of its calls is remembered there."""
+        return ImageTokens(self, denoiser)
 
     def distinct_tokens(self, text: Tensor) -> int:
         """How many of the tokens `[r, n, c]` a layer needs where the text is not masked: fewer
