@@ -234,7 +234,7 @@ class Guidance:
             prompts_seen = self.cache.recognise(
                 [text, *(embeds for embeds, _ in placed)],
                 [
-                    self.family.distinct_tokens if mask is None else all_tokens
+                    self.family.folded_length if mask is None else all_tokens
                     for mask in (None, *(mask for _, mask in placed))
                 ],
                 afresh=afresh,
@@ -316,7 +316,8 @@ class Guidance:
     def _current_terms(
         self, settings: Settings, text: Tensor, caller: Caller | None
     ) -> tuple[tuple[Encoded, ...], bool]:
-        """The negative prompt, and whether what was made of prompts must be looked at afresh.
+        """The negative prompt, and whether kept projections must be compared with the values of
+        prompts and weights again.
 
         Encoded again after a text encoder changed, or for a call with another clip_skip, say;
         that is looked for only when a prompt is new or a run begins.
