@@ -177,6 +177,7 @@ setup(
     },
     package_data={
         "nasa_kernels": ["py.typed"],
+        "nasa_diffusers": ["py.typed"],
         "nasa_distill": ["models/*/*", "models/*/*/*"],
     },
     ext_modules=extensions,

@@ -1,9 +1,10 @@
 """Negative prompts on stock diffusers pipelines, in one or a few steps and at any guidance scale.
 
-from nasa_diffusers import enable_nasa
+from nasa_diffusers import NAG, enable_nasa
 
 handle = enable_nasa(pipe, "blurry", alpha=0.2)
 image = pipe("a cat", num_inference_steps=1, guidance_scale=0).images[0]
+handle.method = NAG(scale=3)
 handle.disable()
 """
 

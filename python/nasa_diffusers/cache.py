@@ -19,8 +19,8 @@ from nasa_diffusers.weights import Fingerprint, Record, version
 
 DEFAULT_LIMIT = 512 << 20
 MAX_OLDER_CALLS = 4
-# of a text [r, n, c]: how many of its first tokens there are before the last one only repeats
-Count = Callable[[Tensor], int]
+# the length of a text [r, n, c] after equal padding at its end is folded into one token
+FoldedLength = Callable[[Tensor], int]
 
 
 class Prompts:
@@ -30,16 +30,16 @@ class Prompts:
     on its own prompts, and not on which prompts were seen before.
     """
 
-    def __init__(self, texts: Sequence[Tensor], counts: Sequence[Count] = ()):
+    def __init__(self, texts: Sequence[Tensor], folded_lengths: Sequence[FoldedLength] = ()):
         # the values: whoever has the tensors may write to them
         self.copies = [text.detach().clone() for text in texts]
-        self.counts = tuple(counts)
+        self.folded_lengths = tuple(folded_lengths)
         self._see(texts)
         # every row the same, as for several images of one prompt: one row serves them all
         self.are_uniform = [not text.is_meta and bool((text == text[:1]).all()) for text in texts]
         self.folded = [
-            _fold(count(text), text.shape[1], text.device)
-            for text, count in zip(texts, counts, strict=False)
+            _fold(length(text), text.shape[1], text.device)
+            for text, length in zip(texts, folded_lengths, strict=False)
         ] or [None] * len(self.copies)
         self.entries: dict[int, Entry] = {}
         self.nbytes = sum(text.numel() * text.element_size() for text in self.copies)
@@ -48,10 +48,10 @@ class Prompts:
         self.objects = [weakref.ref(text) for text in texts]
         self.versions = [version(text) for text in texts]
 
-    def are(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> bool:
+    def are(self, texts: Sequence[Tensor], folded_lengths: Sequence[FoldedLength]) -> bool:
         """True for the same objects, unchanged as far as PyTorch counts writes."""
         same = (
-            self.counts == tuple(counts)
+            self.folded_lengths == tuple(folded_lengths)
             and len(texts) == len(self.copies)
             and all(mine() is text for mine, text in zip(self.objects, texts, strict=True))
         )
@@ -61,12 +61,12 @@ class Prompts:
             for text, seen, copy in zip(texts, self.versions, self.copies, strict=True)
         )
 
-    def equal(self, texts: Sequence[Tensor], counts: Sequence[Count]) -> bool:
+    def equal(self, texts: Sequence[Tensor], folded_lengths: Sequence[FoldedLength]) -> bool:
         """True for the same values."""
-        if self.counts != tuple(counts) or len(texts) != len(self.copies):
+        if self.folded_lengths != tuple(folded_lengths) or len(texts) != len(self.copies):
             return False
         if any(text.is_meta for text in texts):
-            return self.are(texts, counts)
+            return self.are(texts, folded_lengths)
         if not all(map(_equal, self.copies, texts)):
             return False
         self._see(texts)
@@ -85,9 +85,9 @@ def all_tokens(text: Tensor) -> int:
     return text.shape[1]
 
 
-def distinct_tokens(text: Tensor) -> int:
-    """Tokens up to and with the first of those at the end that are bit for bit the last one, in
-    every row: zero-padding to 512 tokens is one such run."""
+def folded_length(text: Tensor) -> int:
+    """The length of a text `[r, n, c]` after the tokens at its end that are equal, bit for bit and
+    in every row, are folded into one. Zero-padding to 512 tokens is one such run."""
     if text.is_meta or text.shape[1] == 0:
         return text.shape[1]
     # [n]
@@ -146,31 +146,40 @@ class TextCache:
             self._calls = []
 
     def recognise(
-        self, texts: Sequence[Tensor], counts: Sequence[Count] = (), *, afresh: bool = False
+        self,
+        texts: Sequence[Tensor],
+        folded_lengths: Sequence[FoldedLength] = (),
+        *,
+        afresh: bool = False,
     ) -> Prompts:
-        """The prompts of a denoiser call: known ones where their values are known. `counts` say
-        of each text how many leading tokens stand for all. `afresh` compares values even where
-        the objects are those of the last call."""
+        """The prompts of a denoiser call: known ones where their values are known.
+        `folded_lengths` are for text, one for each; image prompts have none. `afresh` compares
+        values even where the objects are those of the last call."""
         with self._lock:
-            prompts = None if afresh else self._find(Prompts.are, texts, counts)
+            prompts = None if afresh else self._find(Prompts.are, texts, folded_lengths)
             if prompts is None:
-                prompts = self._find(Prompts.equal, texts, counts) or Prompts(texts, counts)
+                prompts = self._find(Prompts.equal, texts, folded_lengths) or Prompts(
+                    texts, folded_lengths
+                )
                 prompts.forget_what_changed()
             older = [other for other in self._calls if other is not prompts]
-            # text has counts; image prompts, which have none, do not drive it out
-            alike = [other for other in older if bool(other.counts) == bool(counts)]
-            for other in alike[:-MAX_OLDER_CALLS]:
+            # of text and of image prompts so many each
+            are_text = bool(folded_lengths)
+            same_kind = [other for other in older if bool(other.folded_lengths) == are_text]
+            for other in same_kind[:-MAX_OLDER_CALLS]:
                 older.remove(other)
             self._calls = [*older, prompts]
             return prompts
 
     def _find(
         self,
-        same: Callable[[Prompts, Sequence[Tensor], Sequence[Count]], bool],
+        same: Callable[[Prompts, Sequence[Tensor], Sequence[FoldedLength]], bool],
         texts: Sequence[Tensor],
-        counts: Sequence[Count],
+        folded_lengths: Sequence[FoldedLength],
     ) -> Prompts | None:
-        return next((each for each in reversed(self._calls) if same(each, texts, counts)), None)
+        return next(
+            (each for each in reversed(self._calls) if same(each, texts, folded_lengths)), None
+        )
 
     def through(
         self,

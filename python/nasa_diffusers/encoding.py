@@ -20,7 +20,7 @@ from nasa_diffusers.weights import Fingerprint, Record
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-# what is said to any `encode_prompt` that asks for it: one row per prompt, no guidance
+# given to every `encode_prompt` that takes them: one row per prompt, no guidance
 FIXED: dict[str, Any] = {
     "prompt_2": None,
     "prompt_3": None,
@@ -118,7 +118,7 @@ def token_counts(pipe: Any, tokenizer: str, prompts: Sequence[str], **options: A
 def dropped_tokens(
     pipe: Any, limits: Mapping[str, int], prompts: Sequence[str], **options: Any
 ) -> dict[str, int]:
-    """By tokenizer, what `limits` cut off the longest prompt; without those that cut nothing."""
+    """For each tokenizer that cut something, how many tokens of the longest prompt it cut off."""
     dropped = {}
     for name, limit in limits.items():
         if getattr(pipe, name, None) is not None:
@@ -159,7 +159,7 @@ class Encoders:
         return self.record.matches(Fingerprint(_modules(parts)), compare_values=True)
 
     def why_not(self, pipe: Any) -> str | None:
-        """None if the pipeline can encode a text now; else what it has no more, in words."""
+        """Why the pipeline cannot encode a text now, in words; None if it can."""
         now = _parts(pipe)
         for name, kind in self.kinds.items():
             part = now.get(name)
@@ -179,7 +179,7 @@ class Encoders:
 
 
 def have_loras(pipe: Any) -> bool:
-    """Whether a text encoder of the pipeline has any: without them their scale says nothing."""
+    """Whether a text encoder has LoRA layers; without any, `lora_scale` has no effect."""
     return any(
         "merged_adapters" in vars(module)
         for encoder in _modules(_parts(pipe))
@@ -204,7 +204,7 @@ def _modules(parts: Mapping[str, Any]) -> list[nn.Module]:
 
 
 def reference(part: Any) -> Callable[[], Any]:
-    """A weak one, or what cannot have one itself: a list, or an object with slots."""
+    """A weak reference; a strong one to what cannot have one: a list, or an object with slots."""
     try:
         return weakref.ref(part)
     except TypeError:

@@ -160,7 +160,7 @@ class FoldedWan(Wan):
     def __init__(self, positive: Tensor, words: tuple[int, int]):
         self.positive, self.words = positive, words
 
-    def distinct_tokens(self, text: Tensor) -> int:
+    def folded_length(self, text: Tensor) -> int:
         return self.words[0 if text is self.positive else 1] + 1
 
 

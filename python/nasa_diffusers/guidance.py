@@ -85,6 +85,7 @@ class Guidance:
         self._pipe = reference(pipe)
         self.settings = settings
         self.cache = cache
+        self.image_tokens = family.image_tokens(denoiser)
         self.find_rows = RowFinder(family.doubles_batch)
         # of the class: a hook on the denoiser may hide the signature of its own forward
         self.parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -233,15 +234,15 @@ class Guidance:
             prompts_seen = self.cache.recognise(
                 [text, *(embeds for embeds, _ in placed)],
                 [
-                    self.family.distinct_tokens if mask is None else all_tokens
+                    self.family.folded_length if mask is None else all_tokens
                     for mask in (None, *(mask for _, mask in placed))
                 ],
                 afresh=afresh,
             )
         grids: tuple[Grid, ...] = ()
         if settings.alpha.region is not None:
-            grids = self.family.grids(self.denoiser, sample, inputs)
-        targets = self.family.targets(inputs)
+            grids = self.image_tokens.grids(sample, inputs)
+        targets = self.image_tokens.targets(inputs)
         if targets is not None:
             settings.method.check_references()
         batch = Batch(rows, sample.device, grids, targets)
@@ -315,7 +316,8 @@ class Guidance:
     def _current_terms(
         self, settings: Settings, text: Tensor, caller: Caller | None
     ) -> tuple[tuple[Encoded, ...], bool]:
-        """The negative prompt, and whether what was made of prompts must be looked at afresh.
+        """The negative prompt, and whether kept projections must be compared with the values of
+        prompts and weights again.
 
         Encoded again after a text encoder changed, or for a call with another clip_skip, say;
         that is looked for only when a prompt is new or a run begins.

@@ -112,8 +112,8 @@ class GuidedText:
         )
         return replace(self, text=self.text.to(*args, **kwargs), terms=terms)
 
-    # Blocks of these families do not change the text. A cache around several of them that keeps
-    # what they add to it, as it does where blocks do, keeps a zero and adds it again.
+    # Blocks of these families leave the text as it is. A cache around several blocks keeps what
+    # they add to the text, which is 0 here, and adds it in a later step.
 
     def contiguous(self) -> GuidedText:
         return self

@@ -39,7 +39,7 @@ def image_beside(
     text: GuidedText,
     rows: int,
 ) -> KeysValues | None:
-    """The images that the call for the text takes along, so that Z_i is to be added as it is.
+    """The images as one more segment of the call for the text, which adds their attention.
 
     None where there is more than one adapter, a mask, a scale that is no number, or 0; and where
     the method does not take them.

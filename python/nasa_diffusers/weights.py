@@ -33,20 +33,21 @@ PLAIN = (nn.Parameter, Tensor)
 
 
 class Fingerprint:
-    """Everything that projections depend on now. Holds the weights: for the time of a call."""
+    """Everything that projections depend on now. It holds the weights, so nobody keeps one for
+    longer than a call: that is what a `Record` is for."""
 
     def __init__(
         self,
         modules: Iterable[nn.Module | None],
         earlier: Fingerprint | None = None,
-        scale: float = 1.0,  # of what the modules make, where that is no weight of theirs
+        scale: float = 1.0,  # a factor on what the modules make
     ):
         self.modules: list[nn.Module] = [] if earlier is None else list(earlier.modules)
         # where each weight is found, and the tensors it consists of
         self.weights: list[tuple[nn.Module, str]] = [] if earlier is None else [*earlier.weights]
         # names of their memory, and of small buffers the counts of writes
         self.storages: list[int] = [] if earlier is None else list(earlier.storages)
-        # False: a dropout draws, or somebody's own code has settings that cannot be known
+        # False: a dropout is active, or a forward was replaced, whose settings are unknown
         self.is_known: bool = earlier is None or earlier.is_known
         self.counts_writes: bool = earlier is None or earlier.counts_writes
         key: list[Any] = [_autocast()] if earlier is None else list(earlier.key)

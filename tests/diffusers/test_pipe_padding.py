@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.wan import pipeline_wan
 from drawing import assert_same_image, draw, relative_error
 from nasa_diffusers import NAG, NASA, VSF, enable_nasa, flops, nasa, testing
-from nasa_diffusers.cache import Prompts, distinct_tokens
+from nasa_diffusers.cache import Prompts, folded_length
 from oracle import algorithm_1
 
 
@@ -48,17 +48,17 @@ def layer_keys(handle):
     ids=str,
 )
 def test_found_from_the_values(text, expected):
-    assert distinct_tokens(text) == expected
+    assert folded_length(text) == expected
 
 
 def test_equal_tokens_in_the_middle_stay():
     text = padded(4, 9)
     text[:, -1] = 1
-    assert distinct_tokens(text) == 9
+    assert folded_length(text) == 9
 
 
 def test_a_bias_of_log_m_for_the_last_key():
-    (fold,) = Prompts([padded(7)], [distinct_tokens]).folded
+    (fold,) = Prompts([padded(7)], [folded_length]).folded
     assert fold.length == 8
     assert torch.equal(fold.bias[:, :-1], torch.zeros(1, 7))
     assert fold.bias[0, -1].item() == pytest.approx(math.log(505), rel=1e-7)

@@ -25,6 +25,22 @@ Layer = Any
 Denoiser = Any
 
 
+class ImageTokens:
+    """Where the image tokens of a denoiser's calls lie. `inputs` are all that it is called with."""
+
+    def __init__(self, family: Family, denoiser: Denoiser):
+        self.family, self.denoiser = family, denoiser
+
+    def grids(self, sample: Tensor, inputs: dict[str, Any]) -> tuple[Grid, ...]:
+        """As the family says."""
+        return self.family.grids(self.denoiser, sample, inputs)
+
+    def targets(self, inputs: dict[str, Any]) -> Targets | None:
+        """Where reference images stand beside the image that is made: its tokens. The same object
+        for the same inputs."""
+        return None
+
+
 class Family:
     """The answers for diffusers' `Attention` layers called `attn2`."""
 
@@ -79,7 +95,8 @@ class Family:
         return None
 
     def token_limits(self, pipe: Any, tokens: int, **options: Any) -> dict[str, int]:
-        """By tokenizer, after how many tokens a prompt is cut that was encoded to `tokens`."""
+        """For each tokenizer the length to which it cuts a prompt; `tokens` is that of the encoded
+        one."""
         return {"tokenizer": options.get("max_sequence_length", tokens)}
 
     def grids(self, denoiser: Denoiser, sample: Tensor, inputs: dict[str, Any]) -> tuple[Grid, ...]:
@@ -87,14 +104,13 @@ class Family:
         are all that the denoiser is called with."""
         raise NotImplementedError
 
-    def targets(self, inputs: dict[str, Any]) -> Targets | None:
-        """Where reference images stand beside the image that is made: its tokens. The same object
-        for the same inputs."""
-        return None
+    def image_tokens(self, denoiser: Denoiser) -> ImageTokens:
+        """Made once for a denoiser: what is remembered of its calls is remembered there."""
+        return ImageTokens(self, denoiser)
 
-    def distinct_tokens(self, text: Tensor) -> int:
-        """How many of the tokens `[r, n, c]` a layer needs where the text is not masked: fewer
-        than n where those at the end are equal and become equal keys."""
+    def folded_length(self, text: Tensor) -> int:
+        """The length of a text `[r, n, c]` without a mask after equal padding at its end is folded:
+        n where the model's padding is not equal."""
         return text.shape[1]
 
     def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, TextHook]]:
@@ -115,7 +131,7 @@ class Family:
         return []
 
     def hooked_modules(self, denoiser: Denoiser) -> dict[str, tuple[nn.Module, ...]]:
-        """For each layer, what has a hook of ours that a call has to come to."""
+        """For each layer, the modules with a hook of ours that a call must pass to reach it."""
         return {name: (attn,) for name, attn in self.layers(denoiser)}
 
     def carry(
@@ -130,8 +146,8 @@ class Family:
         return {"encoder_hidden_states": guided_text}
 
     def keeps_text(self, denoiser: Denoiser) -> bool:
-        """Whether something on this denoiser keeps text, with as many tokens as it has, from call
-        to call: then the negative prompts are carried in every step, guided or not."""
+        """Whether a cache on this denoiser keeps text from call to call, so that its length must
+        stay: then the negative prompts are carried in every step, guided or not."""
         return False
 
     def check_call(self, denoiser: Denoiser, inputs: dict[str, Any]) -> None:

@@ -17,12 +17,39 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nasa_diffusers.alpha import Grid, Targets
 from nasa_diffusers.encoding import side_by_side, token_counts
+from nasa_diffusers.families.base import ImageTokens
 from nasa_diffusers.families.joint import TEXT_LAYERS, Joint
 from nasa_diffusers.joint import KEYWORD, RopeBlockHook, SingleBlockHook, positions
 
 SINGLE = "single_transformer_blocks."
 T5 = "tokenizer_2"
 MAX_TOKENS = 512
+MISSING = object()
+
+
+class TokensByIds(ImageTokens):
+    """Said by `img_ids`, looked at once a run: the pipelines hand over the same tensor in every
+    step."""
+
+    def __init__(self, family, denoiser):
+        super().__init__(family, denoiser)
+        self._grids = WeakTensorKeyDictionary()
+        self._targets = WeakTensorKeyDictionary()
+
+    def grids(self, sample, inputs):
+        ids = inputs["img_ids"]
+        # another thread may look at the same time: both find the same
+        found = self._grids.get(ids)
+        if found is None:
+            found = self._grids[ids] = super().grids(sample, inputs)
+        return found
+
+    def targets(self, inputs):
+        ids = inputs["img_ids"]
+        found = self._targets.get(ids, MISSING)
+        if found is MISSING:
+            found = self._targets[ids] = targets_of(ids)
+        return found
 
 
 class Flux(Joint):
@@ -32,8 +59,6 @@ class Flux(Joint):
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", T5)
     text_options = ("max_sequence_length", "lora_scale")
     processors = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
-    grids_of_ids = WeakTensorKeyDictionary()
-    targets_of_ids = WeakTensorKeyDictionary()
 
     def default_nag(self, denoiser):
         """The NAG paper's."""
@@ -54,23 +79,15 @@ class Flux(Joint):
         return {T5: options.get("max_sequence_length", tokens)}
 
     def grids(self, denoiser, sample, inputs):
-        ids = inputs["img_ids"]
-        # looked at once a run: the pipelines hand over the same tensor in every step
-        grid = self.grids_of_ids.get(ids)
-        if grid is None:
-            grid = self.grids_of_ids[ids] = grid_of(ids)
-        return (grid,)
+        return (grid_of(inputs["img_ids"]),)
+
+    def image_tokens(self, denoiser):
+        return TokensByIds(self, denoiser)
 
     def carry(self, denoiser, guided_text, inputs, is_guided=True):
         changes = super().carry(denoiser, guided_text, inputs, is_guided)
         lengths = changes["joint_attention_kwargs"][KEYWORD].lengths
         return changes | {"txt_ids": positions(inputs["txt_ids"], lengths)}
-
-    def targets(self, inputs):
-        ids = inputs["img_ids"]
-        if ids not in self.targets_of_ids:
-            self.targets_of_ids[ids] = targets_of(ids)
-        return self.targets_of_ids[ids]
 
     def blocks(self, denoiser):
         yield from super().blocks(denoiser)

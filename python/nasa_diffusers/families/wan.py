@@ -6,7 +6,7 @@ left alone. Wan 2.2 has two transformers, for early and for late steps: both are
 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
-from nasa_diffusers.cache import distinct_tokens
+from nasa_diffusers.cache import folded_length
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.families.base import Family, config, project_keys_values
 from nasa_diffusers.families.sana import norm_then_heads
@@ -45,9 +45,9 @@ class Wan(Family):
         frames, height, width = (tokens // patch for tokens, patch in size)
         return ((frames, height, width),)
 
-    def distinct_tokens(self, text):
+    def folded_length(self, text):
         """Padding is zeros here, and attended to: hundreds of equal keys that are one."""
-        return distinct_tokens(text)
+        return folded_length(text)
 
     def text_hooks(self, denoiser, cache):
         return [(denoiser.condition_embedder, WanTextHook(cache))]
