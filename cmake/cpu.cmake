@@ -36,9 +36,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   nasa_isa(avx512bf16 ${v4} -mavx512bf16)
 endif()
 
-# The kernels without Torch, for tests/test_cpu_check.py: sanitizers, emulated CPUs, guarded pages
-if(EXISTS ${CMAKE_SOURCE_DIR}/tests/cpu_check.cpp)
-  add_executable(cpu_check EXCLUDE_FROM_ALL tests/cpu_check.cpp csrc/cpu/dispatch.cpp)
+# The kernels without Torch, for tests/op/test_cpu_check.py: sanitizers, emulated CPUs, guarded pages
+if(EXISTS ${CMAKE_SOURCE_DIR}/tests/support/cpu_check.cpp)
+  add_executable(cpu_check EXCLUDE_FROM_ALL tests/support/cpu_check.cpp csrc/cpu/dispatch.cpp)
   target_include_directories(cpu_check PRIVATE csrc/cpu)
   foreach(isa generic avx2 avx512 avx512bf16)
     if(TARGET cpu_${isa})

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, make_inputs, mask_of
-from test_backward import check_gradients, gradients
+from support.cases import DTYPES, mask_of
+from support.formula import exact_and_budget, exact_and_budget_of_joint
+from support.gradients import check_gradients, gradients
 from test_joint import make as make_joint
 
 from nasa_kernels import (
@@ -23,10 +24,10 @@ from nasa_kernels import (
     ops,
 )
 from nasa_kernels.reference import RULES
-from nasa_kernels.testing import Shape, exact_and_budget, exact_and_budget_of_joint
+from nasa_kernels.testing import Shape, make_inputs
 
 TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+ROOT = TESTS.parents[1]
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 needs_kernels = pytest.mark.skipif(_cpu.load() is not None, reason=str(_cpu.load()))
 BASIC = Shape("basic", 2, 70, 2, 64, 77, 50)
@@ -53,7 +54,7 @@ def best() -> str:
 @pytest.mark.parametrize("isa", ["none", *ISAS[:-1]])
 def test_the_parity_suite(isa):
     """A part of what `cpu` has to pass, on each instruction set below the best, and without the
-    kernels; tests/cpu_check.cpp has the rest."""
+    kernels; tests/support/cpu_check.cpp has the rest."""
     if isa != "none" and (_cpu.load() is not None or ISAS.index(isa) >= ISAS.index(best())):
         pytest.skip("it is the one that all other tests run on, or this CPU does not have it")
     files = ("forward", "backward", "joint", "joint_backward")

@@ -1,4 +1,4 @@
-"""A test of tests/cpu_check.cpp: each fault, planted in a copy of the CPU kernels, must be found.
+"""A test of support/cpu_check.cpp: each fault, planted in a copy of the CPU kernels, must be found.
 
 Compiled for the instruction set that is quickest to compile, from a handful of objects.
 """
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-TESTS = Path(__file__).parent
-SOURCES = TESTS.parent / "csrc" / "cpu"
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cpu"
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-exceptions", "-w", "-DNASA_ISA=generic")
 UNITS = ("forward", "backward", "peak", "dispatch")
 
@@ -95,7 +95,7 @@ def objects(tmp_path_factory) -> dict[str, Path]:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("objects")
     made = {name: compile_unit(SOURCES / f"{name}.cpp", folder / f"{name}.o") for name in UNITS}
-    shutil.copy(TESTS / "cpu_check.cpp", folder)
+    shutil.copy(ROOT / "tests" / "support" / "cpu_check.cpp", folder)
     shutil.copy(SOURCES / "nasa_cpu.h", folder)
     made["check"] = compile_unit(folder / "cpu_check.cpp", folder / "check.o")
     assert check(made, folder).returncode == 0

@@ -1,5 +1,5 @@
-"""The CPU kernels outside of Python (tests/cpu_check.cpp): under sanitizers, between pages that
-must not be touched, and on CPUs that are emulated.
+"""The CPU kernels outside of Python (support/cpu_check.cpp): under sanitizers, between pages that must
+not be touched, and on CPUs that are emulated.
 
 Built below `build/` by CMake, once; without a compiler or an emulator the tests skip.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 # what costs the compiler minutes is left out: overflow of pointers, sizes of objects
