@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_generate(options: argparse.Namespace) -> None:
+    method = read_method(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     default = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     dtype = DTYPES[options.dtype or default]
@@ -110,7 +111,7 @@ def run_generate(options: argparse.Namespace) -> None:
     handle = enable_nasa(
         pipe,
         _negatives(options.negative),
-        read_method(options),
+        method,
         start=options.start,
         stop=options.stop,
         layers=options.layers,

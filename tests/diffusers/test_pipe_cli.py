@@ -130,6 +130,23 @@ def test_errors_are_those_of_the_library(checkpoint, tmp_path, capsys, arguments
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nag-scale", "3"], "--nag-scale goes with --method nag, and the method is nasa"),
+        (["--method", "vsf", "--nag-norm", "2"], "--nag-norm goes with --method nag"),
+        (["--method", "nag", "--rule", "nasa"], "--rule goes with --method nasa"),
+        (["--method", "nag", "--nag-scale", "1"], "NAG: scale 1 is no guidance"),
+        (["--rule", "vsf"], "write VSF(alpha)"),
+    ],
+    ids=str,
+)
+def test_flags_of_another_method(tmp_path, capsys, arguments, message):
+    """Refused before a model is loaded."""
+    assert generate(tmp_path / "nothing", tmp_path, "--negative", "a", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_no_such_checkpoint(tmp_path, capsys):
     assert generate(tmp_path / "nothing", tmp_path, "--negative", "a") == 1
     assert "error:" in capsys.readouterr().err

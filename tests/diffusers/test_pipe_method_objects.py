@@ -5,9 +5,11 @@ import dataclasses
 import joint_cases
 import pytest
 import torch
-from drawing import draw
+from drawing import assert_same_image, draw
 from nasa_diffusers import NAG, NASA, VSF, Method, enable_nasa, nasa, testing
 from nasa_diffusers.methods import METHODS
+from nasa_diffusers.prompts import nothing, subtract
+from nasa_diffusers.streams import keep_apart
 from PIL import Image
 
 CROSS = {
@@ -136,6 +138,33 @@ def test_pairs_make_alpha_a_factor(sd):
             assert handle.alpha == 1.0
             handle.set_negative_prompt("blurry")
             assert handle.alpha == 0.1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Positive(Method):
+    """A method of one's own: the positive prompt alone, whatever alpha is."""
+
+    alpha: float | None = None
+    name = "Positive"
+
+    def cross(self, q, pos, negatives, backend, image=None):
+        assert [x.alpha.rows.item() for x in negatives] == [0.5]
+        return subtract(q, pos, nothing(pos), 0.0, backend, image)
+
+    def joint(self, streams):
+        return keep_apart(streams)
+
+
+def test_a_method_of_ones_own(sd):
+    stock = draw(sd)
+    with nasa(sd, "blurry", Positive(0.5)) as handle:
+        assert_same_image(draw(sd), stock)
+        assert handle.report().method == "Positive"
+    case = joint_cases.sd3()
+    stock = case()
+    with nasa(case.pipe, "blurry", Positive(), cfg=False, max_sequence_length=8) as handle:
+        assert handle.method == Positive(0.25)
+        assert_same_image(case(), stock)
 
 
 # ---- the handle ----------------------------------------------------------------------------------

@@ -72,11 +72,11 @@ class Method:
         image: KeysValues | None = None,
     ) -> Tensor:
         """Guided cross-attention to the text, `[b, l, h, d]`, plus the attention to `image`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: it has no cross-attention; write its `cross`")
 
     def joint(self, streams: Streams) -> Tensor:
         """Guided attention of a block over text and image, `[b, l + n, h, d]`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: it has no joint attention; write its `joint`")
 
     def attends_image_twice(self, streams: Streams) -> bool:
         """Whether joint attention visits the image keys once for each prompt."""
