@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             clear(dp);
             multiply_transposed<T, kD>(s, q, k);
             multiply_transposed<T, kD>(dp, grad, v);
-            return finish_scores(s, is_plain(prompt, call.scale), call.scale, bias,
-                                 prompt.n - first);
+            return finish_any_scores(s, prompt, call.scale, bias, first);
         };
 
         // dS = P * (weight * dP + shift)

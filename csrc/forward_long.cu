@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         clear(s);
         multiply_transposed<T, kD>(s, ptx::shared_address(warp_rows), ptx::shared_address(k_tile));
         const float left =
-            finish_scores(s, is_plain(prompt, p.scale), p.scale, bias, prompt.n - first);
+            finish_any_scores(s, prompt, p.scale, bias, first);
         float rescale[2];
         softmax.push(s, left, rescale);
         uint32_t weights[kBlockKeys / 16][4];
