@@ -55,9 +55,9 @@ constexpr bool has_sm90_short(int d, int keys) {
 // of 128 keys would not fit the registers.
 constexpr int sm90_stream_keys(int d) { return d <= 128 ? kBlockKeys : kClipKeys; }
 
-// Columns of O that a block of forward_long makes. A head_dim above 96 is shared by two blocks or
-// four: beside a block of scores, two accumulators of all its columns would not fit the registers.
-constexpr int long_columns(int d) { return d <= 96 ? d : d <= 192 ? d / 2 : d / 4; }
+// Columns of O that a block of forward_long makes. A head_dim above 128 is shared by two blocks or
+// four: two accumulators of all its columns would not fit the registers beside the scores.
+constexpr int long_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
 
 // forward_long: K [128, d], V [128, columns], Q [64, d]; the bias in fp32
 constexpr int long_shared_bytes(int d) {

@@ -155,7 +155,7 @@ def share(heads_of_a_batch: int, b: int, tiles: int, blocks: int | None) -> tupl
 
 
 def long_columns(d: int) -> int:
-    return d if d <= 96 else d // 2 if d <= 192 else d // 4
+    return d if d <= 128 else d // 2 if d <= 192 else d // 4
 
 
 def long_shared_bytes(d: int) -> int:

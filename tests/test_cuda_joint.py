@@ -252,7 +252,7 @@ def test_the_kernel_cannot_be_seen_in_the_result(kind):
     short = forward(**inputs, joint=joint, path=kind + "short")
     assert torch.equal(short, forward(**inputs, joint=joint, path=kind + "long"))
     assert torch.equal(
-        short, forward(**inputs, joint=joint, path=kind + "short", blocks_per_head=2)
+        short, forward(**inputs, joint=joint, path=kind + "short", blocks=3)
     )
 
 

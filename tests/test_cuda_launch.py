@@ -18,7 +18,6 @@ from cuda_emulation import (
     REPORTS,
     BackwardParams,
     ForwardParams,
-    Sm90Kernel,
     nvcc,
     path_of_sm90,
 )
@@ -41,6 +40,10 @@ class Gpu(NamedTuple):
 A100 = Gpu(8, 108, 166912, 167936)
 RTX4090 = Gpu(8, 128, 101376, 102400)
 H200 = Gpu(9, 132, 232448, 233472)
+
+
+# bytes of a Share of csrc/share.h
+SHARE = 16
 
 
 class Record(ctypes.Structure):
@@ -113,28 +116,18 @@ CALLS = [s for s in (*MODELS, *EDGES) if s.n_pos + s.n_neg]
 def test_forward_launches_what_the_emulation_runs(recorder, shape):
     cuda_emulation.forward(**make(shape, torch.bfloat16))
     launch = REPORTS[-1]
-    # with few heads every block has one tile of rows
     (record,) = launches(recorder, A100, forward_params(launch))
     if "short" not in record.name:
         cuda_emulation.forward(**make(shape, torch.bfloat16), path="long")
         assert recorded(record) == emulated(REPORTS[-1])
         return
-    blocks_per_head = -(-shape.l // 64)
-    cuda_emulation.forward(**make(shape, torch.bfloat16), blocks_per_head=blocks_per_head)
+    # with few heads every block has one tile of each warp's rows
+    cuda_emulation.forward(**make(shape, torch.bfloat16), blocks=1 << 30)
     launch = REPORTS[-1]
     assert recorded(record) == emulated(launch)
     size = ctypes.sizeof(ForwardParams)
-    assert bytes(record.arguments)[size : size + 4] == launch.args[1].to_bytes(4, "little")
+    assert bytes(record.arguments)[size : size + SHARE] == launch.args[1]
     assert bytes(record.arguments)[:size] != bytes(size)
-
-
-def test_a_full_gpu_shares_the_rows_of_a_head_among_fewer_blocks(recorder):
-    cuda_emulation.forward(**make(MODELS[3], torch.bfloat16))
-    params = forward_params(REPORTS[-1])
-    params.b, params.h, params.l = 16, 10, 4096
-    (record,) = launches(recorder, A100, params)
-    # 64 KiB for head_dim 64: two blocks per SM, 216 in all, 160 heads
-    assert record.grid[0] == 160 * 2
 
 
 SMALL = Shape("d160", 1, 16, 1, 77, 77, 160)
@@ -184,17 +177,14 @@ def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
         }
     elif how == "joint":
         joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
-    longest = max(shape.n_pos, shape.n_neg)
-    path = path_of_sm90(shape.d, shape.n_pos, shape.n_neg)
-    rows = 64 * Sm90Kernel.of(path, shape.d, longest).groups
-    cuda_emulation.forward_sm90(**inputs, blocks_per_head=-(-shape.l // rows), joint=joint)
+    cuda_emulation.forward_sm90(**inputs, blocks=1 << 30, joint=joint)
     launch = REPORTS[-1]
     params, call = launch.args[0], sm90_params(launch)
     (record,) = launches(recorder, H200, call)
     assert recorded(record) == emulated(launch)
     arguments, first = bytes(record.arguments), MAPS * MAPPED_BYTES
     assert arguments[first : first + ctypes.sizeof(call)] == bytes(call)
-    assert arguments[len(params) : len(params) + 4] == launch.args[1].to_bytes(4, "little")
+    assert arguments[len(params) : len(params) + SHARE] == launch.args[1]
     # without shared keys there is no map of O_s
     places = [i for i in range(MAPS) if joint or i != 2]
     for i, expected in zip(places, launch.memory.tensor_maps, strict=True):
@@ -259,7 +249,7 @@ def test_hopper_takes_a_positive_prompt_whatever_the_negative_one_is(recorder, j
         assert recorder.test_forward(ctypes.byref(params)) == 0
         path = path_of_sm90(params.d, n_pos, n_neg)
         name = recorder.test_launch(0).contents.name
-        assert ("sm90_long" if path == "long" else "sm90_kernel") in name, (params.d, n_pos, n_neg)
+        assert ("sm90_long" if path == "long" else "sm90_short") in name, (params.d, n_pos, n_neg)
 
 
 @pytest.mark.parametrize("shape", [SM90[0], SM90[3]], ids=str)
