@@ -5,19 +5,31 @@ of the tensor cores, and everything that is read from and written to memory. Wha
 masks, retries of a wait that was too early, denormal numbers or the segments of a joint attention.
 """
 
+from __future__ import annotations
+
 import heapq
+import importlib.util
+import os
 import re
+import shutil
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 PRODUCTS = ("HGMMA", "HMMA")
+# tiles to and from memory; rows that lie on 16 bytes
+STORES, LOADS = ("UTMASTG", "STG"), ("UTMALDG", "LDGSTS")
+WIDE = (".2D", ".3D", ".4D", ".128")
 # these end a block; a call without a condition comes back, one with a condition is a jump
 ENDS = ("BRA", "EXIT", "CALL", "RET", "BRX", "JMX")
-# what a call costs in the search for the shortest way: it leads to the slow path of something
-CALL_COST = 1000
+# what these cost in the search for the shortest way. A call leads to the slow path of something;
+# these loads fetch the shared segment of a joint attention, whose weights may be 0.
+DETOUR = 1000
+SEGMENT = ("LDS", "LDS.U16")
 
 
 class Instruction(NamedTuple):
@@ -176,6 +188,10 @@ def _products(block: Block) -> int:
     return sum(i.base in PRODUCTS for i in block.code)
 
 
+def _copies(block: Block, kinds: tuple[str, ...]) -> int:
+    return sum(i.opcode.startswith(kinds) and i.opcode.endswith(WIDE) for i in block.code)
+
+
 def product_loops(blocks: dict[int, Block]) -> list[Loop]:
     """The loops around products that hold no smaller one with products, in the order of the code."""
     loops = [loop for loop in loops_of(blocks) if any(blocks[b].has(PRODUCTS) for b in loop.body)]
@@ -195,15 +211,16 @@ def plain_path(blocks: dict[int, Block], loop: Loop) -> list[int]:
     # in the loop are the next tile's rows
     wanted = sorted(order, key=lambda b: (-_products(blocks[b]), order.index(b)))
     wanted = [b for b in wanted if _products(blocks[b])]
-    for bases in (("UTMASTG", "STG"), ("UTMALDG", "LDGSTS")):
-        wanted += [b for b in reversed(order) if blocks[b].has(bases)]
+    for copies in (STORES, LOADS):
+        wanted += [b for b in reversed(order) if _copies(blocks[b], copies)]
     stops: list[int] = []
     path = _through(blocks, loop, backward, [])
     for block in wanted:
         longer = _through(blocks, loop, backward, sorted({*stops, block}, key=order.index))
-        if longer is not None:
-            stops, path = sorted({*stops, block}, key=order.index), longer
-        if blocks[block].has(("UTMALDG",)):
+        if longer is None:
+            continue
+        stops, path = sorted({*stops, block}, key=order.index), longer
+        if _copies(blocks[block], LOADS):
             break
     assert path is not None
     return path
@@ -260,7 +277,9 @@ def _shortest(blocks, loop: Loop, backward: set, start: int, ends: set[int]) -> 
             if after not in loop.body or (block, after) in backward:
                 continue
             code = blocks[after].code
-            new = cost + len(code) + CALL_COST * (code[-1].base == "CALL")
+            detours = sum(i.base == "CALL" or (i.opcode in SEGMENT and i.predicate != "@!PT")
+                          for i in code)  # fmt: skip
+            new = cost + len(code) + DETOUR * detours
             if new < best.get(after, 1 << 30):
                 best[after] = new
                 heapq.heappush(queue, (new, after, [*path, after]))
@@ -268,7 +287,12 @@ def _shortest(blocks, loop: Loop, backward: set, start: int, ends: set[int]) -> 
 
 
 def count(
-    blocks: dict[int, Block], path: list[int], loop: Loop, scores: int = 0, values: int = 0
+    blocks: dict[int, Block],
+    path: list[int],
+    loop: Loop,
+    scores: int = 0,
+    values: int = 0,
+    copies: int = 0,
 ) -> Counter:
     """Instructions along a path, by opcode with its modifiers.
 
@@ -277,9 +301,12 @@ def count(
     Args:
         scores: Products that a loop over columns of Q and K makes, with one prompt.
         values: Products that a loop over columns of V makes, which it reads transposed.
+        copies: Loads, or stores, of 16 bytes a lane that a loop over the rows of a tile makes.
     """
+    kinds = (*STORES, *LOADS)
     inner = [x for x in loops_of(blocks) if x.body < loop.body
-             and any(_products(blocks[b]) for b in x.body & set(path))]  # fmt: skip
+             and any(_products(blocks[b]) or _copies(blocks[b], kinds)
+                     for b in x.body & set(path))]  # fmt: skip
     total: Counter = Counter()
     repeated: set[int] = set()
     for turn in inner:
@@ -287,13 +314,64 @@ def count(
         repeated |= set(own)
         counts = _opcodes(blocks, own)
         made = sum(n for opcode, n in counts.items() if opcode.split(".")[0] in PRODUCTS)
-        transposed = any(".MT88" in opcode for opcode in counts)
-        turns, rest = divmod(values if transposed else scores, made)
+        if made:
+            needed = values if any(".MT88" in opcode for opcode in counts) else scores
+        else:
+            # loads or stores, whichever are in it
+            made = max(sum(_copies(blocks[b], kind) for b in own) for kind in (STORES, LOADS))
+            needed = copies
+        turns, rest = divmod(needed, made) if made and needed else (1, 0)
         if rest or turns < 1:
-            raise ValueError(f"{scores} or {values} products are not some turns of {made}")
+            raise ValueError(f"{needed} products or copies are not some turns of {made}")
         total += Counter({opcode: n * turns for opcode, n in counts.items()})
     return total + _opcodes(blocks, [b for b in path if b not in repeated])
 
 
 def _opcodes(blocks: dict[int, Block], path: list[int]) -> Counter:
     return Counter(i.opcode for b in path for i in blocks[b].code)
+
+
+# ---- from a library ------------------------------------------------------------------------------
+
+
+def tools() -> str | None:
+    """A folder with cuobjdump and nvdisasm: of Triton's package, the toolkit, or the PATH."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(p) / "backends" / "nvidia" / "bin"
+               for p in (triton and triton.submodule_search_locations) or ()]  # fmt: skip
+    folders += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    if found := shutil.which("cuobjdump"):
+        folders.append(Path(found).parent)
+    both = (f for f in folders if (f / "cuobjdump").is_file() and (f / "nvdisasm").is_file())
+    return next((str(folder) for folder in both), None)
+
+
+def cuobjdump(library: Path, *flags: str) -> str:
+    folder = tools()
+    if folder is None:
+        raise OSError(
+            "no cuobjdump and nvdisasm: install a CUDA toolkit, triton, or "
+            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
+    env = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    command = [f"{folder}/cuobjdump", *flags, str(library)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def registers(library: Path) -> dict[tuple[str, str], int]:
+    """(architecture, mangled name) -> registers of a thread."""
+    found, arch, name = {}, "", ""
+    for line in cuobjdump(library, "-res-usage").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+)", line):
+            found[arch, name] = int(match[1])
+    return found
+
+
+def disassemble(library: Path, arch: str, names: list[str]) -> dict[str, list[Instruction]]:
+    """Some kernels of one architecture, by mangled name."""
+    return parse(cuobjdump(library, "-sass", "-arch", arch, "-fun", ",".join(names)))

@@ -110,8 +110,9 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int byte
     allowed[kernel] = bytes;
     return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
-                                                          int threads, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* kernel,
+                                                                   int threads, size_t shared,
+                                                                   unsigned) {
     const FakeDevice& d = devices.back();
     // each block reserves 1 KiB; registers come in units of 256 for a warp
     int most = std::min(d.shared_per_sm / (static_cast<int>(shared) + 1024), 2048 / threads);
@@ -205,7 +206,10 @@ int test_forward(const nasa::ForwardParams* p) {
     launches.clear();
     return nasa::forward(*p, nullptr);
 }
-void test_registers(const char* name, int count) { registers.emplace_back(name, count); }
+void test_registers(const char* name, int count) {
+    if (*name == 0) return registers.clear();
+    registers.emplace_back(name, count);
+}
 void test_overlap(bool on) { nasa::overlap_launches(on); }
 int test_backward(const nasa::BackwardParams* p) {
     launches.clear();

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cuda_emulation
 import pytest
 import torch
+from bench import statics
 from cuda_emulation import (
     MAPPED_BYTES,
     MAPS,
@@ -128,6 +129,112 @@ def test_forward_launches_what_the_emulation_runs(recorder, shape):
     size = ctypes.sizeof(ForwardParams)
     assert bytes(record.arguments)[size : size + SHARE] == launch.args[1]
     assert bytes(record.arguments)[:size] != bytes(size)
+
+
+# ---- persistent grids ----------------------------------------------------------------------------
+
+# the layers at the batches that fill a GPU, and what is asked of the grid there
+BATCHED = [(name, b, 0.85 if b == 1 else 0.95) for name, batches in {
+    "sd15-64": (1, 4, 16), "sd15-16": (16,), "sdxl-64": (1, 4, 16), "sdxl-32": (4, 16),
+    "pixart-1024": (1, 4, 16), "wan-1.3b": (1, 4), "wan-14b": (1,), "flux-text": (1, 4),
+    "sd3-text": (1, 4),
+}.items() for b in batches]  # fmt: skip
+# 2560 tiles of 32 rows for 170 SMs: 15.06 for each, and no tile is cut
+UNEVEN = {("RTX 5090", "sdxl-32", 4): 0.94}
+
+
+class Share(ctypes.Structure):
+    """csrc/share.h"""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("each", "longer", "tiles", "heads")]
+
+
+def plain_params(shape: statics.Shape) -> ForwardParams:
+    """A call with contiguous tensors, which nobody reads here."""
+    p = ForwardParams(b=shape.b, l=shape.l, h=shape.h, d=shape.d, scale=1.0, aligned=True, type=1)
+    p.q = p.o = 1 << 20
+
+    def strides(rows: int) -> tuple[int, ...]:
+        return rows * shape.h * shape.d, shape.h * shape.d, shape.d
+
+    p.q_strides[:] = strides(shape.l)
+    for prompt, n in zip(p.prompt, (shape.n_pos, shape.n_neg), strict=True):
+        prompt.k = prompt.v = 1 << 20
+        prompt.k_strides[:] = prompt.v_strides[:] = strides(n)
+        prompt.n = n
+    return p
+
+
+def planned(recorder, gpu: statics.Gpu, shape: statics.Shape) -> tuple[Record, statics.Plan]:
+    """The launch of a layer, and the one that the counts of the kernels speak of."""
+    known = Gpu(gpu.major, gpu.sms, gpu.shared_per_block, gpu.shared_per_sm)
+    (record,) = launches(recorder, known, plain_params(shape))
+    plan = statics.plan(gpu, shape)
+    assert plan.mangled.search(record.kernel.decode()), (record.name, plan)
+    assert (record.block[0], record.shared) == (plan.threads, plan.shared), str(plan)
+    return record, plan
+
+
+def share_of(record: Record) -> Share:
+    """The last parameter, after those of the call, or after those of TMA."""
+    start = ctypes.sizeof(ForwardParams)
+    if "sm90" in record.name:
+        start = -(-(MAPS * MAPPED_BYTES + start) // 128) * 128
+    return Share.from_buffer_copy(bytes(record.arguments)[start : start + SHARE])
+
+
+@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
+def test_a_persistent_grid_fits_the_gpu_and_loads_it_evenly(recorder, gpu):
+    """From the launcher's own numbers: blocks, and the tiles of the longest one."""
+    shapes = {shape.name: shape for shape in statics.SHAPES}
+    for name, b, target in BATCHED:
+        shape = shapes[name]._replace(b=b)
+        record, plan = planned(recorder, gpu, shape)
+        if not plan.persistent:
+            continue
+        share, blocks = share_of(record), record.grid[0]
+        tiles = b * shape.h * -(-shape.l // plan.rows)
+        assert share.tiles == -(-shape.l // plan.rows) and share.heads == shape.h
+        assert share.each * blocks + share.longer == tiles and share.longer < blocks
+        # the registers are asked of the driver, which here lets every block reside
+        resident = min((gpu.shared_per_sm // (plan.shared + 1024)), 2048 // plan.threads)
+        assert blocks == min(tiles, gpu.sms * resident)
+        longest = share.each + (share.longer > 0)
+        efficiency = tiles / (blocks * longest)
+        target = UNEVEN.get((gpu.name, name, b), target)
+        assert efficiency >= target, f"{plan} {shape}: {efficiency:.3f}"
+
+
+@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
+def test_the_counts_speak_of_the_kernels_that_are_launched(recorder, gpu):
+    for shape in statics.SHAPES:
+        planned(recorder, gpu, shape)
+
+
+def test_the_blocks_that_reside_are_asked_of_the_driver(recorder):
+    """Of a kernel with more registers fewer fit: the grid follows."""
+    shape = next(s for s in statics.SHAPES if s.name == "sdxl-64")._replace(d=32, b=4)
+    a100 = statics.GPUS[0]
+    record, plan = planned(recorder, a100, shape)
+    assert record.grid[0] == 3 * a100.sms
+    recorder.test_registers(b"forward_short_kernel", 255)
+    try:
+        recorder.gpu = None
+        assert planned(recorder, a100, shape)[0].grid[0] == a100.sms
+    finally:
+        recorder.test_registers(b"", 0)
+        recorder.gpu = None
+
+
+def test_a_void_prompt_has_a_kernel_without_it(recorder):
+    """Alpha 0, and a call with one prompt alone: half of the products, K and V are never loaded."""
+    cuda_emulation.forward_sm90(**make(SM90[0], torch.bfloat16), alpha=0.0)
+    params = sm90_params(REPORTS[-1])
+    (record,) = launches(recorder, H200, params)
+    assert "Li64ELi80ELi1ELb1E" in record.name
+    params.prompt[1].n = 77
+    (record,) = launches(recorder, H200, params)
+    assert "Li64ELi80ELi2ELb1E" in record.name
 
 
 SMALL = Shape("d160", 1, 16, 1, 77, 77, 160)
