@@ -193,7 +193,7 @@ def _copies(block: Block, kinds: tuple[str, ...]) -> int:
 
 
 def product_loops(blocks: dict[int, Block]) -> list[Loop]:
-    """The loops around products that hold no smaller one with products, in the order of the code."""
+    """The innermost loops around products, in the order of the code."""
     loops = [loop for loop in loops_of(blocks) if any(blocks[b].has(PRODUCTS) for b in loop.body)]
     inner = [a for a in loops if not any(b.body < a.body for b in loops)]
     return sorted(inner, key=lambda loop: loop.head)
@@ -319,7 +319,8 @@ def count(
         else:
             # loads or stores, whichever are in it
             made = max(sum(_copies(blocks[b], kind) for b in own) for kind in (STORES, LOADS))
-            needed = copies
+            # of rows whose copies do not fill the last turn
+            needed = -(-copies // made) * made if made else copies
         turns, rest = divmod(needed, made) if made and needed else (1, 0)
         if rest or turns < 1:
             raise ValueError(f"{needed} products or copies are not some turns of {made}")

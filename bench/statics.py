@@ -158,7 +158,9 @@ def cycles(gpu: Gpu, plan: Plan, d: int, path: Counter, turns: float) -> dict[st
             found["shared"] += n * turns * rows * 32 / 128
         elif base in ("LDS", "STS", "LDSM", "STSM"):
             wide = re.search(r"\.(64|128)\b", opcode)
-            words = int(opcode[-1]) if base in ("LDSM", "STSM") else int(wide[1]) // 32 if wide else 1
+            words = (
+                int(opcode[-1]) if base in ("LDSM", "STSM") else int(wide[1]) // 32 if wide else 1
+            )
             found["shared"] += n * warps * words
     if plan.kernel.startswith("forward_sm90_short"):
         # TMA writes Q and reads O

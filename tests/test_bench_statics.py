@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from bench import machine_code, statics
 
+from bench import machine_code, statics
 from nasa_kernels import _cuda
 
 LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", _cuda.LIBRARY))

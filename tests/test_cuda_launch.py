@@ -12,7 +12,6 @@ from typing import NamedTuple
 import cuda_emulation
 import pytest
 import torch
-from bench import statics
 from cuda_emulation import (
     MAPPED_BYTES,
     MAPS,
@@ -27,6 +26,8 @@ from test_cuda_forward import EDGES, MODELS, Shape, make
 from test_cuda_joint import make_joint
 from test_cuda_joint_backward import TILES, backward
 from test_cuda_joint_backward import make as make_segments
+
+from bench import statics
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the launchers cannot be built")
 
