@@ -87,9 +87,10 @@ class Block:
 def blocks_of(code: list[Instruction]) -> dict[int, Block]:
     """First address -> block, in the order of the code."""
     starts = {code[0].address}
-    for i, after in zip(code, [*code[1:], None], strict=True):
-        if i.base in ENDS and after is not None:
-            starts.add(after.address)
+    for i, following in zip(code, code[1:], strict=False):
+        if i.base in ENDS:
+            starts.add(following.address)
+    for i in code:
         if i.jumps and i.target is not None:
             starts.add(i.target)
     blocks: dict[int, Block] = {}
@@ -99,12 +100,12 @@ def blocks_of(code: list[Instruction]) -> dict[int, Block]:
             blocks[first] = Block([])
         blocks[first].code.append(i)
     ordered = sorted(blocks)
-    for first, after in zip(ordered, [*ordered[1:], None], strict=True):
+    for at, first in enumerate(ordered):
         last = blocks[first].code[-1]
         if last.jumps and last.target in blocks:
             blocks[first].next.append(last.target)
-        if last.may_fall_through and after is not None:
-            blocks[first].next.append(after)
+        if last.may_fall_through and at + 1 < len(ordered):
+            blocks[first].next.append(ordered[at + 1])
     return blocks
 
 
@@ -127,10 +128,10 @@ def loops_of(blocks: dict[int, Block]) -> list[Loop]:
     for head, ends in tails.items():
         body, todo = {head}, list(ends)
         while todo:
-            block = todo.pop()
-            if block not in body:
-                body.add(block)
-                todo += before[block]
+            inside = todo.pop()
+            if inside not in body:
+                body.add(inside)
+                todo += before[inside]
         found.append(Loop(head, frozenset(body), frozenset(ends)))
     return sorted(found, key=lambda loop: len(loop.body))
 

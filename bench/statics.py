@@ -181,12 +181,9 @@ def path_counts(plan: Plan, code: list[machine_code.Instruction]) -> tuple[Count
             steps = plan.sizes[0] // 16
             scores = steps * plan.keys // 16 * 2
             return _name(blocks, path, machine_code.count(blocks, path, loop, scores)), 1.0
-        counts = [
-            _name(blocks, path, machine_code.count(blocks, path, loop))
-            for loop in loops
-            for path in [machine_code.plain_path(blocks, loop)]
-        ]
-        return max(counts, key=Counter.total), 1.0
+        paths = [(loop, machine_code.plain_path(blocks, loop)) for loop in loops]
+        both = [_name(blocks, path, machine_code.count(blocks, path, loop)) for loop, path in paths]
+        return max(both, key=Counter.total), 1.0
     loop, path = machine_code.tile_path(blocks)
     parts = plan.rows // 16
     scores = parts * plan.sizes[0] // 16 * plan.keys // 16 * 2

@@ -50,8 +50,8 @@ WGMMA_WAIT = r"wgmma\.wait_group\.sync\.aligned 0;"
 PROXY_FENCE = r"fence\.proxy\.async\.shared::cta;"
 GROUP_BARRIER = r"barrier\.sync[^;]*;"
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
-# In forward_sm90_long with masks: 0-3 warps that clean (K free, V arrived; both prompts), 4 Q, 5-8 K
-# and V of the negative prompt (arrived, clean), 9-12 of the positive one, 13 O_s, 14-17 the free
+# In forward_sm90_long with masks: 0-3 warps that clean (K free, V arrived; both prompts), 4 Q, 5-8
+# K and V of the negative prompt (arrived, clean), 9-12 of the positive one, 13 O_s, 14-17 the free
 # slots. Without, as beside shared keys here: 0 Q, 1-2 K and V of the negative prompt, 3-4 of the
 # positive one, 5 O_s.
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
