@@ -22,8 +22,8 @@ constexpr int kShortThreads = kShortWarps * kWarpSize;
 template <int kD, int kKeys, bool kPlain>
 struct ShortLayout {
     static_assert(kKeys % 16 == 0, "P is the A operand of mma.m16n8k16: keys come in steps of 16");
-    static constexpr int kParts = short_parts(kD, kKeys);
-    static constexpr int kRows = short_rows(kD, kKeys);
+    static constexpr int kParts = short_parts(kD, kKeys, kPlain);
+    static constexpr int kRows = short_rows(kD, kKeys, kPlain);
     static constexpr int kPromptTile = tile_bytes(kKeys, kD);
     static constexpr int kRowTile = tile_bytes(kRows, kD);
     // K+, V+, K-, V- [kKeys, kD]; Q [kShortWarps, kRows, kD]; bias of both [kKeys] in fp32
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(kShortThreads, 1)
                 ptx::cp_async_wait<0>();
                 __syncwarp();
             }
-            // two turns at once, where that leaves no odd one and masks no fewer registers
-#pragma unroll(kPlain && kD / 16 % 2 == 0 ? 2 : 1)
+            // two turns at once, where that leaves no odd one
+#pragma unroll(kD / 16 % 2 == 0 ? 2 : 1)
             for (int column = 0; column < kD / 8; column += 2) {
                 float z_pos[kParts][2][4], z_neg[kParts][2][4];
 #pragma unroll

@@ -26,14 +26,16 @@ constexpr int kClipKeys = 80;
 constexpr int tile_bytes(int rows, int d) { return rows * 2 * (d + 8); }
 
 // forward_short: warps of a block, and the m16 fragments of query rows that one of them takes at
-// once. What is read of K and V serves all fragments. The scores of two with 128 keys would not fit
-// the registers, nor their rows of 160 columns the shared memory of sm_80.
+// once. What is read of K and V serves all fragments. The scores of two with 128 keys or with masks
+// would not fit the registers, nor their rows of 160 columns the shared memory of sm_80.
 constexpr int kShortWarps = 8;
-constexpr int short_parts(int d, int keys) { return d <= 128 && keys == kClipKeys ? 2 : 1; }
-constexpr int short_rows(int d, int keys) { return 16 * short_parts(d, keys); }
+constexpr int short_parts(int d, int keys, bool plain) {
+    return plain && d <= 128 && keys == kClipKeys ? 2 : 1;
+}
+constexpr int short_rows(int d, int keys, bool plain) { return 16 * short_parts(d, keys, plain); }
 // K+-, V+- [keys, d]; a tile of rows for each warp; the biases in fp32, where scores are not plain
 constexpr int short_shared_bytes(int d, int keys, bool plain) {
-    return 4 * tile_bytes(keys, d) + kShortWarps * tile_bytes(short_rows(d, keys), d) +
+    return 4 * tile_bytes(keys, d) + kShortWarps * tile_bytes(short_rows(d, keys, plain), d) +
            (plain ? 0 : 2 * keys * 4);
 }
 

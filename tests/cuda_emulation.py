@@ -128,13 +128,13 @@ def tile_bytes(rows: int, d: int) -> int:
     return rows * 2 * (d + 8)
 
 
-def short_rows(d: int, keys: int) -> int:
+def short_rows(d: int, keys: int, plain: bool) -> int:
     """Query rows that a warp of forward_short takes at once."""
-    return 32 if d <= 128 and keys == CLIP_KEYS else 16
+    return 32 if plain and d <= 128 and keys == CLIP_KEYS else 16
 
 
 def short_shared_bytes(d: int, keys: int, plain: bool) -> int:
-    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys), d)
+    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys, plain), d)
     return 4 * tile_bytes(keys, d) + rows + (0 if plain else 2 * keys * 4)
 
 
@@ -319,7 +319,7 @@ def forward(
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
         plain = is_plain(call.params)
         loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys, plain)
-        blocks, parts = share(h, b, -(-l // short_rows(size, keys)), blocks)
+        blocks, parts = share(h, b, -(-l // short_rows(size, keys, plain)), blocks)
         shared = short_shared_bytes(size, keys, plain)
         call.launch(loaded, blocks, SHORT_WARPS * 32, shared, bytes(call.params), parts)
     else:
