@@ -58,7 +58,7 @@ WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
 PASS = "setp.eq.u32 complete, 0, 0;"
 FAULTS = (
     Fault("missing-block-barrier", "forward_short", r"bar\.sync\s+0;", "", -1),
-    Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
+    Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 0;", r"\1 1;", None),
     Fault("not-transposed", "forward_short", r"x4\.trans", "x4"),
     Fault("swapped-fragment", "forward_short", MMA_B, swap_b),
     Fault("swapped-pair", "forward_short", PACK, r"\1\3, \2;"),
