@@ -77,9 +77,18 @@ def build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, default=RESULTS / "plots", help="folder")
     readme = command("readme", run_readme, "renew what the docs say of it", measures=False)
     readme.add_argument("--check", action="store_true", help="only say whether it is current")
+    counted = command("statics", run_statics, "count in the compiled kernels", measures=False)
+    counted.add_argument("--library", type=Path, help="default: the built extension")
+    counted.add_argument("--write", action="store_true", help="renew docs/kernels/statics.md")
     show = command("show", run_show, "print a result file as tables", measures=False)
     show.add_argument("file", type=Path)
     return parser
+
+
+def run_statics(options: argparse.Namespace) -> int:
+    from bench import statics
+
+    return statics.run(options)
 
 
 # ---- what measures -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ set(NASA_CUDA_ARCHS "8.0;9.0a;10.0;12.0+PTX" CACHE STRING "architectures to comp
 # Sources of kernels for every architecture, and of those for 9.0a alone.
 set(NASA_KERNELS
   csrc/forward_short.cu csrc/forward_long.cu csrc/backward_queries.cu csrc/backward_keys.cu)
-set(NASA_KERNELS_SM90 csrc/forward_sm90.cu csrc/forward_sm90_long.cu)
+set(NASA_KERNELS_SM90 csrc/forward_sm90_short.cu csrc/forward_sm90_long.cu)
 set(NASA_FLAGS -O3 -Xptxas=-warn-spills)
 
 set(CMAKE_CUDA_STANDARD 17)
@@ -73,8 +73,8 @@ add_custom_target(ptx DEPENDS ${ptx_files})
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
 set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers
-  csrc/device.h csrc/launch.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh csrc/sm90.cuh
-  csrc/softmax.cuh csrc/tile.cuh)
+  csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh
+  csrc/schedule.cuh csrc/share.h csrc/sm90.cuh csrc/softmax.cuh csrc/tensor_maps.h csrc/tile.cuh)
 list(TRANSFORM recorder_sources PREPEND ${CMAKE_SOURCE_DIR}/)
 add_custom_command(
   OUTPUT ${recorder}

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     constexpr int kPitch = Tile<kD>::kPitch;
     constexpr int kTiles = kBackwardRows / 8;
     const ForwardParams& call = p.call;
-    extern __shared__ __align__(16) unsigned char shared[];
+    extern __shared__ __align__(16) unsigned char smem[];
 
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
@@ -103,12 +103,12 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
         return key_bias(prompt.mask, b, key, prompt.n) != -INFINITY;
     };
     load_tile<kD, kBackwardKeys, kKeyThreads>(
-        shared,
+        smem,
         rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n, call.d,
                 call.aligned),
         first_key, 0, threadIdx.x, present);
     load_tile<kD, kBackwardKeys, kKeyThreads>(
-        shared + Layout::kV,
+        smem + Layout::kV,
         rows_of(prompt.v, b * prompt.v_stride_b + h * prompt.v_stride_h, prompt.v_stride_n, call.d,
                 call.aligned),
         first_key, 0, threadIdx.x, present);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     const int64_t row_values = ((static_cast<int64_t>(side) * call.b + b) * call.h + h) * call.l;
     const auto load_rows = [&](int tile) {
         unsigned char* stage =
-            shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
+            smem + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
         const int first = (tile < p.first_hidden ? tile : tile + p.hidden) * kBackwardRows;
         const auto exists = [&](int row) { return row < call.l; };
         load_tile<kD, kBackwardRows, kKeyThreads>(
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     const int last_tile = min(first_tile + per_split, tiles);
     if (first_tile < last_tile) load_rows(first_tile);
 
-    unsigned char* warp_keys = shared + warp * kWarpRows * kPitch;
+    unsigned char* warp_keys = smem + warp * kWarpRows * kPitch;
     const uint32_t k = ptx::shared_address(warp_keys);
     const int key = first_key + warp * kWarpRows + lane / 4;
     const float bias[2] = {key_bias(prompt.mask, b, key, prompt.n),
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
         }
         __syncthreads();
         unsigned char* stage =
-            shared + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
+            smem + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
         const uint32_t q = ptx::shared_address(stage);
         const uint32_t grad = q + Layout::kGrad;
         const float* values = reinterpret_cast<const float*>(stage + Layout::kRowValues);

@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kTiles = kBackwardKeys / 8;
     constexpr int kColumns = Layout::kColumns;
     const ForwardParams& call = p.call;
-    extern __shared__ __align__(16) unsigned char shared[];
-    unsigned char* k_tile = shared + Layout::kK;
-    unsigned char* v_tile = shared + Layout::kV;
-    float* bias = reinterpret_cast<float*>(shared + Layout::kBias);
+    extern __shared__ __align__(16) unsigned char smem[];
+    unsigned char* k_tile = smem + Layout::kK;
+    unsigned char* v_tile = smem + Layout::kV;
+    float* bias = reinterpret_cast<float*>(smem + Layout::kBias);
 
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             tile, rows_of(data, b * stride_b + h * stride_h, stride_l, call.d, call.aligned),
             first_row, 0, threadIdx.x, [&](int row) { return row < call.l; });
     };
-    load_rows(shared, call.q, call.q_stride_b, call.q_stride_l, call.q_stride_h);
-    load_rows(shared + Layout::kGrad, p.grad_o, p.grad_stride_b, p.grad_stride_l, p.grad_stride_h);
+    load_rows(smem, call.q, call.q_stride_b, call.q_stride_l, call.q_stride_h);
+    load_rows(smem + Layout::kGrad, p.grad_o, p.grad_stride_b, p.grad_stride_l, p.grad_stride_h);
     ptx::cp_async_commit();
 
-    unsigned char* q_rows = shared + warp * kWarpRows * Tile<kD>::kPitch;
+    unsigned char* q_rows = smem + warp * kWarpRows * Tile<kD>::kPitch;
     const uint32_t q = ptx::shared_address(q_rows);
     const uint32_t grad = q + Layout::kGrad;
     const uint32_t k = ptx::shared_address(k_tile);
@@ -113,8 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             clear(dp);
             multiply_transposed<T, kD>(s, q, k);
             multiply_transposed<T, kD>(dp, grad, v);
-            return finish_scores(s, is_plain(prompt, call.scale), call.scale, bias,
-                                 prompt.n - first);
+            return finish_any_scores(s, prompt, call.scale, bias, first);
         };
 
         // dS = P * (weight * dP + shift)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "device.h"
+#include "layouts.h"
 #include "nasa.h"
 
 // In libtorch_cuda.so. Weak: null under a torch without CUDA, where this library still loads.

@@ -1,23 +1,21 @@
 // Which kernel takes a call.
 //
 // The kernels of one architecture give the same bits whether they hold the prompts or stream them:
-// forward_short those of forward_long, forward_sm90 those of forward_sm90_long. So the length of the
-// negative prompt, which may choose between them, changes no bit of Z+, and alpha 0 is exactly the
-// attention over the positive prompt.
-//
-// Hopper's kernels add up in the order of wgmma, the others in that of mma.sync. TMA cannot read all
-// rows; whether it can read Q, K+ and V+ decides, and bindings.cpp copies a negative prompt that it
-// could not read.
+// forward_short those of forward_long, forward_sm90_short those of forward_sm90_long. So the length
+// of the negative prompt changes no bit of the positive one's part, and alpha 0 is the positive
+// prompt alone whatever the negative one is. Hopper's kernels add up in the order of wgmma, the
+// others in that of mma.sync: for rows that TMA cannot read, those of the positive prompt decide,
+// because bindings.cpp copies a negative prompt that would make the difference.
 #include <algorithm>
 #include <atomic>
 
 #include "device.h"
-#include "nasa.h"
+#include "layouts.h"
 
 namespace nasa {
 namespace {
 
-// TMA reads rows that start on 16 bytes, with a step between them that is not 0.
+// TMA wants rows on 16 bytes that move from one to the next.
 bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
@@ -50,13 +48,13 @@ cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     const bool fits = std::max(p.prompt[kPos].n, p.prompt[kNeg].n) <= kBlockKeys;
 #ifdef NASA_WITH_SM90
     if (sm90_takes(p, device)) {
-        return fits && has_sm90_short(p.d, keys) ? forward_sm90(p, device, stream)
+        return fits && has_sm90_short(p.d, keys) ? forward_sm90_short(p, device, stream)
                                                  : forward_sm90_long(p, device, stream);
     }
 #endif
     const int d = padded_head_dim(p.d);
     if (fits && has_short(d, keys) &&
-        short_shared_bytes(d, keys) <= device.shared_per_block) {
+        short_shared_bytes(d, keys, is_plain(p)) <= device.shared_per_block) {
         return forward_short(p, device, stream);
     }
     return forward_long(p, device, stream);

@@ -15,10 +15,6 @@ struct Device {
     int shared_per_sm;
 };
 
-// Bytes of a multiprocessor's shared memory that each of its blocks takes beside its own, on
-// compute capability 8.0 and up.
-constexpr int kReservedShared = 1024;
-
 constexpr int kMaxDevices = 64;
 
 // The current device. Its limits are asked for once: this runs before every launch.

@@ -6,7 +6,7 @@
 //
 // A block owns 64 query rows of one head, 16 per warp. It walks over K-, V-, parks Z- in registers,
 // and walks over K+, V+. V of a block of keys arrives while its scores are made, K of the next one
-// while Z is. The columns of a head_dim above 96 are shared by two blocks or four.
+// while Z is. The columns of a head_dim above 128 are shared by two blocks or four.
 #include "launch.h"
 #include "rules.cuh"
 
@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     using Layout = LongLayout<kD>;
     constexpr int kColumns = Layout::kColumns;
     constexpr int kRows = kWarps * kWarpRows;
-    extern __shared__ __align__(16) unsigned char shared[];
-    unsigned char* k_tile = shared;
-    unsigned char* v_tile = shared + Layout::kV;
-    unsigned char* q_tile = shared + Layout::kQ;
-    float* bias = reinterpret_cast<float*>(shared + Layout::kBias);
+    extern __shared__ __align__(16) unsigned char smem[];
+    unsigned char* k_tile = smem;
+    unsigned char* v_tile = smem + Layout::kV;
+    unsigned char* q_tile = smem + Layout::kQ;
+    float* bias = reinterpret_cast<float*>(smem + Layout::kBias);
 
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
@@ -99,22 +99,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // [16, kColumns] of this warp
     float z[kColumns / 8][4], z_neg[kColumns / 8][4];
-    float inverse_neg[2], lse_neg[2];
-    OnlineSoftmax softmax;
+    OnlineSoftmax softmax, softmax_neg;
     clear(z);
     const auto park = [&] {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            inverse_neg[r] = softmax.inverse_sum(r);
-            lse_neg[r] = softmax.lse(r, inverse_neg[r]);
-        }
+        softmax_neg = softmax;
+        softmax = OnlineSoftmax{};
 #pragma unroll
         for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) z_neg[j][i] = z[j][i];
         }
         clear(z);
-        softmax = OnlineSoftmax{};
     };
 
     for (int block = 0; block < blocks; ++block) {
@@ -131,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         clear(s);
         multiply_transposed<T, kD>(s, ptx::shared_address(warp_rows), ptx::shared_address(k_tile));
         const float left =
-            finish_scores(s, is_plain(prompt, p.scale), p.scale, bias, prompt.n - first);
+            finish_any_scores(s, prompt, p.scale, bias, first);
         float rescale[2];
         softmax.push(s, left, rescale);
         uint32_t weights[kBlockKeys / 16][4];
@@ -153,27 +148,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (blocks == blocks_neg) park();
 
-    float inverse[2], alpha[2] = {0.f, 0.f};
-    Weights weights[2] = {};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        inverse[r] = softmax.inverse_sum(r);
-        const int l = row + lane / 4 + 8 * r;
-        if (l >= p.l) continue;
-        alpha[r] = alpha_of(p, b, l, h);
-        if (p.shared.o != nullptr) {
-            weights[r] = weigh(p, b, l, h, alpha[r], softmax.lse(r, inverse[r]), lse_neg[r]);
-        }
-    }
+    const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+    const float inverse_neg[2] = {softmax_neg.inverse_sum(0), softmax_neg.inverse_sum(1)};
+    const Ending end =
+        end_rows(p, b, row + lane / 4, h, softmax, softmax_neg, inverse, inverse_neg);
     ptx::cp_async_wait<0>();
     __syncwarp();
-    if (p.shared.o != nullptr) {
-        merge(z, inverse, z_neg, inverse_neg, weights, [&](int j, float (&c)[4]) {
-            fetch<T, Tile<kColumns>::kPitch>(c, warp_rows, j);
-        });
-    } else {
-        subtract(z, inverse, z_neg, inverse_neg, alpha);
-    }
+    finish<true>(z, z_neg, end, [&](int j, float (&c)[4]) {
+        fetch<T, Tile<kColumns>::kPitch>(c, warp_rows, j);
+    });
     // this warp's rows of Q are used up: they take O
     stage<T, Tile<kColumns>::kPitch>(warp_rows, 0, z);
     __syncwarp();

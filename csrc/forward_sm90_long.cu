@@ -4,11 +4,11 @@
 //
 // or, beside the shared keys of a joint attention, what rules.cuh makes of the three segments.
 //
-// A block owns tiles of 128 query rows of one head, 64 per warpgroup, and walks over K-, V- and then
+// A block takes a range of tiles of 128 query rows, 64 per warpgroup, and walks over K-, V- and then
 // K+, V+ for each. A third warpgroup feeds the ring: one thread of it keeps TMA busy, and where keys
 // are masked the other warps write the biases and clear the absent rows of V.
 //
-// The arithmetic of a row, its order included, is that of forward_sm90.cu: both give identical
+// The arithmetic of a row, its order included, is that of forward_sm90_short.cu: both give the same
 // bits.
 #include "sm90.cuh"
 
@@ -46,18 +46,21 @@ struct StreamLayout {
 template <typename Layout>
 struct Ring {
     uint32_t base, barriers;  // addresses of slot 0 and of the mbarriers
-    int item = 0;
+    int slot = 0;
+    int parity = 0;
 
-    __device__ __forceinline__ int slot() const { return item % Layout::kSlots; }
-    __device__ __forceinline__ int parity() const { return item / Layout::kSlots % 2; }
-    __device__ __forceinline__ uint32_t tile() const {
-        return base + slot() * Layout::Keys::kBytes;
+    __device__ __forceinline__ void next() {
+        if (++slot == Layout::kSlots) {
+            slot = 0;
+            parity ^= 1;
+        }
     }
-    __device__ __forceinline__ int bias() const { return slot() * Layout::kKeys; }
-    __device__ __forceinline__ uint32_t arrived() const { return barriers + 8 * slot(); }
+    __device__ __forceinline__ uint32_t tile() const { return base + slot * Layout::Keys::kBytes; }
+    __device__ __forceinline__ int bias() const { return slot * Layout::kKeys; }
+    __device__ __forceinline__ uint32_t arrived() const { return barriers + 8 * slot; }
     __device__ __forceinline__ uint32_t clean() const { return arrived() + 8 * Layout::kSlots; }
     __device__ __forceinline__ uint32_t free() const { return arrived() + 16 * Layout::kSlots; }
-    __device__ __forceinline__ void wait_free() const { wait(free(), parity() ^ 1); }
+    __device__ __forceinline__ void wait_free() const { wait(free(), parity ^ 1); }
 };
 
 // One arrival for all lanes of a warp
@@ -66,40 +69,32 @@ __device__ __forceinline__ void arrive_as_warp(uint32_t barrier) {
     if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(barrier);
 }
 
-template <typename T, int kD>
+template <typename T, int kD, bool kPlain>
 __global__ void __launch_bounds__(kThreadsOfBlock, 1)
-    forward_sm90_long_kernel(const __grid_constant__ Params p, const int blocks_per_head) {
+    forward_sm90_long_kernel(const __grid_constant__ Params p, const Share share) {
     using Layout = StreamLayout<T, kD>;
     using Keys = typename Layout::Keys;
     constexpr int kKeys = Layout::kKeys;
     const ForwardParams& call = p.call;
-    extern __shared__ __align__(1024) unsigned char shared[];
-    float* biases = reinterpret_cast<float*>(shared + Layout::kBias);
-    const uint32_t base = ptx::shared_address(shared);
+    extern __shared__ __align__(1024) unsigned char smem[];
+    float* biases = reinterpret_cast<float*>(smem + Layout::kBias);
+    const uint32_t base = ptx::shared_address(smem);
     Ring<Layout> ring{base, base + Layout::kBarriers};
     const uint32_t row_barriers = ring.barriers + 8 * 3 * Layout::kSlots;
+    const int group = uniform(threadIdx.x / kGroupThreads);
 
-    const int group = threadIdx.x / kGroupThreads;
-    // heads fastest: the heads of one query row are neighbours in memory, and then also in time
-    const int h = blockIdx.x % call.h;
-    const int part = blockIdx.x / call.h % blocks_per_head;
-    const int b = blockIdx.x / call.h / blocks_per_head;
-    const bool masked = call.prompt[kPos].mask.type != MaskType::kNone ||
-                        call.prompt[kNeg].mask.type != MaskType::kNone;
-
-    // A round is kGroups tiles of rows, from tile `first` on; each takes the keys of both prompts.
-    const int tiles = (call.l + kGroupRows - 1) / kGroupRows;
-    const int step = blocks_per_head * kGroups;
-    const int first_tile = part * kGroups;
-    const auto keys_of = [&](int side, int first) {
-        const bool any = attends(call, side, first * kGroupRows, kGroups * kGroupRows);
-        return any ? call.prompt[side].n : 0;
+    // A round is kGroups tiles of rows of one head; each takes the keys of both prompts.
+    const auto keys_of = [&](int side, int round_tile) {
+        const int first = round_tile * kGroups * kGroupRows;
+        return attends(call, side, first, kGroups * kGroupRows) ? call.prompt[side].n : 0;
     };
     const auto each_block = [&](auto take) {
-        for (int first = first_tile; first < tiles; first += step) {
-            for (int side : {kNeg, kPos}) {
-                const int n = keys_of(side, first);
-                for (int key = 0; key < n; key += kKeys) take(side, key);
+        for (Span span(share); span.any(); span.next(share)) {
+            for (; span.any(); ++span.first) {
+                for (int side : {kNeg, kPos}) {
+                    const int n = keys_of(side, span.first);
+                    for (int key = 0; key < n; key += kKeys) take(side, key, span);
+                }
             }
         }
     };
@@ -114,6 +109,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
             ptx::mbarrier_init(row_barriers + 8 * i, 1);
         }
         ptx::fence_mbarrier_init();
+        prefetch_maps<2>(p);
     }
     ptx::wait_for_earlier_grids();
     __syncthreads();
@@ -122,16 +118,16 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
         ptx::give_registers<40>();
         const int thread = threadIdx.x - kGroups * kGroupThreads;
         if (thread == 0) {
-            each_block([&](int side, int key) {
+            each_block([&](int side, int key, const Span& at) {
                 for (const Mapped* t : {&p.k[side], &p.v[side]}) {
                     ring.wait_free();
                     ptx::mbarrier_arrive_expect(ring.arrived(), Keys::kBytes);
-                    load_tile<kKeys, kD>(*t, ring.tile(), ring.arrived(), key, h, b);
-                    ++ring.item;
+                    load_tile<kKeys, kD>(*t, ring.tile(), ring.arrived(), key, at.h, at.b);
+                    ring.next();
                 }
             });
-        } else if (masked && thread >= kWarpSize) {
-            each_block([&](int side, int key) {
+        } else if (!kPlain && thread >= kWarpSize) {
+            each_block([&](int side, int key, const Span& at) {
                 const Prompt& prompt = call.prompt[side];
                 float* bias = biases + ring.bias();
                 // this thread's keys are nobody else's
@@ -139,61 +135,71 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
                 constexpr int kStep = kCleaners * kWarpSize;
                 ring.wait_free();
                 for (int i = mine; i < kKeys; i += kStep) {
-                    bias[i] = key_bias(prompt.mask, b, key + i, prompt.n);
+                    bias[i] = key_bias(prompt.mask, at.b, key + i, prompt.n);
                 }
                 arrive_as_warp(ring.clean());
-                ++ring.item;
-                wait(ring.arrived(), ring.parity());
+                ring.next();
+                wait(ring.arrived(), ring.parity);
                 for (int i = mine; i < kKeys; i += kStep) {
                     if (bias[i] != -INFINITY) continue;
-                    clear_row<kKeys, kD>(shared + ring.slot() * Keys::kBytes, i);
+                    clear_row<kKeys, kD>(smem + ring.slot * Keys::kBytes, i);
                 }
                 ptx::fence_proxy_async();
                 arrive_as_warp(ring.clean());
-                ++ring.item;
+                ring.next();
             });
         }
         return;
     }
 
     ptx::take_registers<232>();
-    const typename Layout::Rows rows{p, shared + Layout::kRows + group * Layout::Rows::kBytes,
-                                     row_barriers + 8 * group * Layout::Rows::kBarriers, group,
-                                     h, b};
-    // a warpgroup without a tile in the last round multiplies zeros, and TMA stores none of it
-    const auto load_queries = [&](int first, int round) {
-        if (rows.leads() && first < tiles) rows.load(first + group, round);
+    const typename Layout::Rows rows{p, smem + Layout::kRows + group * Layout::Rows::kBytes,
+                                     base + Layout::kRows + group * Layout::Rows::kBytes,
+                                     row_barriers + 8 * group * Layout::Rows::kBarriers, group};
+    // By the leader: the rows of this warpgroup in the round `steps` after that of `here`. Without a
+    // tile in the last round of a head it multiplies zeros, and TMA stores none of it.
+    const auto load_queries = [&](Span here, int steps, int round) {
+        for (int i = 0; i < steps; ++i) advance<1>(here, 0, share);
+        if (here.any()) rows.load(here.first * kGroups + group, here.h, here.b, round);
     };
-    load_queries(first_tile, 0);
-    load_queries(first_tile + step, 1);
+    Span span(share);
+    if (rows.leads()) {
+        load_queries(span, 0, 0);
+        load_queries(span, 1, 1);
+    }
     const auto take = [&] {
-        wait(ring.arrived(), ring.parity());
-        if (masked) wait(ring.clean(), ring.parity());
+        wait(ring.arrived(), ring.parity);
+        if (!kPlain) wait(ring.clean(), ring.parity);
         return ring.tile();
     };
     const auto give_back = [&] {
         arrive_as_warp(ring.free());
-        ++ring.item;
+        ring.next();
     };
 
-    for (int first = first_tile, round = 0; first < tiles; first += step, ++round) {
+    for (int round = 0; span.any(); advance<1>(span, 0, share), ++round) {
+        const int tile = span.first * kGroups + group;
         const uint32_t q = rows.queries(round);
         // [64, kD] of this warpgroup, as its warps hold 16 rows each
         float z_pos[kD / 8][4], z_neg[kD / 8][4];
         Side pos, neg;
         const auto walk = [&](int which, float (&z)[kD / 8][4], Side& side) {
             const Prompt& prompt = call.prompt[which];
-            const int n = keys_of(which, first);
+            const int n = keys_of(which, span.first);
             clear(z);
             for (int key = 0; key < n; key += kKeys) {
                 float s[kKeys / 8][4];
+                // from a register of each thread ptxas would make each descriptor anew
+                const uint32_t queries = uniform(q);
                 const uint32_t k = take();
                 ptx::wgmma_fence();
-                start_scores<T, kD, kKeys>(s, q, k);
+                start_scores<T, kD, kKeys>(s, queries, k);
                 ptx::wgmma_wait<0>();
+                ptx::arrived(s);
                 uint32_t weights[kKeys / 16][4];
                 float rescale[2];
-                side.push<T>(s, prompt, call.scale, biases + ring.bias(), key, weights, rescale);
+                side.push<T, kPlain>(s, prompt, call.scale, biases + ring.bias(), key, weights,
+                                     rescale);
                 give_back();
 #pragma unroll
                 for (int j = 0; j < kD / 8; ++j) {
@@ -204,43 +210,50 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
                 ptx::wgmma_fence();
                 start_values<T, kD, kKeys>(z, weights, v, key > 0);
                 ptx::wgmma_wait<0>();
+                ptx::arrived(z);
                 give_back();
             }
             side.finish();
         };
         walk(kNeg, z_neg, neg);
-        float4* parked = reinterpret_cast<float4*>(shared + Layout::kPark) + threadIdx.x;
+        float4* parked = reinterpret_cast<float4*>(smem + Layout::kPark) + threadIdx.x;
 #pragma unroll
         for (int j = 0; j < Layout::kParked; ++j) {
             const float(&z)[4] = z_neg[j];
             parked[j * kGroups * kGroupThreads] = float4{z[0], z[1], z[2], z[3]};
         }
         walk(kPos, z_pos, pos);
-        rows.release(first + group, round);
+        rows.release(tile, span.h, span.b, round);
 #pragma unroll
         for (int j = 0; j < Layout::kParked; ++j) {
             const float4 z = parked[j * kGroups * kGroupThreads];
             z_neg[j][0] = z.x, z_neg[j][1] = z.y, z_neg[j][2] = z.z, z_neg[j][3] = z.w;
         }
-        rows.store(first + group, round, z_pos, pos, z_neg, neg);
-        load_queries(first + kQueryStages * step, round);
+        rows.template store<true>(
+            tile, span.h, span.b, round, z_pos, z_neg,
+            end_rows(call, span.b, tile * kGroupRows + rows.row(), span.h, pos.softmax,
+                     neg.softmax, pos.inverse, neg.inverse));
+        if (rows.leads()) load_queries(span, kQueryStages, round);
     }
 }
 
-template <typename T, int kD>
+template <typename T, int kD, bool kPlain>
 cudaError_t launch_stream(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     using Layout = StreamLayout<T, kD>;
     Params params{};
     if (const cudaError_t error = map_call(params, p, Layout::kKeys)) return error;
-    return launch_rows<forward_sm90_long_kernel<T, kD>>(params, device, kGroups, kThreadsOfBlock,
-                                                        Layout::kBytes, stream);
+    return launch_shared<forward_sm90_long_kernel<T, kD, kPlain>, true>(
+        device, p, ceil_div(p.l, kGroups * kGroupRows), kThreadsOfBlock, Layout::kBytes, stream,
+        params);
 }
 
 }  // namespace
 
 cudaError_t forward_sm90_long(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     return dispatch_exact(p.type, p.d, [&](auto type, auto head_dim) {
-        return launch_stream<typename decltype(type)::type, head_dim>(p, device, stream);
+        using T = typename decltype(type)::type;
+        return is_plain(p) ? launch_stream<T, head_dim, true>(p, device, stream)
+                           : launch_stream<T, head_dim, false>(p, device, stream);
     });
 }
 

@@ -9,7 +9,8 @@
 #include <type_traits>
 
 #include "device.h"
-#include "nasa.h"
+#include "layouts.h"
+#include "schedule.cuh"
 
 namespace nasa {
 
@@ -46,6 +47,47 @@ cudaError_t launch(const Device& device, int64_t blocks, int threads, int bytes,
     return cudaGetLastError();
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of a kernel that an SM holds at once: the driver knows its registers. Asked for once per
+// device.
+template <auto kKernel>
+cudaError_t resident_blocks(const Device& device, int threads, int bytes, int& blocks) {
+    static std::atomic<int> known[kMaxDevices];
+    blocks = known[device.index].load(std::memory_order_relaxed);
+    if (blocks > 0) return cudaSuccess;
+    if (bytes > device.shared_per_block) return cudaErrorInvalidValue;
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+        return error;
+    }
+    if (const cudaError_t error =
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, threads, bytes)) {
+        return error;
+    }
+    // a kernel that does not fit says so when it is launched
+    blocks = std::max(blocks, 1);
+    known[device.index].store(blocks, std::memory_order_relaxed);
+    return cudaSuccess;
+}
+
+// Launch a kernel whose blocks share the tiles of all heads: as many as the GPU holds at once.
+template <auto kKernel, bool kWaits = false, typename Params>
+cudaError_t launch_shared(const Device& device, const ForwardParams& p, int64_t tiles_per_head,
+                          int threads, int bytes, cudaStream_t stream, const Params& params) {
+    int resident = 0;
+    if (const cudaError_t error = resident_blocks<kKernel>(device, threads, bytes, resident)) {
+        return error;
+    }
+    const int64_t tiles = tiles_per_head * p.b * p.h;
+    const int64_t blocks = std::min<int64_t>(tiles, static_cast<int64_t>(device.sms) * resident);
+    if (blocks == 0) return cudaSuccess;
+    if (tiles / blocks >= INT32_MAX) return cudaErrorInvalidValue;
+    const Share share{static_cast<int>(tiles / blocks), static_cast<int>(tiles % blocks),
+                      static_cast<int>(tiles_per_head), p.h};
+    return launch<kKernel, kWaits>(device, blocks, threads, bytes, stream, params, share);
+}
+
 template <typename T>
 struct TypeTag {
     using type = T;
@@ -70,7 +112,5 @@ cudaError_t dispatch(Type type, int d, F launch_for) {
     };
     return type == Type::kHalf ? for_type(TypeTag<__half>{}) : for_type(TypeTag<__nv_bfloat16>{});
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace nasa

@@ -97,10 +97,22 @@ __device__ __forceinline__ float exp2(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// x, made here and once: not under a condition, nor anew for each of its uses
+__device__ __forceinline__ float in_register(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
 }
 
 // ---- barriers in shared memory, and copies that arrive at them (sm_90) -----------------------
@@ -190,6 +202,11 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Have a tensor map in the cache when the first copy asks for it.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Wait until the grids that this one was launched to overlap with have finished, and their writes
 // are visible.
 __device__ __forceinline__ void wait_for_earlier_grids() {
@@ -210,6 +227,16 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The accumulators are read from here on, and not before: no instruction, an order for the compiler,
+// to which wgmma_wait alone says nothing of registers.
+template <int kTiles>
+__device__ __forceinline__ void arrived(float (&c)[kTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+        asm volatile("" : "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])::"memory");
+    }
 }
 
 // One instruction per width n and type, c [64, n] (+)= a [64, 16] b [16, n]:

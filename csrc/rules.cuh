@@ -16,7 +16,7 @@
 // The texts' own queries attend to the shared keys and to their own prompt, and to nothing else.
 // A segment without keys has -inf and weighs 0, and what weighs 0 may hold NaN. Alpha 0 leaves the
 // negative prompt out but for the denominator of vsf. Without shared keys all rules but vsf are
-// softmax.cuh's subtract, bit for bit.
+// softmax.cuh's subtract, bit for bit. `finish` is the one place where a row's segments meet.
 #pragma once
 
 #include "softmax.cuh"
@@ -63,8 +63,8 @@ __device__ __forceinline__ float weighted(float weight, float x) {
     return weight == 0.f ? 0.f : __fmul_rn(weight, x);
 }
 
-// O of the joint rows into z_pos; fetch(j, c) is what O_s holds where z_pos[j] belongs
-template <int kTiles, typename Fetch>
+// The same into z_pos; fetch(j, c) is what O_s holds where z_pos[j] belongs
+template <bool kBoth, int kTiles, typename Fetch>
 __device__ __forceinline__ void merge(float (&z_pos)[kTiles][4], const float (&inverse_pos)[2],
                                       const float (&z_neg)[kTiles][4],
                                       const float (&inverse_neg)[2], const Weights (&w)[2],
@@ -76,11 +76,57 @@ __device__ __forceinline__ void merge(float (&z_pos)[kTiles][4], const float (&i
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int r = i / 2;
-            const float pos = weighted(w[r].pos, __fmul_rn(z_pos[j][i], inverse_pos[r]));
-            const float neg = weighted(w[r].neg, __fmul_rn(z_neg[j][i], inverse_neg[r]));
-            z_pos[j][i] = fmaf(-w[r].alpha, neg, pos);
+            z_pos[j][i] = weighted(w[r].pos, __fmul_rn(z_pos[j][i], inverse_pos[r]));
+            if constexpr (kBoth) {
+                const float neg = weighted(w[r].neg, __fmul_rn(z_neg[j][i], inverse_neg[r]));
+                z_pos[j][i] = fmaf(-w[r].alpha, neg, z_pos[j][i]);
+            }
             if (w[r].shared != 0.f) z_pos[j][i] = fmaf(w[r].shared, shared[i], z_pos[j][i]);
         }
+    }
+}
+
+// How a lane's two rows, r and r + 8 of a tile, end: what their sums and weights are.
+struct Ending {
+    bool joint;
+    float inverse[2][2];  // of kPos and kNeg, by row
+    float alpha[2];       // without shared keys
+    Weights weights[2];   // beside them
+};
+
+// The two prompts' softmaxes of rows l and l + 8 have seen all keys. Two statistics of a prompt each
+// are what a rule knows of a row.
+__device__ __forceinline__ Ending end_rows(const ForwardParams& p, int b, int l, int h,
+                                           const OnlineSoftmax& pos, const OnlineSoftmax& neg,
+                                           const float (&inverse_pos)[2],
+                                           const float (&inverse_neg)[2]) {
+    Ending end{p.shared.o != nullptr, {}, {}, {}};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        end.inverse[kPos][r] = inverse_pos[r];
+        end.inverse[kNeg][r] = inverse_neg[r];
+        const int row = l + 8 * r;
+        if (row >= p.l) continue;
+        end.alpha[r] = alpha_of(p, b, row, h);
+        if (end.joint) {
+            end.weights[r] = weigh(p, b, row, h, end.alpha[r], pos.lse(r, inverse_pos[r]),
+                                   neg.lse(r, inverse_neg[r]));
+        }
+    }
+    return end;
+}
+
+// O into z_pos, from column tiles of Z+ and Z- and what fetch(j, c) brings of O_s. Every forward
+// kernel ends here; without kBoth there is no negative prompt.
+template <bool kBoth, int kTiles, typename Fetch>
+__device__ __forceinline__ void finish(float (&z_pos)[kTiles][4], const float (&z_neg)[kTiles][4],
+                                       const Ending& end, Fetch fetch) {
+    if (end.joint) {
+        merge<kBoth>(z_pos, end.inverse[kPos], z_neg, end.inverse[kNeg], end.weights, fetch);
+    } else if constexpr (kBoth) {
+        subtract(z_pos, end.inverse[kPos], z_neg, end.inverse[kNeg], end.alpha);
+    } else {
+        normalise(z_pos, end.inverse[kPos]);
     }
 }
 

@@ -36,28 +36,26 @@ __device__ __forceinline__ float key_bias(const Mask& mask, int b, int key, int 
     return 0.f;
 }
 
-// Scores are plain when only keys past n are absent and the scale is positive: then the scale stays
-// out of the scores until the exponential takes it for nothing.
-__device__ __forceinline__ bool is_plain(const Prompt& prompt, float scale) {
-    return prompt.mask.type == MaskType::kNone && scale > 0.f;
+// Keys from `valid` on are absent: their scores become -inf. All but the last column tile are full
+// where a prompt fills the tile of keys that it is given.
+template <int kTiles>
+__device__ __forceinline__ void cut_off(float (&s)[kTiles][4], int valid) {
+    const int left = valid - threadIdx.x % 4 * 2;
+    const auto cut = [&](int j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[j][i] = 8 * j + i % 2 < left ? s[j][i] : -INFINITY;
+    };
+    if (valid < 8 * (kTiles - 1)) {
+#pragma unroll
+        for (int j = 0; j < kTiles - 1; ++j) cut(j);
+    }
+    cut(kTiles - 1);
 }
 
-// Apply scale and bias, or only cut off the keys from `valid` on. Returns the scale that is left.
+// Apply scale and bias; a key whose bias is -inf is absent.
 template <int kTiles>
-__device__ __forceinline__ float finish_scores(float (&s)[kTiles][4], bool plain, float scale,
-                                               const float* bias, int valid) {
+__device__ __forceinline__ void add_bias(float (&s)[kTiles][4], float scale, const float* bias) {
     const int c = threadIdx.x % 4 * 2;
-    if (plain) {
-        if (valid >= 8 * kTiles) return scale;
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                s[j][i] = 8 * j + i % 2 < valid - c ? s[j][i] : -INFINITY;
-            }
-        }
-        return scale;
-    }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
         const float2 key = *reinterpret_cast<const float2*>(bias + 8 * j + c);
@@ -65,10 +63,37 @@ __device__ __forceinline__ float finish_scores(float (&s)[kTiles][4], bool plain
         for (int i = 0; i < 4; ++i) {
             const float add = i % 2 == 0 ? key.x : key.y;
             // an absent key may hold NaN
-            s[j][i] = add == -INFINITY ? -INFINITY : fmaf(s[j][i], scale, add);
+            const float sum = ptx::in_register(fmaf(s[j][i], scale, add));
+            s[j][i] = add == -INFINITY ? -INFINITY : sum;
         }
     }
-    return 1.f;
+}
+
+// Make scores ready for the softmax. Returns the scale that is left to apply. Where kPlain does not
+// speak for the whole call, the numbers of a plain prompt are the same, by way of the biases.
+template <bool kPlain, int kTiles>
+__device__ __forceinline__ float finish_scores(float (&s)[kTiles][4], const Prompt& prompt,
+                                               float scale, const float* bias, int first) {
+    if constexpr (kPlain) {
+        cut_off(s, prompt.n - first);
+        return scale;
+    } else {
+        const bool plain = is_plain(prompt, scale);
+        add_bias(s, plain ? 1.f : scale, bias);
+        return plain ? scale : 1.f;
+    }
+}
+
+// The same where that is cheaper to decide for each tile of keys
+template <int kTiles>
+__device__ __forceinline__ float finish_any_scores(float (&s)[kTiles][4], const Prompt& prompt,
+                                                   float scale, const float* bias, int first) {
+    if (!is_plain(prompt, scale)) {
+        add_bias(s, scale, bias);
+        return 1.f;
+    }
+    if (prompt.n - first < 8 * kTiles) cut_off(s, prompt.n - first);
+    return scale;
 }
 
 struct OnlineSoftmax {
@@ -79,15 +104,41 @@ struct OnlineSoftmax {
     // earlier scores shrink by. For the first scores that is 0, and nothing came before.
     template <int kTiles>
     __device__ __forceinline__ void push(float (&s)[kTiles][4], float scale, float (&rescale)[2]) {
+        weigh<false>(s, scale, rescale);
+    }
+
+    // All scores there are, in one go: the same numbers with nothing to shrink
+    template <int kTiles>
+    __device__ __forceinline__ void push_all(float (&s)[kTiles][4], float scale) {
+        float nothing[2];
+        weigh<true>(s, scale, nothing);
+    }
+
+    // 1 / sum over all keys; 0 when there is none, so that a prompt without keys contributes 0
+    __device__ __forceinline__ float inverse_sum(int r) const {
+        const float total = quad_sum(sum[r]);
+        return total > 0.f ? ptx::reciprocal(total) : total * 0.f;
+    }
+
+    // log2 of the sum of exp2(scores) over all keys, given inverse_sum(r); -inf without keys
+    __device__ __forceinline__ float lse(int r, float inverse) const {
+        return inverse == 0.f ? -INFINITY : max[r] - ptx::log2(inverse);
+    }
+
+private:
+    template <bool kAll, int kTiles>
+    __device__ __forceinline__ void weigh(float (&s)[kTiles][4], float scale,
+                                          float (&rescale)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float top = -INFINITY;
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) top = fmaxf(top, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-            top = fmaxf(max[r], quad_max(top) * scale);
+            top = quad_max(top) * scale;
+            if (!kAll) top = fmaxf(max[r], top);
             // no key yet: any finite maximum keeps exp2(-inf - max) at 0
             const float shift = top == -INFINITY ? 0.f : top;
-            rescale[r] = ptx::exp2(max[r] - shift);
+            if (!kAll) rescale[r] = ptx::exp2(max[r] - shift);
             max[r] = top;
             float partial = 0.f;
 #pragma unroll
@@ -96,19 +147,8 @@ struct OnlineSoftmax {
                 s[j][2 * r + 1] = ptx::exp2(fmaf(s[j][2 * r + 1], scale, -shift));
                 partial += s[j][2 * r] + s[j][2 * r + 1];
             }
-            sum[r] = sum[r] * rescale[r] + partial;
+            sum[r] = kAll ? partial : sum[r] * rescale[r] + partial;
         }
-    }
-
-    // 1 / sum over all keys; 0 when there is none, so that a prompt without keys contributes 0
-    __device__ __forceinline__ float inverse_sum(int r) const {
-        const float total = quad_sum(sum[r]);
-        return total > 0.f ? 1.f / total : total * 0.f;
-    }
-
-    // log2 of the sum of exp2(scores) over all keys, given inverse_sum(r); -inf without keys
-    __device__ __forceinline__ float lse(int r, float inverse) const {
-        return inverse == 0.f ? -INFINITY : max[r] - ptx::log2(inverse);
     }
 };
 
@@ -126,6 +166,16 @@ __device__ __forceinline__ void subtract(float (&z_pos)[kTiles][4], const float 
             const float neg = __fmul_rn(z_neg[j][i], inverse_neg[i / 2]);
             z_pos[j][i] = fmaf(-alpha[i / 2], neg, pos);
         }
+    }
+}
+
+// O = Z+, where there is no negative prompt
+template <int kTiles>
+__device__ __forceinline__ void normalise(float (&z)[kTiles][4], const float (&inverse)[2]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) z[j][i] = __fmul_rn(z[j][i], inverse[i / 2]);
     }
 }
 

@@ -4,7 +4,7 @@
 // odd number of 16-byte units, so the eight rows of an 8x8 matrix lie in distinct banks.
 #pragma once
 
-#include "nasa.h"
+#include "layouts.h"
 #include "ptx.cuh"
 
 namespace nasa {
@@ -85,31 +85,47 @@ __device__ __forceinline__ uint32_t lane_of_b() {
     return lane % 16 * kPitch + lane / 16 * 16;
 }
 
-// c [16, 8 * kTiles] += a [16, kD] b^T, b [8 * kTiles, kD]; a and b are addresses of tiles
-template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], uint32_t a, uint32_t b) {
+// c [16 * kParts, 8 * kTiles] += a [16 * kParts, kD] b^T, b [8 * kTiles, kD]; a and b are addresses
+// of tiles. What is read of b serves all kParts.
+template <typename T, int kD, int kParts, int kTiles>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kParts][kTiles][4], uint32_t a,
+                                                    uint32_t b) {
     static_assert(kTiles % 2 == 0, "ldmatrix.x4 brings two column tiles of B");
     constexpr int kPitch = Tile<kD>::kPitch;
     a += lane_of_a<kPitch>();
     b += lane_of_b_transposed<kPitch>();
     // not to the end: a longer body only takes longer to compile
-#pragma unroll 4
-    for (int k = 0; k < kD / 16; ++k) {
-        uint32_t fa[4], fb[4];
-        ptx::ldmatrix_x4(fa, a + 32 * k);
+    constexpr int kSteps = kD / 16;
+    constexpr int kUnroll = kSteps % 4 == 0 ? 4 : kSteps % 5 == 0 ? 5 : kSteps % 3 == 0 ? 3 : 2;
+#pragma unroll kUnroll
+    for (int k = 0; k < kSteps; ++k) {
+        uint32_t fa[kParts][4], fb[4];
+#pragma unroll
+        for (int m = 0; m < kParts; ++m) {
+            ptx::ldmatrix_x4(fa[m], a + m * kWarpRows * kPitch + 32 * k);
+        }
 #pragma unroll
         for (int j = 0; j < kTiles; j += 2) {
             ptx::ldmatrix_x4(fb, b + 8 * j * kPitch + 32 * k);
-            ptx::mma_m16n8k16<T>(c[j], fa, fb[0], fb[1]);
-            ptx::mma_m16n8k16<T>(c[j + 1], fa, fb[2], fb[3]);
+#pragma unroll
+            for (int m = 0; m < kParts; ++m) {
+                ptx::mma_m16n8k16<T>(c[m][j], fa[m], fb[0], fb[1]);
+                ptx::mma_m16n8k16<T>(c[m][j + 1], fa[m], fb[2], fb[3]);
+            }
         }
     }
 }
 
-// c [16, 8 * kTiles] += a [16, 16 * kSteps] b, b [16 * kSteps, 8 * kTiles]; a in registers
-template <typename T, int kPitch, int kSteps, int kTiles>
-__device__ __forceinline__ void multiply(float (&c)[kTiles][4], const uint32_t (&a)[kSteps][4],
-                                         uint32_t b) {
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4], uint32_t a, uint32_t b) {
+    multiply_transposed<T, kD>(reinterpret_cast<float(&)[1][kTiles][4]>(c), a, b);
+}
+
+// c [16 * kParts, 8 * kTiles] += a [16 * kParts, 16 * kSteps] b, b [16 * kSteps, 8 * kTiles]; a in
+// registers
+template <typename T, int kPitch, int kParts, int kSteps, int kTiles>
+__device__ __forceinline__ void multiply(float (&c)[kParts][kTiles][4],
+                                         const uint32_t (&a)[kParts][kSteps][4], uint32_t b) {
     static_assert(kTiles % 2 == 0, "ldmatrix.x4 brings two column tiles of B");
     b += lane_of_b<kPitch>();
 #pragma unroll
@@ -118,10 +134,20 @@ __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const uint32_t (
         for (int j = 0; j < kTiles; j += 2) {
             uint32_t fb[4];
             ptx::ldmatrix_x4_trans(fb, b + 16 * k * kPitch + 16 * j);
-            ptx::mma_m16n8k16<T>(c[j], a[k], fb[0], fb[1]);
-            ptx::mma_m16n8k16<T>(c[j + 1], a[k], fb[2], fb[3]);
+#pragma unroll
+            for (int m = 0; m < kParts; ++m) {
+                ptx::mma_m16n8k16<T>(c[m][j], a[m][k], fb[0], fb[1]);
+                ptx::mma_m16n8k16<T>(c[m][j + 1], a[m][k], fb[2], fb[3]);
+            }
         }
     }
+}
+
+template <typename T, int kPitch, int kSteps, int kTiles>
+__device__ __forceinline__ void multiply(float (&c)[kTiles][4], const uint32_t (&a)[kSteps][4],
+                                         uint32_t b) {
+    multiply<T, kPitch>(reinterpret_cast<float(&)[1][kTiles][4]>(c),
+                        reinterpret_cast<const uint32_t(&)[1][kSteps][4]>(a), b);
 }
 
 template <int kTiles>
@@ -175,7 +201,7 @@ __device__ __forceinline__ void fetch(float (&c)[4], const unsigned char* tile, 
 
 // Write `count` rows of a warp's staged tile, kColumns wide, to rows of `stride` elements in global
 // memory; `d` columns of them exist.
-template <int kColumns>
+template <int kColumns, int kRows = kWarpRows>
 __device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
                                            const unsigned char* tile, int count, int d,
                                            bool aligned) {
@@ -183,7 +209,7 @@ __device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
     if (!aligned) {
         const uint16_t* source = reinterpret_cast<const uint16_t*>(tile);
 #pragma unroll 1
-        for (int i = lane; i < kWarpRows * kColumns; i += kWarpSize) {
+        for (int i = lane; i < kRows * kColumns; i += kWarpSize) {
             const int row = i / kColumns;
             const int c = i % kColumns;
             if (row < count && c < d) {
@@ -193,7 +219,7 @@ __device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
         return;
     }
     constexpr int kChunks = kColumns / 8;
-    for (int i = lane; i < kWarpRows * kChunks; i += kWarpSize) {
+    for (int i = lane; i < kRows * kChunks; i += kWarpSize) {
         const int row = i / kChunks;
         const int c = i % kChunks * 8;
         if (row < count && c < d) {

@@ -13,6 +13,7 @@ from torch import Tensor
 # what `cpu` runs without its kernels, the library that has these, and why it is not there
 from nasa_kernels import _cpu
 from nasa_kernels._cpu import attention
+from nasa_kernels._cuda import extension
 from nasa_kernels.reference import (
     additive_bias,
     joint,
@@ -20,9 +21,10 @@ from nasa_kernels.reference import (
     nasa_joint_attention_reference,
 )
 
-# of `cpu`: what runs without its kernels, their library, and a sentence where there is none
+# of `cpu`: what runs without its kernels, and a sentence where these are not there; the libraries
 cpu_composition = attention
 CPU_LIBRARY = _cpu.LIBRARY
+CUDA_LIBRARY = extension.LIBRARY
 why_no_cpu_kernels = _cpu.load
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LOCAL = ("LDL", "STL")
 # what the kernels exist for, by a part of their name
 NEEDED = {
-    "forward_sm90_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"),
+    "forward_sm90_short_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS"),
     "forward_sm90_long_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"),
     "forward_short_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "forward_long_kernel": ("HMMA", "LDSM", "LDGSTS"),

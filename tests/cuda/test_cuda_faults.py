@@ -43,20 +43,22 @@ PACK = r"(cvt\.rn\.bf16x2\.f32 %r\d+, )(%\w+), (%\w+);"
 COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16), %r\d+;"
 SHUFFLE = r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+)[^;]*;"
 # matrix descriptors: swizzle 128B, 1024 bytes to the next 8 rows; for V 80 rows to the next atom
-QK = 1 << 62 | 64 << 32 | 1 << 16
-PV = 1 << 62 | 64 << 32 | 640 << 16
+HIGH = 1 << 62 | 64 << 32
+LEADING = 640 << 16
 WGMMA_FENCE = r"wgmma\.fence\.sync\.aligned;"
 WGMMA_WAIT = r"wgmma\.wait_group\.sync\.aligned 0;"
 PROXY_FENCE = r"fence\.proxy\.async\.shared::cta;"
 GROUP_BARRIER = r"barrier\.sync[^;]*;"
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
-# In forward_sm90_long: 0-3 warps that clean (K free, V arrived; both prompts), 4 Q, 5-8 K and V of
-# the negative prompt (arrived, clean), 9-12 of the positive one, 13 O_s, 14-17 the free slots
+# In forward_sm90_long with masks: 0-3 warps that clean (K free, V arrived; both prompts), 4 Q, 5-8
+# K and V of the negative prompt (arrived, clean), 9-12 of the positive one, 13 O_s, 14-17 the free
+# slots. Without, as beside shared keys here: 0 Q, 1-2 K and V of the negative prompt, 3-4 of the
+# positive one, 5 O_s.
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
 PASS = "setp.eq.u32 complete, 0, 0;"
 FAULTS = (
     Fault("missing-block-barrier", "forward_short", r"bar\.sync\s+0;", "", -1),
-    Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 1;", r"\1 2;", None),
+    Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 0;", r"\1 1;", None),
     Fault("not-transposed", "forward_short", r"x4\.trans", "x4"),
     Fault("swapped-fragment", "forward_short", MMA_B, swap_b),
     Fault("swapped-pair", "forward_short", PACK, r"\1\3, \2;"),
@@ -81,20 +83,24 @@ FAULTS = (
     Fault("joint-lost-lane-of-u", "backward_queries", SHUFFLE, r"mov.b32 \1, \2;", -1, True),
     Fault("joint-hidden-tiles", "backward_keys", r"selp\.b32\s+(%r\d+), 0, %r\d+, %p\d+;",
           r"mov.b32 \1, 0;", None, True),
-    Fault("missing-wgmma-wait", "forward_sm90", r"(wgmma\.wait_group\.sync\.aligned) 1;", r"\1 2;"),
-    Fault("missing-wgmma-fence", "forward_sm90", WGMMA_FENCE, "", 1),
-    Fault("missing-proxy-fence", "forward_sm90", PROXY_FENCE, "", -1),
-    Fault("missing-group-barrier", "forward_sm90", GROUP_BARRIER, "", -1),
-    Fault("missing-wait-for-store", "forward_sm90", r"cp\.async\.bulk\.wait_group\.read 0;", ""),
-    Fault("wrong-swizzle", "forward_sm90", str(QK), str(QK + (1 << 62) - (1 << 64)), None),
-    Fault("wrong-stride", "forward_sm90", str(QK), str(QK - (32 << 32)), None),
-    Fault("wrong-leading-offset", "forward_sm90", str(PV), str(PV - (639 << 16)), None),
-    Fault("wrong-box-bytes", "forward_sm90", r"(expect_tx[^;]*), (%r\d+);", r"\1, 8192;", -1),
-    Fault("missing-wait-for-grids", "forward_sm90", r"griddepcontrol\.wait;", ""),
+    Fault("missing-wgmma-wait", "forward_sm90_short", r"(wgmma\.wait_group\.sync\.aligned) 1;",
+          r"\1 2;"),
+    Fault("missing-wgmma-fence", "forward_sm90_short", WGMMA_FENCE, "", 1),
+    Fault("missing-proxy-fence", "forward_sm90_short", PROXY_FENCE, "", -1),
+    Fault("missing-group-barrier", "forward_sm90_short", GROUP_BARRIER, "", -1),
+    Fault("missing-wait-for-store", "forward_sm90_short",
+          r"cp\.async\.bulk\.wait_group\.read 0;", ""),
+    Fault("wrong-swizzle", "forward_sm90_short", str(HIGH),
+          str(HIGH + (1 << 62) - (1 << 64)), None),
+    Fault("wrong-stride", "forward_sm90_short", str(HIGH), str(HIGH - (32 << 32)), None),
+    Fault("wrong-leading-offset", "forward_sm90_short", str(LEADING), str(1 << 16), None),
+    Fault("wrong-box-bytes", "forward_sm90_short", r"(expect_tx[^;]*), (%r\d+);", r"\1, 8192;", -1),
+    Fault("missing-wait-for-grids", "forward_sm90_short", r"griddepcontrol\.wait;", ""),
     Fault("missing-wait-for-grids", "forward_sm90_long", r"griddepcontrol\.wait;", ""),
-    Fault("joint-missing-wait", "forward_sm90", WAIT, PASS, -1, True),
-    Fault("joint-missing-group-barrier", "forward_sm90", GROUP_BARRIER, "", 0, True),
-    Fault("joint-lost-logarithm", "forward_sm90", r"lg2\.approx\.ftz\.f32", "mov.f32", 0, True),
+    Fault("joint-missing-wait", "forward_sm90_short", WAIT, PASS, -1, True),
+    Fault("joint-missing-group-barrier", "forward_sm90_short", GROUP_BARRIER, "", 0, True),
+    Fault("joint-lost-logarithm", "forward_sm90_short", r"lg2\.approx\.ftz\.f32", "mov.f32", 0,
+          True),
     Fault("missing-wait-for-k", "forward_sm90_long", WAIT, PASS, 5),
     Fault("missing-wait-for-clean-bias", "forward_sm90_long", WAIT, PASS, 6),
     Fault("missing-wait-for-clean-v", "forward_sm90_long", WAIT, PASS, 8),
@@ -108,7 +114,7 @@ FAULTS = (
     Fault("missing-proxy-fence", "forward_sm90_long", PROXY_FENCE, "", 0),
     Fault("lost-sum", "forward_sm90_long", r"setp\.ne\.b32 add, %r\d+, 0;",
           "setp.ne.b32 add, 0, 0;", 5),
-    Fault("joint-missing-wait", "forward_sm90_long", WAIT, PASS, 13, True),
+    Fault("joint-missing-wait", "forward_sm90_long", WAIT, PASS, 5, True),
     Fault("joint-missing-group-barrier", "forward_sm90_long", GROUP_BARRIER, "", 0, True),
     Fault("joint-missing-proxy-fence", "forward_sm90_long", PROXY_FENCE, "", -1, True),
 )  # fmt: skip
@@ -134,7 +140,7 @@ def plant(fault: Fault, text: str) -> str:
 SHAPES = {
     "forward_short": Shape("fault", 1, 150, 1, 77, 60, 64),
     "forward_long": Shape("fault", 1, 40, 1, 300, 200, 64),
-    "forward_sm90": Shape("fault", 1, 64 * 7 + 5, 1, 77, 60, 72),
+    "forward_sm90_short": Shape("fault", 1, 64 * 7 + 5, 1, 77, 60, 72),
     "forward_sm90_long": Shape("fault", 1, 64 * 3 + 5, 1, 270, 300, 72),
     "backward_queries": Shape("fault", 1, 40, 1, 60, 170, 64),
     "backward_keys": Shape("fault", 1, 200, 1, 100, 60, 64),
@@ -142,7 +148,7 @@ SHAPES = {
 PATHS = {
     "forward_short": "short",
     "forward_long": "long",
-    "forward_sm90": "sm90-short",
+    "forward_sm90_short": "sm90-short",
     "forward_sm90_long": "sm90-long",
 }
 

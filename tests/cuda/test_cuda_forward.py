@@ -131,7 +131,7 @@ def test_the_kernel_cannot_be_seen_in_the_result(shape):
     inputs = make(shape, torch.bfloat16)
     short = forward(**inputs, path="short")
     assert torch.equal(short, forward(**inputs, path="long"))
-    assert torch.equal(short, forward(**inputs, path="short", blocks_per_head=2))
+    assert torch.equal(short, forward(**inputs, path="short", blocks=3))
 
 
 def cut_out(inputs: dict) -> tuple[dict, dict, dict]:

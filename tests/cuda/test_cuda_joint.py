@@ -251,9 +251,7 @@ def test_the_kernel_cannot_be_seen_in_the_result(kind):
     joint = make_joint(SD3, torch.bfloat16, text_pos=43, text_neg=30)
     short = forward(**inputs, joint=joint, path=kind + "short")
     assert torch.equal(short, forward(**inputs, joint=joint, path=kind + "long"))
-    assert torch.equal(
-        short, forward(**inputs, joint=joint, path=kind + "short", blocks_per_head=2)
-    )
+    assert torch.equal(short, forward(**inputs, joint=joint, path=kind + "short", blocks=3))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from support.cuda_emulation import (
     REPORTS,
     BackwardParams,
     ForwardParams,
-    Sm90Kernel,
     nvcc,
     path_of_sm90,
 )
@@ -27,6 +26,8 @@ from test_cuda_forward import EDGES, MODELS, Shape, make
 from test_cuda_joint import make_joint
 from test_cuda_joint_backward import TILES, backward
 from test_cuda_joint_backward import make as make_segments
+
+from bench import statics
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the launchers cannot be built")
 
@@ -41,6 +42,10 @@ class Gpu(NamedTuple):
 A100 = Gpu(8, 108, 166912, 167936)
 RTX4090 = Gpu(8, 128, 101376, 102400)
 H200 = Gpu(9, 132, 232448, 233472)
+
+
+# bytes of a Share of csrc/share.h
+SHARE = 16
 
 
 class Record(ctypes.Structure):
@@ -113,28 +118,135 @@ CALLS = [s for s in (*MODELS, *EDGES) if s.n_pos + s.n_neg]
 def test_forward_launches_what_the_emulation_runs(recorder, shape):
     cuda_emulation.forward(**make(shape, torch.bfloat16))
     launch = REPORTS[-1]
-    # with few heads every block has one tile of rows
     (record,) = launches(recorder, A100, forward_params(launch))
     if "short" not in record.name:
         cuda_emulation.forward(**make(shape, torch.bfloat16), path="long")
         assert recorded(record) == emulated(REPORTS[-1])
         return
-    blocks_per_head = -(-shape.l // 64)
-    cuda_emulation.forward(**make(shape, torch.bfloat16), blocks_per_head=blocks_per_head)
+    # with few heads every block has one tile of each warp's rows
+    cuda_emulation.forward(**make(shape, torch.bfloat16), blocks=1 << 30)
     launch = REPORTS[-1]
     assert recorded(record) == emulated(launch)
     size = ctypes.sizeof(ForwardParams)
-    assert bytes(record.arguments)[size : size + 4] == launch.args[1].to_bytes(4, "little")
+    assert bytes(record.arguments)[size : size + SHARE] == launch.args[1]
     assert bytes(record.arguments)[:size] == bytes(launch.args[0])
 
 
-def test_a_full_gpu_shares_the_rows_of_a_head_among_fewer_blocks(recorder):
-    cuda_emulation.forward(**make(MODELS[3], torch.bfloat16))
-    params = forward_params(REPORTS[-1])
-    params.b, params.h, params.l = 16, 10, 4096
-    (record,) = launches(recorder, A100, params)
-    # 64 KiB for head_dim 64: two blocks per SM, 216 in all, 160 heads
-    assert record.grid[0] == 160 * 2
+# ---- persistent grids ----------------------------------------------------------------------------
+
+# the layers at the batches that fill a GPU, and what is asked of the grid there
+BATCHED = [(name, b, 0.85 if b == 1 else 0.95) for name, batches in {
+    "sd15-64": (1, 4, 16), "sd15-16": (16,), "sdxl-64": (1, 4, 16), "sdxl-32": (4, 16),
+    "pixart-1024": (1, 4, 16), "wan-1.3b": (1, 4), "wan-14b": (1,), "flux-text": (1, 4),
+    "sd3-text": (1, 4),
+}.items() for b in batches]  # fmt: skip
+# 2560 tiles of 32 rows for 170 SMs: 15.06 for each, and no tile is cut
+UNEVEN = {("RTX 5090", "sdxl-32", 4): 0.94}
+
+
+class Share(ctypes.Structure):
+    """csrc/share.h"""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("each", "longer", "tiles", "heads")]
+
+
+def plain_params(shape: statics.Shape) -> ForwardParams:
+    """A call with contiguous tensors, which nobody reads here."""
+    p = ForwardParams(b=shape.b, l=shape.l, h=shape.h, d=shape.d, scale=1.0, aligned=True, type=1)
+    p.q = p.o = 1 << 20
+
+    def strides(rows: int) -> tuple[int, ...]:
+        return rows * shape.h * shape.d, shape.h * shape.d, shape.d
+
+    p.q_strides[:] = strides(shape.l)
+    for prompt, n in zip(p.prompt, (shape.n_pos, shape.n_neg), strict=True):
+        prompt.k = prompt.v = 1 << 20
+        prompt.k_strides[:] = prompt.v_strides[:] = strides(n)
+        prompt.n = n
+    return p
+
+
+def planned(recorder, gpu: statics.Gpu, shape: statics.Shape) -> tuple[Record, statics.Plan]:
+    """The launch of a layer, and the one that the counts of the kernels speak of."""
+    known = Gpu(gpu.major, gpu.sms, gpu.shared_per_block, gpu.shared_per_sm)
+    (record,) = launches(recorder, known, plain_params(shape))
+    plan = statics.plan(gpu, shape)
+    assert plan.mangled.search(record.kernel.decode()), (record.name, plan)
+    assert (record.block[0], record.shared) == (plan.threads, plan.shared), str(plan)
+    return record, plan
+
+
+def share_of(record: Record) -> Share:
+    """The last parameter, after those of the call, or after those of TMA."""
+    start = ctypes.sizeof(ForwardParams)
+    if "sm90" in record.name:
+        start = -(-(MAPS * MAPPED_BYTES + start) // 128) * 128
+    return Share.from_buffer_copy(bytes(record.arguments)[start : start + SHARE])
+
+
+@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
+def test_a_persistent_grid_fits_the_gpu_and_loads_it_evenly(recorder, gpu):
+    """From the launcher's own numbers: blocks, and the tiles of the longest one.
+
+    The driver, which is asked for the blocks that reside, knows the registers of the machine code:
+    here those that docs/kernels/statics.json recorded.
+    """
+    shapes = {shape.name: shape for shape in statics.SHAPES}
+    rows = {(row.gpu, row.shape): row for row in statics.recorded()}
+    recorder.test_registers(b"", 0)
+    recorder.gpu = None
+    for shape in shapes.values():
+        mangled = statics.plan(gpu, shape).mangled.pattern.encode()
+        recorder.test_registers(mangled, rows[gpu.name, str(shape)].registers)
+    for name, b, target in BATCHED:
+        shape = shapes[name]._replace(b=b)
+        record, plan = planned(recorder, gpu, shape)
+        if not plan.persistent:
+            continue
+        share, blocks = share_of(record), record.grid[0]
+        tiles = b * shape.h * -(-shape.l // plan.rows)
+        assert share.tiles == -(-shape.l // plan.rows) and share.heads == shape.h
+        assert share.each * blocks + share.longer == tiles and share.longer < blocks
+        slots = gpu.sms * rows[gpu.name, str(shapes[name])].blocks_per_sm
+        assert blocks == min(tiles, slots)
+        longest = share.each + (share.longer > 0)
+        efficiency = tiles / (slots * longest)
+        target = UNEVEN.get((gpu.name, name, b), target)
+        assert efficiency >= target, f"{plan} {shape}: {efficiency:.3f}"
+
+
+@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
+def test_the_counts_speak_of_the_kernels_that_are_launched(recorder, gpu):
+    for shape in statics.SHAPES:
+        planned(recorder, gpu, shape)
+
+
+def test_the_blocks_that_reside_are_asked_of_the_driver(recorder):
+    """Of a kernel with more registers fewer fit: the grid follows."""
+    recorder.test_registers(b"", 0)
+    recorder.gpu = None
+    shape = next(s for s in statics.SHAPES if s.name == "sdxl-64")._replace(d=32, b=4)
+    a100 = statics.GPUS[0]
+    record, plan = planned(recorder, a100, shape)
+    assert record.grid[0] == 3 * a100.sms
+    recorder.test_registers(b"forward_short_kernel", 255)
+    try:
+        recorder.gpu = None
+        assert planned(recorder, a100, shape)[0].grid[0] == a100.sms
+    finally:
+        recorder.test_registers(b"", 0)
+        recorder.gpu = None
+
+
+def test_a_void_prompt_has_a_kernel_without_it(recorder):
+    """Alpha 0, and a call with one prompt alone: half of the products, K and V are never loaded."""
+    cuda_emulation.forward_sm90(**make(SM90[0], torch.bfloat16), alpha=0.0)
+    params = sm90_params(REPORTS[-1])
+    (record,) = launches(recorder, H200, params)
+    assert "Li64ELi80ELi1ELb1E" in record.name
+    params.prompt[1].n = 77
+    (record,) = launches(recorder, H200, params)
+    assert "Li64ELi80ELi2ELb1E" in record.name
 
 
 def test_a_block_takes_a_kib_more_than_it_asks_for(recorder):
@@ -195,17 +307,14 @@ def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
         }
     elif how == "joint":
         joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
-    longest = max(shape.n_pos, shape.n_neg)
-    path = path_of_sm90(shape.d, shape.n_pos, shape.n_neg)
-    rows = 64 * Sm90Kernel.of(path, shape.d, longest).groups
-    cuda_emulation.forward_sm90(**inputs, blocks_per_head=-(-shape.l // rows), joint=joint)
+    cuda_emulation.forward_sm90(**inputs, blocks=1 << 30, joint=joint)
     launch = REPORTS[-1]
     params, call = launch.args[0], sm90_params(launch)
     (record,) = launches(recorder, H200, call)
     assert recorded(record) == emulated(launch)
     arguments, first = bytes(record.arguments), MAPS * MAPPED_BYTES
     assert arguments[first : first + ctypes.sizeof(call)] == bytes(call)
-    assert arguments[len(params) : len(params) + 4] == launch.args[1].to_bytes(4, "little")
+    assert arguments[len(params) : len(params) + SHARE] == launch.args[1]
     # without shared keys there is no map of O_s
     places = [i for i in range(MAPS) if joint or i != 2]
     for i, expected in zip(places, launch.memory.tensor_maps, strict=True):
@@ -270,7 +379,7 @@ def test_hopper_takes_a_positive_prompt_whatever_the_negative_one_is(recorder, j
         assert recorder.test_forward(ctypes.byref(params)) == 0
         path = path_of_sm90(params.d, n_pos, n_neg)
         name = recorder.test_launch(0).contents.name
-        assert ("sm90_long" if path == "long" else "sm90_kernel") in name, (params.d, n_pos, n_neg)
+        assert ("sm90_long" if path == "long" else "sm90_short") in name, (params.d, n_pos, n_neg)
 
 
 @pytest.mark.parametrize("shape", [SM90[0], SM90[3]], ids=str)

@@ -69,7 +69,7 @@ def test_a_block_fits_the_registers(kernels):
 def test_the_gate_sees_a_spill_and_a_missing_instruction():
     spill = sass.Kernel("sm_80", "forward_long_kernelI6__halfLi64EE", 255, 16, 0)
     assert sass.failures(spill)
-    name = "forward_sm90_kernelI6__halfLi64ELi80EE"
+    name = "forward_sm90_short_kernelI6__halfLi64ELi80ELi2ELb1EE"
     slow = sass.Kernel("sm_90a", name, 144, 0, 0, sass.Counter(HMMA=80, UTMALDG=3))
     assert {failure.split(": ")[1] for failure in sass.failures(slow)} >= {"no HGMMA"}
     serial = sass.Kernel("sm_90a", name, 144, 0, 0, sass.Counter(HGMMA=18, WARPGROUP=36))

@@ -67,7 +67,7 @@ def test_a_block_walks_over_many_tiles(shape):
 def test_blocks_share_the_rows_of_a_head(path):
     inputs = make(SDXL._replace(b=1, l=64 * 4), torch.bfloat16)
     o = forward_sm90(**inputs, path=path)
-    assert torch.equal(o, forward_sm90(**inputs, path=path, blocks_per_head=2))
+    assert torch.equal(o, forward_sm90(**inputs, path=path, blocks=3))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SDXL, PIXART, SHAPES[8], SHAPES[5]], ids=str)

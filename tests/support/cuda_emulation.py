@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
 LOG2E = 1.4426950408889634
 WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
+SHORT_WARPS = 8
 BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
@@ -67,9 +68,9 @@ def source(name: str) -> str:
 
 
 @functools.cache
-def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int) -> ptx.LoadedKernel:
+def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int | bool) -> ptx.LoadedKernel:
     kind = {torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16"}[dtype]
-    numbers = "".join(f"Li{size}E" for size in sizes)
+    numbers = "".join(f"Lb{size:d}E" if isinstance(size, bool) else f"Li{size}E" for size in sizes)
     return ptx.load(source(file), f"{name}I{kind}{numbers}E")
 
 
@@ -127,12 +128,34 @@ def tile_bytes(rows: int, d: int) -> int:
     return rows * 2 * (d + 8)
 
 
-def short_shared_bytes(d: int, keys: int) -> int:
-    return 4 * tile_bytes(keys, d) + WARPS * 2 * tile_bytes(WARP_ROWS, d) + 2 * keys * 4
+def short_rows(d: int, keys: int, plain: bool) -> int:
+    """Query rows that a warp of forward_short takes at once."""
+    return 32 if plain and d <= 128 and keys == CLIP_KEYS else 16
+
+
+def short_shared_bytes(d: int, keys: int, plain: bool) -> int:
+    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys, plain), d)
+    return 4 * tile_bytes(keys, d) + rows + (0 if plain else 2 * keys * 4)
+
+
+def is_plain(p: "ForwardParams") -> bool:
+    """Whether only keys past the end of the prompts are absent."""
+    return p.scale > 0 and not any(side.mask.type and side.n for side in p.prompt)
+
+
+def share(heads_of_a_batch: int, b: int, tiles: int, blocks: int | None) -> tuple[int, bytes]:
+    """How many blocks a persistent grid has, and its Share of csrc/share.h.
+
+    blocks: None for as many as there are heads.
+    """
+    heads = b * heads_of_a_batch
+    blocks = min(blocks or heads, heads * tiles)
+    each, longer = divmod(heads * tiles, blocks)
+    return blocks, struct.pack("<4i", each, longer, tiles, heads_of_a_batch)
 
 
 def long_columns(d: int) -> int:
-    return d if d <= 96 else d // 2 if d <= 192 else d // 4
+    return d if d <= 128 else d // 2 if d <= 192 else d // 4
 
 
 def long_shared_bytes(d: int) -> int:
@@ -272,19 +295,19 @@ def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joi
 def forward(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
-    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+    scale: float | None = None, path: str | None = None, blocks: int | None = None,
     joint: Joint | None = None,
 ) -> Tensor:  # fmt: skip
     """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
 
     path: "short" or "long" where both take the call; None is the launcher's choice. "sm90-short"
         and "sm90-long" are forward_sm90's.
-    blocks_per_head: Blocks that share the rows of a head in forward_short.
+    blocks: Blocks that share the rows of all heads in forward_short.
     """
     if path is not None and path.startswith("sm90-"):
         return forward_sm90(
             q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos, mask_neg, scale,
-            path.removeprefix("sm90-"), blocks_per_head, joint,
+            path.removeprefix("sm90-"), blocks, joint,
         )  # fmt: skip
     b, l, h, d = q.shape
     call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
@@ -294,10 +317,11 @@ def forward(
     size = padded(d)
     if (path or path_of(d, n_pos, n_neg)) == "short":
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
-        loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys)
-        shared = short_shared_bytes(size, keys)
-        blocks = b * h * blocks_per_head
-        call.launch(loaded, blocks, WARPS * 32, shared, bytes(call.params), blocks_per_head)
+        plain = is_plain(call.params)
+        loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys, plain)
+        blocks, parts = share(h, b, -(-l // short_rows(size, keys, plain)), blocks)
+        shared = short_shared_bytes(size, keys, plain)
+        call.launch(loaded, blocks, SHORT_WARPS * 32, shared, bytes(call.params), parts)
     else:
         loaded = kernel("forward_long", "forward_long_kernel", q.dtype, size)
         tiles = -(-l // (WARPS * WARP_ROWS))
@@ -307,12 +331,12 @@ def forward(
 
 
 MAPPED_BYTES = 256
-# of the Params of csrc/sm90.cuh: q, o, o_shared, k and v of both prompts
+# of the Params of csrc/tensor_maps.h: q, o, o_shared, k and v of both prompts
 MAPS = 7
 
 
 def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
-    """A `Mapped` of csrc/sm90.cuh: a tensor map of x as [b, h, rows, d], and its steps."""
+    """A `Mapped` of csrc/tensor_maps.h: a tensor map of x as [b, h, rows, d], and its steps."""
     b, _, h, _ = x.shape
     step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
     # [b or 1, h or 1, rows, d]
@@ -340,46 +364,49 @@ class Sm90Kernel(NamedTuple):
     """What the launchers give to a kernel for Hopper: of its K and V tiles, its warpgroups."""
 
     file: str
-    sizes: tuple[int, ...]
+    sizes: tuple[int | bool, ...]
     keys: int
     groups: int  # with rows
     threads: int
     shared: int
 
     @classmethod
-    def of(cls, path: str, d: int, n: int) -> "Sm90Kernel":
+    def of(cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool) -> "Sm90Kernel":
         atoms = -(-d // 64)
         rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
         if path == "short":
-            keys = CLIP_KEYS if n <= CLIP_KEYS else BLOCK_KEYS
-            groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
-            tiles = 4 * atoms * keys * ATOM_BYTES
-            shared = tiles + groups * rows + 2 * keys * 4 + 8 * (2 + groups * barriers)
-            return cls("forward_sm90", (d, keys), keys, groups, groups * 128, shared)
+            keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
+            sides = 2 if n_neg else 1
+            groups = 3 if sides == 2 and d <= 80 and keys == CLIP_KEYS else 2
+            tiles = 2 * sides * atoms * keys * ATOM_BYTES
+            shared = tiles + groups * rows + sides * keys * 4 + 8 * (2 + groups * barriers)
+            sizes = (d, keys, sides, plain)
+            return cls("forward_sm90_short", sizes, keys, groups, groups * 128, shared)
         keys, groups = stream_keys(d), 2
         slots = 8 if d <= 64 else 4 if d <= 80 else 3
         parked = 0 if d <= 80 else 16 if d <= 128 else 8
         tiles = slots * atoms * keys * ATOM_BYTES + groups * 128 * parked * 16
         shared = tiles + groups * rows + slots * keys * 4 + 8 * (3 * slots + groups * barriers)
-        return cls("forward_sm90_long", (d,), keys, groups, groups * 128 + 128, shared)
+        return cls("forward_sm90_long", (d, plain), keys, groups, groups * 128 + 128, shared)
 
 
 def forward_sm90(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
-    scale: float | None = None, path: str | None = None, blocks_per_head: int = 1,
+    scale: float | None = None, path: str | None = None, blocks: int | None = None,
     joint: Joint | None = None,
 ) -> Tensor:  # fmt: skip
     """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a.
 
     path: "short" or "long" where both take the call; None is the launcher's choice.
-    blocks_per_head: Blocks that share the rows of a head.
+    blocks: Blocks that share the rows of all heads.
     """
     b, l, h, d = q.shape
     call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
     p = call.params
     n_pos, n_neg = (p.prompt[side].n for side in (POS, NEG))
-    how = Sm90Kernel.of(path or path_of_sm90(d, n_pos, n_neg), d, max(n_pos, n_neg))
+    path = path or path_of_sm90(d, n_pos, n_neg)
+    how = Sm90Kernel.of(path, d, n_pos, n_neg, is_plain(p))
     maps = [mapped(call, p.q, q, GROUP_ROWS), mapped(call, p.o, call.o, GROUP_ROWS)]
     maps.append(mapped(call, p.shared.o, joint.o, GROUP_ROWS) if joint else bytes(MAPPED_BYTES))
     for tensors, field in (((k_pos, k_neg), "k"), ((v_pos, v_neg), "v")):
@@ -392,7 +419,9 @@ def forward_sm90(
     params = b"".join(maps) + bytes(p)
     loaded = kernel(how.file, f"{how.file}_kernel", q.dtype, *how.sizes)
     params = params.ljust(-(-len(params) // 128) * 128, b"\0")
-    call.launch(loaded, b * h * blocks_per_head, how.threads, how.shared, params, blocks_per_head)
+    tiles = -(-l // (GROUP_ROWS * how.groups if path == "long" else GROUP_ROWS))
+    blocks, parts = share(h, b, tiles, blocks)
+    call.launch(loaded, blocks, how.threads, how.shared, params, parts)
     return call.memory.download(p.o, like=call.o)
 
 

@@ -4,12 +4,15 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/nasa.h"
+#include "../../csrc/share.h"
 
 namespace {
 
@@ -39,7 +42,11 @@ struct {
     cudaStream_t stream;
 } configuration;
 
-// Bytes of the first parameter of a kernel; an int may follow it.
+// What cudaOccupancyMaxActiveBlocksPerMultiprocessor knows of a kernel: a part of its name, and its
+// registers. Without an entry they are no limit.
+std::vector<std::pair<std::string, int>> registers;
+
+// Bytes of the first parameter of a kernel; a Share may follow it.
 size_t parameter_bytes(const std::string& name) {
     if (name.find("backward") != std::string::npos ||
         name.find("sum_splits") != std::string::npos) {
@@ -103,6 +110,19 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int byte
     allowed[kernel] = bytes;
     return cudaSuccess;
 }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* kernel,
+                                                                   int threads, size_t shared,
+                                                                   unsigned) {
+    const FakeDevice& d = devices.back();
+    // each block reserves 1 KiB; registers come in units of 256 for a warp
+    int most = std::min(d.shared_per_sm / (static_cast<int>(shared) + 1024), 2048 / threads);
+    for (const auto& [name, count] : registers) {
+        if (names()[kernel].find(name) == std::string::npos) continue;
+        most = std::min(most, 65536 / 256 / ((count + 7) / 8 * (threads / 32)));
+    }
+    *blocks = most;
+    return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
                                              unsigned long long,
@@ -123,7 +143,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
     const size_t bytes = parameter_bytes(name);
     std::memcpy(launch.arguments, arguments[0], bytes);
     if (name.find("short") != std::string::npos || name.find("sm90") != std::string::npos) {
-        std::memcpy(launch.arguments + bytes, arguments[1], sizeof(int));
+        std::memcpy(launch.arguments + bytes, arguments[1], sizeof(nasa::Share));
     }
     launches.push_back(launch);
     return cudaSuccess;
@@ -185,6 +205,10 @@ void test_use_device(int major, int sms, int shared_per_block, int shared_per_sm
 int test_forward(const nasa::ForwardParams* p) {
     launches.clear();
     return nasa::forward(*p, nullptr);
+}
+void test_registers(const char* name, int count) {
+    if (*name == 0) return registers.clear();
+    registers.emplace_back(name, count);
 }
 void test_overlap(bool on) { nasa::overlap_launches(on); }
 int test_backward(const nasa::BackwardParams* p) {

@@ -1,0 +1,358 @@
+"""What can be counted in the compiled CUDA C++ kernels where there is no GPU.
+
+Of each kernel that a model's call leads to: registers, shared memory, blocks per SM, how evenly the
+grid loads the GPU, and what each pipe has to do for 64 query rows along the path of a plain call.
+Everything here is a **model**: no time in it was measured, and no row of it stands in a table with
+rows that were.
+
+The tallest pipe bounds a kernel only if everything else hides under it. Trust ratios, not digits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import machine_code
+from bench.machine import ROOT
+from nasa_kernels.testing import CUDA_LIBRARY, MODEL_SHAPES, Shape
+
+PAGE = ROOT / "docs" / "kernels" / "statics.md"
+ROWS = ROOT / "docs" / "kernels" / "statics.json"
+BATCHES = (1, 4, 16)
+GROUP_ROWS = 64  # the unit of all counts
+CLIP_KEYS, BLOCK_KEYS = 80, 128
+
+
+class Gpu(NamedTuple):
+    """From data sheets. Cycles are those of one SM."""
+
+    name: str
+    arch: str  # the machine code it runs
+    major: int
+    sms: int
+    shared_per_block: int
+    shared_per_sm: int
+    mma: float | None  # fp32 multiply-adds of fp16 numbers per cycle: mma.sync; None: unknown
+    wgmma: float | None
+    bytes_per_cycle: float  # of memory
+    ghz: float
+
+
+GPUS = (
+    Gpu("A100", "sm_80", 8, 108, 166912, 167936, 1024, None, 10.2, 1.41),
+    Gpu("RTX 4090", "sm_80", 8, 128, 101376, 102400, 256, None, 3.1, 2.52),
+    Gpu("H100", "sm_90a", 9, 132, 232448, 233472, 1270, 2048, 14.5, 1.755),
+    Gpu("B200", "sm_100", 10, 148, 232448, 233472, None, None, 29.3, 1.85),
+    Gpu("RTX 5090", "sm_120", 12, 170, 101376, 102400, 256, None, 4.4, 2.41),
+)
+
+# One layer each, and the batches at which the grid is looked at; the second launch of a joint
+# attention has the text keys alone.
+SHAPES = (
+    *MODEL_SHAPES,
+    Shape("wan-14b", 1, 75600, 40, 128, 512, 512),
+    Shape("flux-text", 1, 4608, 24, 128, 512, 512),
+    Shape("sd3-text", 1, 4429, 24, 64, 333, 333),
+)
+
+
+# ---- what a launcher launches --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch of csrc, as tests hold it to what the launchers write down."""
+
+    kernel: str
+    sizes: tuple[int | bool, ...]  # the template's arguments after the type
+    threads: int
+    shared: int
+    rows: int  # of a tile
+    keys: int  # of a tile of K and V
+    persistent: bool  # whether the blocks share the tiles of all heads
+
+    @property
+    def mangled(self) -> re.Pattern[str]:
+        """Of the bf16 kernel."""
+        sizes = "".join(f"Lb{s:d}E" if isinstance(s, bool) else f"Li{s}E" for s in self.sizes)
+        return re.compile(rf"{self.kernel}_kernelI13__nv_bfloat16{sizes}E")
+
+    def __str__(self) -> str:
+        sizes = ", ".join(str(s).lower() for s in self.sizes)
+        return f"{self.kernel}<{sizes}>"
+
+
+def plan(gpu: Gpu, shape: Shape) -> Plan:
+    """Of a plain call with both prompts, as csrc/choose.cpp and csrc/layouts.h have it."""
+    longest = max(shape.n_pos, shape.n_neg)
+    keys = CLIP_KEYS if longest <= CLIP_KEYS else BLOCK_KEYS
+    if gpu.major == 9 and shape.d in (40, 64, 72, 80, 128, 160):
+        return _plan_sm90(shape.d, keys, longest)
+    d = next(size for size in (32, 48, 64, 80, 96, 128, 160, 192, 256) if shape.d <= size)
+
+    def tile(rows: int, d: int) -> int:
+        return rows * 2 * (d + 8)
+
+    rows = 32 if d <= 128 and keys == CLIP_KEYS else 16
+    shared = 4 * tile(keys, d) + 8 * tile(rows, d)
+    exists = d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
+    if longest <= BLOCK_KEYS and exists and shared <= gpu.shared_per_block:
+        return Plan("forward_short", (d, keys, True), 256, shared, rows, keys, True)
+    columns = d if d <= 128 else d // 2 if d <= 192 else d // 4
+    shared = tile(BLOCK_KEYS, d) + tile(BLOCK_KEYS, columns) + tile(64, d) + 4 * BLOCK_KEYS
+    return Plan("forward_long", (d,), 128, shared, 64, BLOCK_KEYS, False)
+
+
+def _plan_sm90(d: int, keys: int, longest: int) -> Plan:
+    atoms = -(-d // 64)
+    rows, barriers = 2 * atoms * 64 * 128, 3
+    if longest <= (BLOCK_KEYS if d in (64, 72, 128) else CLIP_KEYS):
+        groups = 3 if d <= 80 and keys == CLIP_KEYS else 2
+        shared = 4 * atoms * keys * 128 + groups * rows + 8 * keys + 8 * (2 + groups * barriers)
+        sizes = (d, keys, 2, True)
+        return Plan("forward_sm90_short", sizes, groups * 128, shared, 64, keys, True)
+    keys, slots = (BLOCK_KEYS if d <= 128 else CLIP_KEYS), (8 if d <= 64 else 4 if d <= 80 else 3)
+    parked = 0 if d <= 80 else 16 if d <= 128 else 8
+    shared = slots * atoms * keys * 128 + 2 * rows + 256 * parked * 16
+    shared += slots * keys * 4 + 8 * (3 * slots + 2 * barriers)
+    return Plan("forward_sm90_long", (d, True), 384, shared, 128, keys, True)
+
+
+def blocks_per_sm(gpu: Gpu, plan: Plan, registers: int) -> int:
+    """Each block reserves 1 KiB beside its own; registers come in units of 8 for a thread."""
+    of_shared = gpu.shared_per_sm // (plan.shared + 1024)
+    of_registers = 65536 // (-(-registers // 8) * 8 * plan.threads)
+    return min(of_shared, of_registers, 2048 // plan.threads)
+
+
+def grid_efficiency(tiles: int, slots: int) -> float:
+    """The work over what the slots could do while the longest block runs."""
+    return tiles / (slots * -(-tiles // slots))
+
+
+# ---- what the pipes have to do -------------------------------------------------------------------
+
+
+def cycles(gpu: Gpu, plan: Plan, d: int, path: Counter, turns: float) -> dict[str, float]:
+    """Cycles of an SM for 64 query rows, by pipe; `turns` warps of a scheduler walk the path."""
+    warps = 4 * turns
+    found = {"issue": path.total() * turns, "exponential": 0.0, "tensor": 0.0, "shared": 0.0}
+    for opcode, n in path.items():
+        base = opcode.split(".")[0]
+        if base == "MUFU":
+            found["exponential"] += n * warps * 32 / 16
+        elif base == "HMMA" and gpu.mma:
+            found["tensor"] += n * warps * 16 * 8 * 16 / gpu.mma
+        elif base == "HGMMA" and gpu.wgmma:
+            # once for the four warps
+            width = int(opcode.split(".")[1].split("x")[1])
+            found["tensor"] += n * turns * 64 * width * 16 / gpu.wgmma
+            # 16 rows of B from shared memory, and 64 of A where no register has it
+            rows = width if "tnspB" in opcode else width + 64
+            found["shared"] += n * turns * rows * 32 / 128
+        elif base in ("LDS", "STS", "LDSM", "STSM"):
+            wide = re.search(r"\.(64|128)\b", opcode)
+            words = (
+                int(opcode[-1]) if base in ("LDSM", "STSM") else int(wide[1]) // 32 if wide else 1
+            )
+            found["shared"] += n * warps * words
+    if plan.kernel.startswith("forward_sm90_short"):
+        # TMA writes Q and reads O
+        found["shared"] += 2 * GROUP_ROWS * -(-d // 64)
+    if not plan.kernel.endswith("long"):
+        found["memory"] = GROUP_ROWS * 4 * d / gpu.bytes_per_cycle
+    return {pipe: round(clk, 1) for pipe, clk in found.items()}
+
+
+def path_counts(plan: Plan, code: list[machine_code.Instruction]) -> tuple[Counter, float]:
+    """Opcodes along the plain path, and how often a scheduler walks it for 64 rows."""
+    blocks = machine_code.blocks_of(code)
+    if plan.kernel.endswith("long"):
+        # a tile of keys of one prompt: the longer of the loops for the two prompts
+        loops = machine_code.product_loops(blocks)
+        if plan.kernel == "forward_long":
+            loop, path = machine_code.tile_path(blocks)
+            steps = plan.sizes[0] // 16
+            scores = steps * plan.keys // 16 * 2
+            return _name(blocks, path, machine_code.count(blocks, path, loop, scores)), 1.0
+        paths = [(loop, machine_code.plain_path(blocks, loop)) for loop in loops]
+        both = [_name(blocks, path, machine_code.count(blocks, path, loop)) for loop, path in paths]
+        return max(both, key=Counter.total), 1.0
+    loop, path = machine_code.tile_path(blocks)
+    parts = plan.rows // 16
+    scores = parts * plan.sizes[0] // 16 * plan.keys // 16 * 2
+    # of TMA one instruction brings a box
+    copies = 0 if "sm90" in plan.kernel else plan.rows * plan.sizes[0] // 8 // 32
+    counts = machine_code.count(blocks, path, loop, scores, 2 * scores, copies)
+    # a warp has 16 rows of a tile of 64, or all rows of its own
+    turns = 1.0 if plan.rows == GROUP_ROWS else GROUP_ROWS / plan.rows / 4
+    return _name(blocks, path, counts), turns
+
+
+def _name(blocks, path, counts: Counter) -> Counter:
+    """HGMMA tells in its arguments that B is read as [k, n], and A from registers."""
+    from_registers = sum(
+        i.base == "HGMMA" and "tnspB" in i.arguments for b in path for i in blocks[b].code
+    )
+    named: Counter = Counter()
+    for opcode, n in counts.items():
+        named[opcode] += n
+    if from_registers:
+        for block in path:
+            for i in blocks[block].code:
+                if i.base == "HGMMA" and "tnspB" in i.arguments:
+                    named[i.opcode] -= 1
+                    named[f"{i.opcode}.tnspB"] += 1
+    return +named
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's layer on one GPU. Never a measurement."""
+
+    kind: str  # "model"
+    gpu: str
+    arch: str
+    shape: str
+    kernel: str
+    registers: int
+    shared: int
+    blocks_per_sm: int
+    grid: dict[str, float]  # efficiency, by batch
+    unit: str
+    cycles: dict[str, float]
+    bound: str
+    share_of_floor: float | None  # predicted, at batch 4
+
+
+def rows_of(library: Path, gpus: tuple[Gpu, ...] = GPUS) -> list[Row]:
+    known = machine_code.registers(library)
+    found = []
+    for arch in dict.fromkeys(gpu.arch for gpu in gpus):
+        mine = [gpu for gpu in gpus if gpu.arch == arch]
+        plans = {plan(gpu, shape) for gpu in mine for shape in SHAPES}
+        names = {p: _mangled(known, arch, p) for p in plans}
+        code = machine_code.disassemble(library, arch, list(names.values()))
+        counts = {p: path_counts(p, code[name]) for p, name in names.items()}
+        found += [
+            _row(gpu, shape, known[arch, names[plan(gpu, shape)]], *counts[plan(gpu, shape)])
+            for gpu in mine
+            for shape in SHAPES
+        ]
+    return found
+
+
+def _mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
+    names = [name for a, name in known if a == arch and plan.mangled.search(name)]
+    if len(names) != 1:
+        raise ValueError(f"{plan}: {len(names)} kernels of that name for {arch} in the library")
+    return names[0]
+
+
+def _row(gpu: Gpu, shape: Shape, registers: int, counts: Counter, turns: float) -> Row:
+    how = plan(gpu, shape)
+    pipes = cycles(gpu, how, shape.d, counts, turns)
+    resident = blocks_per_sm(gpu, how, registers)
+    tiles = shape.h * -(-shape.l // how.rows)
+    grid = {}
+    if how.persistent:
+        grid = {str(b): round(grid_efficiency(b * tiles, gpu.sms * resident), 3) for b in BATCHES}
+    bound = max(pipes, key=pipes.__getitem__)
+    unit = f"64 rows x {shape.n_pos}+{shape.n_neg} keys"
+    share = None
+    if how.kernel.endswith("short"):
+        floor = max(pipes["memory"], _useful_products(gpu, shape))
+        share = round(floor / pipes[bound] * grid["4"], 2)
+    else:
+        unit = f"64 rows x {how.keys} keys of one prompt"
+        if "sm90" in how.kernel:
+            blocks = sum(-(-n // how.keys) for n in (shape.n_pos, shape.n_neg))
+            useful = _useful_products(gpu, shape) / blocks
+            share = round(useful / pipes[bound] * grid["4"], 2)
+    return Row("model", gpu.name, gpu.arch, str(shape), str(how), registers, how.shared, resident,
+               grid, unit, pipes, bound, share)  # fmt: skip
+
+
+def _useful_products(gpu: Gpu, shape: Shape) -> float:
+    """Cycles of the fastest matrix instructions for 64 rows, nothing padded."""
+    rate = gpu.wgmma or gpu.mma
+    keys = shape.n_pos + shape.n_neg
+    return 2 * GROUP_ROWS * keys * shape.d / rate if rate else 0.0
+
+
+# ---- page and command ----------------------------------------------------------------------------
+
+INTRODUCTION = """# The kernels by what can be counted
+
+Made by `python -m bench statics --write` from the machine code of the built extension. **Every row
+is a model**: counts along the path of a plain call (bf16, both prompts, no mask, no shared keys),
+and data sheets. No time on this page was measured, and measured rows stand elsewhere
+(`bench/results`).
+
+* **issue** is the instructions that one scheduler of an SM issues, **exponential**, **tensor**,
+  **shared** and **memory** are the cycles that these pipes are busy, all of them for 64 query rows
+  and the keys named. The largest of them bounds the kernel if all else hides under it. Without a
+  number for `mma.sync` on a GPU there is none under tensor.
+* **grid** is the work over what all slots (SMs x blocks per SM) could do while the longest block
+  runs, in tiles, at batch 1, 4 and 16. `forward_long` launches a block for each tile instead.
+* **of floor** is the useful products and bytes at the rates of the data sheet over the largest
+  pipe, times the grid at batch 4: what is left if everything overlaps.
+"""
+
+
+def page(rows: list[Row]) -> str:
+    out = [INTRODUCTION]
+    for gpu in dict.fromkeys(row.gpu for row in rows):
+        mine = [row for row in rows if row.gpu == gpu]
+        out.append(f"## {gpu} ({mine[0].arch})\n")
+        out.append(
+            "| | shape | kernel | registers | shared | blocks per SM | grid 1 / 4 / 16 | unit "
+            "| issue | exponential | tensor | shared | memory | bound | of floor |"
+        )
+        out.append("|---" * 15 + "|")
+        for row in mine:
+            grid = " / ".join(f"{row.grid[str(b)]:.2f}" for b in BATCHES) if row.grid else "-"
+            pipes = (row.cycles.get(name) for name in
+                     ("issue", "exponential", "tensor", "shared", "memory"))  # fmt: skip
+            cells = [
+                row.kind, row.shape, f"`{row.kernel}`", row.registers, row.shared,
+                row.blocks_per_sm, grid, row.unit, *(f"{x:.0f}" if x else "-" for x in pipes),
+                row.bound, "-" if row.share_of_floor is None else f"{row.share_of_floor:.2f}",
+            ]  # fmt: skip
+            out.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def recorded() -> list[Row]:
+    """The rows that the page was made of."""
+    return [Row(**row) for row in json.loads(ROWS.read_text())]
+
+
+def library_of(path: Path | None) -> Path:
+    found = path or Path(os.environ.get("NASA_CUDA_LIBRARY", CUDA_LIBRARY))
+    if not found.is_file():
+        raise OSError(f"statics: {found} does not exist: build the CUDA C++ kernels first")
+    return found
+
+
+def run(options) -> int:
+    rows = rows_of(library_of(options.library))
+    if options.write:
+        ROWS.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        ROWS.write_text(f"[\n{lines}\n]\n")
+        PAGE.write_text(page(rows))
+        print(f"{len(rows)} rows in {PAGE} and {ROWS}")
+    else:
+        print(page(rows))
+    return 0

@@ -1,0 +1,106 @@
+// Which kernels there are, and the sizes of their tiles in shared memory. The launchers choose by
+// them, and the kernels assert that they are theirs.
+#pragma once
+
+#include "nasa.h"
+
+namespace nasa {
+
+// A head_dim is padded with zeros up to the next of these; 0 when it is larger than all of them.
+// Each costs kernels: they are the head_dims of the models (40, 64, 72, 80, 128, 160) and enough
+// others that no head_dim pays more than half.
+constexpr int padded_head_dim(int d) {
+    constexpr int kSizes[] = {32, 48, 64, 80, 96, 128, 160, 192, 256};
+    for (int size : kSizes) {
+        if (d <= size) return size;
+    }
+    return 0;
+}
+
+// Keys that a pass over K and V holds at once. A prompt up to here needs no online softmax.
+constexpr int kBlockKeys = 128;
+// 77 CLIP tokens, padded to the k of one mma
+constexpr int kClipKeys = 80;
+
+// Shared memory in bytes; rows of a tile are 16 bytes longer than d.
+constexpr int tile_bytes(int rows, int d) { return rows * 2 * (d + 8); }
+
+// forward_short: warps of a block, and the m16 fragments of query rows that one of them takes at
+// once. What is read of K and V serves all fragments. The scores of two with 128 keys or with masks
+// would not fit the registers, nor their rows of 160 columns the shared memory of sm_80.
+constexpr int kShortWarps = 8;
+constexpr int short_parts(int d, int keys, bool plain) {
+    return plain && d <= 128 && keys == kClipKeys ? 2 : 1;
+}
+constexpr int short_rows(int d, int keys, bool plain) { return 16 * short_parts(d, keys, plain); }
+// K+-, V+- [keys, d]; a tile of rows for each warp; the biases in fp32, where scores are not plain
+constexpr int short_shared_bytes(int d, int keys, bool plain) {
+    return 4 * tile_bytes(keys, d) + kShortWarps * tile_bytes(short_rows(d, keys, plain), d) +
+           (plain ? 0 : 2 * keys * 4);
+}
+
+// Kernels of forward_short that exist: 77 CLIP tokens for the models up to head_dim 160, and up to
+// 128 keys for PixArt (72), SDXL and SD 2.1 (64) and Wan (128). Every other call is forward_long's.
+constexpr bool has_short(int d, int keys) {
+    return keys == kClipKeys ? d <= 160 : d == 64 || d == 80 || d == 128;
+}
+
+// Kernels for Hopper that exist: the head_dims of the models, exactly.
+constexpr bool has_sm90(int d) {
+    return d == 40 || d == 64 || d == 72 || d == 80 || d == 128 || d == 160;
+}
+// Those of forward_sm90_short; every other call is forward_sm90_long's.
+constexpr bool has_sm90_short(int d, int keys) {
+    return has_sm90(d) && (keys == kClipKeys || d == 64 || d == 72 || d == 128);
+}
+// Keys that a tile of forward_sm90_long holds: beside two accumulators of 160 columns, the scores
+// of 128 keys would not fit the registers.
+constexpr int sm90_stream_keys(int d) { return d <= 128 ? kBlockKeys : kClipKeys; }
+
+// Columns of O that a block of forward_long makes. A head_dim above 128 is shared by two blocks or
+// four: two accumulators of all its columns would not fit the registers beside the scores.
+constexpr int long_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
+
+// forward_long: K [128, d], V [128, columns], Q [64, d]; the bias in fp32
+constexpr int long_shared_bytes(int d) {
+    return tile_bytes(kBlockKeys, d) + tile_bytes(kBlockKeys, long_columns(d)) + tile_bytes(64, d) +
+           kBlockKeys * 4;
+}
+
+// Keys and query rows of a tile of the backward kernels
+constexpr int kBackwardKeys = 80;
+constexpr int kBackwardRows = 64;
+// Columns of dQ, or of dK and dV, that a block makes: the others are another block's.
+constexpr int backward_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
+
+// backward_queries: Q, dO [64, d], K, V [80, d]; the bias in fp32
+constexpr int queries_shared_bytes(int d) {
+    return 2 * tile_bytes(kBackwardRows, d) + 2 * tile_bytes(kBackwardKeys, d) + kBackwardKeys * 4;
+}
+
+// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
+constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
+constexpr int keys_shared_bytes(int d) {
+    return 2 * tile_bytes(kBackwardKeys, d) +
+           keys_stages(d) * (2 * tile_bytes(kBackwardRows, d) + 3 * kBackwardRows * 4);
+}
+constexpr int backward_shared_bytes(int d) {
+    const int queries = queries_shared_bytes(d);
+    const int keys = keys_shared_bytes(d);
+    return queries > keys ? queries : keys;
+}
+
+constexpr int short_keys(const ForwardParams& p) {
+    return p.prompt[kPos].n <= kClipKeys && p.prompt[kNeg].n <= kClipKeys ? kClipKeys : kBlockKeys;
+}
+
+// Scores are plain when only keys past n are absent and the scale is positive: then the scale stays
+// out of the scores until the exponential takes it for nothing.
+__host__ __device__ constexpr bool is_plain(const Prompt& prompt, float scale) {
+    return scale > 0.f && (prompt.mask.type == MaskType::kNone || prompt.n == 0);
+}
+__host__ __device__ constexpr bool is_plain(const ForwardParams& call) {
+    return is_plain(call.prompt[kPos], call.scale) && is_plain(call.prompt[kNeg], call.scale);
+}
+
+}  // namespace nasa

@@ -1,0 +1,120 @@
+// The tensor maps by which TMA reads and writes a call's tensors: the host's side (sm_90a).
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+
+#include "nasa.h"
+
+namespace nasa::sm90 {
+
+constexpr int kGroupRows = 64;  // the m of wgmma
+constexpr int kAtomColumns = 64;
+
+// A tensor map, and what a step in h and b adds to its coordinates: 0 where one head, or one batch
+// element, is read for all.
+struct Mapped {
+    CUtensorMap map;  // [b, h, rows, d], boxes of [1, 1, rows of a tile, 64]
+    int step_h, step_b;
+    int first_row;  // 0, or past the last row for a prompt without keys: TMA then brings zeros
+};
+
+struct Params {
+    Mapped q, o, o_shared;
+    Mapped k[2], v[2];  // kPos, kNeg
+    ForwardParams call;
+};
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found at run time: nothing links libcuda.
+inline cudaError_t find_encode(Encode& encode) {
+    static std::atomic<void*> found{nullptr};
+    void* function = found.load(std::memory_order_relaxed);
+    if (function == nullptr) {
+        cudaDriverEntryPointQueryResult result;
+        if (const cudaError_t error = cudaGetDriverEntryPointByVersion(
+                "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result)) {
+            return error;
+        }
+        if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+        found.store(function, std::memory_order_relaxed);
+    }
+    encode = reinterpret_cast<Encode>(function);
+    return cudaSuccess;
+}
+
+// A map of [b, rows, h, d] in memory, as [b, h, rows, d]. A dimension that does not move (one
+// element, or stride 0) is one element long, and its coordinate stays 0.
+inline cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const void* data, int64_t stride_b,
+                              int64_t stride_rows, int64_t stride_h, int rows, int box_rows) {
+    Encode encode;
+    if (const cudaError_t error = find_encode(encode)) return error;
+    t.step_h = p.h > 1 && stride_h != 0;
+    t.step_b = p.b > 1 && stride_b != 0;
+    t.first_row = 0;
+    constexpr cuuint64_t kAnyStride = 16;
+    const bool rows_move = rows > 1;
+    const cuuint64_t sizes[4] = {cuuint64_t(p.d), cuuint64_t(rows), t.step_h ? cuuint64_t(p.h) : 1,
+                                 t.step_b ? cuuint64_t(p.b) : 1};
+    const cuuint64_t strides[3] = {rows_move ? cuuint64_t(stride_rows) * 2 : kAnyStride,
+                                   t.step_h ? cuuint64_t(stride_h) * 2 : kAnyStride,
+                                   t.step_b ? cuuint64_t(stride_b) * 2 : kAnyStride};
+    const cuuint32_t box[4] = {kAtomColumns, cuuint32_t(box_rows), 1, 1};
+    const cuuint32_t elements[4] = {1, 1, 1, 1};
+    const CUresult result = encode(
+        &t.map,
+        p.type == Type::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        4, const_cast<void*>(data), sizes, strides, box, elements, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Everything of a call; K and V come in tiles of `keys` rows.
+inline cudaError_t map_call(Params& params, const ForwardParams& p, int keys) {
+    params.call = p;
+    const int64_t o_stride_l = static_cast<int64_t>(p.h) * p.d;
+    if (const cudaError_t error = map_tensor(params.q, p, p.q, p.q_stride_b, p.q_stride_l,
+                                             p.q_stride_h, p.l, kGroupRows)) {
+        return error;
+    }
+    if (const cudaError_t error =
+            map_tensor(params.o, p, p.o, p.l * o_stride_l, o_stride_l, p.d, p.l, kGroupRows)) {
+        return error;
+    }
+    if (const Shared& s = p.shared; s.o != nullptr) {
+        if (const cudaError_t error =
+                map_tensor(params.o_shared, p, s.o, s.o_stride_b, s.o_stride_l, s.o_stride_h, p.l,
+                           kGroupRows)) {
+            return error;
+        }
+    }
+    for (int side : {kPos, kNeg}) {
+        const Prompt& prompt = p.prompt[side];
+        if (prompt.n == 0) {
+            // past the last row of any tensor there are zeros
+            if (const cudaError_t error =
+                    map_tensor(params.k[side], p, p.q, 0, p.q_stride_l, 0, p.l, keys)) {
+                return error;
+            }
+            params.k[side].first_row = p.l;
+            params.v[side] = params.k[side];
+            continue;
+        }
+        if (const cudaError_t error =
+                map_tensor(params.k[side], p, prompt.k, prompt.k_stride_b, prompt.k_stride_n,
+                           prompt.k_stride_h, prompt.n, keys)) {
+            return error;
+        }
+        if (const cudaError_t error =
+                map_tensor(params.v[side], p, prompt.v, prompt.v_stride_b, prompt.v_stride_n,
+                           prompt.v_stride_h, prompt.n, keys)) {
+            return error;
+        }
+    }
+    return cudaSuccess;
+}
+
+}  // namespace nasa::sm90

@@ -1,0 +1,92 @@
+"""The counts of the compiled kernels: how they are made, and that no change makes them worse."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bench import machine_code, statics
+from nasa_kernels.testing import CUDA_LIBRARY
+
+LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", CUDA_LIBRARY))
+built = pytest.mark.skipif(
+    not LIBRARY.is_file() or machine_code.tools() is None,
+    reason=f"no {LIBRARY.name}, or no cuobjdump and nvdisasm",
+)
+
+# A loop over tiles: an early retry, a shortcut for masks, an inner loop of products, a slow path
+SASS = """
+\t\tFunction : tile_kernel
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*0020*/              @!P0 BRA 0x00c0 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0040*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0050*/               @P1 BRA 0x0040 ;
+        /*0060*/               @P2 BRA 0x0090 ;
+        /*0070*/                   FSEL R4, R4, -INF , P3 ;
+        /*0080*/                   FSEL R5, R5, -INF , P3 ;
+        /*0090*/                   MUFU.EX2 R4, R4 ;
+        /*0098*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*00a0*/               @P4 CALL.REL.NOINC 0x00e0 ;
+        /*00b0*/                   BRA 0x0010 ;
+        /*00c0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*00d0*/                   BRA 0x0020 ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_the_plain_path_leaves_out_retries_and_masks_and_repeats_inner_loops():
+    (code,) = machine_code.parse(SASS).values()
+    blocks = machine_code.blocks_of(code)
+    loop, path = machine_code.tile_path(blocks)
+    assert loop.head == 0x10
+    counts = machine_code.count(blocks, path, loop, scores=5)
+    assert counts["HMMA.16816.F32"] == 5 + 1 and counts["MUFU.EX2"] == 1
+    assert "FSEL" not in counts and counts["SYNCS.PHASECHK.TRANS64.TRYWAIT"] == 1
+    assert counts["BRA"] == 1 + 5 + 1 + 1
+    with pytest.raises(ValueError, match="not some turns"):
+        machine_code.count(blocks, path, loop, scores=0.5)
+
+
+def test_calls_without_a_condition_come_back_and_others_leave():
+    (code,) = machine_code.parse(SASS.replace("@P4 CALL", "CALL")).values()
+    blocks = machine_code.blocks_of(code)
+    assert blocks[0x90].next == [0xB0]
+    (code,) = machine_code.parse(SASS).values()
+    assert machine_code.blocks_of(code)[0x90].next == [0xE0, 0xB0]
+
+
+def row(gpu: str, shape: str) -> statics.Row:
+    return next(r for r in statics.recorded() if r.gpu == gpu and r.shape.startswith(shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [("sd15-64", 840), ("sdxl-64", 840), ("pixart-1024", 1110), ("wan-1.3b", 520)],
+)
+def test_hoppers_kernels_issue_no_more_than_was_asked(shape, most):
+    """Instructions of a scheduler for 64 rows; of Wan, for a tile of 128 keys of one prompt."""
+    assert row("H100", shape).cycles["issue"] <= most
+
+
+def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
+    rows = statics.recorded()
+    assert {r.kind for r in rows} == {"model"}
+    assert len(rows) == len(statics.GPUS) * len(statics.SHAPES)
+    assert statics.PAGE.read_text() == statics.page(rows)
+
+
+@built
+@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
+def test_no_kernel_became_worse(gpu):
+    """Registers may move within the blocks that fit; everything else has a ceiling of 2 %."""
+    if gpu.arch in ("sm_100", "sm_120"):
+        pytest.skip("the same source as sm_80, and a minute more to take apart")
+    before = {(r.gpu, r.shape): r for r in statics.recorded()}
+    for now in statics.rows_of(LIBRARY, (gpu,)):
+        old = before[now.gpu, now.shape]
+        assert now.kernel == old.kernel and now.shared <= old.shared
+        assert now.blocks_per_sm >= old.blocks_per_sm
+        for pipe, cycles in now.cycles.items():
+            assert cycles <= 1.02 * old.cycles[pipe], f"{now.kernel}: {pipe} {cycles}"
