@@ -1,5 +1,5 @@
-"""The CPU kernels outside of Python (support/cpu_check.cpp): under sanitizers, between pages that must
-not be touched, and on CPUs that are emulated.
+"""The CPU kernels outside of Python (support/cpu_check.cpp): under sanitizers, between pages that
+must not be touched, and on CPUs that are emulated.
 
 Built below `build/` by CMake, once; without a compiler or an emulator the tests skip.
 """

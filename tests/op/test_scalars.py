@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import DEVICE, make_inputs
+from support.cases import DEVICE, make_inputs
 
 from nasa_kernels import (
     nag_attention,
