@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_statics(options: argparse.Namespace) -> int:
     from bench import statics
 
-    return statics.run(options)
+    return statics.run(options.library, options.write)
 
 
 # ---- what measures -------------------------------------------------------------------------------

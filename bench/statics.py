@@ -345,9 +345,9 @@ def library_of(path: Path | None) -> Path:
     return found
 
 
-def run(options) -> int:
-    rows = rows_of(library_of(options.library))
-    if options.write:
+def run(library: Path | None = None, write: bool = False) -> int:
+    rows = rows_of(library_of(library))
+    if write:
         ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
         ROWS.write_text(f"[\n{lines}\n]\n")

@@ -42,7 +42,9 @@ endif()
 
 nasa_module(_C csrc/bindings.cpp csrc/choose.cpp ${NASA_KERNELS})
 set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
-target_compile_definitions(_C PRIVATE "NASA_CUDA_ARCHS=\"${archs}\"")
+# a semicolon would end the definition
+string(REPLACE ";" "," listed "${archs}")
+target_compile_definitions(_C PRIVATE "NASA_CUDA_ARCHS=\"${listed}\"")
 target_compile_options(_C PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${NASA_FLAGS}>")
 target_include_directories(_C SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 
@@ -68,8 +70,8 @@ foreach(source ${NASA_KERNELS})
 endforeach()
 add_custom_target(ptx DEPENDS ${ptx_files})
 
-# The launchers with tests/support/fake_cuda.cpp in place of the CUDA runtime, for tests/cuda/test_cuda_launch.py.
-# Its kernels never run: PTX that nobody optimises is the quickest to make.
+# The launchers with tests/support/fake_cuda.cpp in place of the CUDA runtime, for
+# tests/cuda/test_cuda_launch.py. Its kernels never run: PTX that nobody optimises is the quickest to make.
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
 set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers

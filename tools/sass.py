@@ -6,17 +6,17 @@ Needs cuobjdump and nvdisasm: from the CUDA toolkit, the Triton package, or
 `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
 """
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.machine_code import cuobjdump  # noqa: E402
+
 # what a spill or a local array compiles to
 LOCAL = ("LDL", "STL")
 # what the kernels exist for, by a part of their name
@@ -59,26 +59,6 @@ def short_name(mangled: str) -> str:
     name = re.sub(r"^\d+", "", kernel[1])
     name = next((known for known in NEEDED if name.endswith(known)), name)
     return f"{name}<{', '.join([dtype, *sizes])}>"
-
-
-def tools() -> str | None:
-    """A folder with cuobjdump and nvdisasm."""
-    triton = importlib.util.find_spec("triton")
-    folders = [Path(p) / "backends" / "nvidia" / "bin"
-               for p in (triton and triton.submodule_search_locations) or ()]  # fmt: skip
-    folders += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    if found := shutil.which("cuobjdump"):
-        folders.append(Path(found).parent)
-    both = (f for f in folders if (f / "cuobjdump").is_file() and (f / "nvdisasm").is_file())
-    return next((str(folder) for folder in both), None)
-
-
-def cuobjdump(library: Path, *flags: str) -> str:
-    folder = tools()
-    env = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    command = [f"{folder}/cuobjdump", *flags, library]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 def listed_architectures() -> tuple[set[str], set[str]]:

@@ -82,7 +82,7 @@ def has_code(architectures: Sequence[str], major: int, minor: int) -> bool:
 def _architectures() -> tuple[str, ...]:
     ask = ctypes.CDLL(str(LIBRARY)).nasa_kernels_architectures
     ask.restype = ctypes.c_char_p
-    return tuple(ask().decode().split(";"))
+    return tuple(ask().decode().split(","))
 
 
 @functools.cache

@@ -116,7 +116,7 @@ def test_what_the_gpu_and_its_driver_must_have(monkeypatch, capability, driver, 
 
 @needs_library
 def test_it_knows_its_runtime_and_its_architectures(library):
-    text = (ROOT / "CMakeLists.txt").read_text()
+    text = (ROOT / "cmake" / "cuda.cmake").read_text()
     built = re.search(r'NASA_CUDA_ARCHS "(.*?)"', text)[1]
     assert set(extension._architectures()) <= {
         *built.split(";"),
