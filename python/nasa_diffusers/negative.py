@@ -131,7 +131,7 @@ class Negative:
                     f"enable_nasa: {name} of this {type(pipe).__name__} is not loaded, and the "
                     "prompt is encoded with it; load it, or pass negative_prompt_embeds"
                 )
-        length = _check_length(pipe, max_sequence_length)
+        length = _check_length(pipe, family, max_sequence_length)
         options = call_defaults(pipe, family.text_options)
         if length is not None:
             options["max_sequence_length"] = length
@@ -233,13 +233,13 @@ def _cannot_encode_again(
     )
 
 
-def _check_length(pipe: Any, max_sequence_length: Any) -> int | None:
+def _check_length(pipe: Any, family: Family, max_sequence_length: Any) -> int | None:
     if max_sequence_length is None:
         return None
-    length = scalar(max_sequence_length)
-    if not is_int(length) or length < 1:
+    length, least = scalar(max_sequence_length), family.least_tokens(pipe)
+    if not is_int(length) or length < least:
         raise ValueError(
-            "enable_nasa: max_sequence_length must be a number of tokens, from 1, got "
+            f"enable_nasa: max_sequence_length must be a number of tokens, from {least}, got "
             f"{max_sequence_length!r}"
         )
     if not takes(pipe, "max_sequence_length"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from drawing import assert_same_image, relative_error
 from joint_cases import RULES, SIZE, by_rule, negative, random
-from nasa_diffusers import nasa
+from nasa_diffusers import NASA, VSF, nasa
 
 
 @pytest.fixture(params=[False, True], ids=["sd3", "sd3.5-medium"])
@@ -75,3 +75,21 @@ def test_the_text_encoders_are_all_three(case):
         case.pipe.text_encoder_2,
         case.pipe.text_encoder_3,
     ]
+
+
+def test_without_a_t5_the_prompt_may_have_none_of_its_tokens(draw):
+    pipe = joint_cases.sd3().pipe
+    with pytest.raises(ValueError, match="number of tokens, from 1, got 0"):
+        nasa(pipe, "blurry", max_sequence_length=0).__enter__()
+    pipe.text_encoder_3 = pipe.tokenizer_3 = None
+    size = SIZE | {"max_sequence_length": 0}
+    options = {"device": "cpu", "do_classifier_free_guidance": False, "max_sequence_length": 0}
+    # diffusers 0.35 puts 77 zeros where T5's tokens would be, whatever length is asked for
+    expected = pipe.encode_prompt("blurry", None, None, **options)[0].shape[1]
+    for method in (NASA(0.5), VSF(0.5)):
+        stock = draw(pipe, **size)
+        with nasa(pipe, "blurry", method, max_sequence_length=0) as handle:
+            assert not torch.allclose(draw(pipe, **size), stock)
+            assert handle.report().keys_neg == expected
+    with pytest.raises(ValueError, match="number of tokens, from 0, got -1"):
+        nasa(pipe, "blurry", max_sequence_length=-1).__enter__()

@@ -99,6 +99,10 @@ class Family:
         one."""
         return {"tokenizer": options.get("max_sequence_length", tokens)}
 
+    def least_tokens(self, pipe: Any) -> int:
+        """The least `max_sequence_length` that the pipeline can encode to."""
+        return 1
+
     def grids(self, denoiser: Denoiser, sample: Tensor, inputs: dict[str, Any]) -> tuple[Grid, ...]:
         """Frames, height and width of the image tokens, for every size a layer may have. `inputs`
         are all that the denoiser is called with."""

@@ -52,6 +52,10 @@ class StableDiffusion3(Joint):
         t5 = options.get("max_sequence_length", tokens - clip)
         return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
 
+    def least_tokens(self, pipe):
+        # it is the length of T5's tokens; without a T5 the pipeline puts as many zeros there
+        return 0 if pipe.text_encoder_3 is None else 1
+
     def grids(self, denoiser, sample, inputs):
         return (token_grid(sample, denoiser.config.patch_size),)
 
