@@ -249,17 +249,6 @@ def test_a_void_prompt_has_a_kernel_without_it(recorder):
     assert "Li64ELi80ELi2ELb1E" in record.name
 
 
-def test_a_block_takes_a_kib_more_than_it_asks_for(recorder):
-    """SD 1.5 on a GPU of 100 KiB per multiprocessor: two blocks of 50,816 bytes do not fit."""
-    cuda_emulation.forward(**make(MODELS[0], torch.bfloat16))
-    params = forward_params(REPORTS[-1])
-    params.b, params.h, params.l = 1, 8, 4096
-    (record,) = launches(recorder, RTX4090, params)
-    assert record.shared == 50_816
-    assert 2 * record.shared <= RTX4090.shared_per_sm < 2 * (record.shared + 1024)
-    assert record.grid[0] == RTX4090.sms
-
-
 SMALL = Shape("d160", 1, 16, 1, 77, 77, 160)
 
 

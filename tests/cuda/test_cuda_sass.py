@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import sass
 
+from bench.machine_code import tools
 from nasa_kernels._cuda import extension
 
 LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", extension.LIBRARY))
 pytestmark = [
     pytest.mark.skipif(not LIBRARY.is_file(), reason=f"no {LIBRARY.name}: built without CUDA C++"),
-    pytest.mark.skipif(sass.tools() is None, reason="no cuobjdump and nvdisasm"),
+    pytest.mark.skipif(tools() is None, reason="no cuobjdump and nvdisasm"),
 ]
 # the names in the sources for Hopper alone, and in the generic ones
 HOPPER = {name for name in sass.NEEDED if "sm90" in name}
