@@ -11,18 +11,34 @@ namespace {
 // independent chains of operations: more than the latency of one times how many start at once
 constexpr int kChains = 12;
 
+// Members and not an array, which the compiler would keep in memory.
+template <int kCount>
+struct Chains {
+    Vec first;
+    Chains<kCount - 1> others;
+
+    NASA_INLINE explicit Chains(Vec start) : first(start), others(start) {}
+    template <class F>
+    NASA_INLINE void advance(const F& step) {
+        keep(first = step(first));
+        others.advance(step);
+    }
+    NASA_INLINE Vec sum() const { return first + others.sum(); }
+};
+template <>
+struct Chains<0> {
+    NASA_INLINE explicit Chains(Vec) {}
+    template <class F>
+    NASA_INLINE void advance(const F&) {}
+    NASA_INLINE Vec sum() const { return Vec{}; }
+};
+
 template <class F>
 void repeat(int64_t rounds, Vec start, const F& step) {
-    Vec x[kChains];
-    for (Vec& y : x) y = start;
-    for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 12
-        for (Vec& y : x) keep(y = step(y));
-    }
-    Vec sum = {};
-    for (const Vec& y : x) sum += y;
+    Chains<kChains> x(start);
+    for (int64_t i = 0; i < rounds; ++i) x.advance(step);
     // what nobody reads would not be computed
-    const volatile float read = sum[0];
+    const volatile float read = x.sum()[0];
     (void)read;
 }
 
