@@ -42,6 +42,7 @@ OTHER = "#bbbbbb"
 LABELS = {
     "stock": "stock, no negative prompt",
     "nasa-cpu": "NASA, CPU",
+    "nasa-cpu-without-kernels": "NASA, CPU, without kernels",
     "nasa-triton": "NASA, Triton",
     "nasa-cuda": "NASA, CUDA C++",
     "stacked": "both prompts stacked",
@@ -195,7 +196,7 @@ def overhead(rows: list[Row]) -> Figure | None:
         panels.append((f"time, {timing}, {_devices(of)}", of, lambda r: r.p50_us))
     if not panels:
         return None
-    sizes = [len({r.case for r in of}) for _, of, _ in panels]
+    sizes = [len(set(map(_call, of))) for _, of, _ in panels]
     drawn, all_axes = plt.subplots(
         len(panels), 1, figsize=(8, 1.2 + 0.5 * sum(sizes)), squeeze=False,
         gridspec_kw={"height_ratios": sizes},
@@ -206,12 +207,19 @@ def overhead(rows: list[Row]) -> Figure | None:
     return drawn
 
 
+def _call(row: Row) -> str:
+    """A denoiser call: of a counted one the dtype does not matter."""
+    return row.case if row.bench == "flops" else f"{row.case} {row.dtype}"
+
+
 def _overhead_panel(axes, title: str, rows: list[Row], value: Callable) -> None:
-    stock = {r.case: value(r) for r in rows if r.provider == "stock"}
-    cases = [case for case in dict.fromkeys(r.case for r in rows) if case in stock]
+    stock = {_call(r): value(r) for r in rows if r.provider == "stock"}
+    cases = [case for case in dict.fromkeys(map(_call, rows)) if case in stock]
     methods = [m for m in dict.fromkeys(r.provider for r in rows) if m != "stock"]
     by = {
-        (r.case, r.provider): 100 * (value(r) / stock[r.case] - 1) for r in rows if r.case in stock
+        (_call(r), r.provider): 100 * (value(r) / stock[_call(r)] - 1)
+        for r in rows
+        if _call(r) in stock
     }
     height = 0.84 / max(len(methods), 1)
     for i, method in enumerate(methods):

@@ -145,17 +145,24 @@ def _flops_added(rows: list[Row]) -> str:
 
 
 def _call_headline(rows: list[Row]) -> str:
-    """What a negative prompt adds to the time of a whole call, of the first model timed."""
+    """What a negative prompt adds to the time of a whole call, of the first model timed, in every
+    dtype."""
     timed = [r for r in rows if r.bench == "model" and r.p50_us]
-    stock = next((r for r in timed if r.provider == "stock"), None)
-    if stock is None:
+    first = next((r for r in timed if r.provider == "stock"), None)
+    if first is None:
         return ""
-    same = [
-        r for r in timed if (r.case, r.timing, r.dtype) == (stock.case, stock.timing, stock.dtype)
-    ]
-    by = {r.provider: r.p50_us / stock.p50_us - 1 for r in same}  # type: ignore[operator]
-    said = [f"{name} {by[m]:+.1%}" for m, name in CALLS.items() if m in by]
-    return f"Time of a call of {stock.case}, {_device_name(stock)}: {'; '.join(said)}"
+    said = []
+    for dtype in dict.fromkeys(r.dtype for r in timed):
+        of = [r for r in timed if (r.case, r.timing, r.dtype) == (first.case, first.timing, dtype)]
+        by = {r.provider: r.p50_us or 0.0 for r in of}
+        added = [
+            f"{name} {by[m] / by['stock'] - 1:+.1%}"
+            for m, name in CALLS.items()
+            if m in by and "stock" in by
+        ]
+        if added:
+            said.append(f"{dtype} {', '.join(added)}")
+    return f"Time of a call of {first.case}, {_device_name(first)}: {'; '.join(said)}"
 
 
 def _operation_headline(rows: list[Row]) -> str:
