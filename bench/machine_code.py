@@ -126,12 +126,12 @@ def loops_of(blocks: dict[int, Block]) -> list[Loop]:
         tails[head].add(tail)
     found = []
     for head, ends in tails.items():
-        body, todo = {head}, list(ends)
-        while todo:
-            inside = todo.pop()
+        body, pending = {head}, list(ends)
+        while pending:
+            inside = pending.pop()
             if inside not in body:
                 body.add(inside)
-                todo += before[inside]
+                pending += before[inside]
         found.append(Loop(head, frozenset(body), frozenset(ends)))
     return sorted(found, key=lambda loop: len(loop.body))
 
@@ -231,10 +231,10 @@ def _topological(blocks: dict[int, Block], loop: Loop, backward: set) -> list[in
     order, seen = [], set()
 
     def visit(block: int) -> None:
-        todo = [(block, iter(blocks[block].next))]
+        pending = [(block, iter(blocks[block].next))]
         seen.add(block)
-        while todo:
-            current, following = todo[-1]
+        while pending:
+            current, following = pending[-1]
             after = next(
                 (b for b in following
                  if b in loop.body and b not in seen and (current, b) not in backward),
@@ -242,10 +242,10 @@ def _topological(blocks: dict[int, Block], loop: Loop, backward: set) -> list[in
             )  # fmt: skip
             if after is None:
                 order.append(current)
-                todo.pop()
+                pending.pop()
             else:
                 seen.add(after)
-                todo.append((after, iter(blocks[after].next)))
+                pending.append((after, iter(blocks[after].next)))
 
     visit(loop.head)
     return order[::-1]

@@ -13,8 +13,8 @@ STABLE_DIFFUSION = {
 
 # files about what diffusers does and calls things: these hold for the oldest versions as well
 CONTRACT = (
-    "adapters", "branches", "causal", "exactness", "families", "flux", "hooks", "joint", "layers",
-    "rows", "runs", "sd3", "settings", "text", "together", "videos",
+    "adapters", "branches", "causal", "encoding", "exactness", "families", "flux", "hooks",
+    "joint", "layers", "rows", "runs", "sd3", "settings", "text", "together", "videos",
 )  # fmt: skip
 
 
