@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from nasa_distill import config, fit
+from nasa_distill.train import config
+from nasa_distill.world import fit
 
 RUNS = [
     config.Settings(steps=4, batch=2, lora_rank=4, student_rate=0.5, kappa=(0.5, 2.0)),
