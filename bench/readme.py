@@ -104,9 +104,9 @@ def headlines(rows: Iterable[Row], results: Path = RESULTS) -> str:
     for device in _devices(newest)[-DEVICES:]:
         of = [r for r in newest if _of(r) == device]
         lines += [_call_headline(of), _operation_headline(of)]
-    if not _has_gpu(newest):
-        lines.append(f"{NO_GPU}")
     text = ["\n".join(f"- {line}" for line in lines if line)]
+    if not _has_gpu(newest):
+        text.append(NO_GPU)
     plots = results / "plots"
     speedups = [f"{slug(r.device)}-speedup.png" for r in newest if r.bench == "op"]
     for name, what in (

@@ -203,7 +203,7 @@ def test_pages_are_made_from_rows(tmp_path):
     assert lines == [
         "- FLOPs over a denoiser call without, 2 models: Algorithm 1 +1.3%; NASA, first call "
         "+1.3%; NASA, later calls -0.2%; NAG, as published +2.0%; CFG +100.0%",
-        "- Time of a call of m, Test device: NAG, as published +2.0%",
+        "- Time of a call of m, Test device: bfloat16 NAG, as published +2.0%",
         "- The operation forward, 2 cases, Test device: 2.50 to 2.50 times as fast as Algorithm 1",
     ]
     assert "| model 0 | 1.000 | +1.30% | +1.30% | -0.20% | +2.00% | +100.00% |" in text
