@@ -15,8 +15,8 @@ from bench.providers import PROVIDERS, Case, Provider, two_calls
 from bench.roofline import Rates, _cpu_cases
 from bench.timing import GRAPH_SECONDS, HostTimer, Samples, calls_in_graph, measure, rotations
 from bench.work import Work, attention_work
-from nasa_kernels import _cpu, nasa_attention
-from nasa_kernels.testing import Shape, make_inputs
+from nasa_kernels import nasa_attention
+from nasa_kernels.testing import Shape, make_inputs, why_no_cpu_kernels
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 2, 48, 2, 16, 13, 13)
@@ -423,7 +423,7 @@ def test_rows_of_a_free_mkl_are_of_a_device_of_their_own(monkeypatch):
     assert machine.slug(machine.device_name(CPU)) != machine.slug(before)
 
 
-@pytest.mark.skipif(_cpu.load() is not None, reason=str(_cpu.load()))
+@pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=str(why_no_cpu_kernels()))
 def test_floors_of_a_cpu_come_from_its_kernels():
     """Each call returns how much work it was."""
     found = {case: (dtype, *rest) for case, dtype, *rest in _cpu_cases()}

@@ -77,12 +77,15 @@ def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
     assert statics.PAGE.read_text() == statics.page(rows)
 
 
+# sm_100 and sm_120 compile the source of sm_80; their own machine code, a minute to take apart, has
+# no ceiling here
+HELD = [gpu for gpu in statics.GPUS if gpu.arch in ("sm_80", "sm_90a")]
+
+
 @built
-@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", HELD, ids=lambda gpu: gpu.name)
 def test_no_kernel_became_worse(gpu):
     """Registers may move within the blocks that fit; everything else has a ceiling of 2 %."""
-    if gpu.arch in ("sm_100", "sm_120"):
-        pytest.skip("the same source as sm_80, and a minute more to take apart")
     before = {(r.gpu, r.shape): r for r in statics.recorded()}
     for now in statics.rows_of(LIBRARY, (gpu,)):
         old = before[now.gpu, now.shape]
