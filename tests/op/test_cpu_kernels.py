@@ -23,7 +23,7 @@ from nasa_kernels import (
     nasa_joint_attention,
     ops,
 )
-from nasa_kernels.reference import RULES
+from nasa_kernels.backends import RECORDS
 from nasa_kernels.testing import Shape, make_inputs
 
 TESTS = Path(__file__).parent
@@ -329,7 +329,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @needs_kernels
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RECORDS["cpu"].joint_rules)
 def test_joint_attention_is_one_operator(rule):
     """Nothing of PyTorch's runs beside it."""
     inputs, text = make_joint("flux")
