@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cases import DTYPES, mask_of
+from support.cases import DTYPES, mask_of, with_rule
 from support.formula import exact_and_budget, exact_and_budget_of_joint
 from support.gradients import check_gradients, gradients
 from test_joint import make as make_joint
@@ -348,6 +348,7 @@ def test_joint_attention_is_one_operator(rule):
 @needs_kernels
 def test_nothing_is_kept_for_the_backward_pass():
     inputs = make_inputs(BASIC, torch.float32, "cpu")
-    arguments = (*inputs.values(), None, None, None, 0.6, 0.125)
-    _, *kept = ops.ATTENTION["cpu"](*arguments)
+    attention = ops.ATTENTION["cpu"]
+    arguments = with_rule(attention, (*inputs.values(), None, None, None, 0.6, 0.125))
+    _, *kept = attention(*arguments)
     assert sum(x.numel() for x in kept) == 0
