@@ -51,6 +51,9 @@ class Backend(NamedTuple):
     backward_rules: tuple[str, ...] = ("nasa",)
     joint_rules: tuple[str, ...] = JOINT_RULES
     joint_backward_rules: tuple[str, ...] = JOINT_RULES
+    # whether its forward operators refuse what they cannot take, and broadcast keys, values, masks
+    # and alpha by themselves: `_quick.py`
+    checks: bool = False
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
     has_pair: bool = False
     # saved for the backward pass beside the inputs. Kernels rebuild what they need on chip;
@@ -87,6 +90,7 @@ RECORDS = {
             "cuda",
             devices=("cuda",),
             dtypes=_HALVES,
+            checks=True,
             joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
         ),
         Backend(
@@ -95,6 +99,7 @@ RECORDS = {
             dtypes=(*_HALVES, torch.float32),
             cross=Modules("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
             joint=Modules("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+            checks=True,
             has_pair=True,
         ),
         Backend(

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nasa_kernels._checks import expanded
 from nasa_kernels._triton.configs import (
     forward_config,
     head_cut,
@@ -31,9 +32,10 @@ from nasa_kernels._triton.configs import (
 )
 from nasa_kernels._triton.launch import (
     LOG2E,
+    Launch,
     alignment,
     compiler_options,
-    on_device,
+    launch,
     strides_or_zeros,
 )
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
@@ -200,28 +202,45 @@ def forward_kernel(
 
 
 def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
-    """Launch the forward kernel. The public function checked shapes, dtypes and layouts."""
+    """Launch the forward kernel."""
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    launch(
+        plan,
+        (q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map),
+        (alpha_map is None and alpha == 0,),
+        (q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map),
+        (alpha, scale * LOG2E),
+    )
+    return o
+
+
+def plan(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void) -> Launch:
+    """The launch of the forward kernel. `is_void`: alpha is 0, and no negative prompt is read."""
+    k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map = expanded(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
+    )
     b, l, h, d = q.shape
-    o = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
-    if o.numel() == 0:
-        return o
-    # alpha 0 reads no negative prompt; the tiling stays, so O keeps its bits
-    n_pos, n_neg = k_pos.shape[1], 0 if alpha_map is None and alpha == 0 else k_neg.shape[1]
+    # the tiling stays, so O keeps its bits
+    n_pos, n_neg = k_pos.shape[1], 0 if is_void else k_neg.shape[1]
     pos_cut, neg_cut = (resident_cut(k.shape[1], d, q) for k in (k_pos, k_neg))
     config = forward_config(d, q.dtype, pos_cut, shared_memory(q.device))
     streamed = not (pos_cut and neg_cut)
-    programs = programs_per_head(l, b * h, config, q.device, persistent=not streamed)
-    with on_device(q):
-        forward_kernel[(programs * b * h,)](
-            q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map,
+    heads = b * h
+    programs = programs_per_head(l, max(heads, 1), config, q.device, persistent=not streamed)
+    return Launch(
+        forward_kernel,
+        (programs * heads,),
+        (
             *q.stride()[:3],
             *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
             *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
             *strides_or_zeros(alpha_map, 3),
-            h, l, programs, n_pos, n_neg, alpha, scale * LOG2E,
-            D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
-            BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
-            ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            **compiler_options(config),
-        )  # fmt: skip
-    return o
+            h, l, programs, n_pos, n_neg,
+        ),
+        {
+            "D": d, "D_CUT": head_cut(d), "POS_CUT": pos_cut, "NEG_CUT": neg_cut,
+            "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
+            "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+        },
+        compiler_options(config),
+    )  # fmt: skip
