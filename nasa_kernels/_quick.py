@@ -117,8 +117,8 @@ def are_two(text_queries: Any) -> bool:
 
 
 def like(q: Tensor, *others: Tensor) -> bool:
-    """Whether q and the image's k and v have one batch, heads, dtype, device and layout, and k and v
-    one length: PyTorch's attention is called past its checks."""
+    """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
+    v in length: PyTorch's attention is called past its checks."""
     if q.dim() != 4 or others[0].dim() != 4:
         return False
     b, _, h, d = q.shape

@@ -28,9 +28,11 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     # [b, h, l, d]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o, lse = _attend(q, k, v, scale)
-    # some pad lse to whole tiles of queries, or give it a dimension more
-    lse = lse.reshape(b, h, -1)[..., :l].contiguous()
-    return o.transpose(1, 2)[..., :d].contiguous(), lse
+    if lse.shape != (b, h, l):
+        # some pad it to whole tiles of queries, or give it a dimension more
+        lse = lse.reshape(b, h, -1)[..., :l]
+    o = o.transpose(1, 2)
+    return (o[..., :d] if padding else o).contiguous(), lse.contiguous()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,8 +60,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """cuDNN's attention is the faster one on Hopper and later, up to a head_dim of 128. This calls it
-    past torch's own checks, which keep a single query or key from it.
+    """cuDNN's attention is the faster one on Hopper and later, up to a head_dim of 128. This calls
+    it past torch's own checks, which keep a lone query or key from it.
     """
     return (
         q.shape[3] <= 128
