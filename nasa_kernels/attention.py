@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nasa_kernels import ops
+from nasa_kernels import _sdpa, backends, ops
 from nasa_kernels._checks import Call, outside_autocast, prepare
 from nasa_kernels.reference import nasa_attention_reference
 
@@ -48,9 +48,9 @@ def nasa_attention(
             fp32 or in the dtype of `q` (0, -inf, or any finite bias). A masked key counts as
             absent whatever its row holds, NaN included; a prompt without keys contributes 0.
         scale: Softmax scale. `None` means `d ** -0.5`.
-        backend: `"cuda"`, `"triton"`, `"cpu"` or `"reference"`. `None` takes the first that runs:
-            on a GPU of `"triton"`, `"cuda"`, `"reference"`, on a CPU `"cpu"` (fp64: the
-            reference). A back end named here is never replaced by another.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"sdpa"` or `"reference"`. `None` takes the first
+            that runs: on a GPU of `"triton"`, `"cuda"`, `"sdpa"`, on a CPU `"cpu"`, elsewhere
+            `"sdpa"` (fp64: the reference). A back end named here is never replaced by another.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`: `o.flatten(2)` feeds `to_out` as it is.
@@ -75,9 +75,10 @@ def nasa_attention(
 
 def attend(call: Call) -> Tensor:
     """`nasa_attention` of a call that was checked."""
-    if call.backend == "reference":
+    if call.backend in backends.PLAIN:
         k_pos, v_pos, k_neg, v_neg = call.keys_values
-        return nasa_attention_reference(
+        plain = nasa_attention_reference if call.backend == "reference" else _sdpa.cross
+        return plain(
             call.q, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
             mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,

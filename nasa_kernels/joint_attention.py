@@ -4,7 +4,7 @@ operator of the back end that takes the call.
 
 from torch import Tensor
 
-from nasa_kernels import ops
+from nasa_kernels import _sdpa, backends, ops
 from nasa_kernels._checks import Call, outside_autocast, prepare
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
 
@@ -98,8 +98,9 @@ def attend(call: Call, rule: str) -> Tensor:
     if call.alpha_map is None and call.alpha == 0 and rule != "vsf" and call.text_neg == 0:
         # nothing of the negative is used, and nothing of it is read
         k_neg, v_neg, mask_neg = k_neg[:, :0], v_neg[:, :0], None
-    if call.backend == "reference":
-        return nasa_joint_attention_reference(
+    if call.backend in backends.PLAIN:
+        plain = nasa_joint_attention_reference if call.backend == "reference" else _sdpa.joint
+        return plain(
             call.q, k, v, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
             rule=rule, text_queries=(call.text_pos, call.text_neg),
