@@ -96,7 +96,8 @@ WRONG = {
     "scale-tensor": ({"scale": x(1)}, "scale must be a number, got Tensor"),
     "backend": (
         {"backend": "flash"},
-        "backend must be None or one of ('cuda', 'triton', 'cpu', 'sdpa', 'reference'), got 'flash'",
+        "backend must be None or one of ('cuda', 'triton', 'cpu', 'sdpa', 'reference'), "
+        "got 'flash'",
     ),
 }
 
