@@ -46,6 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
     add("--student-steps", type=int, help="of each student's cycles, instead of the recipe's")
+    add(
+        "--from-shipped",
+        action="store_true",
+        help="only the students with transformers, from the shipped student's paths: no teacher",
+    )
 
     train = commands.add_parser("train", help="NASA-T")
     train.set_defaults(run=run_train)
@@ -124,10 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_world(options: argparse.Namespace) -> None:
-    from nasa_distill.world.make import Recipe, make
+    from nasa_distill.world.make import Recipe, make, make_from_shipped
 
     recipe = Recipe()
-    students = dict.fromkeys(("student", "four_step", "joint", "pixart"), options.student_steps)
+    names = ("student", "four_step", "joint", "words", "pixart")
+    students = dict.fromkeys(names, options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:
             cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))
@@ -135,7 +141,9 @@ def run_world(options: argparse.Namespace) -> None:
             recipe = replace(recipe, **changed)
     if options.pairs is not None:
         recipe = replace(recipe, pairs=options.pairs)
-    make(recipe, options.out)
+    if options.from_shipped and options.teacher_steps is not None:
+        raise ValueError("world: --from-shipped trains no teacher; leave out --teacher-steps")
+    (make_from_shipped if options.from_shipped else make)(recipe, options.out)
 
 
 def run_train(options: argparse.Namespace) -> None:
