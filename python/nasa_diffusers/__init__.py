@@ -9,7 +9,7 @@ handle.disable()
 """
 
 from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
-from nasa_diffusers.methods import NAG, NASA, VSF, Method
+from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
 from nasa_diffusers.report import Report
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "VSF",
     "Handle",
     "Method",
+    "ProjectedNASA",
     "Report",
     "disable_nasa",
     "enable_nasa",
