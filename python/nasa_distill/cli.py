@@ -80,7 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher", help="folder of the many-step pipeline, for its rows")
     add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
     add("--steps", type=_integers, default=[1], help="e.g. 1,4 (default: 1)")
-    add("--seed", type=int, default=0)
+    add("--seeds", type=_integers, default=[0], help="of the noise, e.g. 0,1,2 (default: 0)")
+    add("--pairs", choices=("first", "held-out"), default="first", help="list of prompt pairs")
+    add(
+        "--search",
+        action="store_true",
+        help="also NAG over scale, tau and alpha, for --tuned with other seeds",
+    )
+    add("--tuned", type=Path, help="results.json of a search: the settings that did best there")
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
@@ -180,17 +187,25 @@ def run_eval(options: argparse.Namespace) -> None:
     from nasa_distill.world.evaluation import evaluate, report
 
     student = options.student or shipped.path()
+    tuned = None if options.tuned is None else report.read(options.tuned)
+    methods = evaluate.methods_of(Path(student), options.search)
+    if tuned is not None:
+        chosen = [cell.method for cell in report.chosen(tuned)]
+        methods = tuple(dict.fromkeys((*methods, *chosen)))
     results = evaluate.run(
         Path(student),
         options.steps,
         options.images,
-        options.seed,
+        options.seeds,
         None if options.teacher is None else Path(options.teacher),
+        methods,
+        options.pairs,
+        options.out / "cells.jsonl",
     )
-    options.out.mkdir(parents=True, exist_ok=True)
     picture = options.out / "samples.png"
-    evaluate.samples(Path(student), options.steps[0], options.seed).save(picture)
-    report.write(results, options.out, options.page, [picture])
+    evaluate.samples(Path(student), options.steps[0], options.seeds[0]).save(picture)
+    report.write(results, options.out, options.page, [picture], tuned)
+    (options.out / "cells.jsonl").unlink()
 
 
 def run_sweep(options: argparse.Namespace) -> None:

@@ -96,9 +96,7 @@ class Method(NamedTuple):
 NONE = Method("none")
 CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
 NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
-PROJECTED = tuple(
-    Method("projected", alpha) for alpha in (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-)
+PROJECTED = tuple(Method("projected", alpha) for alpha in (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0))
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
 VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
 METHODS = (NONE, *CFG, *NASA, *PROJECTED, *NAG, *VSF)
@@ -289,6 +287,11 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
         drawn = draw(model, prompt, negative, method, steps, noise, seed)
         rows.append((f"{method}: {prompt}, without {negative}", drawn / 2 + 0.5))
     return pictures.rows(rows)
+
+
+def methods_of(student: Path, search: bool = False) -> tuple[Method, ...]:
+    """All that a model has, for a search with all of NAG's settings."""
+    return (JOINT if load(student).joint else METHODS) + (NAG_GRID if search else ())
 
 
 def run(

@@ -12,10 +12,17 @@ from pathlib import Path
 from nasa_distill import tables
 from nasa_distill.intervals import Share
 from nasa_distill.world.evaluation import plot
-from nasa_distill.world.evaluation.evaluate import PAIRS, Cell, Counts, Method, Results
+from nasa_distill.world.evaluation.evaluate import (
+    LISTS,
+    Cell,
+    Counts,
+    Method,
+    Results,
+)
 
 # methods, and what their strength is
 STRENGTHS = {
+    "projected": "alpha of projected NASA",
     "nasa-cross": "alpha of nasa-cross",
     "nasa-text": "alpha of nasa-text",
     "nasa": "alpha",
@@ -27,33 +34,43 @@ COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if vali
 
 
 def write(
-    results: Results, out: Path, page: Path | None = None, pictures: Sequence[Path] = ()
+    results: Results,
+    out: Path,
+    page: Path | None = None,
+    pictures: Sequence[Path] = (),
+    tuned: Results | None = None,
 ) -> None:
-    """`results.json`, `results.csv` and plots in `out`, and the page if one is named."""
+    """`results.json`, `results.csv` and plots in `out`, and the page if one is named.
+
+    Args:
+        tuned: A search on other noise, for a table of what did best there.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
-    if is_joint(results):
-        plots += [plot_price(results, steps, out) for steps in student_steps(results)]
+    plots += [plot_price(results, steps, out) for steps in student_steps(results)]
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
-            markdown(results, [*(path for path in plots if path), *pictures], page.parent)
+            markdown(results, [*(path for path in plots if path), *pictures], page.parent, tuned)
         )
 
 
 def as_json(results: Results) -> dict:
     return {
         "about": results.about,
-        "pairs": [list(pair) for pair in PAIRS],
+        "pairs": [list(pair) for pair in pairs_of(results)],
         "cells": [
             {
                 "model": cell.model,
                 "steps": cell.steps,
                 "method": cell.method.name,
                 "strength": cell.method.strength,
+                "tau": cell.method.tau,
+                "alpha": cell.method.share,
                 "pairs": [dataclasses.asdict(counts) for counts in cell.pairs],
+                "seeds": {seed: dataclasses.asdict(x) for seed, x in cell.seeds.items()},
             }
             for cell in results.cells
         ],
@@ -68,8 +85,9 @@ def read(path: Path) -> Results:
         Cell(
             cell["model"],
             cell["steps"],
-            Method(cell["method"], cell["strength"]),
+            Method(cell["method"], cell["strength"], cell.get("tau"), cell.get("alpha")),
             [Counts(**counts) for counts in cell["pairs"]],
+            {int(seed): Counts(**counts) for seed, counts in cell.get("seeds", {}).items()},
         )
         for cell in given["cells"]
     ]
@@ -81,15 +99,20 @@ def write_csv(results: Results, path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         ends = [f"{name} {end}" for name in COLUMNS for end in ("", "low", "high")]
-        header = ["model", "steps", "method", "strength", "images", *map(str.strip, ends)]
+        header = ["model", "steps", "method", "strength", "tau", "alpha", "images"]
+        header += map(str.strip, ends)
         writer.writerow([*header, "mean residual", *results.about])
         for cell in results.cells:
             total = cell.total
-            row = [cell.model, cell.steps, cell.method.name, cell.method.strength, total.n]
+            row = [cell.model, cell.steps, *cell.method, total.n]
             for name in COLUMNS:
                 share = total.shares[name]
                 row += [round(x, 4) for x in (share.value, *share.interval)]
             writer.writerow([*row, round(total.residual / total.n, 5), *results.about.values()])
+
+
+def pairs_of(results: Results) -> tuple[tuple[str, str], ...]:
+    return LISTS[results.about.get("prompt pairs", "first")]
 
 
 def student_steps(results: Results) -> list[int]:
@@ -111,8 +134,10 @@ def student_cells(results: Results, steps: int) -> list[Cell]:
 
 
 def sweep(results: Results, steps: int, name: str) -> list[Cell]:
-    """The student without a negative prompt, then a method by rising strength."""
-    chosen = [c for c in student_cells(results, steps) if c.method.name in ("none", name)]
+    """The student without a negative prompt, then a method by rising strength, with no other
+    settings of NAG than the family's."""
+    cells = [c for c in student_cells(results, steps) if c.method.tau is None]
+    chosen = [c for c in cells if c.method.name in ("none", name)]
     return sorted(chosen, key=lambda cell: cell.method.strength)
 
 
@@ -173,7 +198,7 @@ def pair_table(results: Results, steps: int) -> str:
     names = [name for name in ("none", f"{rule} 0.5", f"{rule} 1") if name in cells]
     head = ("prompt", "negative", *(f"{name}: removed / all three" for name in names))
     rows = []
-    for number, (prompt, negative) in enumerate(PAIRS):
+    for number, (prompt, negative) in enumerate(pairs_of(results)):
         values = []
         for name in names:
             shares = cells[name].pairs[number].shares
@@ -230,7 +255,39 @@ def overlap(a: Share, b: Share) -> bool:
     return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
 
 
-def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
+def chosen(tuned: Results) -> list[Cell]:
+    """Of a search, the best strength of each method, for each number of steps."""
+    found = []
+    for steps in student_steps(tuned):
+        cells = student_cells(tuned, steps)
+        found += [cell for name in ("none", *STRENGTHS) if (cell := best(cells, name)) is not None]
+    return found
+
+
+def chosen_table(results: Results, tuned: Results, steps: int) -> str:
+    """What did best in the search, on this noise and these prompts."""
+    wanted = {cell.method for cell in chosen(tuned) if cell.steps == steps}
+    cells = [cell for cell in student_cells(results, steps) if cell.method in wanted]
+    cells.sort(key=lambda cell: cell.total.shares["all three"].value, reverse=True)
+    rows = []
+    for cell in cells:
+        each = [counts.shares["all three"].value for counts in cell.seeds.values()]
+        shares = cell.total.shares
+        rows.append(
+            (
+                cell.method,
+                *(shares[name] for name in ("removed", "valid", "followed", "all three")),
+                ", ".join(f"{100 * value:.1f}" for value in each),
+            )
+        )
+    return tables.markdown(
+        ("method", "removed", "valid", "followed", "all three", "all three, by seed"), rows
+    )
+
+
+def markdown(
+    results: Results, plots: Sequence[Path], folder: Path, tuned: Results | None = None
+) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in results.about.items())
     sections = []
     for steps in student_steps(results):
@@ -238,6 +295,13 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
             f"## {said(steps).capitalize()}\n\n"
             + "\n".join(f"- {x}" for x in findings(results, steps))
         )
+        if tuned is not None:
+            sections.append(
+                "Each method at the strength that was best in a search on other noise (seeds "
+                f"{tuned.about['seeds']}, prompt pairs {tuned.about['prompt pairs']}, "
+                f"{tuned.about['images per pair and seed']} images each; NAG over scale, tau and "
+                "alpha), the best first:\n\n" + chosen_table(results, tuned, steps)
+            )
         sections.append(table([c for c in results.cells if c.steps == steps]))
         sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
@@ -252,7 +316,7 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
         quality=quality_table(results),
         sections="\n\n".join(sections),
         pictures=pictures,
-        pairs=len(PAIRS),
+        pairs=len(pairs_of(results)),
     )
 
 
@@ -260,16 +324,18 @@ TEXTS = {
     "title": "Negative prompts in few steps, measured on the small world",
     "models": "models are those",
     "methods": """\
-`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`
-(value sign flip) are `NASA`, `NAG` and `VSF` of `enable_nasa`, by alpha, scale and alpha.""",
+`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `projected`, `nag`
+and `vsf` (value sign flip) are `NASA`, `ProjectedNASA`, `NAG` and `VSF` of `enable_nasa`, by alpha,
+alpha, scale and alpha. NAG's tau and alpha are the family's where none are named.""",
 }
 TEXTS_JOINT = {
     "title": "The rules of joint attention, measured on the small world",
     "models": "model is the `SD3Transformer2DModel`",
     "methods": """\
 `cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa-cross`, `nasa-text`
-and `nasa` are the rules of `NASA` ([what each subtracts](../diffusers/joint.md)), by alpha; `vsf`
-is `VSF`, by alpha, and `nag` is `NAG`, by scale.""",
+and `nasa` are the rules of `NASA` ([what each subtracts](../diffusers/joint.md)), by alpha;
+`projected` is `ProjectedNASA`, by alpha, `vsf` is `VSF`, by alpha, and `nag` is `NAG`, by scale,
+with the family's tau and alpha where none are named.""",
 }
 TEMPLATE = """# {title}
 
