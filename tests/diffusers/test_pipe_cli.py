@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines.wan import pipeline_wan
-from nasa_diffusers import NAG, VSF, nasa, testing
+from nasa_diffusers import NAG, VSF, ProjectedNASA, nasa, testing
 from nasa_diffusers.cli import main
 from PIL import Image
 from safetensors.torch import save_file
@@ -63,6 +63,7 @@ def test_sweep_makes_a_grid(checkpoint, tmp_path, capsys):
     ("arguments", "method", "name"),
     [
         (["--method", "vsf"], VSF(0.5), "VSF"),
+        (["--method", "projected"], ProjectedNASA(2.0), "ProjectedNASA"),
         (
             ["--method", "nag", "--nag-scale", "8", "--nag-tau", "2"],
             NAG(scale=8.0, tau=2.0, alpha=0.5),
