@@ -85,9 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--search",
         action="store_true",
-        help="also NAG over scale, tau and alpha, for --tuned with other seeds",
+        help="NAG alone, over scale, tau and alpha, for --tuned with other seeds",
     )
-    add("--tuned", type=Path, help="results.json of a search: the settings that did best there")
+    add("--tuned", type=Path, help="results.json of a search: also NAG as it did best there")
+    add("--best-of", type=Path, help="results.json: each method only as it did best there")
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
@@ -188,10 +189,11 @@ def run_eval(options: argparse.Namespace) -> None:
 
     student = options.student or shipped.path()
     tuned = None if options.tuned is None else report.read(options.tuned)
-    methods = evaluate.methods_of(Path(student), options.search)
-    if tuned is not None:
-        chosen = [cell.method for cell in report.chosen(tuned)]
-        methods = tuple(dict.fromkeys((*methods, *chosen)))
+    methods = (evaluate.NONE, *evaluate.NAG_GRID) if options.search else None
+    if options.best_of is not None:
+        if options.search:
+            raise ValueError("eval: --search and --best-of both say which methods; give one")
+        methods = report.best_methods(report.read(options.best_of))
     results = evaluate.run(
         Path(student),
         options.steps,
@@ -199,13 +201,13 @@ def run_eval(options: argparse.Namespace) -> None:
         options.seeds,
         None if options.teacher is None else Path(options.teacher),
         methods,
+        [] if tuned is None else report.tuned_methods(tuned),
         options.pairs,
         options.out / "cells.jsonl",
     )
     picture = options.out / "samples.png"
     evaluate.samples(Path(student), options.steps[0], options.seeds[0]).save(picture)
     report.write(results, options.out, options.page, [picture], tuned)
-    (options.out / "cells.jsonl").unlink()
 
 
 def run_sweep(options: argparse.Namespace) -> None:

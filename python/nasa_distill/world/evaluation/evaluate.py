@@ -97,8 +97,8 @@ class Method(NamedTuple):
 
 NONE = Method("none")
 CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
-NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
-PROJECTED = tuple(Method("projected", alpha) for alpha in (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0))
+NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25))
+PROJECTED = tuple(Method("projected", alpha) for alpha in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0))
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
 VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
 METHODS = (NONE, *CFG, *NASA, *PROJECTED, *NAG, *VSF)
@@ -111,12 +111,12 @@ ALPHAS = {
 }
 RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
 JOINT = (NONE, *CFG, *PROJECTED, *RULES, *NAG)
-# of NAG, for a search: what its own defaults leave out
+# for a search: what NAG's scale alone leaves out
 NAG_GRID = tuple(
     Method("nag", scale, tau, share)
     for scale in (4.0, 8.0, 16.0)
-    for tau in (1.25, 2.5, 5.0)
-    for share in (0.25, 0.5, 1.0)
+    for tau in (1.25, 2.5)
+    for share in (0.5, 1.0)
 )
 
 
@@ -300,11 +300,6 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
     return pictures.rows(rows)
 
 
-def methods_of(student: Path, search: bool = False) -> tuple[Method, ...]:
-    """All that a model has, for a search with all of NAG's settings."""
-    return (JOINT if load(student).joint else METHODS) + (NAG_GRID if search else ())
-
-
 def run(
     student: Path,
     steps: Sequence[int],
@@ -312,6 +307,7 @@ def run(
     seeds: int | Sequence[int] = 0,
     teacher: Path | None = None,
     methods: Sequence[Method] | None = None,
+    more: Sequence[Method] = (),
     pairs: str = "first",
     progress: Path | None = None,
 ) -> Results:
@@ -319,6 +315,7 @@ def run(
 
     Args:
         images: Of each prompt pair and seed.
+        more: Methods beside those.
         pairs: One of `LISTS`.
         progress: A file of the cells that are there; the same call goes on with it.
     """
@@ -332,6 +329,7 @@ def run(
     distilled = models["student"]
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
+    methods = [*methods, *(method for method in more if method not in methods)]
     methods = [Method(m.name, *(plain(x) for x in m[1:])) for m in methods]
     about = {
         "commit": commit(),
@@ -397,15 +395,16 @@ class Made:
 
     def __init__(self, path: Path | None, about: dict[str, Any]):
         self.path, self.known = path, {}
-        # sources may change between two parts of a run, as long as it says so
-        same = {name: value for name, value in about.items() if name != "commit"}
+        # seeds may be added, and sources change between two parts of a run if it says so
+        free = ("commit", "seeds")
+        same = {name: value for name, value in about.items() if name not in free}
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.write_text(json.dumps(about) + "\n")
         first, *lines = map(json.loads, path.read_text().splitlines())
-        if {name: value for name, value in first.items() if name != "commit"} != same:
+        if {name: value for name, value in first.items() if name not in free} != same:
             raise ValueError(
                 f"evaluate.run: {path} holds cells of another run, {first}; this one is {about}. "
                 "Delete it, or name another folder"

@@ -43,7 +43,7 @@ def write(
     """`results.json`, `results.csv` and plots in `out`, and the page if one is named.
 
     Args:
-        tuned: A search on other noise, for a table of what did best there.
+        tuned: The search on other noise that found NAG's settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
@@ -212,7 +212,7 @@ def pair_table(results: Results, steps: int) -> str:
 def best(cells: Sequence[Cell], name: str) -> Cell | None:
     """Of a method, the strength with most images that are all three."""
     chosen = [cell for cell in cells if cell.method.name == name]
-    return max(chosen, key=lambda cell: cell.total.shares["all three"].value, default=None)
+    return max(chosen, key=all_three, default=None)
 
 
 def findings(results: Results, steps: int) -> list[str]:
@@ -255,24 +255,30 @@ def overlap(a: Share, b: Share) -> bool:
     return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
 
 
-def chosen(tuned: Results) -> list[Cell]:
-    """Of a search, the best strength of each method, for each number of steps."""
-    found = []
-    for steps in student_steps(tuned):
-        cells = student_cells(tuned, steps)
-        found += [cell for name in ("none", *STRENGTHS) if (cell := best(cells, name)) is not None]
-    return found
+def tuned_methods(tuned: Results) -> list[Method]:
+    """NAG as it did best in a search, for each number of steps."""
+    found = (best(student_cells(tuned, steps), "nag") for steps in student_steps(tuned))
+    return list(dict.fromkeys(cell.method for cell in found if cell is not None))
 
 
-def chosen_table(results: Results, tuned: Results, steps: int) -> str:
-    """What did best in the search, on this noise and these prompts."""
-    wanted = {cell.method for cell in chosen(tuned) if cell.steps == steps}
-    cells = [cell for cell in student_cells(results, steps) if cell.method in wanted]
-    cells.sort(key=lambda cell: cell.total.shares["all three"].value, reverse=True)
+def best_cells(results: Results, steps: int) -> list[Cell]:
+    """Each method at its best strength, the best first."""
+    found = [best(student_cells(results, steps), name) for name in ("none", *STRENGTHS)]
+    return sorted(filter(None, found), key=all_three, reverse=True)
+
+
+def best_methods(results: Results) -> list[Method]:
+    """Those of `best_cells`, for each number of steps."""
+    found = [cell.method for steps in student_steps(results) for cell in best_cells(results, steps)]
+    return list(dict.fromkeys(found))
+
+
+def best_table(results: Results, steps: int) -> str:
+    """`best_cells`, and what each seed says."""
     rows = []
-    for cell in cells:
-        each = [counts.shares["all three"].value for counts in cell.seeds.values()]
+    for cell in best_cells(results, steps):
         shares = cell.total.shares
+        each = [counts.shares["all three"].value for counts in cell.seeds.values()]
         rows.append(
             (
                 cell.method,
@@ -285,23 +291,35 @@ def chosen_table(results: Results, tuned: Results, steps: int) -> str:
     )
 
 
+def searched(tuned: Results) -> str:
+    """How NAG's settings were found."""
+    count = len([cell for cell in tuned.cells if cell.method.name == "nag"])
+    named = ", ".join(f"`{method}`" for method in tuned_methods(tuned))
+    about = tuned.about
+    return (
+        f"NAG has three settings. {named} did best of the {count} of a search on other noise, "
+        f"{about['images per pair and seed']} images of each prompt pair, seeds {about['seeds']} "
+        "(`eval --search`)."
+    )
+
+
+def all_three(cell: Cell) -> float:
+    return cell.total.shares["all three"].value
+
+
 def markdown(
     results: Results, plots: Sequence[Path], folder: Path, tuned: Results | None = None
 ) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in results.about.items())
+    if tuned is not None:
+        about += "\n\n" + searched(tuned)
     sections = []
     for steps in student_steps(results):
         sections.append(
             f"## {said(steps).capitalize()}\n\n"
             + "\n".join(f"- {x}" for x in findings(results, steps))
         )
-        if tuned is not None:
-            sections.append(
-                "Each method at the strength that was best in a search on other noise (seeds "
-                f"{tuned.about['seeds']}, prompt pairs {tuned.about['prompt pairs']}, "
-                f"{tuned.about['images per pair and seed']} images each; NAG over scale, tau and "
-                "alpha), the best first:\n\n" + chosen_table(results, tuned, steps)
-            )
+        sections.append("Each method at its best strength:\n\n" + best_table(results, steps))
         sections.append(table([c for c in results.cells if c.steps == steps]))
         sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
