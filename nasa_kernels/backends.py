@@ -20,8 +20,13 @@ from torch import Tensor
 
 from nasa_kernels import _cpu
 from nasa_kernels._cuda import extension
+from nasa_kernels.reference import RULES
 
 _HALVES = (torch.float16, torch.bfloat16)
+
+
+# of joint attention, which every back end's operators take
+JOINT_RULES = tuple(rule for rule in RULES if rule != "projected")
 
 
 class Modules(NamedTuple):
@@ -40,6 +45,12 @@ class Backend(NamedTuple):
     # None: a compiled library implements them, or there are none
     cross: Modules | None = None
     joint: Modules | None = None
+    # the rules that its operators take, forward and backward. What they do not take is made of
+    # their plain attention, each prompt apart; where a gradient is recorded both must take it
+    rules: tuple[str, ...] = ("nasa",)
+    backward_rules: tuple[str, ...] = ("nasa",)
+    joint_rules: tuple[str, ...] = JOINT_RULES
+    joint_backward_rules: tuple[str, ...] = JOINT_RULES
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
     has_pair: bool = False
     # saved for the backward pass beside the inputs. Kernels rebuild what they need on chip;
@@ -48,6 +59,20 @@ class Backend(NamedTuple):
     joint_keeps: tuple[str, ...] = ("o_shared", "lse_shared")
     # of o_shared; None: that of q
     shared_dtype: torch.dtype | None = None
+
+    @property
+    def takes_rule(self) -> bool:
+        """Whether its operators of cross-attention have an argument for it."""
+        return len(self.rules) > 1
+
+    def fuses(self, rule: str, differentiable: bool) -> bool:
+        """Whether one operator of cross-attention serves a call with this rule."""
+        return rule in self.rules and (not differentiable or rule in self.backward_rules)
+
+    def fuses_joint(self, rule: str, differentiable: bool) -> bool:
+        return rule in self.joint_rules and (
+            not differentiable or rule in self.joint_backward_rules
+        )
 
 
 def _without_cpu_kernels(module: str) -> Modules | None:
