@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drawing import assert_same_image, draw, negative_embeds, relative_error
-from joint_cases import CASES
+from joint_cases import CASES, random
 from nasa_diffusers import NASA, ProjectedNASA, enable_nasa, nasa, testing
 from nasa_diffusers.alpha import LayerAlpha
 from nasa_diffusers.methods import projected
+from nasa_diffusers.prompts import KeysValues, Signed
 from oracle import Algorithm1, installed, plain_projected
 from test_pipe_methods import FAMILIES, everywhere, negative, prompts
 from test_pipe_methods import projected as as_layers_see_it
@@ -30,6 +31,16 @@ class PlainProjected(Algorithm1):
 @pytest.fixture
 def sd():
     return testing.stable_diffusion()
+
+
+def blended(z_pos, *negatives):
+    """The method on one query and prompts of one token, whose attention is that token's value."""
+    signed = []
+    for z_neg, alpha in negatives:
+        rows = torch.as_tensor(alpha).float().expand(len(z_pos), 1, 1)
+        signed.append(Signed(KeysValues(torch.ones_like(z_neg), z_neg), LayerAlpha(rows)))
+    pos = KeysValues(torch.ones_like(z_pos), z_pos)
+    return ProjectedNASA().cross(torch.ones_like(z_pos), pos, signed, None)
 
 
 # ---- what is computed ----------------------------------------------------------------------------
@@ -146,30 +157,29 @@ def test_windows_and_layers(sd):
 
 def test_it_is_no_longer_than_what_it_guides(sd):
     """Layer for layer and head for head, where NASA at this alpha doubles the length."""
-    q = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
-    z_neg = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    o = projected.blend(q, [(z_neg, LayerAlpha(torch.full((1, 1, 1), 50.0)))])
-    torch.testing.assert_close(o.norm(dim=-1), q.norm(dim=-1))
+    z_pos, z_neg = random(2, 1, 3, 8, seed=0), random(2, 1, 3, 8, seed=1)
+    o = blended(z_pos, (z_neg, 50.0))
+    torch.testing.assert_close(o.norm(dim=-1), z_pos.norm(dim=-1))
     # at last it looks straight away from what the negative has
-    unit = plain_projected(q, 1e6 * z_neg)
-    assert relative_error(o, unit) < 0.1
+    assert relative_error(o, plain_projected(z_pos, 1e6 * z_neg)) < 0.1
 
 
 def test_an_empty_row_stays_empty():
-    z_pos = torch.zeros(1, 2, 1, 4, requires_grad=True)
-    z_neg = torch.ones(1, 2, 1, 4, requires_grad=True)
-    o = projected.blend(z_pos, [(z_neg, LayerAlpha(torch.ones(1, 1, 1)))])
-    assert torch.equal(o, torch.zeros_like(o))
-    o.sum().backward()
+    z_pos = torch.zeros(1, 1, 2, 4, requires_grad=True)
+    z_neg = torch.ones(1, 1, 2, 4, requires_grad=True)
+    for negatives in ([(z_neg, 1.0)], [(z_neg, 1.0), (2 * z_neg, 1.0)]):
+        o = blended(z_pos, *negatives)
+        assert torch.equal(o, torch.zeros_like(o))
+        o.sum().backward()
     assert z_pos.grad.isfinite().all() and z_neg.grad.isfinite().all()
 
 
 def test_what_alpha_0_hides_may_be_broken(sd):
-    z_neg = torch.full((2, 3, 1, 4), float("nan"))
-    z_pos = torch.randn(2, 3, 1, 4)
-    alpha = LayerAlpha(torch.tensor([0.0, 1.0]).view(2, 1, 1))
-    o = projected.blend(z_pos, [(z_neg, alpha)])
-    assert torch.equal(o[0], z_pos[0]) and o[1].isnan().all()
+    z_pos, z_neg = random(2, 1, 1, 4), torch.full((2, 1, 1, 4), float("nan"))
+    alpha = torch.tensor([0.0, 1.0]).view(2, 1, 1)
+    for negatives in ([(z_neg, alpha)], [(z_neg, alpha), (z_pos + 1, alpha)]):
+        o = blended(z_pos, *negatives)
+        assert torch.equal(o[0], z_pos[0]) and o[1].isnan().all()
     # the stock code runs
     stock = draw(sd)
     handle = enable_nasa(sd, "blurry", ProjectedNASA(0.0))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nasa_diffusers.alpha import LayerAlpha
 from nasa_diffusers.methods.base import Method, Strength
-from nasa_diffusers.prompts import nothing, subtract
-from nasa_diffusers.streams import Streams, keep_apart
-from nasa_kernels import nasa_joint_attention
+from nasa_kernels import Negative, backends, projected_attention, projected_joint_attention
+from nasa_kernels.nag import pair_backend
 
 # what did best on the small world (docs/distill/results.md)
 CROSS_ALPHA = 2.0
@@ -50,48 +47,34 @@ class ProjectedNASA(Method):
 
     def cross(self, q, pos, negatives, backend, image=None):
         assert image is None, "adds_images is False"
-        z_pos = subtract(q, pos, nothing(pos), 0.0, backend)
-        return blend(
-            z_pos,
-            (
-                (subtract(q, neg.prompt, nothing(neg.prompt), 0.0, backend), neg.alpha)
-                for neg in negatives
-            ),
-        )
+        return projected_attention(
+            q, pos.k, pos.v,
+            [Negative(x.k, x.v, alpha.at(q.shape[1]), x.mask) for x, alpha in negatives],
+            mask_pos=pos.mask, backend=backend,
+        )  # fmt: skip
 
     def joint(self, streams):
-        o = keep_apart(streams)
-        image, text = o.split([streams.image_tokens, o.shape[1] - streams.image_tokens], dim=1)
-        return torch.cat([blend(image, attend_negatives(streams)), text], dim=1)
-
-
-def attend_negatives(streams: Streams) -> Iterator[tuple[Tensor, LayerAlpha]]:
-    """Z- of the image queries over [image; negative], `[b, l, h, d]`, of each negative prompt."""
-    q, *_ = streams.split(streams.q)
-    k, _, *k_negatives = streams.split(streams.k)
-    v, _, *v_negatives = streams.split(streams.v)
-    for k_neg, v_neg, term in zip(k_negatives, v_negatives, streams.terms, strict=True):
-        z_neg = nasa_joint_attention(
-            q, k, v, k_neg, v_neg, k_neg[:, :0], v_neg[:, :0], 0.0,
-            mask_pos=term.mask, backend=streams.backend,
+        q_image, *_ = streams.split(streams.q)
+        k_image, k_pos, *k_negatives = streams.split(streams.k)
+        v_image, v_pos, *v_negatives = streams.split(streams.v)
+        prompts = zip(k_negatives, v_negatives, streams.terms, strict=True)
+        return projected_joint_attention(
+            streams.q if streams.with_text else q_image, k_image, v_image, k_pos, v_pos,
+            [Negative(k, v, x.alpha.at(streams.image_tokens), x.mask) for k, v, x in prompts],
+            text_queries=streams.lengths if streams.with_text else None, backend=streams.backend,
         )  # fmt: skip
-        yield z_neg, term.alpha
+
+    def attends_image_twice(self, streams):
+        tensors = (streams.q, streams.k, streams.v)
+        if len(streams.terms) == 1 and fuses_projected(streams.backend, *tensors):
+            return False
+        return len(streams.terms) > 1 or pair_backend(streams.backend, *tensors) is None
 
 
-def blend(z_pos: Tensor, negatives: Sequence | Iterator) -> Tensor:
-    """Z+ less what the sum of alpha_i Z-_i has beside it, as long as Z+: `[b, l, h, d]`.
-
-    In fp32 (fp64 for fp64), rounded once. Where an alpha is 0 its Z- is not looked at.
-    """
-    p = z_pos if z_pos.dtype == torch.float64 else z_pos.float()
-    away = torch.zeros_like(p)
-    for z_neg, alpha in negatives:
-        weight = alpha.at(p.shape[1])[..., None].to(p.dtype)
-        away = away + torch.where(weight == 0, 0.0, weight * z_neg)
-    square = (p * p).sum(-1, keepdim=True)
-    # a row of zeros stays one: 1 keeps 0 / 0 and its gradient away
-    square = torch.where(square == 0, 1.0, square)
-    beside = away - (away * p).sum(-1, keepdim=True) / square * p
-    longer = 1 + (beside * beside).sum(-1, keepdim=True) / square
-    o = (p - beside) * longer.rsqrt()
-    return torch.where((p == 0).all(-1, keepdim=True), p, o).to(z_pos.dtype)
+def fuses_projected(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether one operator serves a joint attention of these, q the first."""
+    q = tensors[0]
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if backend is None:
+        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
+    return backends.RECORDS[backend].fuses_joint("projected", differentiable)
