@@ -207,7 +207,9 @@ def run_eval(options: argparse.Namespace) -> None:
     )
     picture = options.out / "samples.png"
     evaluate.samples(Path(student), options.steps[0], options.seeds[0]).save(picture)
-    report.write(results, options.out, options.page, [picture], tuned)
+    if tuned is not None:
+        results.about["NAG"] = report.searched(tuned)
+    report.write(results, options.out, options.page, [picture])
 
 
 def run_sweep(options: argparse.Namespace) -> None:

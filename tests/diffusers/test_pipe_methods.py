@@ -198,7 +198,7 @@ def test_several_prompts_in_one_softmax(sd):
         assert_same_image(ours, draw(sd))
 
 
-@pytest.mark.parametrize("method", [STRONG, VSF(0.5), ProjectedNASA(2.0)], ids=str)
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5), ProjectedNASA(0.5)], ids=str)
 def test_off_is_stock_and_on_again_is_the_same(sd, method):
     stock = draw(sd, guidance=5.0)
     handle = enable_nasa(sd, "blurry", method)

@@ -34,17 +34,9 @@ COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if vali
 
 
 def write(
-    results: Results,
-    out: Path,
-    page: Path | None = None,
-    pictures: Sequence[Path] = (),
-    tuned: Results | None = None,
+    results: Results, out: Path, page: Path | None = None, pictures: Sequence[Path] = ()
 ) -> None:
-    """`results.json`, `results.csv` and plots in `out`, and the page if one is named.
-
-    Args:
-        tuned: The search on other noise that found NAG's settings.
-    """
+    """`results.json`, `results.csv` and plots in `out`, and the page if one is named."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
     write_csv(results, out / "results.csv")
@@ -53,7 +45,7 @@ def write(
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
-            markdown(results, [*(path for path in plots if path), *pictures], page.parent, tuned)
+            markdown(results, [*(path for path in plots if path), *pictures], page.parent)
         )
 
 
@@ -297,9 +289,8 @@ def searched(tuned: Results) -> str:
     named = ", ".join(f"`{method}`" for method in tuned_methods(tuned))
     about = tuned.about
     return (
-        f"NAG has three settings. {named} did best of the {count} of a search on other noise, "
-        f"{about['images per pair and seed']} images of each prompt pair, seeds {about['seeds']} "
-        "(`eval --search`)."
+        f"also {named}, best of {count} settings on other noise (`--search`), seed "
+        f"{about['seeds']}, {about['images per pair and seed']} images of each prompt pair"
     )
 
 
@@ -307,12 +298,8 @@ def all_three(cell: Cell) -> float:
     return cell.total.shares["all three"].value
 
 
-def markdown(
-    results: Results, plots: Sequence[Path], folder: Path, tuned: Results | None = None
-) -> str:
+def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in results.about.items())
-    if tuned is not None:
-        about += "\n\n" + searched(tuned)
     sections = []
     for steps in student_steps(results):
         sections.append(
