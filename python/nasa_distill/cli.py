@@ -101,6 +101,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pair", type=int, default=0, help="number of the prompt pair; default: %(default)s")
     add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
 
+    pooled = commands.add_parser("pooled", help="what a prompt's pooled vector says of an image")
+    pooled.set_defaults(run=run_pooled)
+    add = pooled.add_argument
+    add("--student", type=Path, required=True, help="folder of a pipeline with joint attention")
+    add("--steps", type=int, default=4, help="default: %(default)s")
+    add("--images", type=int, default=100, help="per prompt (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--alpha", type=float, default=2.0, help="of projected NASA, for the tokens")
+    add("--out", type=Path, required=True, help="JSON file")
+    add("--page", type=Path, help="also write the page to this Markdown file")
+
     ablate = commands.add_parser("ablate", help="which networks should see negatives (Table 5)")
     ablate.set_defaults(run=run_ablate)
     add = ablate.add_argument
@@ -219,6 +230,13 @@ def run_sweep(options: argparse.Namespace) -> None:
     student = Path(options.student or shipped.path())
     sweep.write(student, options.out, options.steps, options.seed, options.pair)
     print(f"wrote {options.out}")
+
+
+def run_pooled(options: argparse.Namespace) -> None:
+    from nasa_distill.world.evaluation import pooled
+
+    found = pooled.run(options.student, options.steps, options.images, options.seed, options.alpha)
+    pooled.write(found, options.out, options.page)
 
 
 def run_ablate(options: argparse.Namespace) -> None:

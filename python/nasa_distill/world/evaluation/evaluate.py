@@ -223,7 +223,7 @@ def draw(
                 "negative_prompt": [negative] * len(z),
             }
         with _guided(model, negative, method):
-            images.append(_call(model, [prompt] * len(z), steps, z, seed, number, **call))
+            images.append(call_pipeline(model, [prompt] * len(z), steps, z, seed, number, **call))
     return torch.cat(images)
 
 
@@ -236,7 +236,9 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     total = Counts()
     for number, start in enumerate(range(0, images, BATCH)):
         batch, z = captions[start : start + BATCH], noise[start : start + BATCH]
-        verdict = judge(_call(model, batch, steps, z, seed, number, guidance_scale=guidance))
+        verdict = judge(
+            call_pipeline(model, batch, steps, z, seed, number, guidance_scale=guidance)
+        )
         allowed = matches(batch).bool()
         followed = allowed[torch.arange(len(batch)), verdict.scene]
         valid = verdict.valid
@@ -252,8 +254,14 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     return total
 
 
-def _call(
-    model: Model, prompts: list[str], steps: int, z: Tensor, seed: int, number: int, **options: Any
+def call_pipeline(
+    model: Model,
+    prompts: list[str] | None,
+    steps: int,
+    z: Tensor,
+    seed: int,
+    number: int,
+    **options: Any,
 ) -> Tensor:
     random_ = generator(seed, number)
     # SD3's pipeline gives its scheduler no generator
