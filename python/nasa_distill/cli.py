@@ -4,7 +4,8 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
-    python -m nasa_distill sweep --out sweep.png        one picture of it
+    python -m nasa_distill plot --results results/results.json    one picture of it
+    python -m nasa_distill sweep --out sweep.png        methods by rising strength, in pictures
     python -m nasa_distill ablate --world world --out ablation    who should see the negatives
     python -m nasa_distill demo                         the same for one prompt, with pictures
 """
@@ -92,6 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
+    plot = commands.add_parser("plot", help="results as one picture: what is removed, what breaks")
+    plot.set_defaults(run=run_plot)
+    add = plot.add_argument
+    add("--results", type=Path, required=True, help="results.json of eval")
+    add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
+
     sweep = commands.add_parser("sweep", help="one picture of it: methods by rising strength")
     sweep.set_defaults(run=run_sweep)
     add = sweep.add_argument
@@ -99,7 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=1, help="default: %(default)s")
     add("--seed", type=int, default=0)
     add("--pair", type=int, default=0, help="number of the prompt pair; default: %(default)s")
-    add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
+    add(
+        "--out",
+        type=Path,
+        default=Path("docs/distill/pictures.png"),
+        help="PNG; default: %(default)s",
+    )
 
     pooled = commands.add_parser("pooled", help="what a prompt's pooled vector says of an image")
     pooled.set_defaults(run=run_pooled)
@@ -229,6 +241,13 @@ def run_sweep(options: argparse.Namespace) -> None:
 
     student = Path(options.student or shipped.path())
     sweep.write(student, options.out, options.steps, options.seed, options.pair)
+    print(f"wrote {options.out}")
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    from nasa_distill.world.evaluation import report
+
+    report.plot_frontier(report.read(options.results), options.out)
     print(f"wrote {options.out}")
 
 

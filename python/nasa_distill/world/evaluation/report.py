@@ -14,6 +14,7 @@ from nasa_distill.intervals import Share
 from nasa_distill.world.evaluation import plot
 from nasa_distill.world.evaluation.evaluate import (
     LISTS,
+    NONE,
     Cell,
     Counts,
     Method,
@@ -29,6 +30,13 @@ STRENGTHS = {
     "cfg": "guidance scale",
     "nag": "scale of NAG",
     "vsf": "alpha of value sign flip",
+}
+CURVES = {
+    "projected": "projected NASA, alpha 0.5 to 4",
+    "nasa": "NASA, alpha 0.1 to 1.25",
+    "nag": "NAG, scale 2 to 8",
+    "vsf": "VSF, alpha 0.5 to 2",
+    "cfg": "guidance, scale 1.5 to 4",
 }
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
@@ -158,6 +166,45 @@ def plot_price(results: Results, steps: int, out: Path) -> Path:
     title = f"The student, {said(steps)}: share of valid images over that of removed negatives"
     plot.draw(title, "removed, %", range(0, 101, 20), lines, path)
     return path
+
+
+def plot_frontier(results: Results, path: Path) -> None:
+    """For each number of steps what each method removes, and what it leaves valid."""
+    panels = []
+    for steps in student_steps(results):
+        cells = student_cells(results, steps)
+        none = next(cell.total.shares for cell in cells if cell.method.name == "none")
+        curves = [
+            plot.Curve(
+                label,
+                [cell.total.shares["removed"] for cell in chosen],
+                [cell.total.shares["valid"] for cell in chosen],
+                strong=name == "projected",
+            )
+            for name, label in CURVES.items()
+            if (chosen := [cell for cell in sweep(results, steps, name) if cell.method != NONE])
+        ]
+        if named := [cell for cell in cells if cell.method.tau is not None]:
+            named.sort(key=lambda cell: cell.total.shares["removed"].value)
+            curves.append(
+                plot.Curve(
+                    "NAG, scale, tau and alpha from a search",
+                    [cell.total.shares["removed"] for cell in named],
+                    [cell.total.shares["valid"] for cell in named],
+                )
+            )
+        panels.append(
+            plot.Panel(said(steps).capitalize(), curves, (none["removed"], none["valid"]))
+        )
+    count = max(cell.total.n for cell in results.cells)
+    figure = plot.frontier(
+        f"Each method by rising strength: {count} images a point, judged exactly",
+        ("without what the negative prompt names", "whole images of the small world"),
+        panels,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # no name of a version: the same numbers give the same file
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def said(steps: int) -> str:
