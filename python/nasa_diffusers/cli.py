@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from nasa_diffusers.api import enable_nasa
-from nasa_diffusers.methods import NAG, NASA, VSF, Method
+from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
 
 LABEL_HEIGHT = 16
-METHODS: dict[str, Any] = {"nasa": NASA, "nag": NAG, "vsf": VSF}
+METHODS: dict[str, Any] = {"nasa": NASA, "projected": ProjectedNASA, "nag": NAG, "vsf": VSF}
 # flags of one method: what each sets in which class
 FLAGS: dict[str, tuple[type[Method], str]] = {
     "rule": (NASA, "rule"),

@@ -60,6 +60,14 @@ def published_nag(z_pos, z_neg, scale, tau, share, p=1):
     return guided * share + z_pos * (1 - share)
 
 
+def plain_projected(z_pos, away):
+    """Projected NASA on `[..., d]`, step by step; `away` is the sum of alpha Z- of all prompts."""
+    unit = z_pos / z_pos.norm(dim=-1, keepdim=True)
+    beside = away - (away * unit).sum(-1, keepdim=True) * unit
+    o = z_pos - beside
+    return o / o.norm(dim=-1, keepdim=True) * z_pos.norm(dim=-1, keepdim=True)
+
+
 def algorithm_1(denoiser, negatives, layers=lambda name: True):
     """The denoiser with Algorithm 1 in its `attn2` layers; `negatives` in the layers' channels."""
     return installed(denoiser, Algorithm1(negatives), layers)
