@@ -70,6 +70,8 @@ def projected(denoiser, text):
     """The negative text as the attention layers see it."""
     if hasattr(denoiser, "condition_embedder"):
         return denoiser.condition_embedder.text_embedder(text)
+    if getattr(denoiser, "crossattn_proj", None) is not None:
+        text = denoiser.crossattn_proj(text)
     if getattr(denoiser, "caption_projection", None) is not None:
         text = denoiser.caption_projection(text)
     if getattr(denoiser, "caption_norm", None) is not None:
@@ -123,7 +125,8 @@ def check_rows(pipe, prompts, guidance, extra, texts, **options):
                 is_reference = inputs["img_ids"][:, 0] == 1
                 rows = torch.where(is_reference.view(1, -1, 1, 1), 0.0, rows)
             eager = oracle(denoiser, inputs, negatives[[max(i, 0) for i in carried]], rows)
-            for i, prompt in enumerate(carried):
+            # AnimateDiff's text has a row for each frame
+            for i, prompt in enumerate(carried[:: len(carried) // len(ours)]):
                 assert_same_image(ours[i], eager[i] if prompt >= 0 else stock[i])
                 if prompt >= 0:
                     assert relative_error(eager[i], stock[i]) > 1e-3
@@ -149,15 +152,15 @@ def prompt_texts(name):
     calls = Calls(every_pipeline.denoiser_of(pipe))
     prompts = PROMPTS[:1] if name.startswith(ONE_PROMPT) else PROMPTS
     pipe(**every_pipeline.arguments(pipe, prompts, NEGATIVES, 1.0, 0.0))
-    return list(calls.seen[0]["encoder_hidden_states"])
+    texts = calls.seen[0]["encoder_hidden_states"]
+    # AnimateDiff's have a row for each frame
+    return list(texts[:: len(texts) // len(prompts)])
 
 
 # ---- classes in which no row is guided: one clear error ------------------------------------------
 
 # of a name's beginning: what is said when NASA is enabled
 REFUSED = {
-    "AnimateDiff": "no family knows the denoiser UNetMotionModel",
-    "PIA": "no family knows the denoiser UNetMotionModel",
     "StableDiffusionControlNetXS": "no family knows the denoiser UNetControlNetXSModel",
     "StableDiffusionXLControlNetXS": "no family knows the denoiser UNetControlNetXSModel",
     "IF": "mixes its text tokens",
@@ -179,10 +182,10 @@ REFUSED_CALLS = {
 # what they denoise with is known, but not what they make of it; each has a test of its own
 ELSEWHERE = {
     "StableDiffusionLatentUpscalePipeline": "its layers norm the text",
-    "SkyReelsV2ImageToVideoPipeline": "its layers attend to an image, as those of Wan 2.1 do",
 }
 # two prompts are an error of these, or lose one
-ONE_PROMPT = ("CycleDiffusion", "LucyEdit", "VisualCloze")
+ONE_VIDEO = ("AnimateDiffControlNet", "AnimateDiffSparse", "AnimateDiffVideo")
+ONE_PROMPT = ("CycleDiffusion", "LucyEdit", "VisualCloze", "WanVACE", "LTXI2VLong", *ONE_VIDEO)
 CLASSES = every_pipeline.classes()
 
 

@@ -3,19 +3,32 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
-from nasa_diffusers.families.pixart import PixArt
-from nasa_diffusers.families.sana import Sana
+from nasa_diffusers.families.ltx import LTXVideo
+from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
+from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
-from nasa_diffusers.families.unet import UNet
+from nasa_diffusers.families.unet import AnimateDiff, UNet
 from nasa_diffusers.families.wan import Wan
+from nasa_diffusers.families.wan_like import AnyFlow, ChronoEdit, Helios, WanAnimate
 
 FAMILIES: tuple[Family, ...] = (
     UNet(),
+    AnimateDiff(),
     PixArt(),
+    Allegro(),
+    Latte(),
     Sana(),
+    SanaVideo(),
+    LTXVideo(),
+    Cosmos(),
     Wan(),
+    WanAnimate(),
+    ChronoEdit(),
+    AnyFlow(),
+    Helios(),
     SkyReels(),
     Flux(),
     StableDiffusion3(),
