@@ -10,6 +10,11 @@ from nasa_diffusers.encoding import takes
 from nasa_diffusers.families.base import Family, config
 from nasa_diffusers.layer import TextHook
 
+MIXES_TEXT = (
+    "this UNet mixes its text tokens before the blocks, so a negative prompt cannot travel beside "
+    "them; supported are the UNets of Stable Diffusion 1.5, 2.1, SDXL and Kolors"
+)
+
 
 class UNet(Family):
     name = "Stable Diffusion"
@@ -59,11 +64,7 @@ class UNet(Family):
             or config(denoiser, "addition_embed_type") not in (None, "text_time")
         )
         if mixes_text:
-            raise ValueError(
-                "enable_nasa: this UNet mixes its text tokens before the blocks, so a negative "
-                "prompt cannot travel beside them; supported are the UNets of Stable Diffusion "
-                "1.5, 2.1, SDXL and Kolors"
-            )
+            raise ValueError(f"enable_nasa: {MIXES_TEXT}")
         for name, module in denoiser.named_modules():
             is_text_layer = isinstance(module, stock.Attention) and module.is_cross_attention
             if is_text_layer and not name.endswith(".attn2"):
