@@ -4,12 +4,16 @@ from torch import nn
 
 from nasa_diffusers.families.base import Family
 from nasa_diffusers.families.flux import Flux
+from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.pixart import PixArt
+from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
 from nasa_diffusers.families.unet import UNet
 from nasa_diffusers.families.wan import Wan
+from nasa_diffusers.families.z_image import ZImage
 
 FAMILIES: tuple[Family, ...] = (
     UNet(),
@@ -19,6 +23,10 @@ FAMILIES: tuple[Family, ...] = (
     SkyReels(),
     Flux(),
     StableDiffusion3(),
+    QwenImage(),
+    ZImage(),
+    Flux2(),
+    Krea2(),
 )
 
 
