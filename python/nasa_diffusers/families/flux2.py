@@ -8,11 +8,14 @@ pipelines of the weights with a cache of their keys (klein KV) call the transfor
 and are refused.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nasa_diffusers.alpha import Targets
+from nasa_diffusers.encoding import side_by_side
 from nasa_diffusers.families.base import ImageTokens
 from nasa_diffusers.families.side import SideStream, linears
 from nasa_diffusers.side import Layout
@@ -22,28 +25,34 @@ try:
         Flux2AttnProcessor,
         Flux2ParallelSelfAttnProcessor,
     )
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 except ImportError:  # before diffusers 0.36
     PROCESSORS: tuple[type, ...] = ()
 else:
     PROCESSORS = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
 
-MISSING = object()
+MAX_TOKENS = 512
 
 
 class Flux2Tokens(ImageTokens):
-    """Said by `img_ids`, looked at once a run: pipelines hand over the same tensor in each step."""
+    """Said by `img_ids`. Pipelines hand over the same tensor in each step, or, with images that are
+    edited, an equal one."""
 
     def __init__(self, family, denoiser):
         super().__init__(family, denoiser)
         self._found = WeakTensorKeyDictionary()
+        self._last: tuple | None = None
 
     def _look(self, inputs):
         """The grid of the image that is made, its tokens, and how many follow."""
         ids = inputs["img_ids"]
-        found = self._found.get(ids)
+        # another thread may look at the same time: both find the same
+        found, last = self._found.get(ids), self._last
+        if found is None and last is not None and _equal(last[0], ids):
+            found = self._found[ids] = last[1]
         if found is None:
-            # another thread may look at the same time: both find the same
             found = self._found[ids] = look(ids)
+            self._last = ids.clone(), found
         return found
 
     def grids(self, sample, inputs):
@@ -54,6 +63,10 @@ class Flux2Tokens(ImageTokens):
 
     def targets(self, inputs):
         return None if inputs["img_ids"].is_meta else self._look(inputs)[1]
+
+
+def _equal(ids, others):
+    return ids.shape == others.shape and ids.device == others.device and torch.equal(ids, others)
 
 
 def look(ids):
@@ -89,6 +102,30 @@ class Flux2(SideStream):
     def default_nag(self, denoiser):
         """No published code of the paper has it: the NAG paper's for FLUX.1."""
         return 5.0, 2.5, 0.25
+
+    def encode_unpadded(self, pipe, prompts, length_is_named, **options):
+        if length_is_named:
+            return self.encode(pipe, prompts, **options)
+        # padding is attended to: a prompt without any is one encoded to its own length
+        limit, rows = options.get("max_sequence_length", MAX_TOKENS), []
+        for prompt in prompts:
+            length = {"max_sequence_length": min(self.chat_tokens(pipe, prompt), limit)}
+            rows.append(self.encode(pipe, [prompt], **options | length)[0][0])
+        return side_by_side(rows)
+
+    def chat_tokens(self, pipe: Any, prompt: str) -> int:
+        """How many tokens the prompt has in its chat, before it is cut or padded."""
+        if hasattr(pipe, "system_message"):
+            (messages,) = format_input([prompt], pipe.system_message)
+            chat = pipe.tokenizer.apply_chat_template(
+                [messages], add_generation_prompt=False, tokenize=True, return_dict=True
+            )
+            return len(chat["input_ids"][0])
+        chat = pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False,
+        )  # fmt: skip
+        return len(pipe.tokenizer(chat)["input_ids"])
 
     def image_tokens(self, denoiser):
         return Flux2Tokens(self, denoiser)

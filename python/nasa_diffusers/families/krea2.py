@@ -53,8 +53,15 @@ class Krea2(SideStream):
         return self.read_embeds(*super().encode(pipe, prompts, **options))
 
     def read_embeds(self, embeds, mask):
-        is_layered = isinstance(embeds, Tensor) and embeds.dim() == 4
-        return embeds.flatten(2) if is_layered else embeds, mask
+        """Without the tokens that no row attends to: the pipeline's padding lies before the last
+        tokens, and the text's have all one position."""
+        if not isinstance(embeds, Tensor) or embeds.dim() != 4:
+            return embeds, mask
+        embeds = embeds.flatten(2)
+        if mask is None or mask.is_meta or mask.shape != embeds.shape[:2]:
+            return embeds, mask
+        are = mask.bool().any(0)
+        return embeds[:, are], mask[:, are]
 
     def image_tokens(self, denoiser):
         return Krea2Tokens(self, denoiser)
