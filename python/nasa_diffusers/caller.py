@@ -183,10 +183,8 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_text(value: Any) -> bool:
-    """[r, n, c], or as Allegro's [r, 1, n, c]"""
-    if not isinstance(value, Tensor):
-        return False
-    return value.dim() == 3 or value.dim() == 4 and value.shape[1] == 1
+    # Allegro has `[r, 1, n, c]`; Krea 2 holds its text layer by layer
+    return isinstance(value, Tensor) and value.dim() in (3, 4)
 
 
 def _texts(value: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ from nasa_diffusers.families import FAMILIES
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-KNOWN = {name for family in FAMILIES for name in family.denoisers}
+KNOWN = {name for family in FAMILIES if not family.is_beside for name in family.denoisers}
 DENOISERS = ("unet", "transformer")
 SIZE = 16
 

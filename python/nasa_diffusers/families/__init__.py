@@ -5,8 +5,11 @@ from torch import nn
 from nasa_diffusers.families.base import Family
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
+from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
+from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
@@ -14,6 +17,7 @@ from nasa_diffusers.families.unet import AnimateDiff, UNet
 from nasa_diffusers.families.unsupported import REASONS
 from nasa_diffusers.families.wan import Wan
 from nasa_diffusers.families.wan_like import AnyFlow, ChronoEdit, Helios, WanAnimate
+from nasa_diffusers.families.z_image import ZImage
 
 FAMILIES: tuple[Family, ...] = (
     UNet(),
@@ -33,6 +37,10 @@ FAMILIES: tuple[Family, ...] = (
     SkyReels(),
     Flux(),
     StableDiffusion3(),
+    QwenImage(),
+    ZImage(),
+    Flux2(),
+    Krea2(),
 )
 
 
