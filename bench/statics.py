@@ -350,7 +350,7 @@ def page(rows: list[Row]) -> str:
 
 def recorded() -> list[Row]:
     """The rows that the page was made of."""
-    return [Row(**row) for row in json.loads(ROWS.read_text())]
+    return [Row(**row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
 
 
 def library_of(path: Path | None) -> Path:
@@ -365,8 +365,8 @@ def run(library: Path | None = None, write: bool = False) -> int:
     if write:
         ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        ROWS.write_text(f"[\n{lines}\n]\n")
-        PAGE.write_text(page(rows))
+        ROWS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
         print(f"{len(rows)} rows in {PAGE} and {ROWS}")
     else:
         print(page(rows))

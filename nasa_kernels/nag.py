@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
-from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
+from nasa_kernels._checks import as_number, outside_autocast, prepare
 from nasa_kernels.scalars import real, whole
 
 
@@ -81,16 +81,10 @@ def nag_attention(
         backend,
     )
     alpha_map, alpha = _check_alpha(function, call.q, nag_alpha)
-    k_pos, v_pos, k_neg, v_neg = call.keys_values
-
-    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        alone = call._replace(keys_values=(k, v, k[:, :0], v[:, :0]), mask_pos=mask, mask_neg=None)
-        return outside_autocast(attention.attend, alone)
-
-    z_pos = attend(k_pos, v_pos, call.mask_pos)
+    z_pos = outside_autocast(attention.attend_pos, call)
     if alpha_map is None and alpha == 0:
         return z_pos
-    z_neg = attend(k_neg, v_neg, call.mask_neg)
+    z_neg = outside_autocast(attention.attend_neg, call)
     return _blend_on(call.backend, z_pos, z_neg, alpha_map, alpha, settings)
 
 
@@ -143,49 +137,14 @@ def nag_joint_attention(
         backend,
         text_queries,
     )
-    q, text_pos, text_neg = call.q, call.text_pos, call.text_neg
-    k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
-    image = q.shape[1] - text_pos - text_neg
-    q_image, _, q_neg = q.split((image, text_pos, text_neg), dim=1)
-    alpha_map, alpha = _check_alpha(function, q_image, nag_alpha)
-
-    def attend(
-        queries: Tensor, texts: int, k_text: Tensor, v_text: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Of the image's queries and of one text's, the last of `queries`."""
-        alone = call._replace(
-            q=queries,
-            keys_values=(k, v, k_text, v_text, k_text[:, :0], v_text[:, :0]),
-            mask_pos=mask, mask_neg=None, text_pos=texts, text_neg=0,
-        )  # fmt: skip
-        o = outside_autocast(joint_attention.attend, alone, "nasa-cross")
-        return o.split((o.shape[1] - texts, texts), dim=1)
-
-    def attend_pos() -> tuple[Tensor, ...]:
-        return attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, call.mask_pos)
-
+    image = call.q.shape[1] - call.text_pos - call.text_neg
+    alpha_map, alpha = _check_alpha(function, call.q[:, :image], nag_alpha)
     if alpha_map is None and alpha == 0:
-        o, pos = attend_pos()
-        _, neg = attend(q_neg, text_neg, k_neg, v_neg, call.mask_neg)
-        return torch.cat((o, pos, neg), dim=1)
-    if call.backend in ops.JOINT_PAIR and not call.differentiable:
-        positive, negative = outside_autocast(_attend_pair, call)
-        o, pos = positive.split((image, text_pos), dim=1)
-        z_neg, neg = negative.split((image, text_neg), dim=1)
-    else:
-        o, pos = attend_pos()
-        z_neg, neg = attend(
-            torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, call.mask_neg
-        )
-    o = _blend_on(call.backend, o, z_neg, alpha_map, alpha, settings)
-    return torch.cat((o, pos, neg), dim=1)
-
-
-def _attend_pair(call: Call) -> tuple[Tensor, Tensor]:
-    return ops.JOINT_PAIR[call.backend](
-        call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.scale, call.text_pos,
-        call.text_neg,
-    )  # fmt: skip
+        return outside_autocast(joint_attention.attend, call, "nasa-cross")
+    apart = outside_autocast(joint_attention.attend_apart, call)
+    return apart.joined(
+        _blend_on(call.backend, apart.z_pos, apart.z_neg, alpha_map, alpha, settings)
+    )
 
 
 def pair_backend(backend: str | None, *tensors: Tensor) -> str | None:

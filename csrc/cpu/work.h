@@ -137,6 +137,8 @@ struct Blocks {
             section[2] = {first_neg, p.text_neg, 0, 1, {{Rule::kNegative, to.o, p.l, first_neg}}, {}};
         }
         const bool has_alpha = p.alpha_map != nullptr || p.alpha != 0;
+        Rule& rule = section[0].target[0].rule;
+        if (!has_alpha && (rule == Rule::kProjected || rule == Rule::kNag)) rule = Rule::kPositive;
         for (Section& x : section) {
             x.first_block = count;
             count += divide_up(divide_up(x.rows, kLanes), kPanels);

@@ -183,7 +183,10 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 3
+    """[r, n, c], or as Allegro's [r, 1, n, c]"""
+    if not isinstance(value, Tensor):
+        return False
+    return value.dim() == 3 or value.dim() == 4 and value.shape[1] == 1
 
 
 def _texts(value: Any) -> list[Tensor]:

@@ -165,7 +165,8 @@ class Guidance:
             return None
         self.family.check_call(denoiser, kwargs)
         terms, afresh = self._current_terms(settings, text, caller)
-        guided = self._guided_text(settings, terms, text, sample, kwargs, rows, afresh)
+        flat = self.family.flat_text(text)
+        guided = self._guided_text(settings, terms, flat, sample, kwargs, rows, afresh)
         if guided.prompts is not None:
             guided = replace(guided, images=self._images(kwargs, afresh))
             if self._is_compiled(caller) and self._can_prepare(kwargs):
