@@ -352,7 +352,7 @@ def run(
     if teacher is not None:
         about["teacher"] = checksum(teacher)
     made = Made(progress, about)
-    count = images * len(PAIRS)
+    count = images * len(LISTS[pairs])
     seen = {}
     for model, number, guidance, name in qualities(steps, teacher is not None):
         seen[name] = Counts()

@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from nasa_distill import tables
 from nasa_distill.intervals import Share
 from nasa_distill.world.evaluation import plot
@@ -171,7 +173,7 @@ def plot_price(results: Results, steps: int, out: Path) -> Path:
     return path
 
 
-def plot_frontier(results: Results, path: Path) -> None:
+def frontier(results: Results) -> Figure:
     """For each number of steps what each method removes, and what it leaves valid."""
     panels = []
     for steps in student_steps(results):
@@ -200,11 +202,16 @@ def plot_frontier(results: Results, path: Path) -> None:
             plot.Panel(said(steps).capitalize(), curves, (none["removed"], none["valid"]))
         )
     count = max(cell.total.n for cell in results.cells)
-    figure = plot.frontier(
+    return plot.frontier(
         f"Each method by rising strength: {count} images a point, judged exactly",
         ("without what the negative prompt names", "whole images of the small world"),
         panels,
     )
+
+
+def plot_frontier(results: Results, path: Path) -> None:
+    """As a PNG."""
+    figure = frontier(results)
     path.parent.mkdir(parents=True, exist_ok=True)
     # no name of a version: the same numbers give the same file
     figure.savefig(path, dpi=130, metadata={"Software": None})
