@@ -51,7 +51,8 @@ def nag_attention(
 
     Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
     one query. `"cpu"` is one operator that rounds once, where no gradient is recorded; elsewhere
-    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded. Deterministic, and differentiable in all tensors.
+    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded.
+    Deterministic, and differentiable in all tensors.
 
     Args:
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
@@ -86,9 +87,12 @@ def nag_attention(
             alpha_map, alpha = _check_alpha(function, q, nag_alpha)
             z_pos = attend(k_pos, v_pos, mask_pos)
             if alpha_map is None and alpha == 0:
-                return z_pos
-            z_neg = attend(k_neg, v_neg, mask_neg)
-            return _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
+                o = z_pos
+            else:
+                z_neg = attend(k_neg, v_neg, mask_neg)
+                o = _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
+            if not o.is_meta:
+                return o
         except REFUSALS:
             # the checks say what is wrong
             pass
