@@ -104,13 +104,13 @@ VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
 METHODS = (NONE, *CFG, *NASA, *PROJECTED, *NAG, *VSF)
 # of joint attention, each over the alphas at which it acts
 ALPHAS = {
-    "nasa-cross": (0.1, 0.25, 0.5, 1.0, 1.5),
-    "nasa-text": (0.25, 0.5, 1.0, 2.0, 4.0),
-    "nasa": (0.1, 0.25, 0.5, 0.75, 1.0),
-    "vsf": (0.25, 0.5, 1.0, 2.0),
+    "nasa-cross": (0.1, 0.25, 0.35, 0.5),
+    "nasa-text": (0.25, 0.5, 0.75, 1.0),
+    "nasa": (0.1, 0.25, 0.5),
+    "vsf": (0.25, 0.5, 1.0),
 }
 RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
-JOINT = (NONE, *CFG, *PROJECTED, *RULES, *NAG)
+JOINT = (NONE, *CFG[:2], *PROJECTED, *RULES, *NAG)
 # for a search: what NAG's scale alone leaves out
 NAG_GRID = tuple(
     Method("nag", scale, tau, share)
