@@ -111,13 +111,17 @@ ALPHAS = {
 }
 RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
 JOINT = (NONE, *CFG[:2], *PROJECTED, *RULES, *NAG)
-# for a search: what NAG's scale alone leaves out
-NAG_GRID = tuple(
-    Method("nag", scale, tau, share)
-    for scale in (4.0, 8.0, 16.0)
-    for tau in (1.25, 2.5)
-    for share in (0.5, 1.0)
-)
+# for a search: what NAG's scale alone leaves out, around the shares that its paper takes
+NAG_SHARES = {False: (0.5, 1.0), True: (0.125, 0.25)}  # of cross- and of joint attention
+
+
+def nag_grid(joint: bool) -> tuple[Method, ...]:
+    return tuple(
+        Method("nag", scale, tau, share)
+        for scale in (4.0, 8.0, 16.0)
+        for tau in (1.25, 2.5)
+        for share in NAG_SHARES[joint]
+    )
 
 
 @dataclass
