@@ -353,6 +353,10 @@ def run(
         "network": type(distilled.denoiser).__name__,
         "student": checksum(student),
     }
+    if distilled.joint:
+        pooled = distilled.encode(["red"]).pooled
+        has_vector = pooled is not None and bool(pooled.any())
+        about["prompt"] = "tokens and a pooled vector" if has_vector else "tokens alone"
     if teacher is not None:
         about["teacher"] = checksum(teacher)
     made = Made(progress, about)

@@ -368,7 +368,8 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
     pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
     texts = TEXTS_JOINT if is_joint(results) else TEXTS
     if "network" in results.about:
-        texts = texts | {"title": f"{texts['title']}: {results.about['network']}"}
+        named = ", ".join(results.about[x] for x in ("network", "prompt") if x in results.about)
+        texts = texts | {"title": f"{texts['title']}: {named}"}
     return TEMPLATE.format(
         **texts,
         about=about,
