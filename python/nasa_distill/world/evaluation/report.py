@@ -286,6 +286,13 @@ def findings(results: Results, steps: int) -> list[str]:
                 f"The best {what} is {says(other)}; the intervals of all three, its and that of "
                 f"{own}'s best, {word}."
             )
+    ranked = [cell for cell in best_cells(results, steps) if cell.method.name != "none"]
+    first, second = ranked[0], ranked[1] if len(ranked) > 1 else none
+    apart = not overlap(first.total.shares["all three"], second.total.shares["all three"])
+    found.append(
+        f"Most images that are all three: {first.method}, then {second.method}; their intervals "
+        + ("do not overlap." if apart else "overlap.")
+    )
     gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
     found.append(
         f"{own}'s best and no negative prompt "
