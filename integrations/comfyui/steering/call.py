@@ -35,15 +35,16 @@ class Guide:
         self.image_tokens = family.image_tokens(x)
         # attentions to text so far
         self.count = 0
+        self.is_aside = False
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """The attentions inside are none of an image to a text."""
-        lengths, self.lengths = self.lengths, [-1]
+        self.is_aside = True
         try:
             yield
         finally:
-            self.lengths = lengths
+            self.is_aside = False
 
     def _strengths(self) -> list[float]:
         """Of each term in the attention that runs now, which is counted."""

@@ -50,6 +50,8 @@ class Family:
     def owns(self, guide: Guide, lq: int, lk: int, mask: Tensor | None) -> bool:
         """Whether this attention is one to text."""
         text = sum(guide.lengths)
+        if guide.is_aside:
+            return False
         if not self.is_joint:
             return lk == text and lk != guide.image_tokens
         if mask is not None or lq != lk or lq <= text:
@@ -188,10 +190,9 @@ class Lumina(Family):
 
     def patch(self, model):
         if not hasattr(self.net, "embed_all"):
-            raise ValueError(
-                "NASA negative prompt: Lumina 2 and Z-Image need a ComfyUI of 2026 (the network "
-                "has no embed_all here); update ComfyUI"
-            )
+            # before 2026 one step embeds, positions and refines
+            replace(model, "patchify_and_embed", self._each_refined)
+            return
         replace(model, "embed_all", self._each_embedded)
         for i in range(len(self.net.context_refiner)):
             replace(model, f"context_refiner.{i}.forward", _each_context_refined)
@@ -213,6 +214,29 @@ class Lumina(Family):
             rows = max(part.shape[0] for part in texts)
             text = torch.cat([part.expand(rows, -1, -1) for part in texts], dim=1)
             return (text, *rest), (torch.cat(positions, dim=1), *rest_freqs), offset
+
+        return embed
+
+    def _each_refined(self, patchify_and_embed: Callable) -> Callable:
+        def embed(x: Tensor, cap_feats: Tensor, *args, **kwargs):
+            guide = CURRENT.get()
+            if guide is None:
+                return patchify_and_embed(x, cap_feats, *args, **kwargs)
+            size = self.net.patch_size
+            pos, *negatives = cap_feats.split(guide.given, dim=1)
+            with guide.aside():
+                both, mask, sizes, lengths, freqs = patchify_and_embed(x, pos, *args, **kwargs)
+                texts, positions = [both[:, : lengths[0]]], [freqs[:, : lengths[0]]]
+                for tokens in negatives:
+                    # a text knows nothing of the image, of which one patch will do
+                    one, _, _, (n, *_), its_freqs = patchify_and_embed(
+                        x[..., :size, :size], tokens, *args, **kwargs
+                    )
+                    texts.append(one[:, :n])
+                    positions.append(its_freqs[:, :n])
+            both = torch.cat((*texts, both[:, lengths[0] :]), dim=1)
+            freqs = torch.cat((*positions, freqs[:, lengths[0] :]), dim=1)
+            return both, mask, sizes, [sum(guide.lengths)] * len(lengths), freqs
 
         return embed
 
