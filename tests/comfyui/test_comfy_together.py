@@ -193,7 +193,7 @@ def test_an_ip_adapter_before_is_kept_and_after_is_named(pack):
     after = node(pack, model, negative)
     after.set_model_attn2_replace(adapter, *keys[0])
     assert seen == {20}
-    with pytest.raises(RuntimeError, match=r"4 of 5 .*adapter holds their place; move that node"):
+    with pytest.raises(RuntimeError, match=r"6 of 7 .*adapter holds their place; move that node"):
         predict(model, positive, after)
     with pytest.raises(ValueError, match="adapter adds to the attention .* beside which NAG"):
         predict(model, positive, node(pack, model, negative, before, "NAG", 3.0))

@@ -28,6 +28,9 @@ class Family:
     def __init__(self, net: Any):
         self.net = net
 
+    def __deepcopy__(self, memo: dict) -> Family:
+        return self
+
     def layers(self) -> int:
         """Attentions to text in one call of the network."""
         return len(self.net.blocks)

@@ -16,7 +16,7 @@ from .call import CURRENT, Guide
 from .families import NET, Family, UNet, family_of
 from .terms import Term, together
 
-TERMS, GUIDE = "nasa_terms", "nasa_guide"
+TERMS, FAMILY, GUIDE = "nasa_terms", "nasa_family", "nasa_guide"
 _APPLY = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 _NETWORK = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
@@ -33,7 +33,8 @@ def steer(model: Any, term: Term) -> Any:
     options = clone.model_options["transformer_options"]
     terms = (*options.get(TERMS, ()), term)
     together(terms, family.is_joint)
-    options[TERMS] = terms
+    # the family too: during a call a compiled network may stand in the place of its own
+    options[TERMS], options[FAMILY] = terms, family
     if not clone.get_wrappers(_APPLY, GUIDE):
         clone.add_wrapper_with_key(_APPLY, GUIDE, apply_model)
     family.patch(clone)
@@ -124,7 +125,7 @@ def apply_model(
     if not terms or guided is False:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
     base = executor.class_obj
-    family = family_of(base.diffusion_model)
+    family = options[FAMILY]
     if c_crossattn is None:
         raise ValueError("NASA negative prompt: this model was called without a text to guide")
     encoded = [encode(base, term, x, c_crossattn) for term in terms]
