@@ -10,7 +10,7 @@ handle.disable()
 
 try:
     from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
-    from nasa_diffusers.methods import NAG, NASA, VSF, Method
+    from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
     from nasa_diffusers.report import Report
 except ModuleNotFoundError as error:
     if error.name not in ("diffusers", "transformers", "accelerate", "peft", "PIL", "tqdm"):
@@ -26,6 +26,7 @@ __all__ = [
     "VSF",
     "Handle",
     "Method",
+    "ProjectedNASA",
     "Report",
     "disable_nasa",
     "enable_nasa",
