@@ -123,8 +123,8 @@ class GuidedText:
                 name: [KeysValues(*map(each, prompt)) for prompt in prompts]
                 for name, prompts in self.prepared.keys_values.items()
             }
-            # the texts themselves are not looked at any more: they may have any length
-            terms = tuple(Term(t.text, t.mask, t.alpha.repeated(times)) for t in self.terms)
+            # their texts are not looked at any more, so that they may have any length
+            terms = tuple(Term(text[:, :0], None, t.alpha.repeated(times)) for t in self.terms)
             return replace(self, text=text, terms=terms, prepared=Prepared(text, keys_values))
         terms = tuple(Term(each(t.text), each(t.mask), t.alpha.repeated(times)) for t in self.terms)
         prompts = self.prompts

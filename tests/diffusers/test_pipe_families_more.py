@@ -135,9 +135,7 @@ def test_several_at_once_with_masks_in_some_layers(one):
     chosen = names[len(names) // 2]
     with algorithm_1(one.denoiser, [(of_layers(one, text), mask, 0.5)], lambda n: n == chosen):
         expected = call(one)
-    with guided(
-        one, text, negative_prompt_attention_mask=mask, alpha=0.5, layers=chosen
-    ) as handle:
+    with guided(one, text, negative_prompt_attention_mask=mask, alpha=0.5, layers=chosen) as handle:
         assert_same_image(call(one), expected)
         report = handle.report()
         assert (report.layers_guided, report.layers) == (1, len(names))
