@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nasa_kernels import _projected, ops
+from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import CROSS_RULES, RULES, nasa_attention_reference
@@ -64,9 +64,9 @@ def nasa_attention(
             fp32 or in the dtype of `q` (0, -inf, or any finite bias). A masked key counts as
             absent whatever its row holds, NaN included; a prompt without keys contributes 0.
         scale: Softmax scale. `None` means `d ** -0.5`.
-        backend: `"cuda"`, `"triton"`, `"cpu"` or `"reference"`. `None` takes the first that runs:
-            on a GPU of `"triton"`, `"cuda"`, `"reference"`, on a CPU `"cpu"` (fp64: the
-            reference). A back end named here is never replaced by another.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"sdpa"` or `"reference"`. `None` takes the first
+            that runs: on a GPU of `"triton"`, `"cuda"`, `"sdpa"`, on a CPU `"cpu"`, elsewhere
+            `"sdpa"` (fp64: the reference). A back end named here is never replaced by another.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`: `o.flatten(2)` feeds `to_out` as it is.
@@ -102,6 +102,11 @@ def attend(call: Call, rule: str = "nasa") -> Tensor:
     record = RECORDS[call.backend]
     if not record.fuses(rule, call.differentiable):
         return _project(call)
+    if call.backend == "sdpa":
+        return _sdpa.cross(
+            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
+            mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
+        )  # fmt: skip
     operator = (ops.ATTENTION if call.differentiable else ops.FORWARD)[call.backend]
     number = (RULES.index(rule),) if record.takes_rule else ()
     result = operator(

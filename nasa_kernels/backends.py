@@ -3,6 +3,7 @@
     cuda       CUDA C++ kernels        NVIDIA GPUs, fp16 and bf16
     triton     Triton kernels          NVIDIA GPUs of compute capability 8.0 and up
     cpu        C++ kernels             CPU tensors; without a compiler PyTorch's attention
+    sdpa       PyTorch's attention     any device, twice: for GPUs that are not NVIDIA's
     reference  plain PyTorch           everything, fp64 included
 
 `RECORDS` says all that differs between them; `ops.py` registers operators by it. A back end named
@@ -11,8 +12,10 @@ by the caller is never replaced by another; `None` takes the first that runs, in
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,8 @@ from nasa_kernels._cuda import extension
 from nasa_kernels.reference import CROSS_RULES, RULES
 
 _HALVES = (torch.float16, torch.bfloat16)
+# the oldest Triton that the kernels are tested on
+_TRITON = (3, 6)
 
 
 # of joint attention, which every back end's operators take
@@ -113,29 +118,32 @@ RECORDS = {
             has_pair=True,
         ),
         _cpu_record(),
+        Backend("sdpa", devices=(), dtypes=(*_HALVES, torch.float32)),
         Backend(
             "reference", devices=("cuda", "cpu"), dtypes=(*_HALVES, torch.float32, torch.float64)
         ),
     )
 }
 NAMES = tuple(RECORDS)
-# those with operators
-FUSED = tuple(name for name in NAMES if name != "reference")
+# those made of PyTorch's own operators, and those with operators of ours
+PLAIN = ("sdpa", "reference")
+FUSED = tuple(name for name in NAMES if name not in PLAIN)
 MAX_HEAD_DIM = max(record.max_head_dim for record in RECORDS.values())
 
 # What `None` takes, by device. The CUDA C++ kernels come before Triton when a benchmark row shows
 # that they win. On meta tensors nothing runs: a fused operator gives shape and FLOPs.
 _PREFERENCE = {
-    "cuda": ("triton", "cuda", "reference"),
+    "cuda": ("triton", "cuda", "sdpa", "reference"),
     "cpu": ("cpu", "reference"),
     "meta": ("triton", "cpu"),
 }
+_ELSEWHERE = ("sdpa", "reference")
 
 
 @functools.cache
 def why_not(name: str, device: torch.device) -> str | None:
     """None when back end `name` runs on tensors of `device`, otherwise one sentence why not."""
-    if name == "reference":
+    if name in PLAIN:
         return None
     if name == "cpu":
         return None if device.type in ("cpu", "meta") else "it runs on CPU tensors only"
@@ -143,9 +151,11 @@ def why_not(name: str, device: torch.device) -> str | None:
         return None
     if name == "cuda":
         return extension.why_not(device)
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install 'triton>=3.6'"
+    if (reason := _why_not_triton()) is not None:
+        return reason
     if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "its kernels were never run on an AMD GPU"
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
@@ -156,6 +166,21 @@ def why_not(name: str, device: torch.device) -> str | None:
         f"Triton runs on NVIDIA GPUs, not on {device.type} tensors "
         "(TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
     )
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'triton>=3.6'"
+    for package in ("triton", "triton-windows", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        major, minor = re.findall(r"\d+", version)[:2]
+        if (int(major), int(minor)) < _TRITON:
+            return f"its kernels need Triton 3.6 or newer, {package} {version} is installed"
+        return None
+    return None
 
 
 def why_not_head_dim(
@@ -190,7 +215,7 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     if found is None:
         found = _running[device, dtype] = tuple(
             name
-            for name in _PREFERENCE.get(device.type, ())
+            for name in _PREFERENCE.get(device.type, _ELSEWHERE)
             if dtype in RECORDS[name].dtypes and why_not(name, device) is None
         )
     return found

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nasa_kernels import _projected, ops
+from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
@@ -118,6 +118,12 @@ def attend(call: Call, rule: str) -> Tensor:
         )  # fmt: skip
     if not RECORDS[call.backend].fuses_joint(rule, call.differentiable):
         return _project(call)
+    if call.backend == "sdpa":
+        return _sdpa.joint(
+            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
+            rule=rule, text_queries=(call.text_pos, call.text_neg),
+            mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
+        )  # fmt: skip
     arguments = (
         call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.alpha_map, call.alpha,
         call.scale, RULES.index(rule), call.text_pos, call.text_neg,

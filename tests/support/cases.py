@@ -10,7 +10,7 @@ from nasa_kernels.reference import RULES
 from nasa_kernels.testing import MODEL_SHAPES, Shape, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FUSED = tuple(name for name in backends.NAMES if name != "reference")
+FUSED = backends.FUSED
 # the fused back ends that run on this machine; Triton on a CPU is its interpreter
 BACKENDS = tuple(name for name in backends.NAMES if backends.why_not(name, DEVICE) is None)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
