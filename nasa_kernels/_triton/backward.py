@@ -41,13 +41,12 @@ from nasa_kernels._triton.launch import (
     on_device,
     strides_or_zeros,
 )
+from nasa_kernels._triton.prompt import load_keys, load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
     cut,
     dot,
-    load_keys,
-    load_prompt,
     load_rows,
     of_head,
     scale_rows,
@@ -60,12 +59,12 @@ from nasa_kernels._triton.tiles import (
 
 @triton.jit
 def queries_resident(
-    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, w, qk_scale,
+    dq, q, do, prompt, w, qk_scale,
     N_CUT: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale plus one prompt's part of it, and lse and u of its rows."""
-    k, v = load_prompt(K, V, MASK, stride_kn, stride_vn, stride_mn, n, N_CUT, D, D_CUT, ALIGN)
-    scores = scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT)
+    k, v = load_prompt(prompt, N_CUT, D, D_CUT, ALIGN)
+    scores = scores_resident(q, k, prompt, qk_scale, N_CUT)
     shift = row_max(scores) * qk_scale
     l = tl.zeros_like(shift)
     u = tl.zeros_like(shift)
@@ -88,20 +87,17 @@ def queries_resident(
 
 @triton.jit
 def statistics_streamed(
-    q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, qk_scale,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    q, do, prompt, qk_scale, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """lse and u of each row over keys that pass in blocks; -inf and 0 where it has none."""
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)
     u = tl.zeros([BLOCK_L], tl.float32)
-    for start in range(0, n, BLOCK_N):
-        k, v = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
-        )
+    for start in range(0, prompt.n, BLOCK_N):
+        k, v = load_keys(prompt, start, True, BLOCK_N, D, D_CUT, ALIGN)
         key = start + tl.arange(0, BLOCK_N)
-        s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
+        s = mask_scores(dot(q, k), prompt, key, qk_scale, RAGGED=True)
         p, m, decay = online_step(s, m, qk_scale)
         l = l * decay + tl.sum(p, 1)
         u = u * decay + tl.sum(p * dot(do, transposed(v)), 1)
@@ -110,21 +106,36 @@ def statistics_streamed(
 
 @triton.jit
 def add_streamed(
-    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, lse, u, w, dlse, qk_scale,
+    dq, q, do, prompt, lse, u, w, dlse, qk_scale,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale plus the part of keys that pass in blocks."""
-    for start in range(0, n, BLOCK_N):
-        k, v = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
-        )
+    for start in range(0, prompt.n, BLOCK_N):
+        k, v = load_keys(prompt, start, True, BLOCK_N, D, D_CUT, ALIGN)
         key = start + tl.arange(0, BLOCK_N)
-        s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
+        s = mask_scores(dot(q, k), prompt, key, qk_scale, RAGGED=True)
         p = tl.exp2(s * qk_scale - lse[:, None])
         dp = dot(do, transposed(v))
         ds = gradient_of_scores(p, p * w[:, None], dp, u[:, None], dlse)
         dq = add_dot(dq, ds, transposed(k))
     return dq
+
+
+@triton.jit
+def queries_of_prompt(
+    dq, q, do, prompt, w, qk_scale, N_CUT: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """dQ / scale plus one prompt's part of it, and lse and u of its rows: 0 of a void prompt."""
+    if N_CUT is None:
+        lse, u = tl.zeros([BLOCK_L], tl.float32), tl.zeros([BLOCK_L], tl.float32)
+    elif len(N_CUT) > 0:
+        dq, lse, u = queries_resident(dq, q, do, prompt, w, qk_scale, N_CUT, D, D_CUT, ALIGN)
+    else:
+        lse, u = statistics_streamed(q, do, prompt, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
+        lse = finite(lse)
+        dq = add_streamed(dq, q, do, prompt, lse, u, w, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN)
+    return dq, lse, u
 
 
 @triton.jit
@@ -153,14 +164,14 @@ def query_kernel(
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
-    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
-    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
+    pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+    )  # fmt: skip
+    neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+    )  # fmt: skip
 
     row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
@@ -170,36 +181,12 @@ def query_kernel(
     ones = tl.full([BLOCK_L], 1.0, tl.float32)
 
     dq = zeros(BLOCK_L, D_CUT)
-    if len(NEG_CUT) > 0:
-        dq, lse_neg, u_neg = queries_resident(
-            dq, q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            -alpha_row, qk_scale, NEG_CUT, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    else:
-        lse_neg, u_neg = statistics_streamed(
-            q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-        lse_neg = finite(lse_neg)
-        dq = add_streamed(
-            dq, q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            lse_neg, u_neg, -alpha_row, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    if len(POS_CUT) > 0:
-        dq, lse_pos, u_pos = queries_resident(
-            dq, q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            ones, qk_scale, POS_CUT, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    else:
-        lse_pos, u_pos = statistics_streamed(
-            q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-        lse_pos = finite(lse_pos)
-        dq = add_streamed(
-            dq, q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            lse_pos, u_pos, ones, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
+    dq, lse_neg, u_neg = queries_of_prompt(
+        dq, q, do, neg, -alpha_row, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
+    dq, lse_pos, u_pos = queries_of_prompt(
+        dq, q, do, pos, ones, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
 
     if DQ is not None:
         DQ += (b * L * H + h) * D
@@ -235,10 +222,10 @@ def key_kernel(
     first = block * KEYS
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K = of_head(K, b, h, stride_kb, stride_kh, ALIGN)
-    V = of_head(V, b, h, stride_vb, stride_vh, ALIGN)
-    if MASK is not None:
-        MASK += b * stride_mb
+    prompt = prompt_of_head(
+        K, V, MASK, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+        stride_mb, stride_mn, n, b, h, ALIGN,
+    )  # fmt: skip
     statistics = bh * L
 
     k, v = (), ()
@@ -246,9 +233,7 @@ def key_kernel(
     start = first
     for j in tl.static_range(len(N_CUT)):
         # [d, n_j], [n_j, d]
-        k_j, v_j = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, N_CUT[j], D, D_CUT, ALIGN
-        )
+        k_j, v_j = load_keys(prompt, start, True, N_CUT[j], D, D_CUT, ALIGN)
         k, v = k + (transposed(k_j),), v + (v_j,)
         dk, dv = dk + (zeros(N_CUT[j], D_CUT),), dv + (zeros(N_CUT[j], D_CUT),)
         start += N_CUT[j]
@@ -274,7 +259,7 @@ def key_kernel(
         if DLSE is not None:
             dlse = tl.load(DLSE + statistics + row, mask=row < L, other=0.0)[None, :]
         dk, dv = add_gradients(
-            dk, dv, q, do, k, v, lse, u, w_row, dlse, MASK, stride_mn, first, n, qk_scale, N_CUT
+            dk, dv, q, do, k, v, lse, u, w_row, dlse, prompt, first, qk_scale, N_CUT
         )
 
     part = ((split.to(tl.int64) * B + b) * n * H + h) * D
@@ -288,8 +273,7 @@ def key_kernel(
 
 @triton.jit
 def add_gradients(
-    dk, dv, q, do, k, v, lse, u, w, dlse, MASK, stride_mn, first, n, qk_scale,
-    N_CUT: tl.constexpr,
+    dk, dv, q, do, k, v, lse, u, w, dlse, prompt, first, qk_scale, N_CUT: tl.constexpr
 ):  # fmt: skip
     """dK / scale and dV plus what one tile of queries adds. Scores stand keys by queries."""
     dk_sum, dv_sum = (), ()
@@ -298,7 +282,7 @@ def add_gradients(
         key = start + tl.arange(0, N_CUT[j])
         # [n_j, BLOCK_L]
         s = dot(k[j], transposed(q))
-        s = tl.trans(mask_scores(tl.trans(s), MASK, stride_mn, key, n, qk_scale, RAGGED=True))
+        s = tl.trans(mask_scores(tl.trans(s), prompt, key, qk_scale, RAGGED=True))
         p = tl.exp2(s * qk_scale - lse[None, :])
         weighted = p * w[None, :]
         dp = dot(v[j], transposed(do))
