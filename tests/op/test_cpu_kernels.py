@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cases import DTYPES, mask_of
+from support.cases import DTYPES, mask_of, with_rule
 from support.formula import exact_and_budget, exact_and_budget_of_joint
 from support.gradients import check_gradients, gradients
 from test_joint import make as make_joint
@@ -23,7 +23,7 @@ from nasa_kernels import (
     nasa_joint_attention,
     ops,
 )
-from nasa_kernels.reference import RULES
+from nasa_kernels.backends import RECORDS
 from nasa_kernels.testing import Shape, make_inputs
 
 TESTS = Path(__file__).parent
@@ -329,7 +329,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @needs_kernels
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RECORDS["cpu"].joint_rules)
 def test_joint_attention_is_one_operator(rule):
     """Nothing of PyTorch's runs beside it."""
     inputs, text = make_joint("flux")
@@ -348,6 +348,7 @@ def test_joint_attention_is_one_operator(rule):
 @needs_kernels
 def test_nothing_is_kept_for_the_backward_pass():
     inputs = make_inputs(BASIC, torch.float32, "cpu")
-    arguments = (*inputs.values(), None, None, None, 0.6, 0.125)
-    _, *kept = ops.ATTENTION["cpu"](*arguments)
+    attention = ops.ATTENTION["cpu"]
+    arguments = with_rule(attention, (*inputs.values(), None, None, None, 0.6, 0.125))
+    _, *kept = attention(*arguments)
     assert sum(x.numel() for x in kept) == 0

@@ -231,7 +231,7 @@ def test_opcheck(with_map):
 
 
 @pytest.mark.parametrize("device", [DEVICE, "meta"], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
 def test_flops_are_those_of_two_attentions(backend, device):
     """Whether the blend is a kernel or PyTorch's own operations."""
     inputs = {k: x.to(device) for k, x in make_inputs(BASIC, torch.float32, "cpu").items()}

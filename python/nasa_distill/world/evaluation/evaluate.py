@@ -7,10 +7,13 @@ judged exactly: how often the attribute is gone, and what else of the image is k
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
+import json
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,7 @@ from nasa_distill.scalars import plain
 from nasa_distill.train.networks import Model, load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption, matches
+from nasa_distill.world.code import PatchCode
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import scenes
 
@@ -45,6 +49,21 @@ PAIRS = (
     ("a photo of a red circle", "watermarked"),
     ("a photo of a yellow shape", "blurry, watermarked"),
 )
+# written down before anything was drawn for them, and after the rules were chosen on the others
+HELD_OUT = (
+    ("a photo of a square", "blue"),
+    ("a photo of a triangle", "green, yellow"),
+    ("a photo of a large shape", "solid"),
+    ("a photo of a yellow shape on a black background", "triangle"),
+    ("a photo of a blue circle", "small"),
+    ("a photo of a striped shape", "white"),
+    ("a photo of a green shape", "square"),
+    ("a clean photo of a shape", "yellow"),
+    ("a photo of a large red shape", "circle, triangle"),
+    ("a photo of a red striped square on a white background", "blurry"),
+    ("a photo of a small shape", "red, circle"),
+)
+LISTS = {"first": PAIRS, "held-out": HELD_OUT}
 BATCH = 100
 TEACHER_STEPS = 25
 SOURCES = Path(__file__).parents[2]
@@ -53,27 +72,36 @@ SOURCES = Path(__file__).parents[2]
 class Method(NamedTuple):
     """A way to use the negative prompt, and how strongly."""
 
-    name: str  # "none", "cfg", "nag", "vsf", or a rule of NASA
+    name: str  # "none", "cfg", "nag", "vsf", "projected", or a rule of NASA
     strength: float = 0.0
+    tau: float | None = None  # of NAG, as the next; None: the family's
+    share: float | None = None
 
     def made(self) -> nasa_diffusers.Method:
         """The method of `enable_nasa`; strength is the scale of NAG and the alpha of the others."""
         if self.name == "nag":
-            return nasa_diffusers.NAG(scale=self.strength)
+            return nasa_diffusers.NAG(self.strength, self.tau, self.share)
+        if self.name == "projected":
+            return nasa_diffusers.ProjectedNASA(self.strength)
         if self.name == "vsf":
             return nasa_diffusers.VSF(self.strength)
         return nasa_diffusers.NASA(self.strength, rule=self.name)
 
     def __str__(self) -> str:
-        return self.name if self.name == "none" else f"{self.name} {self.strength:g}"
+        if self.name == "none":
+            return self.name
+        more = {"tau": self.tau, "alpha": self.share}
+        said = (f", {name} {value:g}" for name, value in more.items() if value is not None)
+        return f"{self.name} {self.strength:g}" + "".join(said)
 
 
 NONE = Method("none")
 CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
-NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
+NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25))
+PROJECTED = tuple(Method("projected", alpha) for alpha in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0))
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
 VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
-METHODS = (NONE, *CFG, *NASA, *NAG, *VSF)
+METHODS = (NONE, *CFG, *NASA, *PROJECTED, *NAG, *VSF)
 # of joint attention, each over the alphas at which it acts
 ALPHAS = {
     "nasa-cross": (0.1, 0.25, 0.5, 1.0, 1.5),
@@ -82,7 +110,14 @@ ALPHAS = {
     "vsf": (0.25, 0.5, 1.0, 2.0),
 }
 RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
-JOINT = (NONE, *CFG, *RULES, *NAG)
+JOINT = (NONE, *CFG, *PROJECTED, *RULES, *NAG)
+# for a search: what NAG's scale alone leaves out
+NAG_GRID = tuple(
+    Method("nag", scale, tau, share)
+    for scale in (4.0, 8.0, 16.0)
+    for tau in (1.25, 2.5)
+    for share in (0.5, 1.0)
+)
 
 
 @dataclass
@@ -135,12 +170,20 @@ class Counts:
 
 @dataclass
 class Cell:
-    """One method on one model: the pairs, and their sum."""
+    """One method on one model: the pairs, each over all seeds, and their sum."""
 
     model: str  # "student" or "teacher"
     steps: int
     method: Method
     pairs: list[Counts] = field(default_factory=list)
+    seeds: dict[int, Counts] = field(default_factory=dict)  # each over all pairs
+
+    def add(self, seed: int, pairs: Sequence[Counts]) -> None:
+        self.pairs = self.pairs or [Counts() for _ in pairs]
+        self.seeds[seed] = Counts()
+        for mine, counts in zip(self.pairs, pairs, strict=True):
+            mine.add(counts)
+            self.seeds[seed].add(counts)
 
     @property
     def total(self) -> Counts:
@@ -153,7 +196,7 @@ class Cell:
 @dataclass
 class Results:
     cells: list[Cell]
-    about: dict[str, Any]  # commit, versions, seed, checksum
+    about: dict[str, Any]  # commit, versions, seeds, checksum
     quality: dict[str, Counts] = field(default_factory=dict)  # without any negative prompt
 
 
@@ -166,7 +209,11 @@ def draw(
     noise: Tensor,
     seed: int,
 ) -> Tensor:
-    """Images `[n, 3, 32, 32]` in [-1, 1] from the model's own pipeline."""
+    """Images `[n, 3, 32, 32]` in [-1, 1] from the model's own pipeline.
+
+    Its latents are read by the linear code that its autoencoder computes, in a thousandth of the
+    time.
+    """
     images = []
     for number, z in enumerate(noise.split(BATCH)):
         call: dict[str, Any] = {"guidance_scale": 0.0}
@@ -176,7 +223,7 @@ def draw(
                 "negative_prompt": [negative] * len(z),
             }
         with _guided(model, negative, method):
-            images.append(_call(model, [prompt] * len(z), steps, z, seed, number, **call))
+            images.append(call_pipeline(model, [prompt] * len(z), steps, z, seed, number, **call))
     return torch.cat(images)
 
 
@@ -189,7 +236,9 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     total = Counts()
     for number, start in enumerate(range(0, images, BATCH)):
         batch, z = captions[start : start + BATCH], noise[start : start + BATCH]
-        verdict = judge(_call(model, batch, steps, z, seed, number, guidance_scale=guidance))
+        verdict = judge(
+            call_pipeline(model, batch, steps, z, seed, number, guidance_scale=guidance)
+        )
         allowed = matches(batch).bool()
         followed = allowed[torch.arange(len(batch)), verdict.scene]
         valid = verdict.valid
@@ -205,23 +254,34 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     return total
 
 
-def _call(
-    model: Model, prompts: list[str], steps: int, z: Tensor, seed: int, number: int, **options: Any
+def call_pipeline(
+    model: Model,
+    prompts: list[str] | None,
+    steps: int,
+    z: Tensor,
+    seed: int,
+    number: int,
+    **options: Any,
 ) -> Tensor:
     random_ = generator(seed, number)
     # SD3's pipeline gives its scheduler no generator
     with torch.random.fork_rng():
         torch.manual_seed(random_.initial_seed())
-        images = model.pipe(
+        codes = model.pipe(
             prompts,
             num_inference_steps=steps,
             latents=z,
             generator=random_,
-            output_type="pt",
+            output_type="latent",
             **model.call_options,
             **options,
         ).images
-    return images * 2 - 1
+    return code().decode(codes).clamp(-1, 1)
+
+
+@functools.cache
+def code() -> PatchCode:
+    return PatchCode()
 
 
 @contextlib.contextmanager
@@ -250,48 +310,40 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
 
 def run(
     student: Path,
-    steps: list[int],
+    steps: Sequence[int],
     images: int,
-    seed: int = 0,
+    seeds: int | Sequence[int] = 0,
     teacher: Path | None = None,
-    methods: tuple[Method, ...] | None = None,
+    methods: Sequence[Method] | None = None,
+    more: Sequence[Method] = (),
+    pairs: str = "first",
+    progress: Path | None = None,
 ) -> Results:
-    """Methods on the student, by default all it has, and negative guidance on the teacher in 25."""
-    images, seed, steps = plain(images), plain(seed), [plain(count) for count in steps]
+    """Methods on the student, by default all it has, and negative guidance on the teacher in 25.
+
+    Args:
+        images: Of each prompt pair and seed.
+        more: Methods beside those.
+        pairs: One of `LISTS`.
+        progress: A file of the cells that are there; the same call goes on with it.
+    """
+    images, steps = plain(images), [plain(count) for count in steps]
+    seeds = [plain(seed) for seed in ([seeds] if isinstance(plain(seeds), int) else seeds)]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
-    distilled = load(student)
+    if pairs not in LISTS:
+        raise ValueError(f"evaluate.run: pairs must be one of {', '.join(LISTS)}, got {pairs!r}")
+    models = {"student": load(student)} | ({} if teacher is None else {"teacher": load(teacher)})
+    distilled = models["student"]
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
-    methods = tuple(Method(method.name, plain(method.strength)) for method in methods)
-    jobs = [("student", distilled, count, method) for count in steps for method in methods]
-    seen = {
-        f"student, {count} step{'s' * (count > 1)}": quality(
-            distilled, count, images * len(PAIRS), seed
-        )
-        for count in steps
-    }
-    if teacher is not None:
-        taught = load(teacher)
-        jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, CFG[1])]
-        for guidance in (0.0, 2.0):
-            name = f"teacher, {TEACHER_STEPS} steps, " + (
-                f"guidance {guidance:g}" if guidance else "no guidance"
-            )
-            seen[name] = quality(taught, TEACHER_STEPS, images * len(PAIRS), seed, guidance)
-    cells = []
-    for name, model, count, method in tqdm(jobs, "cells"):
-        cell = Cell(name, count, method)
-        for number, (prompt, negative) in enumerate(PAIRS):
-            # the same noise for every method
-            noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
-            drawn = draw(model, prompt, negative, method, count, noise, seed)
-            cell.pairs.append(Counts.of(drawn, prompt, negative))
-        cells.append(cell)
+    methods = [*methods, *(method for method in more if method not in methods)]
+    methods = [Method(m.name, *(plain(x) for x in m[1:])) for m in methods]
     about = {
         "commit": commit(),
-        "seed": seed,
-        "images per pair": images,
+        "seeds": ", ".join(map(str, seeds)),
+        "images per pair and seed": images,
+        "prompt pairs": pairs,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "network": type(distilled.denoiser).__name__,
@@ -299,7 +351,84 @@ def run(
     }
     if teacher is not None:
         about["teacher"] = checksum(teacher)
+    made = Made(progress, about)
+    count = images * len(LISTS[pairs])
+    seen = {}
+    for model, number, guidance, name in qualities(steps, teacher is not None):
+        seen[name] = Counts()
+        for seed in seeds:
+            how = (models[model], number, count, seed, guidance)
+            seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *how))
+    jobs = [("student", number, method) for number in steps for method in methods]
+    if teacher is not None:
+        jobs += [("teacher", TEACHER_STEPS, method) for method in (NONE, CFG[1])]
+    cells = [Cell(*job) for job in jobs]
+    # seed by seed: what was stopped early has all methods
+    for seed, cell in tqdm([(seed, cell) for seed in seeds for cell in cells], "cells"):
+        key = f"{cell.model}, {cell.steps} steps, {cell.method}, seed {seed}"
+        how = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
+        cell.add(seed, made.through(key, pair_by_pair, *how))
     return Results(cells, about, seen)
+
+
+def qualities(steps: Sequence[int], with_teacher: bool) -> Iterator[tuple[str, int, float, str]]:
+    """Model, steps and guidance of what is judged without a negative prompt, and its name."""
+    for number in steps:
+        yield "student", number, 0.0, f"student, {number} step{'s' * (number > 1)}"
+    if with_teacher:
+        for guidance in (0.0, 2.0):
+            said = f"guidance {guidance:g}" if guidance else "no guidance"
+            yield "teacher", TEACHER_STEPS, guidance, f"teacher, {TEACHER_STEPS} steps, {said}"
+
+
+def pair_by_pair(
+    model: Model,
+    steps: int,
+    method: Method,
+    pairs: Sequence[tuple[str, str]],
+    images: int,
+    seed: int,
+) -> list[Counts]:
+    found = []
+    for number, (prompt, negative) in enumerate(pairs):
+        # the same noise for every method
+        noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
+        drawn = draw(model, prompt, negative, method, steps, noise, seed)
+        found.append(Counts.of(drawn, prompt, negative))
+    return found
+
+
+class Made:
+    """Counts that were made before, line by line in a file, for as long as nothing else changed."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]):
+        self.path, self.known = path, {}
+        # seeds may be added, and sources change between two parts of a run if it says so
+        free = ("commit", "seeds")
+        same = {name: value for name, value in about.items() if name not in free}
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(about) + "\n")
+        first, *lines = map(json.loads, path.read_text().splitlines())
+        if {name: value for name, value in first.items() if name not in free} != same:
+            raise ValueError(
+                f"evaluate.run: {path} holds cells of another run, {first}; this one is {about}. "
+                "Delete it, or name another folder"
+            )
+        if first["commit"] != about["commit"]:
+            about["commit"] = f"{first['commit']} to {about['commit']}"
+        self.known = {line["cell"]: [Counts(**x) for x in line["counts"]] for line in lines}
+
+    def through(self, key: str, make: Callable[..., list[Counts]], *how: Any) -> list[Counts]:
+        if key not in self.known:
+            self.known[key] = make(*how)
+            if self.path is not None:
+                line = {"cell": key, "counts": [dataclasses.asdict(x) for x in self.known[key]]}
+                with self.path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        return self.known[key]
 
 
 def commit() -> str:
