@@ -27,6 +27,7 @@ from nasa_kernels._triton.configs import (
     head_cut,
     resident_cut,
 )
+from nasa_kernels._triton.grid import Grid, grid_of
 from nasa_kernels._triton.launch import (
     LOG2E,
     alignment,
@@ -199,7 +200,6 @@ def forward_tile(
     row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
-    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     found_neg, l_neg, _ = attend(
         q, k_neg, neg, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
     )
@@ -207,6 +207,7 @@ def forward_tile(
         q, k_pos, pos, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
     )
 
+    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     l_pos, l_neg = nonzero(l_pos), nonzero(l_neg)
     # div_rn: exactly 1 where the sums are equal, which `/` does not promise
     c = alpha_row * tl.div_rn(l_pos, l_neg)
@@ -215,7 +216,7 @@ def forward_tile(
         z_pos = blocks_of_z(found_pos, v_pos, POS_CUT, BLOCK_L, D_CUT)
         z_neg = blocks_of_z(found_neg, v_neg, NEG_CUT, BLOCK_L, D_CUT)
         apart, c, r = project(z_pos, z_neg, c)
-        store_rows(O, removed(z_pos, apart, c, r * normalise), row, row < L, H * D, D, D_CUT)
+        store_rows(O, removed(z_pos, apart, c, r * normalise, ALPHA is not None), row, row < L, H * D, D, D_CUT)
     else:
         start = 0
         for i in tl.static_range(len(D_CUT)):
@@ -227,7 +228,7 @@ def forward_tile(
             start += D_CUT[i]
 
 
-@triton.jit(do_not_specialize=["HEADS", "L", "n_pos", "n_neg"])
+@triton.jit(do_not_specialize=["HEADS", "L", "per_multiprocessor", "n_pos", "n_neg"])
 def forward_kernel(
     Q, K_pos, V_pos, K_neg, V_neg, O, MASK_pos, MASK_neg, ALPHA,
     stride_qb, stride_ql, stride_qh,
@@ -235,7 +236,7 @@ def forward_kernel(
     stride_knb, stride_knn, stride_knh, stride_vnb, stride_vnn, stride_vnh,
     stride_mpb, stride_mpn, stride_mnb, stride_mnn,
     stride_ab, stride_al, stride_ah,
-    HEADS, H, L, n_pos, n_neg, alpha, qk_scale,
+    HEADS, H, L, per_multiprocessor, n_pos, n_neg, alpha, qk_scale,
     RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
     SINGLE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
@@ -244,7 +245,7 @@ def forward_kernel(
     one, and no loop holds in registers what a next one would need.
     """
     tiles = tl.cdiv(L, BLOCK_L)
-    first, last = share_of_tiles(HEADS.to(tl.int64) * tiles)
+    first, last = share_of_tiles(HEADS.to(tl.int64) * tiles, per_multiprocessor)
     first_head, last_head = first // tiles, tl.cdiv(last, tiles)
     if SINGLE:
         last_head = first_head + 1
@@ -286,21 +287,27 @@ def forward(
     pos_cut, neg_cut = (resident_cut(k.shape[1], d, q) for k in (k_pos, k_neg))
     if alpha_map is None and alpha == 0:
         neg_cut = None
+    single = () in (pos_cut, neg_cut)
     config = forward_config(d, q.dtype, pos_cut, q.device)
     tiles = b * h * triton.cdiv(l, config.BLOCK_L)
-    programs = tiles
+    arguments = (
+        q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map,
+        *q.stride()[:3],
+        *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
+        *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
+        *strides_or_zeros(alpha_map, 3),
+        b * h, h, l,
+    )  # fmt: skip
+    rest = (k_pos.shape[1], k_neg.shape[1], alpha, scale * LOG2E)
+    options = {
+        "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
+        "NEG_CUT": neg_cut, "SINGLE": single, "BLOCK_L": config.BLOCK_L,
+        "BLOCK_N": config.BLOCK_N, "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+        **compiler_options(config),
+    }  # fmt: skip
     with on_device(q):
-        forward_kernel[(programs,)](
-            q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map,
-            *q.stride()[:3],
-            *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
-            *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
-            *strides_or_zeros(alpha_map, 3),
-            b * h, h, l, k_pos.shape[1], k_neg.shape[1], alpha, scale * LOG2E,
-            RULE=rule, D=d, D_CUT=head_cut(d, pos_cut == ()), POS_CUT=pos_cut, NEG_CUT=neg_cut,
-            SINGLE=() in (pos_cut, neg_cut),
-            BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
-            ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            **compiler_options(config),
-        )  # fmt: skip
+        grid = Grid(tiles, 1)
+        if not single:
+            grid = grid_of(forward_kernel, (*arguments, 1, *rest), options, tiles, q.device)
+        forward_kernel[(grid.programs,)](*arguments, grid.per_multiprocessor, *rest, **options)
     return o

@@ -91,7 +91,7 @@ def with_shared(o_shared, c_s, found, v, c, N_CUT: tl.constexpr, BLOCK_L, D_CUT:
 def store_projected(
     O, o_shared, s, p, n, l_pos, l_neg, found_pos, v_pos, found_neg, v_neg,
     alpha, row, first_pos, first_neg, H, L, D: tl.constexpr, D_CUT: tl.constexpr,
-    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr, BLOCK_L: tl.constexpr,
+    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr, BLOCK_L: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """Rows of the negative text have zeros for Z+ and -1 for c: 0 + Z-."""
     a_s, a_p = share(s, p)
@@ -102,7 +102,7 @@ def store_projected(
     neg = with_shared(o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT)
     apart, c, r = project(pos, neg, tl.where(row >= first_pos, 0.0, alpha))
     c = tl.where(is_neg, -1.0, c)
-    store_rows(O, removed(pos, apart, c, r), row, row < L, H * D, D, D_CUT)
+    store_rows(O, removed(pos, apart, c, r, HIDES), row, row < L, H * D, D, D_CUT)
 
 
 @triton.jit
@@ -154,7 +154,6 @@ def joint_kernel(
     # [BLOCK_L, d]
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
-    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     k_neg, v_neg = load_prompt(neg, NEG_CUT, D, D_CUT, ALIGN)
     found_neg, l_neg, m_neg = attend(
         q, k_neg, neg, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
@@ -164,6 +163,7 @@ def joint_kernel(
         q, k_pos, pos, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
     )
 
+    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     # log2(0) = -inf: a prompt without keys
     s = tl.load(LSE_shared + bh * L + row, mask=row < L, other=0.0) * _LOG2E
     p, n = m_pos + tl.log2(l_pos), m_neg + tl.log2(l_neg)
@@ -179,6 +179,7 @@ def joint_kernel(
         store_projected(
             O + first, o_shared, s, p, n, l_pos, l_neg, found_pos, v_pos, found_neg, v_neg,
             alpha_row, row, first_pos, first_neg, H, L, D, D_CUT, POS_CUT, NEG_CUT, BLOCK_L,
+            ALPHA is not None,
         )  # fmt: skip
     else:
         c_s, c_p, c_n = coefficients(
@@ -241,6 +242,9 @@ def _add_prompts(
     if q.numel() == 0:
         return
     pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
+    # of a rule under whose alpha 0 the negative text's keys do not count, no query reads them
+    if alpha_map is None and alpha == 0 and o_neg is None and text_neg == 0 and rule != _VSF.value:
+        neg_cut = None
     config = forward_config(d, q.dtype, pos_cut, q.device)
     with on_device(q):
         joint_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](

@@ -32,7 +32,6 @@ def compiler_options(config: Config) -> dict[str, Any]:
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
-        **({"maxnreg": int(__import__("os").environ["MAXN"])} if "MAXN" in __import__("os").environ else {}),
     }
 
 

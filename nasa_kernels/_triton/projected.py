@@ -15,7 +15,9 @@ Equal prompts have equal sums, so d is exactly 0 and O exactly Z+.
 import triton
 import triton.language as tl
 
-PROJECTED = tl.constexpr(5)
+from nasa_kernels.reference import RULES
+
+PROJECTED = tl.constexpr(RULES.index("projected"))
 # the smallest number with all its digits
 SMALLEST = tl.constexpr(2.0**-126)
 
@@ -66,20 +68,24 @@ def project(pos, neg, c):
     pos_pos, neg_pos = rows_dot(pos, pos), rows_dot(neg, pos)
     nothing = pos_pos < SMALLEST
     c = tl.where(nothing, 0.0, c)
-    inverse = 1.0 / tl.where(nothing, 1.0, pos_pos)
-    # exactly 1 where the sums are equal, which no product with a reciprocal promises
-    t = tl.where(neg_pos == pos_pos, 1.0, neg_pos * inverse)
+    pos_pos = tl.where(nothing, 1.0, pos_pos)
+    # div_rn: exactly 2 where one sum is twice the other, which `/` does not promise
+    t = tl.div_rn(neg_pos, pos_pos)
     apart = ()
     for i in tl.static_range(len(pos)):
         apart = apart + (neg[i] - t[:, None] * pos[i],)
-    longer = c * c * (rows_dot(apart, apart) * inverse)
-    return apart, c, tl.where(longer == 0.0, 1.0, tl.rsqrt(1.0 + longer))
+    # NaN of a row that is not looked at must not count
+    longer = c * c * (rows_dot(apart, apart) / pos_pos)
+    return apart, c, tl.where((longer == 0.0) | (c == 0.0), 1.0, tl.rsqrt(1.0 + longer))
 
 
 @triton.jit
-def removed(pos, apart, c, factor):
-    """factor (pos - c d), rows times a factor each."""
+def removed(pos, apart, c, factor, HIDES: tl.constexpr):
+    """factor (pos - c d), rows times a factor each. HIDES: where c is 0, whatever d is."""
     blocks = ()
     for i in tl.static_range(len(pos)):
-        blocks = blocks + ((pos[i] - c[:, None] * apart[i]) * factor[:, None],)
+        kept = pos[i] - c[:, None] * apart[i]
+        if HIDES:
+            kept = tl.where((c == 0.0)[:, None], pos[i], kept)
+        blocks = blocks + (kept * factor[:, None],)
     return blocks

@@ -45,13 +45,17 @@ def tile_of_head(tiles):
 
 
 @triton.jit
-def share_of_tiles(total):
+def share_of_tiles(total, per_multiprocessor):
     """The half-open range of `total` tiles that a program has, heads after heads, in int64.
 
-    The ranges of the programs differ by at most one tile.
+    Programs start one on each multiprocessor, then a second: so those `per_multiprocessor` of them
+    that share one have neighbouring ranges, and no multiprocessor has two tiles more than another.
     """
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    return program * total // programs, (program + 1) * total // programs
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    multiprocessors = programs // per_multiprocessor
+    place = program % multiprocessors * per_multiprocessor + program // multiprocessors
+    place = place.to(tl.int64)
+    return place * total // programs, (place + 1) * total // programs
 
 
 @triton.jit
