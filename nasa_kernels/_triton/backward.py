@@ -14,6 +14,9 @@ attentions save, mixes the two prompts and cannot give u+ and u-.
 In joint attention (`joint_backward.py`) w is a function of the log-sum-exps, which then have a
 gradient of their own: dS = P * (w (dP - u) + dlse).
 
+Under the projected rule `projected_backward.py` turns dO into dZ+ and dZ-, and each prompt's part
+is that of plain attention under its own dO.
+
 Names as in `forward.py`. lse is base 2, of unscaled scores: 2^(s c - lse) = P, c = scale log2(e);
 never -inf, which would make NaN of the scores of keys that are not there.
 """
@@ -41,6 +44,7 @@ from nasa_kernels._triton.launch import (
     on_device,
     strides_or_zeros,
 )
+from nasa_kernels._triton.projected_backward import row_gradients
 from nasa_kernels._triton.prompt import load_keys, load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
@@ -55,6 +59,7 @@ from nasa_kernels._triton.tiles import (
     transposed,
     zeros,
 )
+from nasa_kernels.reference import RULES
 
 
 @triton.jit
@@ -149,7 +154,7 @@ def gradient_of_scores(p, weighted, dp, u, dlse):
 
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg"])
 def query_kernel(
-    DO, Q, K_pos, V_pos, K_neg, V_neg, MASK_pos, MASK_neg, ALPHA,
+    DO, DO_neg, Q, K_pos, V_pos, K_neg, V_neg, MASK_pos, MASK_neg, ALPHA,
     DQ, LSE_pos, LSE_neg, U_pos, U_neg,
     stride_db, stride_dl, stride_dh, stride_qb, stride_ql, stride_qh,
     stride_kpb, stride_kpn, stride_kph, stride_vpb, stride_vpn, stride_vph,
@@ -177,12 +182,18 @@ def query_kernel(
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
-    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     ones = tl.full([BLOCK_L], 1.0, tl.float32)
+    if DO_neg is None:
+        do_neg = do
+        w_neg = -load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
+    else:
+        DO_neg = of_head(DO_neg, b, h, stride_db, stride_dh, ALIGN)
+        do_neg = load_rows(DO_neg, row, row < L, stride_dl, D, D_CUT, ALIGN)
+        w_neg = ones
 
     dq = zeros(BLOCK_L, D_CUT)
     dq, lse_neg, u_neg = queries_of_prompt(
-        dq, q, do, neg, -alpha_row, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+        dq, q, do_neg, neg, w_neg, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
     )
     dq, lse_pos, u_pos = queries_of_prompt(
         dq, q, do, pos, ones, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
@@ -304,24 +315,37 @@ def store_gradients(
     store_rows(DV, dv, key, key < n, stride, D, D_CUT)
 
 
-def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs):
+def backward(
+    do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, rule, needs
+):  # fmt: skip
     """The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg and the alpha map."""
     b, l, h, d = q.shape
     if do.stride(-1) != 1:
         do = do.contiguous()
+    widest = 128 if architecture(q.device) >= 90 else 64
+    pos_cut, neg_cut = (resident_cut(k.shape[1], d, q, widest) for k in (k_pos, k_neg))
+    if alpha_map is None and alpha == 0:
+        # no query looks at the negative prompt
+        neg_cut, rule = None, 0
+    # each prompt's own dO under the projected rule
+    do_pos, do_neg = do, None
+    dalpha = None
+    if rule == RULES.index("projected"):
+        do_pos, do_neg, dalpha = row_gradients(
+            do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+            pos_cut, neg_cut, needs[5],
+        )  # fmt: skip
     # [b, h, l]
     lse_pos, lse_neg, u_pos, u_neg = torch.empty((4, b, h, l), dtype=torch.float32, device=q.device)
     dq = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device) if needs[0] else None
-    align = alignment(do, q, k_pos, v_pos, k_neg, v_neg)
+    align = alignment(do_pos, q, k_pos, v_pos, k_neg, v_neg)
     if q.numel() > 0:
-        widest = 128 if architecture(q.device) >= 90 else 64
-        pos_cut, neg_cut = (resident_cut(k.shape[1], d, q, widest) for k in (k_pos, k_neg))
         config = backward_queries_config(d, q.dtype)
         with on_device(q):
             query_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](
-                do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+                do_pos, do_neg, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
                 dq, lse_pos, lse_neg, u_pos, u_neg,
-                *do.stride()[:3], *q.stride()[:3],
+                *do_pos.stride()[:3], *q.stride()[:3],
                 *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
                 *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
                 *strides_or_zeros(alpha_map, 3),
@@ -332,14 +356,24 @@ def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, a
             )  # fmt: skip
 
     dk_pos, dv_pos = key_gradients(
-        do, q, k_pos, v_pos, mask_pos, Rows(lse_pos, u_pos), scale, align, needs[1:3]
+        do_pos, q, k_pos, v_pos, mask_pos, Rows(lse_pos, u_pos), scale, align, needs[1:3]
     )
-    negative = Rows(lse_neg, u_neg, alpha_map, alpha, sign=-1)
-    dk_neg, dv_neg = key_gradients(
-        do, q, k_neg, v_neg, mask_neg, negative, scale, align, needs[3:5]
-    )
-    # [b, h, l] -> [b, l, h]
-    dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else u_neg.new_empty(0)
+    if do_neg is None:
+        do_neg, negative = do, Rows(lse_neg, u_neg, alpha_map, alpha, sign=-1)
+    else:
+        negative = Rows(lse_neg, u_neg)
+    if neg_cut is None:
+        dk_neg, dv_neg = (
+            x.new_zeros(x.shape if needed else (0,))
+            for x, needed in zip((k_neg, v_neg), needs[3:5], strict=True)
+        )
+    else:
+        dk_neg, dv_neg = key_gradients(
+            do_neg, q, k_neg, v_neg, mask_neg, negative, scale, align, needs[3:5]
+        )
+    if dalpha is None:
+        # [b, h, l] -> [b, l, h]
+        dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else u_neg.new_empty(0)
     return q.new_empty(0) if dq is None else dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha
 
 

@@ -59,14 +59,20 @@ def backward_queries_config(d: int, dtype: torch.dtype) -> Config:
     return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4 if d <= 128 else 8, num_stages=1)
 
 
+def gradients_config(d: int, dtype: torch.dtype) -> Config:
+    """Of the kernel that rebuilds Z+ and Z- of the projected rule, and has dO beside them."""
+    if dtype == torch.float32:
+        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4 if d <= 80 else 8, num_stages=1)
+
+
 def backward_keys_config(d: int, dtype: torch.dtype) -> Config:
     """BLOCK_N is the most keys that one program owns."""
     if dtype == torch.float32:
         return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1)
-    if d <= 64:
-        return Config(BLOCK_L=32, BLOCK_N=128, num_warps=8, num_stages=1)
+    # on Hopper 8 warps would make every product of these blocks twice
     if d <= 128:
-        return Config(BLOCK_L=32, BLOCK_N=64, num_warps=8, num_stages=1)
+        return Config(BLOCK_L=32, BLOCK_N=128 if d <= 64 else 64, num_warps=4, num_stages=1)
     return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1)
 
 

@@ -277,7 +277,7 @@ def forward_kernel(
 
 
 def forward(
-    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, rule=0
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, rule
 ):  # fmt: skip
     """Launch the forward kernel. The public function checked shapes, dtypes and layouts."""
     b, l, h, d = q.shape
