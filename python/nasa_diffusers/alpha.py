@@ -83,7 +83,9 @@ class LayerAlpha:
         if self.region is not None:
             return self._resize(self.region, queries)
         assert self.targets is not None
-        return self.targets.place(self.rows)
+        # a layer of other queries, as those of the sound beside a video, has no references
+        is_over = self.targets.are.shape[0] == queries
+        return self.targets.place(self.rows) if is_over else self.rows
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:

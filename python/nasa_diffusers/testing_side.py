@@ -202,3 +202,71 @@ def krea2(seed: int = 0, is_distilled: bool = True):
     pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_start_idx = "a ", 2
     pipe.prompt_template_encode_suffix, pipe.prompt_template_encode_num_suffix_tokens = ".", 2
     return _ready(pipe)
+
+
+# by release: what a block of the denoiser and the connectors have more
+LTX2_VERSIONS: dict[str, dict[str, Any]] = {
+    "2.0": {},
+    "2.3": {
+        "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True,
+        "audio_cross_attn_mod": True, "use_prompt_embeddings": False, "perturbed_attn": True,
+    },
+}  # fmt: skip
+
+
+def ltx2(version: str = "2.0", seed: int = 0):
+    """LTX-2 or 2.3 in small: two blocks of video and sound, a connector for each text."""
+    import diffusers
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    torch.manual_seed(seed)
+    differs = LTX2_VERSIONS[version]
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, audio_in_channels=4, audio_out_channels=4,
+        audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16,
+        num_layers=2, caption_channels=32, rope_double_precision=False, rope_type="split", **differs,
+    )  # fmt: skip
+    each = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 1}
+    connectors = {f"{kind}_connector_{name}": x for name, x in each.items() for kind in LTX2_TEXTS}
+    connectors |= {f"{kind}_connector_num_learnable_registers": 16 for kind in LTX2_TEXTS}
+    if not differs.get("use_prompt_embeddings", True):
+        connectors |= {
+            "per_modality_projections": True, "video_hidden_dim": 32, "audio_hidden_dim": 16,
+            "audio_connector_attention_head_dim": 4,
+        }  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=32, text_proj_in_factor=3, rope_double_precision=False, rope_type="split",
+        **connectors,
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
+        downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
+        patch_size_t=1,
+    )  # fmt: skip
+    sound = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, resolution=32,
+        latent_channels=2, mel_bins=8,
+    )  # fmt: skip
+    vocoder = LTX2Vocoder(
+        in_channels=16, hidden_channels=32, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]], output_sampling_rate=16000,
+    )  # fmt: skip
+    pipe = diffusers.LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder,
+        audio_vae=sound,
+        text_encoder=Gemma3TextModel(Gemma3TextConfig(**TEXT_SIZE)),
+        tokenizer=letter_tokenizer(),
+        connectors=connectors,
+        transformer=transformer,
+        vocoder=vocoder,
+    )
+    return _ready(pipe)
+
+
+LTX2_TEXTS = ("video", "audio")

@@ -6,6 +6,7 @@ from nasa_diffusers.families.base import Family
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.krea2 import Krea2
+from nasa_diffusers.families.ltx2 import LTX2
 from nasa_diffusers.families.pixart import PixArt
 from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     ZImage(),
     Flux2(),
     Krea2(),
+    LTX2(),
 )
 
 
