@@ -75,9 +75,7 @@ class LayerAlpha:
         guided = None if self.guided is None else self.guided.to(*args, **kwargs)
         targets = None if self.targets is None else self.targets.to(*args, **kwargs)
         rows = self.rows.to(*args, **kwargs)
-        return replace(
-            self, rows=rows, region=region, guided=guided, targets=targets, resized={}
-        )
+        return replace(self, rows=rows, region=region, guided=guided, targets=targets, resized={})
 
     def _place(self, queries: int) -> Tensor:
         if self.region is not None:

@@ -86,8 +86,8 @@ def end(*_: Any) -> None:
 def refuse_checkpointing(denoiser: Any) -> None:
     if torch.is_grad_enabled() and getattr(denoiser, "gradient_checkpointing", False):
         raise RuntimeError(
-            f"nasa_diffusers: gradient checkpointing of {type(denoiser).__name__} runs blocks again "
-            "without the negative prompt beside them; call disable_gradient_checkpointing()"
+            f"nasa_diffusers: gradient checkpointing of {type(denoiser).__name__} runs blocks "
+            "again without the negative prompt beside them; call disable_gradient_checkpointing()"
         )
 
 

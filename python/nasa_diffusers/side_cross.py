@@ -91,9 +91,8 @@ class SideCrossHook(Hook):
         self.family.check_alpha(self.name, side)
         q = self.family.queries(attn, hidden_states)
         k, v = self.family.keys_values(attn, encoder_hidden_states)
-        pos, *negatives = (
-            KeysValues(*part) for part in zip(k.split(side.lengths, 1), v.split(side.lengths, 1), strict=True)
-        )  # fmt: skip
+        parts = zip(k.split(side.lengths, dim=1), v.split(side.lengths, dim=1), strict=True)
+        pos, *negatives = (KeysValues(*part) for part in parts)
         if attention_mask is not None:
             pos = pos._replace(mask=key_mask(self.name, attention_mask, side.lengths[0]))
         if not torch.compiler.is_compiling():

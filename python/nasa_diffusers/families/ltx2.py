@@ -192,4 +192,3 @@ class LTX2(Family):
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             o = (o.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
         return attn.to_out[1](attn.to_out[0](o))
-

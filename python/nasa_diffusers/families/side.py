@@ -95,9 +95,7 @@ class SideStream(Joint):
     def positive_tokens(self, side: Side, inputs: dict[str, Any]) -> int:
         return side.text.text.shape[1]
 
-    def prepare(
-        self, denoiser: Denoiser, side: Side, term: Term
-    ) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, denoiser: Denoiser, side: Side, term: Term) -> tuple[Tensor, Tensor | None]:
         """A negative prompt after the model's text projections, `[r, n, c]`, and its mask."""
         raise NotImplementedError
 
