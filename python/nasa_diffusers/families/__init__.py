@@ -8,6 +8,7 @@ from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
+from nasa_diffusers.families.ltx2 import LTX2
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
 from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
@@ -41,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     ZImage(),
     Flux2(),
     Krea2(),
+    LTX2(),
 )
 
 
