@@ -56,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     layer = command("layer", run_layer, "time one cross-attention layer, to_q to to_out")
     model = command("model", run_model, "time a whole denoiser with random weights")
     memory = command("memory", run_memory, "peak memory of a whole denoiser call by method")
+    host = command("host", run_host, "host time of a call, with a runtime that launches nothing")
+    host.add_argument("--library", type=Path, help="default: build/cuda/host.so")
     for made in (op, layer, model, memory):
         made.add_argument("--case", action="append", help="pattern of case names")
         made.add_argument("--dtype", action="append", choices=BY_NAME)
@@ -165,6 +167,31 @@ def flops_table(rows: list):
     for r in rows:
         if r.provider == "encode":
             table.add_row(f"encode a prompt: {r.case}", f"{r.flops / 1e12:.3f}")
+    return table
+
+
+def run_host(options: argparse.Namespace) -> int:
+    from bench import host
+
+    session = start("cpu", options.out, options.minutes)
+    rows = host.run(session, options.library, options.quick)
+    if rows:
+        session.console.print(host_table(rows))
+        session.say(f"{len(rows)} rows in {session.out}")
+    session.report_left_out()
+    return 0 if rows else 1
+
+
+def host_table(rows: list):
+    from rich.table import Table
+
+    title = f"host time over that of one {rows[0].baseline} call, {rows[0].baseline_us:.1f} us"
+    table = Table(title=title, title_justify="left")
+    for column in ("back end", "call", "median", "p20 to p80"):
+        table.add_column(column, justify="right" if column[0] in "mp" else "left", no_wrap=True)
+    for r in rows:
+        low, middle, high = (x / r.baseline_us for x in (r.p20_us, r.p50_us, r.p80_us))
+        table.add_row(r.provider, r.case, f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
     return table
 
 

@@ -33,7 +33,7 @@ class Row:
     triton: str
     diffusers: str
     # what
-    bench: str  # roofline, op, layer, model, memory, flops
+    bench: str  # roofline, op, layer, model, memory, flops, host
     case: str
     dtype: str
     direction: str  # forward, backward

@@ -49,7 +49,7 @@ Rows rows_of(const Tensor& x, const char* name, const Tensor& q) {
 Segment segment_of(const Tensor& k, const Tensor& v, const Optional& mask, const Tensor& q) {
     STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.size(1) == v.size(1),
                     "nasa_kernels: k and v must have 4 dimensions and the same number of keys");
-    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of<Mask>(mask, k), k.size(1)};
+    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of<Mask>(mask, k, q), k.size(1)};
 }
 
 Type type_of(const Tensor& q) {
