@@ -108,6 +108,8 @@ RECORDS = {
             devices=("cuda",),
             dtypes=_HALVES,
             joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
+            rules=("nasa", "projected"),
+            joint_rules=RULES,
         ),
         Backend(
             "triton",
