@@ -113,7 +113,12 @@ def path_of(kernel: Compiled) -> tuple[Counter, float, str]:
 
 
 def rows_of(gpu: Gpu, kernels: list[Compiled]) -> list[Row]:
-    return [_row(gpu, shape, k) for shape in SHAPES for k in kernels if k[2:4] == shape[3:5]]
+    return [
+        _row(gpu, shape, kernel)
+        for shape in SHAPES
+        for kernel in kernels
+        if (kernel.d, kernel.n) == (shape.d, shape.n_pos)
+    ]
 
 
 def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
@@ -133,11 +138,8 @@ def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
     tiles = shape.h * -(-shape.l // kernel.rows)
     efficiency = {}
     for b in BATCHES if kernel.kernel == "forward" else ():
-        if resident_keys:
-            most = grid.most_tiles(b * tiles, grid.grid_for(b * tiles, gpu.sms, resident))
-            efficiency[str(b)] = round(b * tiles / (gpu.sms * most), 3)
-        else:
-            efficiency[str(b)] = round(statics.grid_efficiency(b * tiles, gpu.sms * resident), 3)
+        slots = gpu.sms if resident_keys else gpu.sms * resident
+        efficiency[str(b)] = round(statics.grid_efficiency(b * tiles, slots), 3)
     bound = max(pipes, key=pipes.__getitem__)
     return Row("model", gpu.name, f"sm_{ARCHES[gpu.name]}", str(shape), name, kernel.registers,
                kernel.shared, resident, efficiency, unit, pipes, bound, None)  # fmt: skip
