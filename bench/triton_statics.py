@@ -28,8 +28,8 @@ PAGE = ROOT / "docs" / "kernels" / "statics-triton.md"
 ROWS = ROOT / "docs" / "kernels" / "statics-triton.json"
 # head_dim and keys of each prompt, of all SHAPES
 SIZES = tuple(sorted({(shape.d, shape.n_pos) for shape in SHAPES}))
-# the generation that Triton compiles for; the C++ kernels run older machine code on some
-ARCHES = {"A100": 80, "RTX 4090": 89, "H100": 90, "B200": 100, "RTX 5090": 120}
+# the GPUs of the page: the first of each way to multiply that most users have
+ARCHES = {"A100": 80, "H100": 90}
 PRODUCTS = (*machine_code.PRODUCTS, "UTCHMMA")
 
 
@@ -132,9 +132,7 @@ def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
     how = statics.Plan(name if resident_keys else "long", (), 0, 0, 0, 0, False)
     pipes = statics.cycles(gpu, how, shape.d, path, turns)
     multiprocessor = grid.Gpu(gpu.sms, 65536, gpu.shared_per_sm, 2048 if gpu.major != 12 else 1536)
-    resident = grid.resident_programs(
-        multiprocessor, kernel.registers, kernel.shared, kernel.warps
-    )
+    resident = grid.resident_programs(multiprocessor, kernel.registers, kernel.shared, kernel.warps)
     tiles = shape.h * -(-shape.l // kernel.rows)
     efficiency = {}
     for b in BATCHES if kernel.kernel == "forward" else ():
@@ -149,8 +147,8 @@ INTRODUCTION = """# The Triton kernels by what can be counted
 
 Made by `python -m bench statics --write`, without a GPU, from what Triton {version} compiles.
 **Every row is a model**: counts along the path of a plain call (bf16, both prompts, no mask), and
-data sheets. No time on this page was measured. Columns are those of [the CUDA C++ kernels](
-statics.md); a block is what Triton calls a program.
+data sheets. No time on this page was measured. Columns are those of
+[the CUDA C++ kernels](statics.md); a block is what Triton calls a program.
 
 * **forward** with prompts on chip: one tile of queries, both prompts. Streamed: a whole block of
   keys of one prompt.
@@ -162,14 +160,16 @@ statics.md); a block is what Triton calls a program.
 
 
 def page(rows: list[Row], version: str) -> str:
-    return "\n".join([INTRODUCTION.format(version=version), *statics.page(rows).split("\n## ")[1:]])
+    table = statics.page(rows)
+    return INTRODUCTION.format(version=version) + table[table.index("\n## ") :]
 
 
 def run(write: bool) -> int:
     import triton
 
     by_arch = {arch: compiled_for(arch) for arch in ARCHES.values()}
-    rows = [row for gpu in GPUS for row in rows_of(gpu, by_arch[ARCHES[gpu.name]])]
+    gpus = [gpu for gpu in GPUS if gpu.name in ARCHES]
+    rows = [row for gpu in gpus for row in rows_of(gpu, by_arch[ARCHES[gpu.name]])]
     text = page(rows, triton.__version__)
     if not write:
         print(text)

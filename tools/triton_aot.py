@@ -239,6 +239,8 @@ def memory_of_all(arch: int) -> None:
         # dK and dV do not depend on what stays on chip, and dQ keeps less of it there
         has_backward = (d, n_pos, n_neg) in models or d in (64, 128, 256)
         cross_attention(16, 8, d, n_pos, n_neg, has_backward=has_backward)
+        if has_backward:
+            row_gradients(16, 8, d, n_pos, n_neg)
         report_case(f"d{d}-n{n_pos}+{n_neg}")
     cross_attention(1, 8, 256, 77, 512, dtype=torch.float32)
     report_case("d256-n77+512-fp32")

@@ -221,6 +221,7 @@ def test_a_prompt_that_no_query_looks_at_is_void(launches):
     zero = torch.zeros(1, 64, 1)
     widths = (64, 16)
     for rule in map(RULES.index, CROSS_RULES):
+
         def attend(k_pos, k_neg, alpha, alpha_map=None, rule=rule):
             rest = (None, None, alpha_map, alpha, 1.0, rule)
             return cuts(lambda: forward.forward(q, k_pos, k_pos, k_neg, k_neg, *rest))
