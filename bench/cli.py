@@ -81,16 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
     readme.add_argument("--check", action="store_true", help="only say whether it is current")
     counted = command("statics", run_statics, "count in the compiled kernels", measures=False)
     counted.add_argument("--library", type=Path, help="default: the built extension")
-    counted.add_argument("--write", action="store_true", help="renew docs/kernels/statics.md")
+    counted.add_argument("--write", action="store_true", help="renew docs/kernels/statics*.md")
     show = command("show", run_show, "print a result file as tables", measures=False)
     show.add_argument("file", type=Path)
     return parser
 
 
 def run_statics(options: argparse.Namespace) -> int:
-    from bench import statics
+    from bench import statics, triton_statics
 
-    return statics.run(options.library, options.write)
+    return statics.run(options.library, options.write) or triton_statics.run(options.write)
 
 
 # ---- what measures -------------------------------------------------------------------------------

@@ -150,9 +150,7 @@ def attend(
     elif len(N_CUT) > 0:
         found, l, shift = weigh_resident(q, k, prompt, qk_scale, BLOCK_L, N_CUT)
     else:
-        found, l, shift = attend_streamed(
-            q, prompt, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
-        )
+        found, l, shift = attend_streamed(q, prompt, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
     return found, l, shift
 
 
@@ -218,7 +216,15 @@ def forward_tile(
         z_pos = blocks_of_z(found_pos, v_pos, POS_CUT, BLOCK_L, D_CUT)
         z_neg = blocks_of_z(found_neg, v_neg, NEG_CUT, BLOCK_L, D_CUT)
         apart, c, r = project(z_pos, z_neg, c)
-        store_rows(O, removed(z_pos, apart, c, r * normalise, ALPHA is not None), row, row < L, H * D, D, D_CUT)
+        store_rows(
+            O,
+            removed(z_pos, apart, c, r * normalise, ALPHA is not None),
+            row,
+            row < L,
+            H * D,
+            D,
+            D_CUT,
+        )
     else:
         start = 0
         for i in tl.static_range(len(D_CUT)):

@@ -101,7 +101,9 @@ def store_projected(
     is_neg = row >= first_neg
     a_s, a_p = tl.where(is_neg, 0.0, a_s), tl.where(is_neg, 0.0, a_p / nonzero(l_pos))
     pos = with_shared(o_shared, a_s, found_pos, v_pos, a_p, POS_CUT, BLOCK_L, D_CUT)
-    neg = with_shared(o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT)
+    neg = with_shared(
+        o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT
+    )
     apart, c, r = project(pos, neg, tl.where(row >= first_pos, 0.0, alpha))
     c = tl.where(is_neg, -1.0, c)
     store_rows(O, removed(pos, apart, c, r, HIDES), row, row < L, H * D, D, D_CUT)
@@ -121,8 +123,12 @@ def store_pair(
     O_neg += (b * (L - text_pos) * H + h) * D
     row_neg = tl.where(row < first_neg, row, row - text_pos)
     is_neg = (row < first_pos) | ((row >= first_neg) & (row < L))
-    pos = with_shared(o_shared, a_s, found_pos, v_pos, a_p / nonzero(l_pos), POS_CUT, BLOCK_L, D_CUT)
-    neg = with_shared(o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT)
+    pos = with_shared(
+        o_shared, a_s, found_pos, v_pos, a_p / nonzero(l_pos), POS_CUT, BLOCK_L, D_CUT
+    )
+    neg = with_shared(
+        o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT
+    )
     store_rows(O, pos, row, row < first_neg, H * D, D, D_CUT)
     store_rows(O_neg, neg, row_neg, is_neg, H * D, D, D_CUT)
 
