@@ -72,6 +72,14 @@ def test_the_newest_row_of_a_key_counts_and_counted_rows_are_replaced(tmp_path):
     rows_of.append(path, [row(us=10.0), row("stock")])
     rows_of.append(path, [row(us=20.0)])
     assert [r.p50_us for r in rows_of.latest(rows_of.read(path)).values()] == [20.0, 10.0]
+    rows_of.replace(path, [row(us=30.0)])
+    assert [(r.provider, r.p50_us) for r in rows_of.read(path)] == [
+        ("stock", 10.0),
+        ("nasa-triton", 30.0),
+    ]
+
+
+# ---- compare -------------------------------------------------------------------------------------
 
 
 def test_rows_with_most_threads_of_their_device():
@@ -92,14 +100,6 @@ def test_threads_of_a_run(tmp_path, capsys):
         assert "--threads must be at least 1, got 0" in capsys.readouterr().err
     finally:
         torch.set_num_threads(before)
-    rows_of.replace(path, [row(us=30.0)])
-    assert [(r.provider, r.p50_us) for r in rows_of.read(path)] == [
-        ("stock", 10.0),
-        ("nasa-triton", 30.0),
-    ]
-
-
-# ---- compare -------------------------------------------------------------------------------------
 
 
 def compared(tmp_path, before, after, *options):
