@@ -51,7 +51,8 @@ def nag_attention(
 
     Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
     one query. `"cpu"` is one operator that rounds once, where no gradient is recorded; elsewhere
-    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded. Deterministic, and differentiable in all tensors.
+    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded.
+    Deterministic, and differentiable in all tensors.
 
     Args:
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
