@@ -52,9 +52,9 @@ PROXY_FENCE = r"fence\.proxy\.async\.shared::cta;"
 GROUP_BARRIER = r"barrier\.sync[^;]*;"
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
 # In forward_sm90_long with masks: 0 Q, then arrived and clean of: 1-2 the first K of the negative
-# prompt, 3-4 the next K, 5-6 V of the keys before, 7-8 the last V, 9-16 the same of the positive one;
-# 17 O_s, 18-21 the free slots, 22-25 warps that clean (K free, V arrived; both prompts). Without, as
-# beside shared keys here: 0 Q, 1-4 and 5-8 K, K, V, V of the prompts, 9 O_s.
+# prompt, 3-4 the next K, 5-6 V of the keys before, 7-8 the last V, 9-16 those of the positive one,
+# 17 O_s, 18-21 the free slots, 22-25 warps that clean (K free, V arrived; both prompts). Without,
+# as beside shared keys here: 0 Q, 1-4 and 5-8 K, K, V, V of the prompts, 9 O_s.
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
 PASS = "setp.eq.u32 complete, 0, 0;"
 FAULTS = (
@@ -104,7 +104,7 @@ FAULTS = (
     Fault("joint-lost-logarithm", "forward_sm90_short", r"lg2\.approx\.ftz\.f32", "mov.f32", 0,
           True),
     Fault("missing-wait-for-k", "forward_sm90_long", WAIT, PASS, 3),
-    Fault("missing-wait-for-clean-bias", "forward_sm90_long", WAIT, PASS, 4),
+    Fault("missing-wait-for-clean-bias", "forward_sm90_long", WAIT, PASS, 2),
     Fault("missing-wait-for-clean-v", "forward_sm90_long", WAIT, PASS, 6),
     Fault("cleans-before-v-arrives", "forward_sm90_long", WAIT, PASS, 23),
     Fault("bias-in-use", "forward_sm90_long", WAIT, PASS, 24),
