@@ -338,7 +338,7 @@ def run(report: Report, command: list[str], seconds: float) -> int:
 
 
 def versions(m: Machine, report: Report) -> None:
-    if run(report, [sys.executable, "-m", "nasa_kernels"], 120):
+    if run(report, [sys.executable, "-m", "nasa_kernels"], 120) not in (0, STOPPED):
         report.fail("python -m nasa_kernels")
 
 
@@ -350,9 +350,23 @@ def suite(m: Machine, report: Report) -> None:
         report("would run " + " ".join(SUITE))
         return
     # the pipelines first: nothing else here runs them on a GPU
-    for names, seconds in (SUITE[:1], 90.0), (SUITE[1:], 240.0):
-        if run(report, [sys.executable, "-m", "pytest", "-q", "-x", *names], seconds):
+    for names, seconds in (SUITE[:1], 60.0), (SUITE[1:], 180.0):
+        if run(report, [sys.executable, "-m", "pytest", "-q", "-x", *names], seconds) not in (
+            0,
+            STOPPED,
+        ):
             report.fail(f"pytest {' '.join(names)}")
+
+
+def rows(m: Machine, report: Report) -> None:
+    """Rows with versions, spread and baselines, for bench/results; `make bench` takes longer."""
+    minutes = (report.left() - 30) / 60
+    if not m.real or minutes < 1:
+        report("would run" if not m.real else "no time was left for: python -m bench all")
+        return
+    command = [sys.executable, "-m", "bench", "all", "--minutes", f"{min(minutes, 2):.1f}"]
+    if run(report, command, report.left()) not in (0, STOPPED):
+        report.fail("python -m bench all")
 
 
 class Step(NamedTuple):
@@ -373,6 +387,7 @@ STEPS = (
     Step("streamed", "Wan at its tensor pipe, with gaps", streamed),
     Step("overlap", "a microsecond less, or nothing", overlap),
     Step("suite", "green", suite),
+    Step("rows", "the same times, beside what one would use instead", rows),
 )
 
 

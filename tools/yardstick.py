@@ -79,7 +79,7 @@ def rows_of(cubin: Path, origin: str) -> list[statics.Row]:
         else:
             raise ValueError(f"{name}: no loop with {products} products")
         shared = 2 * d * (rows + 2 * keys)
-        plan = statics.Plan(f"flash-attn_long<{d}, {rows}, {keys}, {warps}>", (), 32 * warps,
+        plan = statics.Plan("streamed_long", (), 32 * warps,
                             shared, rows, keys, False)  # fmt: skip
         # for 64 rows and 128 keys, as of our streamed kernel
         turns = 64 / rows * warps / 4 * 128 / keys
