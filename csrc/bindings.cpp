@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "device.h"
 #include "layouts.h"
 #include "nasa.h"
@@ -59,24 +60,6 @@ Type type_of(const Tensor& q) {
     return Type::kHalf;
 }
 
-Mask mask_of(const std::optional<Tensor>& mask, const Tensor& k) {
-    if (!mask.has_value()) return {nullptr, 0, 0, MaskType::kNone};
-    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(1),
-                    "nasa_kernels: a mask must be [b, n]");
-    const auto type = [&] {
-        switch (mask->scalar_type()) {
-            case ScalarType::Bool: return MaskType::kBool;
-            case ScalarType::Float: return MaskType::kFloat;
-            case ScalarType::Half: return MaskType::kHalf;
-            case ScalarType::BFloat16: return MaskType::kBfloat16;
-            default:
-                STD_TORCH_CHECK(false, "nasa_kernels: a mask must be bool, fp32, fp16 or bf16");
-        }
-        return MaskType::kNone;
-    }();
-    return {mask->const_data_ptr(), mask->stride(0), mask->stride(1), type};
-}
-
 Matrix matrix_of(const Tensor& x) {
     return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -84,7 +67,7 @@ Matrix matrix_of(const Tensor& x) {
 Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
     STD_TORCH_CHECK(k.size(1) == v.size(1), "nasa_kernels: k has ", k.size(1), " tokens but v has ",
                     v.size(1));
-    return {matrix_of(k), matrix_of(v), mask_of(mask, k), static_cast<int>(k.size(1))};
+    return {matrix_of(k), matrix_of(v), mask_of<Mask>(mask, k), static_cast<int>(k.size(1))};
 }
 
 // Everything of a call but O. `aligned` so far covers q and the positive prompt only.
@@ -109,19 +92,7 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
     p.l = static_cast<int>(q.size(1));
     p.h = static_cast<int>(q.size(2));
     p.d = static_cast<int>(q.size(3));
-    p.alpha_map = nullptr;
-    p.alpha_stride_b = p.alpha_stride_l = p.alpha_stride_h = 0;
-    p.alpha = static_cast<float>(alpha);
-    if (alpha_map.has_value()) {
-        STD_TORCH_CHECK(alpha_map->dim() == 3 && alpha_map->size(0) == p.b &&
-                            alpha_map->size(1) == p.l && alpha_map->size(2) == p.h &&
-                            alpha_map->scalar_type() == ScalarType::Float,
-                        "nasa_kernels: alpha_map must be fp32 [b, l, h]");
-        p.alpha_map = static_cast<const float*>(alpha_map->const_data_ptr());
-        p.alpha_stride_b = alpha_map->stride(0);
-        p.alpha_stride_l = alpha_map->stride(1);
-        p.alpha_stride_h = alpha_map->stride(2);
-    }
+    set_alpha(p, alpha_map, alpha, p.l, p.h);
     p.rule = Rule::kNasa;
     p.shared = {};
     p.scale = static_cast<float>(scale) * kLog2E;

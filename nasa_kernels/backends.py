@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nasa_kernels import _cpu
 from nasa_kernels._cuda import extension
-from nasa_kernels.reference import RULES
+from nasa_kernels.reference import CROSS_RULES, RULES
 
 _HALVES = (torch.float16, torch.bfloat16)
 # the oldest Triton that the kernels are tested on
@@ -56,6 +56,8 @@ class Backend(NamedTuple):
     backward_rules: tuple[str, ...] = ("nasa",)
     joint_rules: tuple[str, ...] = JOINT_RULES
     joint_backward_rules: tuple[str, ...] = JOINT_RULES
+    # whether one operator serves NAG, where no gradient is recorded
+    has_nag: bool = False
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
     has_pair: bool = False
     # saved for the backward pass beside the inputs. Kernels rebuild what they need on chip;
@@ -80,9 +82,22 @@ class Backend(NamedTuple):
         )
 
 
-def _without_cpu_kernels(module: str) -> Modules | None:
-    """What implements the operators of `cpu` where its library is not there."""
-    return None if _cpu.load() is None else Modules(module, module)
+def _cpu_record() -> Backend:
+    record = Backend(
+        "cpu",
+        devices=("cpu",),
+        dtypes=(*_HALVES, torch.float32),
+        has_pair=True,
+        keeps=("z_pos", "lse_pos", "z_neg", "lse_neg"),
+        shared_dtype=torch.float32,
+    )
+    if _cpu.load() is None:
+        return record._replace(
+            rules=CROSS_RULES, backward_rules=CROSS_RULES,
+            joint_rules=RULES, joint_backward_rules=RULES, has_nag=True,
+        )  # fmt: skip
+    cross, joint = "nasa_kernels._cpu.attention", "nasa_kernels._cpu.joint"
+    return record._replace(cross=Modules(cross, cross), joint=Modules(joint, joint))
 
 
 RECORDS = {
@@ -102,18 +117,12 @@ RECORDS = {
             dtypes=(*_HALVES, torch.float32),
             cross=Modules("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
             joint=Modules("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+            rules=CROSS_RULES,
+            backward_rules=CROSS_RULES,
+            joint_rules=RULES,
             has_pair=True,
         ),
-        Backend(
-            "cpu",
-            devices=("cpu",),
-            dtypes=(*_HALVES, torch.float32),
-            cross=_without_cpu_kernels("nasa_kernels._cpu.attention"),
-            joint=_without_cpu_kernels("nasa_kernels._cpu.joint"),
-            has_pair=True,
-            keeps=("z_pos", "lse_pos", "z_neg", "lse_neg"),
-            shared_dtype=torch.float32,
-        ),
+        _cpu_record(),
         Backend("sdpa", devices=(), dtypes=(*_HALVES, torch.float32)),
         Backend(
             "reference", devices=("cuda", "cpu"), dtypes=(*_HALVES, torch.float32, torch.float64)

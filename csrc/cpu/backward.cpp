@@ -468,7 +468,7 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
     ahead.spread(tiles);
 
     Vec minus_alpha[R];
-    negative_alpha<R>(p, b, h, first, count, minus_alpha);
+    negative_alpha<R>(p, block, b, h, minus_alpha);
     const Rule rule = section.target[0].rule;
     Outcome<R> made;
     if (rule == Rule::kProjected) {

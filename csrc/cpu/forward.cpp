@@ -82,7 +82,7 @@ void forward_block(const Call& p, const Block& block, const AllKeys& all, int64_
     const Section& section = *block.section;
     const Attended<R> found = attend<T, R>(p, block, all, b, h, x);
     Vec minus_alpha[R];
-    negative_alpha<R>(p, b, h, block.first, block.count, minus_alpha);
+    negative_alpha<R>(p, block, b, h, minus_alpha);
     for (int t = 0; t < section.targets; ++t) {
         const Target& to = section.target[t];
         const int64_t at = to.first + block.first - section.first, stride = p.h * p.d;
@@ -167,7 +167,7 @@ bool forward_rows(const Call& p, const Blocks& blocks, const AllKeys& all, const
         with_tile<kPanels>(block.panels, [&](auto panels) {
             constexpr int kR = decltype(panels)::value;
             Vec minus_alpha[kR];
-            negative_alpha<kR>(p, b, h, block.first, block.count, minus_alpha);
+            negative_alpha<kR>(p, block, b, h, minus_alpha);
             blend<T, kR>(p, minus_alpha, h, rows, out, block.count);
         });
     };

@@ -35,7 +35,13 @@ WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 # they write prompts times images into `batch_size`
 COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 # where pipelines hold the text of the prompt, often beside that of other branches in one tensor
-PROMPTS = ("prompt_embeds", "text_embeddings", "text_embedding", "cond_embeddings")
+PROMPTS = (
+    "connector_prompt_embeds",
+    "prompt_embeds",
+    "text_embeddings",
+    "text_embedding",
+    "cond_embeddings",
+)
 # words in the names of texts that are not the prompt's
 OTHERS = {
     *("negative", "uncond", "unconditional", "null", "empty", "safety"),
@@ -183,10 +189,8 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_text(value: Any) -> bool:
-    """[r, n, c], or as Allegro's [r, 1, n, c]"""
-    if not isinstance(value, Tensor):
-        return False
-    return value.dim() == 3 or value.dim() == 4 and value.shape[1] == 1
+    # Allegro has `[r, 1, n, c]`; Krea 2 holds its text layer by layer
+    return isinstance(value, Tensor) and value.dim() in (3, 4)
 
 
 def _texts(value: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from support import formula
-from support.cases import BACKENDS, DEVICE, make_inputs, mask_of
+from support.cases import BACKENDS, DEVICE, make_inputs, mask_of, with_rule
 from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,15 +39,18 @@ def kept_of(result):
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend, plain):
-    library.opcheck(ops.ATTENTION[backend], arguments(alpha_map=not plain, masks=not plain))
+    attention, forward = ops.ATTENTION[backend], ops.FORWARD[backend]
+    backward = getattr(torch.ops.nasa_kernels, f"backward_{backend}").default
+    call = arguments(alpha_map=not plain, masks=not plain)
+    library.opcheck(attention, with_rule(attention, call))
     without = arguments(alpha_map=not plain, masks=not plain, requires_grad=False)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    library.opcheck(ops.FORWARD[backend], without, test_utils=utilities)
+    library.opcheck(forward, with_rule(forward, without), test_utils=utilities)
     grad_o = torch.randn_like(without[0])
-    backward = getattr(torch.ops.nasa_kernels, f"backward_{backend}").default
     needs = [True, False, True, True, True, not plain]
-    kept = kept_of(ops.ATTENTION[backend](*without))
-    library.opcheck(backward, (grad_o, *kept, *without, needs), test_utils=utilities)
+    kept = kept_of(attention(*with_rule(attention, without)))
+    inputs = (grad_o, *kept, *with_rule(backward, without), needs)
+    library.opcheck(backward, inputs, test_utils=utilities)
 
 
 def test_the_seam_for_cuda_is_there():
@@ -56,7 +59,8 @@ def test_the_seam_for_cuda_is_there():
     assert list(names) == ["nasa_kernels::forward_cuda", "nasa_kernels::attention_cuda"]
     args = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments()]
     with FlopCounterMode(display=False) as counter:
-        assert ops.FORWARD["cuda"](*args).shape == (2, 20, 2, 16)
+        o = ops.FORWARD["cuda"](*with_rule(ops.FORWARD["cuda"], tuple(args)))
+        assert o.shape == (2, 20, 2, 16)
     assert counter.get_total_flops() > 0
 
 

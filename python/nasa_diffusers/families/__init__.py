@@ -5,8 +5,12 @@ from torch import nn
 from nasa_diffusers.families.base import Family
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
+from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
+from nasa_diffusers.families.ltx2 import LTX2
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
+from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
@@ -14,6 +18,7 @@ from nasa_diffusers.families.unet import AnimateDiff, UNet
 from nasa_diffusers.families.unsupported import REASONS
 from nasa_diffusers.families.wan import Wan
 from nasa_diffusers.families.wan_like import AnyFlow, ChronoEdit, Helios, WanAnimate
+from nasa_diffusers.families.z_image import ZImage
 
 FAMILIES: tuple[Family, ...] = (
     UNet(),
@@ -33,6 +38,11 @@ FAMILIES: tuple[Family, ...] = (
     SkyReels(),
     Flux(),
     StableDiffusion3(),
+    QwenImage(),
+    ZImage(),
+    Flux2(),
+    Krea2(),
+    LTX2(),
 )
 
 
@@ -42,15 +52,13 @@ def family_of(denoiser: nn.Module) -> Family:
     for family in FAMILIES:
         if names & set(family.denoisers):
             return family
-    raise ValueError(f"enable_nasa: {not_known(type(denoiser).__name__)}")
+    raise ValueError(
+        f"enable_nasa: {not_known(type(denoiser).__name__)}; run it without NASA, "
+        "`python -m nasa_diffusers pipelines` lists what is supported"
+    )
 
 
 def not_known(denoiser: str) -> str:
     """What is said of a class of denoisers that no family knows."""
-    if denoiser in REASONS:
-        return (
-            f"no family knows the denoiser {denoiser}: {REASONS[denoiser]}; run it without NASA, "
-            "`python -m nasa_diffusers pipelines` lists what is supported"
-        )
-    known = ", ".join(name for family in FAMILIES for name in family.denoisers)
-    return f"no family knows the denoiser {denoiser}; known are {known}"
+    reason = f": {REASONS[denoiser]}" if denoiser in REASONS else ""
+    return f"no family knows the denoiser {denoiser}{reason}"

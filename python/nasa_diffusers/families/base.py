@@ -36,6 +36,10 @@ class ImageTokens:
         """As the family says."""
         return self.family.grids(self.denoiser, sample, inputs)
 
+    def padding(self, sample: Tensor, inputs: dict[str, Any]) -> int:
+        """How many tokens follow those of a grid, which a map over the image leaves alone."""
+        return 0
+
     def targets(self, inputs: dict[str, Any]) -> Targets | None:
         """Where reference images stand beside the image that is made: its tokens. The same object
         for the same inputs."""
@@ -51,6 +55,10 @@ class Family:
     rules: tuple[str, ...] = ("nasa",)
     # text and image share one attention
     is_joint = False
+    # negative prompts travel beside the text of a call, not in its place
+    is_beside = False
+    # the argument of the denoiser that holds the text
+    text_argument = "encoder_hidden_states"
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
     # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
@@ -139,10 +147,6 @@ class Family:
         """For each layer, the modules with a hook of ours that a call must pass to reach it."""
         return {name: (attn,) for name, attn in self.layers(denoiser)}
 
-    def flat_text(self, text: Tensor) -> Tensor:
-        """`[b, n, c]` of the text that the denoiser is called with."""
-        return text
-
     def carry(
         self,
         denoiser: Denoiser,
@@ -157,6 +161,30 @@ class Family:
     def plain(self, text: GuidedText) -> Any:
         """What a layer that is not guided is given in place of `text`."""
         return text.text
+
+    def read_embeds(self, embeds: Any, mask: Tensor | None) -> tuple[Any, Tensor | None]:
+        """`negative_prompt_embeds` as the pipeline has its own, as `[m, n, c]`, and their mask."""
+        return embeds, mask
+
+    def as_text(self, text: Any) -> Tensor:
+        """The text of a call as `[b, n, c]`."""
+        if isinstance(text, Tensor):
+            return text
+        why = "a deprecated IP-Adapter call passes images there, use ip_adapter_image_embeds"
+        if text is None:
+            why = "this denoiser is called without a text, so there is no prompt to guide"
+        raise ValueError(
+            f"nasa_diffusers: {self.text_argument} must be one tensor [b, n, c], got "
+            f"{type(text).__name__}; {why}"
+        )
+
+    def channels(self, text: Tensor, inputs: dict[str, Any]) -> int:
+        """Of a negative prompt that fits a call with this text, `[b, n, c]`."""
+        return text.shape[2]
+
+    def as_sample(self, sample: Any) -> Tensor:
+        """The latents of a call, `[b, ...]`."""
+        return sample
 
     def keeps_text(self, denoiser: Denoiser) -> bool:
         """Whether a cache on this denoiser keeps text from call to call, so that its length must

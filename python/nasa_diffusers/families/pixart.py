@@ -33,9 +33,9 @@ class Allegro(PixArt):
     denoisers = ("AllegroTransformer3DModel",)
     processors = (stock.AllegroAttnProcessor2_0,)
 
-    def flat_text(self, text):
+    def as_text(self, text):
         # [b, 1, n, c], which the transformer folds after projecting it
-        return text.flatten(1, 2)
+        return super().as_text(text).flatten(1, 2)
 
     def grids(self, denoiser, sample, inputs):
         patch = denoiser.config.patch_size
