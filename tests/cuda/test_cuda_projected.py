@@ -147,12 +147,16 @@ def test_equal_prompts_beside_shared_keys_leave_the_positive_one(path):
     assert torch.equal(forward(**inputs, alpha=zeros, joint=joint, path=path), alone)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_without_negative_keys_the_shared_ones_are_projected(path):
+@pytest.mark.parametrize(
+    ("shape", "path"),
+    [*((SDXL, path) for path in PATHS), (SHAPES[2][0], "short"), (SHAPES[3][0], "short")],
+    ids=str,
+)
+def test_without_negative_keys_the_shared_ones_are_projected(shape, path):
     """Z- is O_s then, and not nothing: Hopper's kernel for one prompt would not do."""
-    inputs = make(SDXL, torch.bfloat16)
-    joint = make_joint(SDXL, torch.bfloat16, rule="projected")
-    nobody = {"mask_neg": torch.zeros(1, 77, dtype=torch.bool)}
+    inputs = make(shape, torch.bfloat16)
+    joint = make_joint(shape, torch.bfloat16, rule="projected")
+    nobody = {"mask_neg": torch.zeros(1, shape.n_neg, dtype=torch.bool)}
     masked = forward(**inputs, alpha=2.0, joint=joint, path=path, **nobody)
     inputs |= {"k_neg": inputs["k_neg"][:, :0], "v_neg": inputs["v_neg"][:, :0]}
     empty = forward(**inputs, alpha=2.0, joint=joint, path=path)
