@@ -48,6 +48,15 @@ def test_methods_have_all_their_settings():
     assert [len(set(grid)) for grid in grids] == [12, 12] and not set(grids[0]) & set(grids[1])
 
 
+def test_methods_can_be_named():
+    assert evaluate.read_method("nag:8:1.25:0.5") == evaluate.Method("nag", 8.0, 1.25, 0.5)
+    assert evaluate.read_method("projected:2") == evaluate.Method("projected", 2.0)
+    assert evaluate.read_method("none") == evaluate.NONE
+    for wrong in ("nasa", "nasa:much", "none:1", "nag:8:1.25", "best:1"):
+        with pytest.raises(ValueError, match=f"cannot read '{wrong}'"):
+            evaluate.read_method(wrong)
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 

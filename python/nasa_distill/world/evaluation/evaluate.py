@@ -172,6 +172,24 @@ def call_pipeline(
     return code().decode(codes).clamp(-1, 1)
 
 
+def read_method(text: str) -> Method:
+    """`nag:8:2.5:0.25` as the method that it names.
+
+    Raises:
+        ValueError: There is no such method, or what follows is no number.
+    """
+    name, *numbers = text.split(":")
+    known = {"none", "cfg", "nag", "vsf", "projected", *ALPHAS}
+    try:
+        if name not in known or len(numbers) not in (
+            (1, 3) if name == "nag" else (name != "none",)
+        ):
+            raise ValueError(f"one of {', '.join(sorted(known))}, and its numbers")
+        return Method(name, *map(float, numbers))
+    except ValueError as error:
+        raise ValueError(f"evaluate.read_method: cannot read {text!r}: {error}") from error
+
+
 @functools.cache
 def code() -> PatchCode:
     return PatchCode()
