@@ -151,7 +151,7 @@ def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, mon
     assert [c.method for c in results.cells] == list(METHODS)
     assert "other noise (`--search`), seed 9" in page.read_text()
     # the page is made of the numbers that are kept
-    pictures = [out / f"{name}.png" for name in ("price-1", "samples")]
+    pictures = [out / f"{name}.png" for name in ("price", "samples")]
     assert report.markdown(results, pictures, page.parent) == page.read_text()
     best = ["--best-of", str(out / "results.json"), "--pairs", "held-out"]
     assert main([*small, *best, "--out", str(held)]) == 0
