@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders import BaseGuidance
 from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Alpha
@@ -23,6 +22,14 @@ from nasa_diffusers.api import Handle, enable_nasa
 from nasa_diffusers.caller import find_caller
 from nasa_diffusers.guidance import Settings
 from nasa_diffusers.methods import METHODS, Method
+
+try:
+    from diffusers.guiders import BaseGuidance
+    from diffusers.guiders.guider_utils import GuiderOutput
+except ImportError as error:
+    raise ImportError(
+        "nasa_diffusers.guider: this diffusers has other guiders; pip install -U diffusers"
+    ) from error
 
 # what blocks call the text that they hand to a guider, and its mask
 TEXTS = ("prompt_embeds", "encoder_hidden_states", "cap_feats")
@@ -73,19 +80,15 @@ class NASAGuidance(BaseGuidance):
     def is_conditional(self) -> bool:
         return True
 
-    def prepare_inputs(self, data: Any, input_fields: Any = None) -> list[Any]:
+    def prepare_inputs(self, data: Any) -> list[Any]:
         """The conditional batch alone; the negative text of `data` is kept aside."""
-        if input_fields is not None or not isinstance(data, dict):
-            # diffusers before 0.36
-            return self.prepare_inputs_from_block_state(data, input_fields or self._input_fields)
         self._keep({name: x[1] for name, x in data.items() if isinstance(x, tuple)})
         return [self._prepare_batch(data, 0, "pred_cond")]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
         fields = {name: x[1] for name, x in input_fields.items() if isinstance(x, tuple)}
         self._keep({name: getattr(data, x, None) for name, x in fields.items() if x is not None})
-        make: Any = getattr(self, "_prepare_batch_from_block_state", self._prepare_batch)
-        return [make(input_fields, data, 0, "pred_cond")]
+        return [self._prepare_batch_from_block_state(input_fields, data, 0, "pred_cond")]
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         self._count_prepared += 1
@@ -119,11 +122,6 @@ class NASAGuidance(BaseGuidance):
         return self.forward(batch.noise_pred)
 
     def forward(self, pred_cond: Tensor) -> Any:
-        try:
-            from diffusers.guiders.guider_utils import GuiderOutput
-        except ImportError:
-            # diffusers before 0.36
-            return pred_cond, {}
         return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
 
     def disable(self) -> None:

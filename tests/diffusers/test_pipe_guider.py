@@ -1,19 +1,29 @@
 """`NASAGuidance` in modular pipelines, against `enable_nasa` on the classic one, bit for bit."""
 
+import importlib
+import types
+
 import diffusers
 import pytest
 import torch
 from nasa_diffusers import enable_nasa, testing
 from nasa_diffusers.methods import METHODS
 
-guider = pytest.importorskip("nasa_diffusers.guider")
+guider = pytest.importorskip("nasa_diffusers.guider", exc_type=ImportError)
 NASAGuidance = guider.NASAGuidance
 CALL = {"prompt": "a cat", "num_inference_steps": 3, "height": 32, "width": 32}
 
 
-def modular(classic, guidance):
-    blocks = diffusers.modular_pipelines.stable_diffusion_xl.StableDiffusionXLAutoBlocks()
-    pipe = blocks.init_pipeline()
+BLOCKS = {
+    "stable_diffusion_xl": "StableDiffusionXLAutoBlocks",
+    "stable_diffusion_3": "StableDiffusion3AutoBlocks",
+    "wan": "WanBlocks",
+}
+
+
+def modular(classic, guidance, family="stable_diffusion_xl"):
+    blocks = getattr(getattr(diffusers.modular_pipelines, family), BLOCKS[family])
+    pipe = blocks().init_pipeline()
     parts = classic.components
     pipe.register_components(**{n: x for n, x in parts.items() if n in pipe.component_names})
     pipe.update_components(guider=guidance)
@@ -67,6 +77,24 @@ def test_it_is_enable_nasa_on_the_classic_pipeline(classic, method, options):
     # a second run, another negative prompt, and again the first
     assert not torch.equal(draw(pipe, negative_prompt="a bird"), wanted)
     assert torch.equal(draw(pipe), wanted)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "wan"])
+def test_other_modular_pipelines(family, monkeypatch):
+    module = importlib.import_module(f"diffusers.modular_pipelines.{family}.encoders")
+    if not hasattr(module, "ftfy"):
+        # diffusers' blocks of Wan clean prompts with it unasked
+        ftfy = types.SimpleNamespace(fix_text=lambda text: text)
+        monkeypatch.setattr(module, "ftfy", ftfy, raising=False)
+    classic = getattr(testing, family)()
+    classic.set_progress_bar_config(disable=True)
+    frames = {"num_frames": 5} if family == "wan" else {}
+    stock = draw(classic, **frames)
+    handle = enable_nasa(classic, "a dog", alpha=0.5)
+    wanted = draw(classic, **frames)
+    handle.disable()
+    pipe = modular(classic, NASAGuidance(alpha=0.5), family)
+    assert torch.equal(draw(pipe, **frames), wanted) and not torch.equal(wanted, stock)
 
 
 def test_disabled_it_is_stock(classic):
