@@ -4,7 +4,7 @@
 # make test      everything that needs no GPU: lint, types, all tests, and the oldest versions
 # make lint      ruff and mypy alone
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
-# make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
+# make gpu       8 minutes on an NVIDIA GPU, one report; elsewhere what it would do; PY=python3: as it is
 # make wheel     one manylinux wheel for every Python and torch, with code for every architecture
 # make hf-kernel the layout of Hugging Face's kernels, without compiled code, in build/hf-kernel
 # make format    rewrite the sources in the project's format
@@ -60,14 +60,9 @@ lint: $(VENV)/ready-test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-gpu:
-	$(PY) -m nasa_kernels
-	$(PY) -m pytest -q tests/op/test_forward.py tests/op/test_backward.py \
-	    tests/op/test_properties.py tests/op/test_ops.py tests/op/test_errors.py \
-	    tests/op/test_fuzz.py tests/op/test_nag.py tests/op/test_joint.py \
-	    tests/op/test_joint_backward.py tests/bench/test_bench_gpu.py
-	$(BENCH) all --minutes 8
-	-$(BENCH) plot
+# what only a GPU can show, in the order that matters, in one report: build/gpu.txt
+gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready-test)
+	$(PY) tools/gpu.py --minutes 7.5
 
 # rows go to bench/results/; nothing else should run beside it
 bench: $(VENV)/ready-bench

@@ -304,6 +304,19 @@ def _useful_products(gpu: Gpu, shape: Shape) -> float:
     return 2 * GROUP_ROWS * keys * shape.d / rate if rate else 0.0
 
 
+def predicted_us(gpu: Gpu, row: Row, shape: Shape) -> float:
+    """Of a launch without its start: the tallest pipe, on the SM that has most to do."""
+    how = plan(gpu, shape)
+    parts = 1
+    if how.kernel.endswith("long"):
+        parts = sum(-(-n // how.keys) for n in (shape.n_pos, shape.n_neg))
+    tiles = shape.b * shape.h * -(-shape.l // how.rows)
+    # tiles that an SM gets when they are spread as evenly as tiles can be
+    slots = gpu.sms * row.blocks_per_sm
+    tiles_of_sm = row.blocks_per_sm * -(-tiles // slots)
+    return tiles_of_sm * how.rows / GROUP_ROWS * parts * row.cycles[row.bound] / gpu.ghz / 1e3
+
+
 # ---- page and command ----------------------------------------------------------------------------
 
 INTRODUCTION = """# The kernels by what can be counted

@@ -108,6 +108,8 @@ RECORDS = {
             devices=("cuda",),
             dtypes=_HALVES,
             joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
+            rules=("nasa", "projected"),
+            joint_rules=RULES,
         ),
         Backend(
             "triton",
@@ -115,6 +117,9 @@ RECORDS = {
             dtypes=(*_HALVES, torch.float32),
             cross=Modules("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
             joint=Modules("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+            rules=CROSS_RULES,
+            backward_rules=CROSS_RULES,
+            joint_rules=RULES,
             has_pair=True,
         ),
         _cpu_record(),

@@ -35,7 +35,13 @@ WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 # they write prompts times images into `batch_size`
 COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 # where pipelines hold the text of the prompt, often beside that of other branches in one tensor
-PROMPTS = ("prompt_embeds", "text_embeddings", "text_embedding", "cond_embeddings")
+PROMPTS = (
+    "connector_prompt_embeds",
+    "prompt_embeds",
+    "text_embeddings",
+    "text_embedding",
+    "cond_embeddings",
+)
 # words in the names of texts that are not the prompt's
 OTHERS = {
     *("negative", "uncond", "unconditional", "null", "empty", "safety"),

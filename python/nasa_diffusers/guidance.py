@@ -227,11 +227,12 @@ class Guidance:
         afresh: bool,
     ) -> GuidedText:
         placed = [term.rows(text, rows) for term in negatives]
+        channels = self.family.channels(text, inputs)
         for embeds, _ in placed:
-            if embeds.shape[2] != text.shape[2]:
+            if embeds.shape[2] != channels:
                 raise ValueError(
                     f"nasa_diffusers: the negative prompt has {embeds.shape[2]} channels, the "
-                    f"prompt has {text.shape[2]}; encode both with the encoders of this pipeline"
+                    f"prompt has {channels}; encode both with the encoders of this pipeline"
                 )
         prompts_seen = None
         if not (torch.is_grad_enabled() or self.family.is_beside):

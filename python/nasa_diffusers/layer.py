@@ -87,7 +87,7 @@ class CrossAttentionHook(Hook):
             sizes = [(x.shape[0], prompt.k.shape[1], x.shape[2]) for x, prompt in prompts]
             self.last_call = LayerCall(q.shape, sizes)
         if attention_mask is not None:
-            pos = pos._replace(mask=_key_mask(self.name, attention_mask, pos.k.shape[1]))
+            pos = pos._replace(mask=key_mask(self.name, attention_mask, pos.k.shape[1]))
         signed = [
             Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
         ]
@@ -209,7 +209,7 @@ class LayerCall:
         return sum(4 * r * n * c * h * d for r, n, c in self.texts[1:])
 
 
-def _key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
+def key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
     """diffusers' additive mask `[b, 1, n]` as one bias per key, `[b, n]`."""
     if mask.dim() != 3 or mask.shape[1] != 1 or mask.shape[2] != keys:
         raise ValueError(

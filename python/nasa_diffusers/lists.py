@@ -1,7 +1,7 @@
 """Which rows of a call carry the prompt, where its texts are a list: one text `[n, c]` for a row.
 
-The pipeline that runs holds its prompts and its other texts as lists of the same tensors, in whatever
-order it calls with them. So a row is known by its object, and no value is compared.
+The pipeline that runs holds its prompts and its other texts as lists of the same tensors, in
+whatever order it calls with them. So a row is known by its object, and no value is compared.
 """
 
 from __future__ import annotations

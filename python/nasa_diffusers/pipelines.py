@@ -136,7 +136,7 @@ def as_markdown(rows: list[Row]) -> str:
         "## Works\n\n" + _grouped("family", live, WORKS, lambda row: row.family),
         "## Works with a condition\n\n"
         + _grouped("condition", live, CONDITION, lambda row: row.sentence),
-        "## Refused\n\nThe sentence is that of the error.\n\n"
+        "## Refused\n\nAs the error says it.\n\n"
         + _grouped("why", live, REFUSED, lambda row: row.sentence),
         "## Modular pipelines\n\n"
         + _grouped("what", modular, None, lambda row: row.sentence or row.status),
@@ -158,8 +158,9 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
 
 HEAD = """# Pipelines
 
-What `python -m nasa_diffusers pipelines` says of diffusers {version}: every pipeline that it exports. With `--json` the
-same for programs. Deprecated and modular pipelines are not in the totals.
+What `python -m nasa_diffusers pipelines` says of diffusers {version}: every pipeline that it
+exports. With `--json` the same for programs. Deprecated and modular pipelines are not in the
+totals.
 
 ```python
 from nasa_diffusers import pipelines
@@ -175,9 +176,7 @@ def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _grouped(
-    title: str, rows: Iterable[Row], status: str | None, key: Callable[[Row], str]
-) -> str:
+def _grouped(title: str, rows: Iterable[Row], status: str | None, key: Callable[[Row], str]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if status in (None, row.status):
@@ -226,7 +225,9 @@ def _row(name: str, kind: Any) -> Row:
 def _judged(
     name: str, denoisers: list[str], is_deprecated: bool = False, is_modular: bool = False
 ) -> Row:
-    known = next(((d, f) for d in denoisers for f in FAMILIES if d in f.denoisers), None)
+    # AnimateDiff's is made of one of Stable Diffusion, which its constructor takes as well
+    by_name = {name: family for family in FAMILIES for name in family.denoisers}
+    known = next(((d, by_name[d]) for d in reversed(denoisers) if d in by_name), None)
     denoiser, family = (_first(denoisers), "") if known is None else (known[0], known[1].name)
     status, sentence = WORKS, ""
     refusal = _by_beginning(REFUSALS, name)
@@ -261,12 +262,15 @@ def _behind_a_package(name: str, kind: Any) -> Row:
 
 def _takes_text(kind: type) -> bool:
     named = inspect.signature(kind.__call__).parameters
-    return any(re.fullmatch(r"(\w+_)?prompt(_embeds)?", n) and "_per_" not in n for n in named)
+    return any(
+        re.fullmatch(r"(\w+_)?prompt(_embeds)?", name) and not name.startswith(("negative", "num"))
+        for name in named
+    )
 
 
 def _denoisers(kind: type) -> list[str]:
     """Class names of what a constructor asks for as its denoiser."""
-    asked = inspect.signature(kind.__init__).parameters
+    asked = inspect.signature(kind).parameters
     found: list[str] = []
     for name in (*DENOISERS, *OTHER_DENOISERS):
         if name in asked:

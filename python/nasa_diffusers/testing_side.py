@@ -1,7 +1,7 @@
-"""More small pipelines of the real diffusers classes: those whose negative prompt goes beside the text.
+"""More small pipelines, as in `nasa_diffusers/testing.py`: of the families with a side stream.
 
-As in `nasa_diffusers/testing.py`. Their classes need a newer diffusers than 0.35, but for Qwen-Image's,
-so each is imported where it is built.
+Their classes need a newer diffusers than 0.35, but for Qwen-Image's, so each is imported where
+it is built.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def qwen_vae():
     from diffusers import AutoencoderKLQwenImage
 
     return AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
 
 
@@ -73,9 +73,7 @@ def qwen_image(seed: int = 0, **differs: Any):
         vae=qwen_vae(),
         text_encoder=qwen_vl(),
         tokenizer=chat_tokenizer(),
-        transformer=QwenImageTransformer2DModel(
-            in_channels=16, out_channels=4, **config | differs
-        ),
+        transformer=QwenImageTransformer2DModel(in_channels=16, out_channels=4, **config | differs),
     )
     # a letter is a token
     pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "a {}.", 2
@@ -108,8 +106,9 @@ def _flux2_parts(channels: int, guidance: bool) -> dict[str, Any]:
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=channels,
-        axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16, guidance_embeds=guidance, **HEADS,
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
+        joint_attention_dim=channels, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16,
+        guidance_embeds=guidance, **HEADS,
     )  # fmt: skip
     autoencoder = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -129,7 +128,7 @@ def _flux2_parts(channels: int, guidance: bool) -> dict[str, Any]:
 
 
 def flux2(seed: int = 0):
-    """FLUX.2 dev in small, two blocks of each kind; three of 30 layers of its text encoder count."""
+    """FLUX.2 dev in small, two blocks of each kind; its text encoder has the 30 layers it needs."""
     from diffusers import Flux2Pipeline
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -174,7 +173,8 @@ def krea2(seed: int = 0, is_distilled: bool = True):
 
     torch.manual_seed(seed)
     config = Qwen3VLConfig(
-        text_config=TEXT_SIZE | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
+        text_config=TEXT_SIZE
+        | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
         vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
         image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
     )  # fmt: skip
@@ -202,3 +202,72 @@ def krea2(seed: int = 0, is_distilled: bool = True):
     pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_start_idx = "a ", 2
     pipe.prompt_template_encode_suffix, pipe.prompt_template_encode_num_suffix_tokens = ".", 2
     return _ready(pipe)
+
+
+# by release: what a block of the denoiser and the connectors have more
+LTX2_VERSIONS: dict[str, dict[str, Any]] = {
+    "2.0": {},
+    "2.3": {
+        "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True,
+        "audio_cross_attn_mod": True, "use_prompt_embeddings": False, "perturbed_attn": True,
+    },
+}  # fmt: skip
+
+
+def ltx2(version: str = "2.0", seed: int = 0):
+    """LTX-2 or 2.3 in small: two blocks of video and sound, a connector for each text."""
+    import diffusers
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    torch.manual_seed(seed)
+    differs = LTX2_VERSIONS[version]
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, audio_in_channels=4, audio_out_channels=4,
+        audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16,
+        num_layers=2, caption_channels=32, rope_double_precision=False, rope_type="split",
+        **differs,
+    )  # fmt: skip
+    each = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 1}
+    connectors = {f"{kind}_connector_{name}": x for name, x in each.items() for kind in LTX2_TEXTS}
+    connectors |= {f"{kind}_connector_num_learnable_registers": 16 for kind in LTX2_TEXTS}
+    if not differs.get("use_prompt_embeddings", True):
+        connectors |= {
+            "per_modality_projections": True, "video_hidden_dim": 32, "audio_hidden_dim": 16,
+            "audio_connector_attention_head_dim": 4,
+        }  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=32, text_proj_in_factor=3, rope_double_precision=False, rope_type="split",
+        **connectors,
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False),
+        downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,),
+        patch_size=1, patch_size_t=1,
+    )  # fmt: skip
+    sound = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, resolution=32,
+        latent_channels=2, mel_bins=8,
+    )  # fmt: skip
+    vocoder = LTX2Vocoder(
+        in_channels=16, hidden_channels=32, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]], output_sampling_rate=16000,
+    )  # fmt: skip
+    pipe = diffusers.LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder,
+        audio_vae=sound,
+        text_encoder=Gemma3TextModel(Gemma3TextConfig(**TEXT_SIZE)),
+        tokenizer=letter_tokenizer(),
+        connectors=connectors,
+        transformer=transformer,
+        vocoder=vocoder,
+    )
+    return _ready(pipe)
+
+
+LTX2_TEXTS = ("video", "audio")

@@ -207,12 +207,15 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
+    from nasa_distill.train.networks import load
     from nasa_distill.world import shipped
     from nasa_distill.world.evaluation import evaluate, report
 
     student = options.student or shipped.path()
     tuned = None if options.tuned is None else report.read(options.tuned)
-    methods = (evaluate.NONE, *evaluate.NAG_GRID) if options.search else None
+    methods = None
+    if options.search:
+        methods = (evaluate.NONE, *evaluate.nag_grid(load(student).joint))
     if options.best_of is not None:
         if options.search:
             raise ValueError("eval: --search and --best-of both say which methods; give one")

@@ -11,7 +11,8 @@ import inspect
 from types import SimpleNamespace
 
 import torch
-from streams import heads, image_heads, joint_attention, text_heads
+from oracle import published_nag
+from streams import Nag, attend, heads, image_heads, joint_attention, text_heads
 
 
 class Found(Exception):
@@ -82,7 +83,9 @@ class Rules:
 class TwoStreams(Rules):
     def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
         texts = encoder_hidden_states.split(self.lengths, 1)
-        o, *of_texts = self.mix(image_heads(attn, hidden_states), [text_heads(attn, t) for t in texts])
+        o, *of_texts = self.mix(
+            image_heads(attn, hidden_states), [text_heads(attn, t) for t in texts]
+        )
         return attn.to_out[0](o), attn.to_add_out(torch.cat(of_texts, 1))
 
 
@@ -129,7 +132,7 @@ class Gated(OneSequence):
 
 
 def guided(case, rule, negatives, **changes):
-    """The denoiser's output; `negatives` are (embeds, alpha, mask) as the text encoder makes them."""
+    """The denoiser's output; `negatives` are (embeds, alpha, mask), as encoded."""
     model, inputs = case.model, case.inputs | changes
     rows = case.rows
     first = case.blocks[0][0]
@@ -160,3 +163,55 @@ def guided(case, rule, negatives, **changes):
     output = model(**inputs, return_dict=False)
     handle.remove()
     return case.out(output)
+
+
+class CrossRules:
+    """LTX-2's text cross-attention over a text with the negatives behind it."""
+
+    def __init__(self, rule, negatives, lengths, mask):
+        self.rule, self.lengths, self.mask = rule, lengths, mask
+        self.negatives = [(alpha, own) for _, alpha, own in negatives]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *_, **__):
+        split = encoder_hidden_states.split(self.lengths, 1)
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (attn.heads, -1))
+        (pos, *negs) = (
+            [x.unflatten(-1, (attn.heads, -1)) for x in (attn.norm_k(attn.to_k(t)), attn.to_v(t))]
+            for t in split
+        )
+        z = attend(q, *pos, self.mask)
+        o = z
+        for (alpha, own), neg in zip(self.negatives, negs, strict=True):
+            if self.rule == "vsf":
+                own = pos[0].new_ones(len(q), neg[0].shape[1], dtype=torch.bool)
+                present = pos[0].new_ones(len(q), pos[0].shape[1], dtype=torch.bool)
+                both = torch.cat([present if self.mask is None else self.mask, own], 1)
+                keys, values = (torch.cat([x, y], 1) for x, y in zip(pos, neg, strict=True))
+                values[:, self.lengths[0] :] *= -alpha
+                o = attend(q, keys, values, both)
+            elif isinstance(self.rule, Nag):
+                taken = attend(q, *neg, own).flatten(2)
+                settings = self.rule.scale, self.rule.tau, alpha, self.rule.p
+                o = published_nag(z.flatten(2), taken, *settings).unflatten(2, z.shape[2:])
+            else:
+                o = o - alpha * attend(q, *neg, own)
+        if attn.to_gate_logits is not None:
+            o = o * 2 * attn.to_gate_logits(hidden_states).sigmoid()[..., None]
+        return attn.to_out[0](o.flatten(2))
+
+
+def guided_by_cross_attention(case, rule, negatives, **changes):
+    """The stock denoiser on texts side by side, under processors that tell them apart."""
+    model, inputs = case.model, case.inputs | changes
+    lengths = [inputs[case.texts[0]].shape[1], *(e[0].shape[1] for e, _, _ in negatives)]
+    both = {
+        name: torch.cat(
+            [inputs[name], *(e[i].expand(case.rows, -1, -1) for e, _, _ in negatives)], 1
+        )
+        for i, name in enumerate(case.texts)
+    }
+    both |= dict.fromkeys(case.masks)
+    mask = inputs[case.masks[0]]
+    make = CrossRules(rule, negatives, lengths, None if mask is None else mask.bool())
+    with attention(case.attentions(), make):
+        return case.out(model(**inputs | both, return_dict=False))

@@ -6,7 +6,7 @@ import diffusers
 import parts
 import torch
 from joint_cases import random
-from nasa_diffusers import side as stream
+from nasa_diffusers.testing_side import LTX2_VERSIONS
 
 SIZE = {"attention_head_dim": 16, "num_attention_heads": 2}
 L = (4, 6)  # rows and columns of image tokens
@@ -47,6 +47,8 @@ class Case:
     text = "encoder_hidden_states"
     text_shape = (7, 32)
     rows = 2
+    rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
+    grid = (1, *L)
     targets = None  # how many image tokens are made, where others stand behind them
 
     def __init__(self, **options):
@@ -122,6 +124,7 @@ class QwenEdit(Qwen):
 class QwenLayered(Qwen):
     shapes = ((1, *L), (1, *L), (1, 3, 4))
     targets = 48
+    grid = (2, *L)
     config = Qwen.config | {"use_layer3d_rope": True}
 
 
@@ -224,7 +227,7 @@ class Flux2(TextFirst):
             "encoder_hidden_states": random(2, 7, 32, seed=2),
             "timestep": torch.tensor([0.5, 0.5]),
             "img_ids": ids, "txt_ids": self.text_ids(7),
-            "guidance": torch.tensor([3.5, 3.5]) if self.config.get("guidance_embeds", True) else None,
+            "guidance": torch.tensor([3.5, 3.5]) if self.targets is None else None,
         }  # fmt: skip
 
     def with_text(self, inputs, embeds, mask, rows):
@@ -281,6 +284,55 @@ class Krea2(TextFirst):
         }  # fmt: skip
 
 
+class LTX2(Case):
+    """Video and sound; of 2.3 with gates and texts modulated by the time."""
+
+    cls = "LTX2VideoTransformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+        "cross_attention_dim": 32, "audio_in_channels": 4, "audio_out_channels": 4,
+        "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": 32,
+        "rope_double_precision": False, "rope_type": "split",
+    }  # fmt: skip
+    texts = ("encoder_hidden_states", "audio_encoder_hidden_states")
+    masks = ("encoder_attention_mask", "audio_encoder_attention_mask")
+    channels = (32, 32)
+    rules = ("nasa", "vsf")
+    grid = (2, 3, 4)
+
+    def attentions(self):
+        return [a for b in self.model.transformer_blocks for a in (b.attn2, b.audio_attn2)]
+
+    def first_inputs(self):
+        frames, height, width = self.grid
+        video, sound = self.channels
+        mask = torch.arange(7) < torch.tensor([[7], [5]])
+        return {
+            "hidden_states": random(2, 24, 4, seed=1),
+            "audio_hidden_states": random(2, 5, 4, seed=2),
+            "encoder_hidden_states": random(2, 7, video, seed=3),
+            "audio_encoder_hidden_states": random(2, 7, sound, seed=4),
+            "timestep": torch.tensor([500.0, 500.0]), "sigma": torch.tensor([500.0, 500.0]),
+            "encoder_attention_mask": mask.long(), "audio_encoder_attention_mask": mask.long(),
+            "num_frames": frames, "height": height, "width": width, "audio_num_frames": 5,
+        }  # fmt: skip
+
+    def out(self, output):
+        return torch.cat([x.flatten(1) for x in output[:2]], 1)
+
+    def text_of(self, tokens, seed):
+        return tuple(random(1, tokens, c, seed=seed + 10 * c) for c in self.channels)
+
+    def expected(self, rule, negatives, **changes):
+        return parts.guided_by_cross_attention(self, rule, negatives, **changes)
+
+
+class LTX23(LTX2):
+    config = LTX2.config | LTX2_VERSIONS["2.3"]
+    channels = (32, 16)
+
+
 CASES = {
     "qwen": Qwen,
     "qwen-edit": QwenEdit,
@@ -289,6 +341,7 @@ CASES = {
     "flux2": Flux2,
     "klein": Klein,
     "krea2": Krea2,
+    "ltx2": LTX2,
+    "ltx2.3": LTX23,
 }
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}
-assert stream

@@ -8,6 +8,7 @@ from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
+from nasa_diffusers.families.ltx2 import LTX2
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
 from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
@@ -41,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     ZImage(),
     Flux2(),
     Krea2(),
+    LTX2(),
 )
 
 
@@ -50,15 +52,13 @@ def family_of(denoiser: nn.Module) -> Family:
     for family in FAMILIES:
         if names & set(family.denoisers):
             return family
-    raise ValueError(f"enable_nasa: {not_known(type(denoiser).__name__)}")
+    raise ValueError(
+        f"enable_nasa: {not_known(type(denoiser).__name__)}; run it without NASA, "
+        "`python -m nasa_diffusers pipelines` lists what is supported"
+    )
 
 
 def not_known(denoiser: str) -> str:
     """What is said of a class of denoisers that no family knows."""
-    if denoiser in REASONS:
-        return (
-            f"no family knows the denoiser {denoiser}: {REASONS[denoiser]}; run it without NASA, "
-            "`python -m nasa_diffusers pipelines` lists what is supported"
-        )
-    known = ", ".join(name for family in FAMILIES for name in family.denoisers)
-    return f"no family knows the denoiser {denoiser}; known are {known}"
+    reason = f": {REASONS[denoiser]}" if denoiser in REASONS else ""
+    return f"no family knows the denoiser {denoiser}{reason}"

@@ -178,6 +178,10 @@ class Family:
             f"{type(text).__name__}; {why}"
         )
 
+    def channels(self, text: Tensor, inputs: dict[str, Any]) -> int:
+        """Of a negative prompt that fits a call with this text, `[b, n, c]`."""
+        return text.shape[2]
+
     def as_sample(self, sample: Any) -> Tensor:
         """The latents of a call, `[b, ...]`."""
         return sample

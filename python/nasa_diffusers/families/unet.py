@@ -59,10 +59,9 @@ class UNet(Family):
 
     def check(self, denoiser):
         of_text = (None, "text_proj", "ip_image_proj")
-        mixes_text = (
-            config(denoiser, "encoder_hid_dim_type") not in of_text
-            or config(denoiser, "addition_embed_type") not in (None, "text_time")
-        )
+        mixes_text = config(denoiser, "encoder_hid_dim_type") not in of_text or config(
+            denoiser, "addition_embed_type"
+        ) not in (None, "text_time")
         if mixes_text:
             raise ValueError(f"enable_nasa: {MIXES_TEXT}")
         for name, module in denoiser.named_modules():

@@ -42,9 +42,7 @@ _because(
     "it draws an embedding for another model, and does not attend to a text",
     "PriorTransformer", "WuerstchenPrior",
 )  # fmt: skip
-_because(
-    "it makes video and sound, each with a text of its own", "LTX2VideoTransformer3DModel"
-)
+_because("it makes video and sound, each with a text of its own", "LTX2VideoTransformer3DModel")
 _because(
     "two texts are joined inside it under one mask", "HunyuanDiT2DModel",
 )  # fmt: skip
@@ -52,9 +50,7 @@ _because(
     "keys and values have fewer heads than queries there",
     "AceStepTransformer1DModel", "LuminaNextDiT2DModel", "StableAudioDiTModel",
 )  # fmt: skip
-_because(
-    "its attention is a difference of two, with layers of its own", "StableAudio3DiTModel"
-)
+_because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
 _because(
     "a layer attends to several texts", "AudioLDM2UNet2DConditionModel", "UniDiffuserModel",
     "UNetFlatConditionModel",

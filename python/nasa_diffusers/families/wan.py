@@ -27,7 +27,7 @@ TEXT_BESIDE_IMAGES = 512
 class Wan(Dispatched):
     name = "Wan"
     # VACE has control blocks as well, whose layers attend to the same text
-    denoisers = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+    denoisers: tuple[str, ...] = ("WanTransformer3DModel", "WanVACETransformer3DModel")
     doubles_batch = False
     text_parts = ("text_encoder", "tokenizer")
     text_options = ("max_sequence_length",)

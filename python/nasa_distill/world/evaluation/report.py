@@ -241,16 +241,14 @@ def quality_table(results: Results) -> str:
 
 
 def pair_table(results: Results, steps: int) -> str:
-    """For each pair, what is removed by nothing and by the default rule at 0.5 and 1."""
-    rule = default(results)
-    cells = {str(cell.method): cell for cell in sweep(results, steps, rule)}
-    names = [name for name in ("none", f"{rule} 0.5", f"{rule} 1") if name in cells]
-    head = ("prompt", "negative", *(f"{name}: removed / all three" for name in names))
+    """For each pair, what is removed by each method at its best strength over all of them."""
+    cells = best_cells(results, steps)
+    head = ("prompt", "negative", *(str(cell.method) for cell in cells))
     rows = []
     for number, (prompt, negative) in enumerate(pairs_of(results)):
         values = []
-        for name in names:
-            shares = cells[name].pairs[number].shares
+        for cell in cells:
+            shares = cell.pairs[number].shares
             values.append(
                 f"{100 * shares['removed'].value:.0f} / {100 * shares['all three'].value:.0f}"
             )
@@ -291,6 +289,13 @@ def findings(results: Results, steps: int) -> list[str]:
                 f"The best {what} is {says(other)}; the intervals of all three, its and that of "
                 f"{own}'s best, {word}."
             )
+    ranked = [cell for cell in best_cells(results, steps) if cell.method.name != "none"]
+    first, second = ranked[0], ranked[1] if len(ranked) > 1 else none
+    apart = not overlap(first.total.shares["all three"], second.total.shares["all three"])
+    found.append(
+        f"Most images that are all three: {first.method}, then {second.method}; their intervals "
+        + ("do not overlap." if apart else "overlap.")
+    )
     gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
     found.append(
         f"{own}'s best and no negative prompt "
@@ -365,13 +370,17 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
         )
         sections.append("Each method at its best strength:\n\n" + best_table(results, steps))
         sections.append(table([c for c in results.cells if c.steps == steps]))
-        sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
+        sections.append(
+            "Pair by pair, removed / all three in percent, the best first:\n\n"
+            + pair_table(results, steps)
+        )
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
         sections.insert(0, "## The teacher, 25 steps\n\n" + table(teacher))
     pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
     texts = TEXTS_JOINT if is_joint(results) else TEXTS
     if "network" in results.about:
-        texts = texts | {"title": f"{texts['title']}: {results.about['network']}"}
+        named = ", ".join(results.about[x] for x in ("network", "prompt") if x in results.about)
+        texts = texts | {"title": f"{texts['title']}: {named}"}
     return TEMPLATE.format(
         **texts,
         about=about,
