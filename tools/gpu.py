@@ -55,7 +55,7 @@ class Report:
 
     def __init__(self, path: Path, minutes: float):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w")
+        self.file = path.open("w", encoding="utf-8")
         self.end = time.monotonic() + 60 * minutes
         self.failed: list[str] = []
 
@@ -134,7 +134,11 @@ def joint(m: Machine, report: Report) -> None:
         text = (min(9, l // 3), min(7, l // 3))
         exact, budget = exact_and_budget_of_joint(inputs, 0.75, rule, text)
         call = lambda: nasa_joint_attention(  # noqa: E731
-            **inputs, alpha=0.75, rule=rule, text_queries=text, backend=m.backend  # noqa: B023
+            **inputs,
+            alpha=0.75,
+            rule=rule,
+            text_queries=text,
+            backend=m.backend,  # noqa: B023
         )
         if not check(report, f"joint d{d} l{l} n{n} {rule}", call, exact, budget, m):
             return
