@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from transformers import PreTrainedTokenizerFast
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from nasa_diffusers.testing import HEADS, LETTERS, _ready, letter_tokenizer, vae
+from nasa_diffusers.testing import HEADS, LETTERS, T5_SIZE, _ready, letter_tokenizer, vae
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 IN_PARTS = (
@@ -271,3 +271,54 @@ def ltx2(version: str = "2.0", seed: int = 0):
 
 
 LTX2_TEXTS = ("video", "audio")
+
+
+def cogvideox(seed: int = 0):
+    """CogVideoX in small: two blocks over two frames, with rotary positions as the larger models."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    torch.manual_seed(seed)
+    transformer = CogVideoXTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=32, time_embed_dim=16,
+        sample_width=2, sample_height=2, sample_frames=9, max_text_seq_length=16,
+        use_rotary_positional_embeddings=True, **HEADS,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    pipe = CogVideoXPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**T5_SIZE)),
+        vae=autoencoder,
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    return _ready(pipe)
+
+
+def cogview4(seed: int = 0):
+    """CogView4 in small: two blocks."""
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+    from transformers import GlmConfig, GlmModel
+
+    torch.manual_seed(seed)
+    transformer = CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=32, time_embed_dim=16,
+        condition_dim=4, rope_axes_dim=(16, 16), **HEADS,
+    )  # fmt: skip
+    pipe = CogView4Pipeline(
+        tokenizer=chat_tokenizer(),
+        text_encoder=GlmModel(GlmConfig(**TEXT_SIZE, pad_token_id=0)),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+    )
+    return _ready(pipe)

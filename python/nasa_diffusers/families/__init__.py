@@ -3,6 +3,7 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.cog import CogVideoX, CogView4
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.krea2 import Krea2
@@ -29,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     Flux2(),
     Krea2(),
     LTX2(),
+    CogVideoX(),
+    CogView4(),
 )
 
 
