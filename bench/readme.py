@@ -55,7 +55,7 @@ def run(check: bool = False) -> int:
     stale = [path for path, text in pages().items() if not _has(path, text)]
     if not check:
         for path, text in pages().items():
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return 0
     for path in stale:
         print(f"{path.name} is not current: run `python -m bench readme`")
@@ -65,12 +65,12 @@ def run(check: bool = False) -> int:
 
 
 def _has(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 def pages(readme: Path = README, page: Path = PAGE, results: Path = RESULTS) -> dict[Path, str]:
     """The text of both files; raises where the README has no place for it."""
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"bench readme: {readme} must have one line {BEGIN!r} and one {END!r}")
     before, rest = text.split(BEGIN)

@@ -104,9 +104,14 @@ def plan(gpu: Gpu, shape: Shape) -> Plan:
     exists = d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
     if longest <= BLOCK_KEYS and exists and shared <= gpu.shared_per_block:
         return Plan("forward_short", (d, keys, True), 256, shared, rows, keys, True)
-    columns = d if d <= 128 else d // 2 if d <= 192 else d // 4
-    shared = tile(BLOCK_KEYS, d) + tile(BLOCK_KEYS, columns) + tile(64, d) + 4 * BLOCK_KEYS
-    return Plan("forward_long", (d,), 128, shared, 64, BLOCK_KEYS, False)
+    rows = 128 // warps_to_a_row(d)
+    shared = 3 * tile(BLOCK_KEYS // 2, d) + tile(rows, d) + 4 * BLOCK_KEYS
+    return Plan("forward_long", (d,), 256, shared, rows, BLOCK_KEYS, False)
+
+
+def warps_to_a_row(d: int) -> int:
+    """Of forward_long: each makes some of the columns, and all scores of its rows."""
+    return 1 if d <= 128 else 2 if d <= 192 else 4
 
 
 def _plan_sm90(d: int, keys: int, longest: int) -> Plan:
@@ -170,17 +175,27 @@ def cycles(gpu: Gpu, plan: Plan, d: int, path: Counter, turns: float) -> dict[st
     return {pipe: round(clk, 1) for pipe, clk in found.items()}
 
 
-def path_counts(plan: Plan, code: list[machine_code.Instruction]) -> tuple[Counter, float]:
-    """Opcodes along the plain path, and how often a scheduler walks it for 64 rows."""
+def path_counts(
+    plan: Plan, code: list[machine_code.Instruction], projected: bool = False
+) -> tuple[Counter, float]:
+    """Opcodes along the plain path, and how often a scheduler walks it for 64 rows.
+
+    projected: That of rule "projected" instead, in a kernel that keeps its prompts on chip.
+    """
     blocks = machine_code.blocks_of(code)
+    if not projected:
+        blocks = machine_code.without_projection(blocks)
     if plan.kernel.endswith("long"):
         # a tile of keys of one prompt: the longer of the loops for the two prompts
         loops = machine_code.product_loops(blocks)
         if plan.kernel == "forward_long":
             loop, path = machine_code.tile_path(blocks)
-            steps = plan.sizes[0] // 16
-            scores = steps * plan.keys // 16 * 2
-            return _name(blocks, path, machine_code.count(blocks, path, loop, scores)), 1.0
+            # two tiles of K and two of V, each by loops of their own
+            d = plan.sizes[0]
+            scores = d // 16 * plan.keys // 16
+            copies = -(-plan.keys // 2 * d // 8 // plan.threads)
+            counts = machine_code.count(blocks, path, loop, scores, copies=copies)
+            return _name(blocks, path, counts), float(warps_to_a_row(plan.sizes[0]))
         paths = [(loop, machine_code.plain_path(blocks, loop)) for loop in loops]
         both = [_name(blocks, path, machine_code.count(blocks, path, loop)) for loop, path in paths]
         return max(both, key=Counter.total), 1.0
@@ -289,6 +304,19 @@ def _useful_products(gpu: Gpu, shape: Shape) -> float:
     return 2 * GROUP_ROWS * keys * shape.d / rate if rate else 0.0
 
 
+def predicted_us(gpu: Gpu, row: Row, shape: Shape) -> float:
+    """Of a launch without its start: the tallest pipe, on the SM that has most to do."""
+    how = plan(gpu, shape)
+    parts = 1
+    if how.kernel.endswith("long"):
+        parts = sum(-(-n // how.keys) for n in (shape.n_pos, shape.n_neg))
+    tiles = shape.b * shape.h * -(-shape.l // how.rows)
+    # tiles that an SM gets when they are spread as evenly as tiles can be
+    slots = gpu.sms * row.blocks_per_sm
+    tiles_of_sm = row.blocks_per_sm * -(-tiles // slots)
+    return tiles_of_sm * how.rows / GROUP_ROWS * parts * row.cycles[row.bound] / gpu.ghz / 1e3
+
+
 # ---- page and command ----------------------------------------------------------------------------
 
 INTRODUCTION = """# The kernels by what can be counted
@@ -335,7 +363,7 @@ def page(rows: list[Row]) -> str:
 
 def recorded() -> list[Row]:
     """The rows that the page was made of."""
-    return [Row(**row) for row in json.loads(ROWS.read_text())]
+    return [Row(**row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
 
 
 def library_of(path: Path | None) -> Path:
@@ -350,8 +378,8 @@ def run(library: Path | None = None, write: bool = False) -> int:
     if write:
         ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        ROWS.write_text(f"[\n{lines}\n]\n")
-        PAGE.write_text(page(rows))
+        ROWS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
         print(f"{len(rows)} rows in {PAGE} and {ROWS}")
     else:
         print(page(rows))

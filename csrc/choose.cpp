@@ -20,10 +20,10 @@ bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
     if (device.major != 9 || !p.aligned || !has_sm90(p.d)) return false;
-    if (!moves(p.l, p.q_stride_l)) return false;
-    if (p.shared.o != nullptr && !moves(p.l, p.shared.o_stride_l)) return false;
+    if (!moves(p.l, p.q.stride_row)) return false;
+    if (is_joint(p) && !moves(p.l, p.shared.o.stride_row)) return false;
     for (const Prompt& prompt : p.prompt) {
-        if (!moves(prompt.n, prompt.k_stride_n) || !moves(prompt.n, prompt.v_stride_n)) {
+        if (!moves(prompt.n, prompt.k.stride_row) || !moves(prompt.n, prompt.v.stride_row)) {
             return false;
         }
     }

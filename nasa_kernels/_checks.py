@@ -74,7 +74,7 @@ def prepare(
         mask_pos = _check_mask(function, q, keys_values[-4], mask_pos, "mask_pos")
     if mask_neg is not None:
         mask_neg = _check_mask(function, q, keys_values[-2], mask_neg, "mask_neg")
-    alpha_map, alpha_number = _check_alpha(function, q, alpha)
+    alpha_map, alpha_number = check_alpha(function, q, alpha)
     if scale is None:
         scale = q.shape[3] ** -0.5
     else:
@@ -98,6 +98,11 @@ def prepare(
         q, keys_values, mask_pos, mask_neg, alpha_map, alpha_number, scale, text_pos, text_neg,
         differentiable, backend, under_autocast,
     )  # fmt: skip
+
+
+def check_rule(function: str, rule: str, rules: Sequence[str]) -> None:
+    if rule not in rules:
+        raise ValueError(f"{function}: rule must be one of {rules}, got {rule!r}")
 
 
 def outside_autocast(run: Callable[..., T], call: Call, *args) -> T:
@@ -189,7 +194,7 @@ def _check_mask(function: str, q: Tensor, k: Tensor, mask: Tensor, name: str) ->
     return mask.expand(b, n)
 
 
-def _check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
+def check_alpha(function: str, q: Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
     """Return alpha as a map `[b, l, h]` or as a number; the other one is None or 0."""
     if not isinstance(alpha, Tensor):
         number = real(alpha)

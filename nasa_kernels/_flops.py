@@ -1,5 +1,7 @@
 """FLOPs of each operator from the shapes of its arguments, at 2 a multiply-add, as PyTorch counts
-attention. `ops.py` registers them with PyTorch's counter.
+attention: the products of matrices, and nothing of the softmax or of what a rule does with rows. So
+every rule has the FLOPs of "nasa", whether one operator serves it or several are put together.
+`ops.py` registers them with PyTorch's counter.
 """
 
 from collections.abc import Sequence

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from nasa_kernels import ops
-from nasa_kernels._checks import Call, outside_autocast, prepare
-from nasa_kernels.reference import nasa_attention_reference
+from nasa_kernels import _projected, _sdpa, ops
+from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
+from nasa_kernels.backends import RECORDS
+from nasa_kernels.reference import CROSS_RULES, RULES, nasa_attention_reference
 
 _NAME = "nasa_attention"
 
@@ -17,6 +18,7 @@ def nasa_attention(
     v_neg: Tensor,
     alpha: float | Tensor,
     *,
+    rule: str = "nasa",
     mask_pos: Tensor | None = None,
     mask_neg: Tensor | None = None,
     scale: float | None = None,
@@ -27,9 +29,22 @@ def nasa_attention(
         O = softmax(q k_pos^T * scale + bias_pos) v_pos
             - alpha * softmax(q k_neg^T * scale + bias_neg) v_neg
 
-    The two softmaxes are separate: the prompts may differ in length, and `alpha = 0` is exactly
-    the attention over the positive prompt alone. O is computed in fp32 and rounded once.
-    (`cpu` without its compiled kernels rounds the attention over either prompt to bf16 first.)
+    Z+ and Z- for short. The two softmaxes are separate: the prompts may differ in length, and
+    `alpha = 0` is exactly the attention over the positive prompt alone. O is computed in fp32 and
+    rounded once. (`cpu` without its compiled kernels rounds the attention over either prompt to
+    bf16 first.)
+
+    Rule "projected" takes only what Z- has and Z+ has not, and keeps the length of Z+, per head
+    and query:
+
+        D = Z- - t Z+        t = <Z-, Z+> / <Z+, Z+>
+        O = (Z+ - alpha D) |Z+| / |Z+ - alpha D|
+
+    Equal prompts give exactly Z+ at every alpha, and so does a Z- that is Z+ times a number, but
+    for rounding. Where Z+ is 0 so is O. Rows of Z, or alphas, above 1e18 have squares that fp32
+    does not hold: nothing is promised of them. Where the kernels of a back end do not know the
+    rule yet, Z+ and Z- are two calls, each rounded to the dtype of `q`.
+
     Results are deterministic, bit for bit, forward and backward. Under autocast the five
     tensors are cast to the autocast dtype, as `scaled_dot_product_attention` does.
 
@@ -44,13 +59,14 @@ def nasa_attention(
         alpha: Strength of the removal. A finite number, or an fp32 tensor on the device of `q`
             that broadcasts to `[b, l, h]`: 0-d for all, `[b, 1, 1]` per sample, `[b, l, 1]` per
             region. A tensor is differentiated, is read on the device, and never recompiles.
+        rule: `"nasa"` or `"projected"`.
         mask_pos, mask_neg: Per key, `[b, n]` or `[1, n]`. Bool (True = attend), or additive in
             fp32 or in the dtype of `q` (0, -inf, or any finite bias). A masked key counts as
             absent whatever its row holds, NaN included; a prompt without keys contributes 0.
         scale: Softmax scale. `None` means `d ** -0.5`.
-        backend: `"cuda"`, `"triton"`, `"cpu"` or `"reference"`. `None` takes the first that runs:
-            on a GPU of `"triton"`, `"cuda"`, `"reference"`, on a CPU `"cpu"` (fp64: the
-            reference). A back end named here is never replaced by another.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"sdpa"` or `"reference"`. `None` takes the first
+            that runs: on a GPU of `"triton"`, `"cuda"`, `"sdpa"`, on a CPU `"cpu"`, elsewhere
+            `"sdpa"` (fp64: the reference). A back end named here is never replaced by another.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`: `o.flatten(2)` feeds `to_out` as it is.
@@ -62,6 +78,7 @@ def nasa_attention(
             than a first reverse-mode derivative was asked of a fused back end: second
             derivatives, forward mode and `torch.func.grad` are for `backend="reference"`.
     """
+    check_rule(_NAME, rule, CROSS_RULES)
     call = prepare(
         _NAME,
         q,
@@ -70,22 +87,60 @@ def nasa_attention(
         scale,
         backend,
     )
-    return outside_autocast(attend, call)
+    return outside_autocast(attend, call, rule)
 
 
-def attend(call: Call) -> Tensor:
+def attend(call: Call, rule: str = "nasa") -> Tensor:
     """`nasa_attention` of a call that was checked."""
     if call.backend == "reference":
         k_pos, v_pos, k_neg, v_neg = call.keys_values
         return nasa_attention_reference(
             call.q, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
+            rule=rule, mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
+        )  # fmt: skip
+    record = RECORDS[call.backend]
+    if not record.fuses(rule, call.differentiable):
+        return _project(call)
+    if call.backend == "sdpa":
+        return _sdpa.cross(
+            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
             mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
     operator = (ops.ATTENTION if call.differentiable else ops.FORWARD)[call.backend]
+    number = (RULES.index(rule),) if record.takes_rule else ()
     result = operator(
         call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.alpha_map, call.alpha,
-        call.scale,
+        call.scale, *number,
     )  # fmt: skip
     # O alone, or followed by what is saved for the backward pass
     return result[0] if isinstance(result, tuple) else result
+
+
+def attend_pos(call: Call) -> Tensor:
+    """Z+ alone."""
+    k, v, *_ = call.keys_values
+    return attend(_alone(call, k, v, call.mask_pos))
+
+
+def attend_neg(call: Call) -> Tensor:
+    """Z- alone."""
+    *_, k, v = call.keys_values
+    return attend(_alone(call, k, v, call.mask_neg))
+
+
+def _alone(call: Call, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+    """A call of one prompt."""
+    return call._replace(
+        keys_values=(k, v, k[:, :0], v[:, :0]), mask_pos=mask, mask_neg=None,
+        alpha_map=None, alpha=0.0,
+    )  # fmt: skip
+
+
+def _project(call: Call) -> Tensor:
+    """Rule "projected" where no operator takes it."""
+    z_pos = attend_pos(call)
+    # without positive keys Z+ is 0, and so is O
+    if call.keys_values[0].shape[1] == 0 or (call.alpha_map is None and call.alpha == 0):
+        return z_pos
+    return _projected.blend(z_pos, attend_neg(call), call.alpha_map, call.alpha)

@@ -7,8 +7,9 @@
 The norm is the sum of magnitudes, as the paper has it and the published code for most models; the
 published code for FLUX takes the root of the sum of squares (`nag_norm=2`).
 
-The norms need a query's whole row, and the attention kernels give every head to another program:
-so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest. In joint
+The norms need a query's whole row. The CPU kernels, whose tasks may be all heads of some rows, do
+it in one operator. On a GPU every head is another program's: so Z+ and Z- are two calls of the
+attention operator, and one small kernel does the rest, as where a gradient is recorded. In joint
 attention Z+ is over [image; positive text] and Z- over [image; negative text], as in the published
 code. One operator gives both and reads the image's keys once; where a gradient is recorded, or a
 back end has no such operator, each of the two is a call that reads them.
@@ -48,8 +49,8 @@ def nag_attention(
         O = nag_alpha G min(1, nag_tau |Z+| / |G|) + (1 - nag_alpha) Z+
 
     Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
-    one query. Z+ and Z- are rounded to the dtype of `q`; what follows is
-    computed in fp32 and rounded once. Deterministic, and differentiable in all tensors.
+    one query. `"cpu"` is one operator that rounds once, where no gradient is recorded; elsewhere
+    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded. Deterministic, and differentiable in all tensors.
 
     Args:
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
@@ -81,16 +82,14 @@ def nag_attention(
         backend,
     )
     alpha_map, alpha = _check_alpha(function, call.q, nag_alpha)
-    k_pos, v_pos, k_neg, v_neg = call.keys_values
-
-    def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        alone = call._replace(keys_values=(k, v, k[:, :0], v[:, :0]), mask_pos=mask, mask_neg=None)
-        return outside_autocast(attention.attend, alone)
-
-    z_pos = attend(k_pos, v_pos, call.mask_pos)
+    if _is_one_operator(call, alpha_map, alpha):
+        k_pos, v_pos = call.keys_values[:2]
+        call = call._replace(keys_values=(k_pos[:, :0], v_pos[:, :0], *call.keys_values))
+        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
+    z_pos = outside_autocast(attention.attend_pos, call)
     if alpha_map is None and alpha == 0:
         return z_pos
-    z_neg = attend(k_neg, v_neg, call.mask_neg)
+    z_neg = outside_autocast(attention.attend_neg, call)
     return _blend_on(call.backend, z_pos, z_neg, alpha_map, alpha, settings)
 
 
@@ -143,48 +142,30 @@ def nag_joint_attention(
         backend,
         text_queries,
     )
-    q, text_pos, text_neg = call.q, call.text_pos, call.text_neg
-    k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
-    image = q.shape[1] - text_pos - text_neg
-    q_image, _, q_neg = q.split((image, text_pos, text_neg), dim=1)
-    alpha_map, alpha = _check_alpha(function, q_image, nag_alpha)
-
-    def attend(
-        queries: Tensor, texts: int, k_text: Tensor, v_text: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Of the image's queries and of one text's, the last of `queries`."""
-        alone = call._replace(
-            q=queries,
-            keys_values=(k, v, k_text, v_text, k_text[:, :0], v_text[:, :0]),
-            mask_pos=mask, mask_neg=None, text_pos=texts, text_neg=0,
-        )  # fmt: skip
-        o = outside_autocast(joint_attention.attend, alone, "nasa-cross")
-        return o.split((o.shape[1] - texts, texts), dim=1)
-
-    def attend_pos() -> tuple[Tensor, ...]:
-        return attend(q[:, : image + text_pos], text_pos, k_pos, v_pos, call.mask_pos)
-
+    image = call.q.shape[1] - call.text_pos - call.text_neg
+    alpha_map, alpha = _check_alpha(function, call.q[:, :image], nag_alpha)
     if alpha_map is None and alpha == 0:
-        o, pos = attend_pos()
-        _, neg = attend(q_neg, text_neg, k_neg, v_neg, call.mask_neg)
-        return torch.cat((o, pos, neg), dim=1)
-    if call.backend in ops.JOINT_PAIR and not call.differentiable:
-        positive, negative = outside_autocast(_attend_pair, call)
-        o, pos = positive.split((image, text_pos), dim=1)
-        z_neg, neg = negative.split((image, text_neg), dim=1)
-    else:
-        o, pos = attend_pos()
-        z_neg, neg = attend(
-            torch.cat((q_image, q_neg), dim=1), text_neg, k_neg, v_neg, call.mask_neg
-        )
-    o = _blend_on(call.backend, o, z_neg, alpha_map, alpha, settings)
-    return torch.cat((o, pos, neg), dim=1)
+        return outside_autocast(joint_attention.attend, call, "nasa-cross")
+    if _is_one_operator(call, alpha_map, alpha):
+        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
+    apart = outside_autocast(joint_attention.attend_apart, call)
+    return apart.joined(
+        _blend_on(call.backend, apart.z_pos, apart.z_neg, alpha_map, alpha, settings)
+    )
 
 
-def _attend_pair(call: Call) -> tuple[Tensor, Tensor]:
-    return ops.JOINT_PAIR[call.backend](
-        call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.scale, call.text_pos,
-        call.text_neg,
+def _is_one_operator(call: Call, alpha_map: Tensor | None, alpha: float) -> bool:
+    if call.backend not in ops.NAG or call.differentiable or (alpha_map is None and alpha == 0):
+        return False
+    return alpha_map is None or not (alpha_map.requires_grad and torch.is_grad_enabled())
+
+
+def _attend_guided(
+    call: Call, alpha_map: Tensor | None, alpha: float, settings: tuple[float, float, int]
+) -> Tensor:
+    return ops.NAG[call.backend](
+        call.q, *call.keys_values, call.mask_pos, call.mask_neg, alpha_map, alpha, call.scale,
+        *settings, call.text_pos, call.text_neg,
     )  # fmt: skip
 
 

@@ -5,8 +5,9 @@
                      returns what is saved for backward_NAME
     backward_NAME    the gradients that are asked for
 
-and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`, and
-`joint_pair_NAME`, which leaves the attention over [shared; pos] and that over [shared; neg] apart.
+and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`,
+`joint_pair_NAME`, which leaves the attention over [shared; pos] and that over [shared; neg] apart,
+and `joint_nag_NAME`, normalised attention guidance, also of cross-attention.
 Inference has an operator of its own because a registered gradient costs microseconds of host time
 in every call, used or not.
 
@@ -15,9 +16,13 @@ and counting need neither Triton nor a GPU. A call crosses the operator boundary
 
 `backends.RECORDS` says what differs between the back ends. `_flops.py` has the FLOP formulas.
 
+A rule is an index of RULES. The operators of joint attention always take one. Those of
+cross-attention take it as the last of their inputs (`backward_NAME` has `needs` behind it) where
+the record lists more rules than "nasa", forward by `rules` and backward by `backward_rules`.
+
 Shapes, in the terms of `attention.py` and `joint_attention.py`, after `_checks.prepare`:
 q, grad_o [b, l, h, d]; k, v [b, n, h, d] with stride 0 where a prompt is shared; masks [b, n];
-alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength; `rule` an index of RULES.
+alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength.
 """
 
 import importlib
@@ -43,7 +48,14 @@ _PAIR_INPUTS = (
     f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, Tensor? mask_pos, Tensor? mask_neg, float scale,"
     " int text_pos, int text_neg"
 )
-FORWARD_SCHEMA = f"({_INPUTS}) -> Tensor"
+_NAG_INPUTS = (
+    f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_REST}, float nag_scale, float nag_tau,"
+    " int nag_norm, int text_pos, int text_neg"
+)
+
+
+def _inputs(takes_rule: bool) -> str:
+    return _INPUTS + ", int rule" if takes_rule else _INPUTS
 
 
 def _attention_schema(inputs: str, kept: Sequence[str]) -> str:
@@ -65,7 +77,7 @@ def _forward_fake(q, *args) -> Tensor:
 
 
 def _attention_fake(backend: Backend) -> Callable:
-    def fake(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
+    def fake(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, *rule):
         if backend.cross is None:
             return _forward_fake(q), *(_nothing(q, x) for x in (q.dtype, None, q.dtype, None))
         from nasa_kernels._cpu.attention import kept
@@ -110,6 +122,15 @@ def _backward_fake(*args) -> tuple[Tensor, ...]:
     return _gradients_fake((q, k_pos, v_pos, k_neg, v_neg), needs)
 
 
+def _without_rule(function: Callable) -> Callable:
+    """`function` for a backward operator that takes a rule, which stands before the last."""
+
+    def for_any_rule(*args, **options):
+        return function(*args[:-2], args[-1], **options)
+
+    return for_any_rule
+
+
 def _joint_backward_fake(*args) -> tuple[Tensor, ...]:
     *_, q, k, v, k_pos, v_pos, k_neg, v_neg, _, _, _, _, _, _, _, _, needs = args
     return _gradients_fake((q, k, v, k_pos, v_pos, k_neg, v_neg), needs)
@@ -149,15 +170,18 @@ def _keep(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(backward_operator, differentiable: Sequence[int]) -> Callable:
-    """`differentiable`: the positions of the inputs that have a gradient."""
+def _differentiate(
+    backward_operator, differentiable: Sequence[int], numbers: int | None
+) -> Callable:
+    """`differentiable`: the positions of the inputs that have a gradient. `numbers`: how many of
+    those behind the tensors the backward operator takes; None for all."""
 
     def backward(ctx, grad_o, *nothing):
         all_inputs: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad_o is None:
             return tuple(all_inputs)
         needs = [ctx.needs_input_grad[i] for i in differentiable]
-        gradients = backward_operator(grad_o, *ctx.saved_tensors, *ctx.numbers, needs)
+        gradients = backward_operator(grad_o, *ctx.saved_tensors, *ctx.numbers[:numbers], needs)
         for i, needed, gradient in zip(differentiable, needs, gradients, strict=True):
             all_inputs[i] = gradient if needed else None
         return tuple(all_inputs)
@@ -198,9 +222,11 @@ def _define(name: str, schema: str, fake: Callable, flops: Callable) -> Any:
     return packet.default
 
 
-def _connect(attention, backward, differentiable: Sequence[int]) -> None:
+def _connect(
+    attention, backward, differentiable: Sequence[int], numbers: int | None = None
+) -> None:
     library.register_autograd(
-        attention.name(), _differentiate(backward, differentiable), setup_context=_keep
+        attention.name(), _differentiate(backward, differentiable, numbers), setup_context=_keep
     )
     library.register_autograd(
         backward.name(), _refuse_second_derivative, setup_context=_ignore_inputs
@@ -210,15 +236,20 @@ def _connect(attention, backward, differentiable: Sequence[int]) -> None:
 def _register(backend: Backend) -> tuple[Any, Any]:
     """Define the operators of a back end; return `forward_NAME` and `attention_NAME`."""
     name, keeps = backend.name, backend.keeps
-    forward = _define(f"forward_{name}", FORWARD_SCHEMA, _forward_fake, _flops.forward)
+    inputs = _inputs(backend.takes_rule)
+    forward = _define(f"forward_{name}", f"({inputs}) -> Tensor", _forward_fake, _flops.forward)
     attention = _define(
         f"attention_{name}",
-        _attention_schema(_INPUTS, keeps),
+        _attention_schema(inputs, keeps),
         _attention_fake(backend),
         _flops.forward,
     )
+    backward_takes_rule = len(backend.backward_rules) > 1
     backward = _define(
-        f"backward_{name}", _backward_schema(_INPUTS, keeps, 6), _backward_fake, _flops.backward
+        f"backward_{name}",
+        _backward_schema(_inputs(backward_takes_rule), keeps, 6),
+        _without_rule(_backward_fake) if backward_takes_rule else _backward_fake,
+        _without_rule(_flops.backward) if backward_takes_rule else _flops.backward,
     )
     # else a compiled library implements them
     if backend.cross is not None:
@@ -228,7 +259,8 @@ def _register(backend: Backend) -> tuple[Any, Any]:
             _implement(attention, backend, backend.cross.forward, "attention")
     if not keeps:
         library.impl(attention.name(), "CompositeExplicitAutograd", forward)
-    _connect(attention, backward, (0, 1, 2, 3, 4, 7))
+    # alpha and scale, and the rule
+    _connect(attention, backward, (0, 1, 2, 3, 4, 7), None if backward_takes_rule else 2)
     return forward, attention
 
 
@@ -314,6 +346,12 @@ JOINT_PAIR = {
     if backend.has_pair
 }
 
+# normalised attention guidance, whole; without shared keys it is cross-attention
+NAG = {
+    backend.name: _register_joint(backend, "nag", _NAG_INPUTS, "Tensor", _forward_fake)
+    for backend in _FUSED
+    if backend.has_nag
+}
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(
     "nag_blend_triton",

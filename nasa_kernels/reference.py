@@ -2,7 +2,8 @@
 
     O = softmax(Q K+^T * scale + bias+) V+  -  alpha * softmax(Q K-^T * scale + bias-) V-
 
-and, where image keys are shared by both prompts, joint attention (`joint`).
+or, by rule "projected", what `project` makes of the two attentions; and, where image keys are
+shared by both prompts, joint attention (`joint`).
 
 Read this file to know what every back end must compute. It is differentiable as often as you
 like, in forward and in reverse mode, and it is what `backend="reference"` runs. fp16 and bf16 are
@@ -16,7 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum")
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum", "projected")
+# of cross-attention
+CROSS_RULES = ("nasa", "projected")
 
 
 def additive_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,6 +48,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
 
 
+def combine(z_pos: Tensor, z_neg: Tensor, alpha: float | Tensor, rule: str) -> Tensor:
+    """What a rule makes of Z+ and Z- [b, l, h, d]; alpha is a number or [b, l, h, 1]."""
+    return project(z_pos, z_neg, alpha) if rule == "projected" else z_pos - alpha * z_neg
+
+
+def project(z_pos: Tensor, z_neg: Tensor, alpha: float | Tensor) -> Tensor:
+    """Take from Z+ what Z- has and Z+ has not, and keep the length of Z+; per head and query.
+
+        D = Z- - t Z+       t = <Z-, Z+> / <Z+, Z+>
+        O = (Z+ - alpha D) / sqrt(1 + alpha^2 <D, D> / <Z+, Z+>)
+
+    The root is |Z+ - alpha D| / |Z+|, for D stands at a right angle to Z+. A row of zeros in Z+
+    stays one. Equal Z+ and Z- have a D of exact zeros, and alpha 0 takes no D.
+    """
+    if isinstance(alpha, Tensor):
+        z_neg = looked_at(z_neg, alpha)
+    squared = (z_pos * z_pos).sum(-1, keepdim=True)
+    exists = squared > 0
+    # no division by zero: its gradient would spread
+    squared = torch.where(exists, squared, 1.0)
+    d = z_neg - (z_neg * z_pos).sum(-1, keepdim=True) / squared * z_pos
+    longer = (1 + alpha * alpha * ((d * d).sum(-1, keepdim=True) / squared)).sqrt()
+    return torch.where(exists, (z_pos - alpha * d) / longer, z_pos)
+
+
+def looked_at(z_neg: Tensor, alpha: Tensor) -> Tensor:
+    """Z- [b, l, h, d] with 0 for inf and NaN where alpha [b, l, h, 1] is 0."""
+    return torch.where((alpha == 0) & ~z_neg.isfinite(), 0.0, z_neg)
+
+
 def nasa_attention_reference(
     q: Tensor,
     k_pos: Tensor,
@@ -53,6 +86,7 @@ def nasa_attention_reference(
     v_neg: Tensor,
     alpha: float | Tensor,
     *,
+    rule: str = "nasa",
     mask_pos: Tensor | None = None,
     mask_neg: Tensor | None = None,
     scale: float | None = None,
@@ -66,10 +100,9 @@ def nasa_attention_reference(
     o = attend(q, k_pos, v_pos, mask_pos, scale)
     if isinstance(alpha, Tensor):
         # [b, l, h] -> [b, l, h, 1]
-        weight = alpha.to(q.dtype).expand(q.shape[:-1]).unsqueeze(-1)
-        o = o - weight * attend(q, k_neg, v_neg, mask_neg, scale)
-    elif alpha != 0:
-        o = o - alpha * attend(q, k_neg, v_neg, mask_neg, scale)
+        alpha = alpha.to(q.dtype).expand(q.shape[:-1]).unsqueeze(-1)
+    if isinstance(alpha, Tensor) or alpha != 0:
+        o = combine(o, attend(q, k_neg, v_neg, mask_neg, scale), alpha, rule)
     return o.to(dtype).contiguous()
 
 
@@ -99,6 +132,7 @@ def joint(
         vsf         both over [shared; pos; neg]: Z+ with 0 for the negative's values, Z- with 0
                     for all the others
         sum         Z+ over shared plus that over pos       Z- over neg
+        projected   as nasa, and then `project`
     """
     b, l, h, d = q.shape
     image = l - sum(text_queries)
@@ -113,6 +147,7 @@ def joint(
         kept = with_pos
         taken = {
             "nasa": with_neg,
+            "projected": with_neg,
             "nasa-text": _join((k, k_neg), (torch.zeros_like(v), v_neg), (None, mask_neg)),
             "nasa-cross": (k_neg, v_neg, mask_neg),
             "sum": (k_neg, v_neg, mask_neg),
@@ -123,9 +158,9 @@ def joint(
         o = attend(q, *kept, scale)
     if isinstance(alpha, Tensor):
         # [b, l, h] -> [b, image, h, 1]
-        alpha = alpha.to(q.dtype).expand(b, l, h)[:, :image].unsqueeze(-1)
+        alpha = alpha.expand(b, l, h)[:, :image].unsqueeze(-1)
     if isinstance(alpha, Tensor) or alpha != 0:
-        o = o - alpha * attend(q, *taken, scale)
+        o = combine(o, attend(q, *taken, scale), alpha, rule)
     return torch.cat((o, attend(q_pos, *with_pos, scale), attend(q_neg, *with_neg, scale)), dim=1)
 
 

@@ -16,6 +16,7 @@ from nasa_kernels._cpu import attention
 from nasa_kernels._cuda import extension
 from nasa_kernels.reference import (
     additive_bias,
+    combine,
     joint,
     nasa_attention_reference,
     nasa_joint_attention_reference,
@@ -84,6 +85,7 @@ def make_inputs(
 def algorithm_1(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor, alpha: float | Tensor, *,
     mask_pos: Tensor | None = None, mask_neg: Tensor | None = None, scale: float | None = None,
+    rule: str = "nasa",
 ) -> Tensor:  # fmt: skip
     """The paper's Algorithm 1 in eager PyTorch, every step rounded to the dtype of q."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -91,7 +93,7 @@ def algorithm_1(
     if isinstance(alpha, Tensor):
         alpha = alpha.expand(q.shape[:3]).unsqueeze(-1).to(q.dtype)
     z_pos = eager_attention(q, k_pos, v_pos, mask_pos, scale)
-    return z_pos - alpha * eager_attention(q, k_neg, v_neg, mask_neg, scale)
+    return combine(z_pos, eager_attention(q, k_neg, v_neg, mask_neg, scale), alpha, rule)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -69,6 +69,12 @@ class LayerAlpha:
             for values, which in zip(self.rows.chunk(chunks), guided, strict=True)
         ]
 
+    def repeated(self, times: int) -> LayerAlpha:
+        """For a batch that has each row so many times, one after the other."""
+        rows = self.rows.repeat_interleave(times, dim=0)
+        guided = None if self.guided is None else self.guided.repeat_interleave(times, dim=0)
+        return LayerAlpha(rows, self.region, self.grids, guided=guided, targets=self.targets)
+
     def to(self, *args, **kwargs) -> LayerAlpha:
         """The same alpha on another device."""
         region = None if self.region is None else self.region.to(*args, **kwargs)

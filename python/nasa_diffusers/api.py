@@ -51,7 +51,8 @@ def enable_nasa(
         negative_prompt: A string for all images; a list of strings, one per prompt of the call;
             or a list of `(string, alpha)` pairs, all of them at once, each with its own strength.
             Under NASA a further pair costs one more attention call per layer.
-        method: `NASA(...)`, `NAG(...)` or `VSF(...)`. `None` is NASA with the family's defaults.
+        method: `NASA(...)`, `ProjectedNASA(...)`, `NAG(...)` or `VSF(...)`. `None` is NASA with the
+            family's defaults.
         alpha: Short for `NASA(alpha)`: its strength, a number, one per image, or a map over the
             image.
         start, stop: Steps guided, from `start` up to and without `stop`: ints are steps, floats

@@ -189,7 +189,7 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_text(value: Any) -> bool:
-    # Krea 2 holds its text layer by layer
+    # Allegro has `[r, 1, n, c]`; Krea 2 holds its text layer by layer
     return isinstance(value, Tensor) and value.dim() in (3, 4)
 
 

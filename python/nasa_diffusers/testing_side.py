@@ -273,7 +273,7 @@ LTX2_TEXTS = ("video", "audio")
 
 
 def cogvideox(seed: int = 0):
-    """CogVideoX in small: two blocks over two frames, with rotary positions as the larger models."""
+    """CogVideoX in small: two blocks over two frames, with rotary positions."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 
     torch.manual_seed(seed)

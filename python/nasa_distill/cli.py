@@ -4,7 +4,8 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
-    python -m nasa_distill sweep --out sweep.png        one picture of it
+    python -m nasa_distill plot --results results/results.json    one picture of it
+    python -m nasa_distill sweep --out sweep.png        methods by rising strength, in pictures
     python -m nasa_distill ablate --world world --out ablation    who should see the negatives
     python -m nasa_distill demo                         the same for one prompt, with pictures
 """
@@ -46,6 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
     add("--student-steps", type=int, help="of each student's cycles, instead of the recipe's")
+    add(
+        "--from-shipped",
+        action="store_true",
+        help="only the students with transformers, from the shipped student's paths: no teacher",
+    )
 
     train = commands.add_parser("train", help="NASA-T")
     train.set_defaults(run=run_train)
@@ -75,9 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher", help="folder of the many-step pipeline, for its rows")
     add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
     add("--steps", type=_integers, default=[1], help="e.g. 1,4 (default: 1)")
-    add("--seed", type=int, default=0)
+    add("--seeds", type=_integers, default=[0], help="of the noise, e.g. 0,1,2 (default: 0)")
+    add("--pairs", choices=("first", "held-out"), default="first", help="list of prompt pairs")
+    add(
+        "--search",
+        action="store_true",
+        help="NAG alone, over scale, tau and alpha, for --tuned with other seeds",
+    )
+    add("--tuned", type=Path, help="results.json of a search: also NAG as it did best there")
+    add("--best-of", type=Path, help="results.json: each method only as it did best there")
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
+
+    plot = commands.add_parser("plot", help="results as one picture: what is removed, what breaks")
+    plot.set_defaults(run=run_plot)
+    add = plot.add_argument
+    add("--results", type=Path, required=True, help="results.json of eval")
+    add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
 
     sweep = commands.add_parser("sweep", help="one picture of it: methods by rising strength")
     sweep.set_defaults(run=run_sweep)
@@ -86,7 +106,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=1, help="default: %(default)s")
     add("--seed", type=int, default=0)
     add("--pair", type=int, default=0, help="number of the prompt pair; default: %(default)s")
-    add("--out", type=Path, default=Path("docs/sweep.png"), help="PNG; default: %(default)s")
+    add(
+        "--out",
+        type=Path,
+        default=Path("docs/distill/pictures.png"),
+        help="PNG; default: %(default)s",
+    )
+
+    pooled = commands.add_parser("pooled", help="what a prompt's pooled vector says of an image")
+    pooled.set_defaults(run=run_pooled)
+    add = pooled.add_argument
+    add("--student", type=Path, required=True, help="folder of a pipeline with joint attention")
+    add("--steps", type=int, default=4, help="default: %(default)s")
+    add("--images", type=int, default=100, help="per prompt (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--alpha", type=float, default=2.0, help="of projected NASA, for the tokens")
+    add("--out", type=Path, required=True, help="JSON file")
+    add("--page", type=Path, help="also write the page to this Markdown file")
 
     ablate = commands.add_parser("ablate", help="which networks should see negatives (Table 5)")
     ablate.set_defaults(run=run_ablate)
@@ -124,10 +160,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_world(options: argparse.Namespace) -> None:
-    from nasa_distill.world.make import Recipe, make
+    from nasa_distill.world.make import Recipe, make, make_from_shipped
 
     recipe = Recipe()
-    students = dict.fromkeys(("student", "four_step", "joint", "pixart"), options.student_steps)
+    names = ("student", "four_step", "joint", "words", "pixart")
+    students = dict.fromkeys(names, options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:
             cycles = tuple(replace(cycle, steps=steps) for cycle in getattr(recipe, name))
@@ -135,7 +172,9 @@ def run_world(options: argparse.Namespace) -> None:
             recipe = replace(recipe, **changed)
     if options.pairs is not None:
         recipe = replace(recipe, pairs=options.pairs)
-    make(recipe, options.out)
+    if options.from_shipped and options.teacher_steps is not None:
+        raise ValueError("world: --from-shipped trains no teacher; leave out --teacher-steps")
+    (make_from_shipped if options.from_shipped else make)(recipe, options.out)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -168,20 +207,34 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
+    from nasa_distill.train.networks import load
     from nasa_distill.world import shipped
     from nasa_distill.world.evaluation import evaluate, report
 
     student = options.student or shipped.path()
+    tuned = None if options.tuned is None else report.read(options.tuned)
+    methods = None
+    if options.search:
+        methods = (evaluate.NONE, *evaluate.nag_grid(load(student).joint))
+    if options.best_of is not None:
+        if options.search:
+            raise ValueError("eval: --search and --best-of both say which methods; give one")
+        methods = report.best_methods(report.read(options.best_of))
     results = evaluate.run(
         Path(student),
         options.steps,
         options.images,
-        options.seed,
+        options.seeds,
         None if options.teacher is None else Path(options.teacher),
+        methods,
+        [] if tuned is None else report.tuned_methods(tuned),
+        options.pairs,
+        options.out / "cells.jsonl",
     )
-    options.out.mkdir(parents=True, exist_ok=True)
     picture = options.out / "samples.png"
-    evaluate.samples(Path(student), options.steps[0], options.seed).save(picture)
+    evaluate.samples(Path(student), options.steps[0], options.seeds[0]).save(picture)
+    if tuned is not None:
+        results.about["NAG"] = report.searched(tuned)
     report.write(results, options.out, options.page, [picture])
 
 
@@ -192,6 +245,20 @@ def run_sweep(options: argparse.Namespace) -> None:
     student = Path(options.student or shipped.path())
     sweep.write(student, options.out, options.steps, options.seed, options.pair)
     print(f"wrote {options.out}")
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    from nasa_distill.world.evaluation import report
+
+    report.plot_frontier(report.read(options.results), options.out)
+    print(f"wrote {options.out}")
+
+
+def run_pooled(options: argparse.Namespace) -> None:
+    from nasa_distill.world.evaluation import pooled
+
+    found = pooled.run(options.student, options.steps, options.images, options.seed, options.alpha)
+    pooled.write(found, options.out, options.page)
 
 
 def run_ablate(options: argparse.Namespace) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 from nasa_diffusers.scalars import is_int, is_real, scalar
 
 ONE = {"int": "an integer", "float": "a number"}
-TWO = {"tuple[int, int]": "two integers", "tuple[float, float]": "two numbers"}
+SEVERAL = {
+    "tuple[int, int]": "two integers",
+    "tuple[int, int, int]": "three integers",
+    "tuple[float, float]": "two numbers",
+}
 
 
 def plain(value: Any) -> Any:
@@ -33,10 +37,10 @@ def read_numbers(settings: Any) -> None:
             value = scalar(given)
             if not is_right(value):
                 raise _refusal(field.name, ONE[kind], given)
-        elif kind in TWO:
+        elif kind in SEVERAL:
             value = tuple(map(scalar, given))
-            if len(value) != 2 or not all(map(is_right, value)):
-                raise _refusal(field.name, TWO[kind], given)
+            if len(value) != kind.count(",") + 1 or not all(map(is_right, value)):
+                raise _refusal(field.name, SEVERAL[kind], given)
         object.__setattr__(settings, field.name, value)
 
 

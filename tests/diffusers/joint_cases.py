@@ -2,9 +2,9 @@
 
 import streams
 import torch
-from nasa_diffusers import NAG, NASA, VSF, testing
+from nasa_diffusers import NAG, NASA, VSF, ProjectedNASA, testing
 
-RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
+RULES = ("nasa-cross", "nasa-text", "nasa", "vsf", "projected")
 SIZE = {"height": 32, "width": 48, "max_sequence_length": 16}
 
 
@@ -72,7 +72,8 @@ STRONG = NAG(scale=20.0, tau=2.0, alpha=0.5)
 
 def by_rule(rule, alpha=None):
     """The method that an oracle's rule stands for."""
-    return VSF(alpha) if rule == "vsf" else NASA(alpha, rule)
+    others = {"vsf": VSF, "projected": ProjectedNASA}
+    return others[rule](alpha) if rule in others else NASA(alpha, rule)
 
 
 def gradients(case):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from oracle import published_nag
+from oracle import plain_projected, published_nag
 
 
 class Nag(NamedTuple):
@@ -39,7 +39,7 @@ def image_attention(rule, alpha, image, pos, neg, mask, pos_mask=None):
         pos_mask = q.new_ones(q.shape[0], k_pos.shape[1], dtype=torch.bool)
     with_pos, with_neg = torch.cat([present, pos_mask], 1), torch.cat([present, mask], 1)
     z_pos = attend(q, torch.cat([k, k_pos], 1), torch.cat([v, v_pos], 1), with_pos)
-    if rule == "nasa" or isinstance(rule, Nag):
+    if rule in ("nasa", "projected") or isinstance(rule, Nag):
         taken = attend(q, torch.cat([k, k_neg], 1), torch.cat([v, v_neg], 1), with_neg)
     elif rule == "nasa-text":
         taken = attend(
@@ -72,6 +72,8 @@ def joint_attention(rule, negatives, image, pos, negs, pos_mask=None):
     for (_, alpha, mask), neg in zip(negatives, negs, strict=True):
         # each takes what it would take alone
         o = o + image_attention(rule, alpha, image, pos, neg, mask, pos_mask) - z_pos
+    if rule == "projected" and negatives:
+        o = plain_projected(z_pos, z_pos - o)
     texts = [attend(pos[0], torch.cat([k, pos[1]], 1), torch.cat([v, pos[2]], 1), with_pos)]
     for (_, _, mask), neg in zip(negatives, negs, strict=True):
         if mask is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines.wan import pipeline_wan
-from nasa_diffusers import NAG, VSF, nasa, testing
+from nasa_diffusers import NAG, VSF, ProjectedNASA, nasa, testing
 from nasa_diffusers.cli import main
 from PIL import Image
 from safetensors.torch import save_file
@@ -63,13 +63,14 @@ def test_sweep_makes_a_grid(checkpoint, tmp_path, capsys):
     ("arguments", "method", "name"),
     [
         (["--method", "vsf"], VSF(0.5), "VSF"),
+        (["--method", "projected"], ProjectedNASA(0.5), "ProjectedNASA"),
         (
             ["--method", "nag", "--nag-scale", "8", "--nag-tau", "2"],
             NAG(scale=8.0, tau=2.0, alpha=0.5),
             "NAG, scale 8, tau 2",
         ),
     ],
-    ids=["vsf", "nag"],
+    ids=["vsf", "projected", "nag"],
 )
 def test_other_methods(checkpoint, tmp_path, capsys, arguments, method, name):
     assert generate(checkpoint, tmp_path, "--negative", "blurry", "--alpha", "0.5", *arguments) == 0

@@ -14,6 +14,7 @@ def test_there_are_pages():
         "compared",
         "families",
         "joint",
+        "pipelines",
         "quick-start",
         "troubleshooting",
     ]

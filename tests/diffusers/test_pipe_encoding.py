@@ -71,7 +71,7 @@ def denoisers_of(kind):
 
 
 # their denoisers mix the text before the blocks, or have no cross-attention
-REFUSED = ("Kolors", "IF", "AudioLDM", "MusicLDM", "Kandinsky")
+REFUSED = ("IF", "AudioLDM", "MusicLDM", "Kandinsky")
 
 
 def refused(kind):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from drawing import assert_same_image, denoise, negative_embeds, relative_error
-from nasa_diffusers import NAG, NASA, VSF, enable_nasa, nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, ProjectedNASA, enable_nasa, nasa, testing
 from oracle import algorithm_1
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +55,7 @@ METHODS = {
     "nasa": NASA(0.5),
     "nag": NAG(scale=5.0, alpha=0.5),
     "vsf": VSF(0.5),
+    "projected": ProjectedNASA(2.0),
 }
 
 

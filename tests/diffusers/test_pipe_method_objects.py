@@ -1,4 +1,4 @@
-"""`NASA`, `NAG` and `VSF` as objects: what they are made of, refuse, and do on a handle."""
+"""The methods as objects: what they are made of, refuse, and do on a handle."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan
 from drawing import assert_same_image, draw
-from nasa_diffusers import NAG, NASA, VSF, Method, enable_nasa, nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, Method, ProjectedNASA, enable_nasa, nasa, testing
 from nasa_diffusers.methods import METHODS
 from nasa_diffusers.prompts import nothing, subtract
 from nasa_diffusers.streams import keep_apart
@@ -61,6 +61,7 @@ def test_names():
     assert str(NASA()) == "NASA" and str(NASA(rule="nasa-text")) == "NASA, rule nasa-text"
     assert str(NAG()) == "NAG" and str(NAG(8, 2, norm=2)) == "NAG, scale 8, tau 2, norm 2"
     assert str(VSF(0.5)) == "VSF"
+    assert str(ProjectedNASA(0.5)) == "ProjectedNASA"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def test_names():
         (lambda: NASA(rule="nasa-image"), "NASA: rule must be one of 'nasa', 'nasa-cross', 'n"),
         (lambda: NASA(0.5, ["nasa"]), "NASA: rule must be one of"),
         (lambda: VSF("strong"), "VSF: alpha must be a finite number"),
+        (lambda: ProjectedNASA("strong"), "ProjectedNASA: alpha must be a finite number"),
         (lambda: NAG(alpha="half"), "NAG: alpha must be a finite number"),
         (lambda: NAG(scale=1), "NAG: scale 1 is no guidance"),
         (lambda: NAG(scale="3"), "NAG: scale must be a finite number"),
@@ -97,6 +99,7 @@ def test_defaults_of_the_family(family):
         (NASA(), NASA(alpha, rule)),
         (NASA(0.7), NASA(0.7, rule)),
         (VSF(), VSF(alpha)),
+        (ProjectedNASA(), ProjectedNASA(2.0)),
         (NAG(), NAG(scale, tau, share, norm=1)),
         (NAG(tau=4.0, norm=2), NAG(scale, 4.0, share, norm=2)),
     ):
@@ -118,8 +121,8 @@ def test_alpha_is_short_for_nasa(sd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "nag"}, r"one of the classes NASA, NAG, VSF .*got 'nag'"),
-        ({"method": 0.5}, r"one of the classes NASA, NAG, VSF .*got 0.5"),
+        ({"method": "nag"}, r"one of the classes NASA, ProjectedNASA, NAG, VSF .*got 'nag'"),
+        ({"method": 0.5}, r"one of the classes NASA, ProjectedNASA, NAG, VSF .*got 0.5"),
         ({"method": NAG}, r"write NAG\(\)"),
         ({"method": NAG(), "alpha": 0.5}, r"short for NASA\(alpha\); .* write NAG\(alpha=...\)"),
         ({"method": NASA(), "alpha": 0.5}, r"write NASA\(alpha=...\)"),
@@ -135,11 +138,11 @@ def test_what_enable_nasa_refuses(sd, options, message):
 
 def test_pairs_make_alpha_a_factor(sd):
     pairs = [("blurry", 0.3), ("red", 0.8)]
-    for method in (NASA(), VSF()):
+    for method, alpha in ((NASA(), 0.1), (VSF(), 0.1), (ProjectedNASA(), 2.0)):
         with nasa(sd, pairs, method) as handle:
             assert handle.alpha == 1.0
             handle.set_negative_prompt("blurry")
-            assert handle.alpha == 0.1
+            assert handle.alpha == alpha
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,7 +183,7 @@ def alone(method, **options):
 
 def test_the_method_changes_between_calls(sd):
     handle = enable_nasa(sd, "blurry")
-    for method in (NAG(8.0), VSF(0.5), NASA(0.3), NAG(alpha=[0.5])):
+    for method in (NAG(8.0), VSF(0.5), NASA(0.3), ProjectedNASA(1.5), NAG(alpha=[0.5])):
         handle.method = method
         assert torch.equal(draw(sd, guidance=5.0), alone(method))
         assert type(handle.method) is type(method)

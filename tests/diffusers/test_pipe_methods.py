@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drawing import assert_same_image, draw, negative_embeds, relative_error
-from nasa_diffusers import NAG, VSF, enable_nasa, nasa, testing
-from oracle import Algorithm1, installed, published_nag
+from nasa_diffusers import NAG, VSF, ProjectedNASA, enable_nasa, nasa, testing
+from oracle import Algorithm1, installed, published_nag, rows
 
 FAMILIES = {
     "sd": testing.stable_diffusion,
@@ -39,8 +39,8 @@ class PlainNag(Algorithm1):
     def rows(self, q):
         mask = self.mask
         if mask is not None:
-            mask = mask[:, None, None, :].expand(len(q), 1, 1, -1)
-        return self.text.expand(len(q), -1, -1), mask
+            mask = rows(mask, len(q))[:, None, None, :]
+        return rows(self.text, len(q)), mask
 
 
 class PlainFlip(PlainNag):
@@ -54,7 +54,7 @@ class PlainFlip(PlainNag):
     def combine(self, attn, q, text, text_mask):
         negative, mask = self.rows(q)
         both = torch.cat([text, negative], dim=1)
-        k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(both)))
+        k = self.normed(attn, attn.norm_k, attn.to_k(both))
         v = self.heads(attn, attn.to_v(both)).clone()
         v[:, :, text.shape[1] :] *= -self.alpha
         bias = torch.zeros(len(q), 1, 1, both.shape[1])
@@ -198,7 +198,7 @@ def test_several_prompts_in_one_softmax(sd):
         assert_same_image(ours, draw(sd))
 
 
-@pytest.mark.parametrize("method", [STRONG, VSF(0.5)], ids=str)
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5), ProjectedNASA(0.5)], ids=str)
 def test_off_is_stock_and_on_again_is_the_same(sd, method):
     stock = draw(sd, guidance=5.0)
     handle = enable_nasa(sd, "blurry", method)
@@ -234,7 +234,7 @@ def test_nag_refuses_several_prompts(sd):
     assert torch.equal(draw(sd), before)
 
 
-@pytest.mark.parametrize("method", [STRONG, VSF(0.5)], ids=str)
+@pytest.mark.parametrize("method", [STRONG, VSF(0.5), ProjectedNASA(2.0)], ids=str)
 def test_compiled(method):
     """Alpha and the prompts are data here too."""
     torch._dynamo.reset()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan
 from drawing import assert_same_image, draw, relative_error
-from nasa_diffusers import NAG, NASA, VSF, enable_nasa, flops, nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, ProjectedNASA, enable_nasa, flops, nasa, testing
 from nasa_diffusers.cache import Prompts, folded_length
 from oracle import algorithm_1
 
@@ -148,16 +148,15 @@ def test_gradients_see_all_tokens():
     assert gradient[:, 5:].count_nonzero() > 0
 
 
-@pytest.mark.parametrize("method", ["nasa", "nag", "vsf"])
+@pytest.mark.parametrize("method", [NASA(), NAG(), VSF(), ProjectedNASA()], ids=str)
 def test_compiled_and_with_every_method(method):
     """Prompts of other lengths are data: folded lengths do not recompile."""
     torch._dynamo.reset()
-    options = {"method": {"nasa": NASA(), "nag": NAG(), "vsf": VSF()}[method]}
     plain, pipe = testing.wan(), testing.wan()
     pipe.transformer.compile(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for each in (plain, pipe):
-            enable_nasa(each, negative_prompt_embeds=padded(4, seed=2), **options)
+            enable_nasa(each, method=method, negative_prompt_embeds=padded(4, seed=2))
         for real in (9, 30, 9):
             call = {"prompt": None, "prompt_embeds": padded(real)}
             assert_same_image(draw(pipe, **call), draw(plain, **call))

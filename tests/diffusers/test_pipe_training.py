@@ -3,7 +3,7 @@
 import pytest
 import torch
 from drawing import negative_embeds, relative_error
-from nasa_diffusers import NAG, NASA, VSF, enable_nasa, testing
+from nasa_diffusers import NAG, NASA, VSF, ProjectedNASA, enable_nasa, testing
 from oracle import algorithm_1
 
 
@@ -52,6 +52,7 @@ METHODS = {
     "nasa": NASA(0.5),
     "nag": NAG(alpha=0.5),
     "vsf": VSF(0.5),
+    "projected": ProjectedNASA(0.5),
 }
 
 

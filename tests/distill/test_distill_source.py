@@ -148,7 +148,7 @@ def test_settings_take_any_scalar(kind):
     for made in (
         Settings(**steps, kappa=range_, ema=kind(0.5), lora_rank=whole(4)),
         FitSettings(**steps, learning_rate=kind(0.5), ema=kind(0.25)),
-        Recipe(pairs=whole(5), guidance=kind(1.5), joint_size=(whole(32), whole(2))),
+        Recipe(pairs=whole(5), guidance=kind(1.5), joint_size=(whole(32), whole(2), whole(2))),
     ):
         json.dumps(asdict(made))
         for value in asdict(made).values():

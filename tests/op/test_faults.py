@@ -106,6 +106,54 @@ FAULTS = (
         "test_nag.py published and cpu and basic",
     ),
     Fault(
+        "projection", "reference.py", "d = z_neg - (z_neg * z_pos)",
+        "d = z_neg - 0.99 * (z_neg * z_pos)",
+        "test_projected.py equal_prompts_give and cpu and small",
+    ),
+    Fault(
+        "length-not-kept", "reference.py", "(z_pos - alpha * d) / longer", "z_pos - alpha * d",
+        "test_projected.py the_length_is and reference",
+    ),
+    Fault(
+        "no-direction-of-zeros", "reference.py", "torch.where(exists, (z_pos",
+        "torch.where(exists | True, (z_pos",
+        "test_projected.py rows_of_zeros and cpu",
+    ),
+    Fault(
+        "nan-where-alpha-is-0", "reference.py", "z_neg = looked_at(z_neg, alpha)", "pass",
+        "test_projected.py alpha_zero_is_plain_attention and cpu and small",
+    ),
+    Fault(
+        "gradient-of-the-length", "_projected.py", "ds = -0.5 * a * a * dr", "ds = 0.0 * dr",
+        "test_projected.py gradient_of_the_blend",
+    ),
+    Fault(
+        "gradient-of-the-share", "_projected.py", "(along - 2 * t * ds)", "(along + 2 * t * ds)",
+        "test_projected.py gradient_of_the_blend and z_pos",
+    ),
+    Fault(
+        "gradient-of-alpha", "_projected.py", "dalpha = -r * g_d - a * s * dr", "dalpha = -r * g_d",
+        "test_projected.py gradient_of_the_blend and alpha",
+    ),
+    Fault(
+        "gradient-of-zeros", "_projected.py", "torch.where(exists, dz_neg, 0.0)", "dz_neg",
+        "test_projected.py gradient_of_the_blend and z_neg",
+    ),
+    Fault(
+        "kept-in-fp32", "_projected.py", "ctx.save_for_backward(z_pos, z_neg,",
+        "ctx.save_for_backward(z_pos.float(), z_neg,",
+        "test_projected.py the_backward_pass_keeps",
+    ),
+    Fault(
+        "second-negative-twice", "projected.py", "part if w is None else w + part", "part",
+        "test_projected.py several_negatives_match and cpu",
+    ),
+    Fault(
+        "strength-of-a-row-of-text", "joint_attention.py", "alpha_map[:, : apart.z_pos.shape[1]]",
+        "alpha_map[:, -apart.z_pos.shape[1] :]",
+        "test_projected.py test_joint_gradients and cpu",
+    ),
+    Fault(
         "flops", "_flops.py", "return 2 * _product(q, k_pos, k_neg)",
         "return 2 * _product(q, k_pos)", "test_ops.py test_flops_forward and cpu",
     ),

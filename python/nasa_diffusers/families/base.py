@@ -7,7 +7,7 @@ layers are its text cross-attention, and how such a layer makes Q, K and V.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusers.models import attention_processor as stock
@@ -19,6 +19,7 @@ from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
+from nasa_diffusers.prompts import KeysValues
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -157,6 +158,10 @@ class Family:
         `is_guided`, the negative prompts are carried and change nothing."""
         return {"encoder_hidden_states": guided_text}
 
+    def plain(self, text: GuidedText) -> Any:
+        """What a layer that is not guided is given in place of `text`."""
+        return text.text
+
     def read_embeds(self, embeds: Any, mask: Tensor | None) -> tuple[Any, Tensor | None]:
         """`negative_prompt_embeds` as the pipeline has its own, as `[m, n, c]`, and their mask."""
         return embeds, mask
@@ -242,6 +247,10 @@ class Family:
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
         return (attn.norm_k(k) if _has_norms(attn) else k), v
 
+    def keys_values_beside(self, attn: Layer, images: Tensor) -> KeysValues:
+        """K and V of the image tokens that go beside a text, `[b, n, c]`."""
+        raise NotImplementedError
+
     def output(self, attn: Layer, o: Tensor) -> Tensor:
         """`[b, l, h * d]` through the output projection and its dropout."""
         return attn.to_out[1](attn.to_out[0](o))
@@ -268,10 +277,27 @@ def _uses_fused_projection(attn: Layer) -> bool:
     return attn.fused_projections and hasattr(attn, "to_kv")
 
 
+def nonzero_tokens(embeds: Tensor) -> Tensor | None:
+    """`[m, n]`: True up to the last token that is not zeros, and always for the first; None where
+    all are."""
+    if embeds.is_meta:
+        return None
+    mask = (embeds != 0).any(2).flip(1).long().cumsum(1).flip(1) > 0
+    mask[:, 0] = True
+    return None if mask.all() else mask
+
+
 def token_grid(sample: Tensor, patch: int) -> Grid:
     """The one grid of a transformer over `[b, c, height, width]` latents."""
     height, width = sample.shape[-2:]
     return 1, height // patch, width // patch
+
+
+def video_grid(sample: Tensor, patches: Sequence[int]) -> Grid:
+    """The one grid of a transformer over `[b, c, frames, height, width]` latents."""
+    size = zip(sample.shape[-3:], patches, strict=True)
+    frames, height, width = (latents // patch for latents, patch in size)
+    return frames, height, width
 
 
 def config(denoiser: Denoiser, name: str):

@@ -1,4 +1,4 @@
-"""SkyReels-V2, text to video: Wan's text path under diffusion forcing.
+"""SkyReels-V2, to video from text, images or videos: Wan's text path under diffusion forcing.
 
 Frames are denoised in blocks that see only themselves and what came before; long videos are
 made piece by piece. The text is the same in every piece, so its keys and values are kept for all.

@@ -5,11 +5,12 @@ from typing import Any
 from nasa_diffusers.methods.base import Method, with_alpha
 from nasa_diffusers.methods.nag import NAG
 from nasa_diffusers.methods.nasa import NASA
+from nasa_diffusers.methods.projected import ProjectedNASA
 from nasa_diffusers.methods.vsf import VSF
 
-METHODS: tuple[type[Method], ...] = (NASA, NAG, VSF)
+METHODS: tuple[type[Method], ...] = (NASA, ProjectedNASA, NAG, VSF)
 
-__all__ = ["METHODS", "NAG", "NASA", "VSF", "Method", "read_method", "with_alpha"]
+__all__ = ["METHODS", "NAG", "NASA", "VSF", "Method", "ProjectedNASA", "read_method", "with_alpha"]
 
 
 def read_method(method: Any, alpha: Any = None) -> Method:

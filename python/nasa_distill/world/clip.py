@@ -103,3 +103,14 @@ def text_encoder(clip: Clip, projected: bool = False) -> Any:
         tower |= {"text_projection.weight": clip.model.text_projection.weight}
     encoder.load_state_dict({own[name]: value for name, value in tower.items()})
     return encoder.eval().requires_grad_(False)
+
+
+def with_identity(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The same text tower with a projection that hands on what it is given."""
+    projected: Any = CLIPTextModelWithProjection(encoder.config)
+    weights = {name.removeprefix("text_model."): x for name, x in encoder.state_dict().items()}
+    own = {name.removeprefix("text_model."): name for name in projected.state_dict()}
+    identity = torch.eye(*projected.text_projection.weight.shape)
+    weights["text_projection.weight"] = identity
+    projected.load_state_dict({own[name]: x for name, x in weights.items()})
+    return projected.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""From nothing to a teacher and its students in the small world: seven stages, each resumable.
+"""From nothing to a teacher and its students in the small world: eight stages, each resumable.
 
 OUT/clip       the world's CLIP
 OUT/teacher    the many-step teacher
@@ -6,11 +6,15 @@ OUT/pairs      its images, and its path to them from noise
 OUT/student    the one-step student that NASA-T begins with
 OUT/four-step  the student of four steps
 OUT/joint      another, with joint attention, of which NASA has several rules
+OUT/words      another with joint attention, which knows its prompt from text tokens alone
 OUT/pixart     another, a PixArt with a T5
+
+The last three can also learn from the shipped student of four steps: `make_from_shipped`.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +26,9 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from nasa_distill.scalars import read_numbers
-from nasa_distill.train.clip import Clip
 from nasa_distill.train.networks import load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import model, students, t5, teacher
+from nasa_distill.world import model, shipped, students, t5, teacher
 from nasa_distill.world.captions import draw_caption
 from nasa_distill.world.code import make_autoencoder
 from nasa_distill.world.fit import Settings
@@ -54,28 +57,39 @@ class Recipe:
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     )
     # from random weights: many small steps
-    joint: tuple[Settings, ...] = (
-        Settings(steps=2600, batch=16, ema=0.995),
-        Settings(steps=1200, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
-    )
-    joint_size: tuple[int, int] = (192, 5)  # width, blocks
+    joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
+    joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
+    words: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
+    words_size: tuple[int, int, int] = (192, 5, 1)  # 64 tokens of the image, 16 of the text
     t5: Settings = Settings(steps=400, batch=64, learning_rate=2e-3, ema=0.99)
-    pixart: tuple[Settings, ...] = (
-        Settings(steps=6000, batch=16, ema=0.995),
-        Settings(steps=3000, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
-    )
+    pixart: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
 
     def __post_init__(self) -> None:
         read_numbers(self)
 
 
-def make_joint(recipe: Recipe, pairs: students.Pairs, clip: Clip, out: Path) -> None:
+def make_joint(recipe: Recipe, pairs: students.Pairs, encoder: Any, out: Path) -> None:
+    _make_joint(recipe.joint, recipe.joint_size, pairs, encoder, out)
+
+
+def make_words(recipe: Recipe, pairs: students.Pairs, encoder: Any, out: Path) -> None:
+    """The pooled vector of every prompt is zero, so time alone modulates the blocks."""
+    encoder = copy.deepcopy(encoder)
+    torch.nn.init.zeros_(encoder.text_projection.weight)
+    _make_joint(recipe.words, recipe.words_size, pairs, encoder, out)
+
+
+def _make_joint(
+    cycles: Sequence[Settings],
+    size: tuple[int, int, int],
+    pairs: students.Pairs,
+    encoder: Any,
+    out: Path,
+) -> None:
     torch.manual_seed(0)
-    encoder = world_clip.text_encoder(clip, projected=True)
-    transformer = model.make_joint(*recipe.joint_size)
-    pipe = model.make_joint_pipeline(transformer, encoder, make_autoencoder())
-    from_nothing(pipe, pairs, recipe.joint, out)
+    pipe = model.make_joint_pipeline(model.make_joint(*size), encoder, make_autoencoder())
+    from_nothing(pipe, pairs, cycles, out)
 
 
 def make_pixart(recipe: Recipe, pairs: students.Pairs, out: Path) -> None:
@@ -118,7 +132,24 @@ def make(recipe: Recipe, out: Path) -> None:
     ):
         student = students.train(drawn, student, pairs, steps, cycles, out / name)
         save(student, encoder, out / name / "pipeline", few_step=True)
-    make_joint(recipe, pairs, clip, out / "joint")
+    encoder = world_clip.text_encoder(clip, projected=True)
+    make_joint(recipe, pairs, encoder, out / "joint")
+    make_words(recipe, pairs, encoder, out / "words")
+    make_pixart(recipe, pairs, out / "pixart")
+    write_prompts(out)
+
+
+def make_from_shipped(recipe: Recipe, out: Path) -> None:
+    """The three students from random weights, without a teacher; see `fit` for what it raises.
+
+    The paths are those of the shipped student: one step from the beginning of each quarter to that
+    of the next. Its text encoder has no trained projection; theirs hands on what it is given.
+    """
+    drawn = load(shipped.path())
+    pairs = students.make_pairs(drawn, recipe.pairs, out, guidance=1.0, steps=students.QUARTERS)
+    encoder = world_clip.with_identity(drawn.pipe.text_encoder)
+    make_words(recipe, pairs, encoder, out / "words")
+    make_joint(recipe, pairs, encoder, out / "joint")
     make_pixart(recipe, pairs, out / "pixart")
     write_prompts(out)
 
@@ -135,5 +166,9 @@ def write_prompts(out: Path, count: int = 4000, seed: int = 0) -> None:
     captions = [draw_caption(scene, rng) for scene in drawn]
     values = [value for name in RATES for value in RATES[name]]
     pairs = [f"{a}, {b}" for a in values for b in values if a != b]
-    (out / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions))
-    (out / "negatives.txt").write_text("".join(f"{text}\n" for text in [*values, *pairs]))
+    (out / "prompts.txt").write_text(
+        "".join(f"{caption}\n" for caption in captions), encoding="utf-8"
+    )
+    (out / "negatives.txt").write_text(
+        "".join(f"{text}\n" for text in [*values, *pairs]), encoding="utf-8"
+    )

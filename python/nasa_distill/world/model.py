@@ -47,10 +47,8 @@ NOISE: dict[str, Any] = {
     "prediction_type": "sample",
     "clip_sample": False,
 }
-# of the transformers: 16 tokens of the image
 PATCHES: dict[str, Any] = {
     "sample_size": GRID,
-    "patch_size": 2,
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
 }
@@ -78,8 +76,12 @@ def make_tokenizer() -> CLIPTokenizer:
     merges = list(dict.fromkeys(merges))
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, rules = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        rules.write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+        vocabulary.write_text(
+            json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8"
+        )
+        rules.write_text(
+            "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
+        )
         return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=MAX_TOKENS)
 
 
@@ -145,17 +147,18 @@ def make_scheduler(few_step: bool) -> DDIMScheduler | LCMScheduler:
     return DDIMScheduler(**NOISE, timestep_spacing="trailing")
 
 
-def make_joint(width: int, layers: int) -> SD3Transformer2DModel:
+def make_joint(width: int, layers: int, patch: int = 2) -> SD3Transformer2DModel:
     """Image and text in one attention, with the norms of SD3.5."""
     transformer: Any = SD3Transformer2DModel(
         **PATCHES,
+        patch_size=patch,
         num_layers=layers,
         attention_head_dim=32,
         num_attention_heads=width // 32,
         joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=width,
         pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=GRID // 2,
+        pos_embed_max_size=GRID // patch,
         qk_norm="rms_norm",
     )
     for module in transformer.modules():
@@ -169,6 +172,7 @@ def make_pixart(heads: int, layers: int) -> PixArtTransformer2DModel:
     """Heads of 72 numbers as PixArt's, text in cross-attention."""
     transformer: Any = PixArtTransformer2DModel(
         **PATCHES,
+        patch_size=2,
         num_layers=layers,
         attention_head_dim=72,
         num_attention_heads=heads,

@@ -7,13 +7,11 @@ judged exactly: how often the attribute is gone, and what else of the image is k
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import random
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import nasa_diffusers
@@ -23,11 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nasa_distill import pictures
-from nasa_distill.intervals import Share
 from nasa_distill.scalars import plain
 from nasa_distill.train.networks import Model, load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption, matches
+from nasa_distill.world.code import PatchCode
+from nasa_distill.world.evaluation.counts import Cell, Counts, Method, Results
+from nasa_distill.world.evaluation.progress import Made, checksum, commit
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import scenes
 
@@ -45,116 +45,52 @@ PAIRS = (
     ("a photo of a red circle", "watermarked"),
     ("a photo of a yellow shape", "blurry, watermarked"),
 )
+# written down before anything was drawn for them, and after the rules were chosen on the others
+HELD_OUT = (
+    ("a photo of a square", "blue"),
+    ("a photo of a triangle", "green, yellow"),
+    ("a photo of a large shape", "solid"),
+    ("a photo of a yellow shape on a black background", "triangle"),
+    ("a photo of a blue circle", "small"),
+    ("a photo of a striped shape", "white"),
+    ("a photo of a green shape", "square"),
+    ("a clean photo of a shape", "yellow"),
+    ("a photo of a large red shape", "circle, triangle"),
+    ("a photo of a red striped square on a white background", "blurry"),
+    ("a photo of a small shape", "red, circle"),
+)
+LISTS = {"first": PAIRS, "held-out": HELD_OUT}
 BATCH = 100
 TEACHER_STEPS = 25
-SOURCES = Path(__file__).parents[2]
-
-
-class Method(NamedTuple):
-    """A way to use the negative prompt, and how strongly."""
-
-    name: str  # "none", "cfg", "nag", "vsf", or a rule of NASA
-    strength: float = 0.0
-
-    def made(self) -> nasa_diffusers.Method:
-        """The method of `enable_nasa`; strength is the scale of NAG and the alpha of the others."""
-        if self.name == "nag":
-            return nasa_diffusers.NAG(scale=self.strength)
-        if self.name == "vsf":
-            return nasa_diffusers.VSF(self.strength)
-        return nasa_diffusers.NASA(self.strength, rule=self.name)
-
-    def __str__(self) -> str:
-        return self.name if self.name == "none" else f"{self.name} {self.strength:g}"
 
 
 NONE = Method("none")
 CFG = tuple(Method("cfg", scale) for scale in (1.5, 2.5, 4.0))
-NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
+NASA = tuple(Method("nasa", alpha) for alpha in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25))
+PROJECTED = tuple(Method("projected", alpha) for alpha in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0))
 NAG = tuple(Method("nag", scale) for scale in (2.0, 4.0, 8.0))
 VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
-METHODS = (NONE, *CFG, *NASA, *NAG, *VSF)
+METHODS = (NONE, *CFG, *NASA, *PROJECTED, *NAG, *VSF)
 # of joint attention, each over the alphas at which it acts
 ALPHAS = {
-    "nasa-cross": (0.1, 0.25, 0.5, 1.0, 1.5),
-    "nasa-text": (0.25, 0.5, 1.0, 2.0, 4.0),
-    "nasa": (0.1, 0.25, 0.5, 0.75, 1.0),
-    "vsf": (0.25, 0.5, 1.0, 2.0),
+    "nasa-cross": (0.1, 0.25, 0.35, 0.5),
+    "nasa-text": (0.25, 0.5, 0.75, 1.0),
+    "nasa": (0.1, 0.25, 0.5),
+    "vsf": (0.25, 0.5, 1.0),
 }
 RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
-JOINT = (NONE, *CFG, *RULES, *NAG)
+JOINT = (NONE, *CFG[:2], *PROJECTED, *RULES, *NAG)
+# for a search: what NAG's scale alone leaves out, around the shares that its paper takes
+NAG_SHARES = {False: (0.5, 1.0), True: (0.125, 0.25)}  # of cross- and of joint attention
 
 
-@dataclass
-class Counts:
-    """Of one prompt pair, or of several added up."""
-
-    n: int = 0
-    removed: int = 0  # the negative attribute is not there
-    followed: int = 0  # all attributes of the prompt are
-    valid: int = 0  # an image of the world
-    followed_valid: int = 0
-    removed_valid: int = 0
-    good: int = 0  # removed, followed and valid
-    residual: float = 0.0  # added up
-
-    def add(self, other: Counts) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    @staticmethod
-    def of(images: Tensor, prompt: str, negative: str) -> Counts:
-        verdict = judge(images)
-        removed, followed, valid = (
-            ~verdict.shows(negative),
-            verdict.follows(prompt),
-            verdict.valid.cpu(),
-        )
-        return Counts(
-            len(images),
-            int(removed.sum()),
-            int(followed.sum()),
-            int(valid.sum()),
-            int((followed & valid).sum()),
-            int((removed & valid).sum()),
-            int((removed & followed & valid).sum()),
-            verdict.residual.sum().item(),
-        )
-
-    @property
-    def shares(self) -> dict[str, Share]:
-        return {
-            "removed": Share(self.removed, self.n),
-            "followed": Share(self.followed, self.n),
-            "valid": Share(self.valid, self.n),
-            "followed if valid": Share(self.followed_valid, self.valid),
-            "removed if valid": Share(self.removed_valid, self.valid),
-            "all three": Share(self.good, self.n),
-        }
-
-
-@dataclass
-class Cell:
-    """One method on one model: the pairs, and their sum."""
-
-    model: str  # "student" or "teacher"
-    steps: int
-    method: Method
-    pairs: list[Counts] = field(default_factory=list)
-
-    @property
-    def total(self) -> Counts:
-        total = Counts()
-        for counts in self.pairs:
-            total.add(counts)
-        return total
-
-
-@dataclass
-class Results:
-    cells: list[Cell]
-    about: dict[str, Any]  # commit, versions, seed, checksum
-    quality: dict[str, Counts] = field(default_factory=dict)  # without any negative prompt
+def nag_grid(joint: bool) -> tuple[Method, ...]:
+    return tuple(
+        Method("nag", scale, tau, share)
+        for scale in (4.0, 8.0, 16.0)
+        for tau in (1.25, 2.5)
+        for share in NAG_SHARES[joint]
+    )
 
 
 def draw(
@@ -166,7 +102,11 @@ def draw(
     noise: Tensor,
     seed: int,
 ) -> Tensor:
-    """Images `[n, 3, 32, 32]` in [-1, 1] from the model's own pipeline."""
+    """Images `[n, 3, 32, 32]` in [-1, 1] from the model's own pipeline.
+
+    Its latents are read by the linear code that its autoencoder computes, in a thousandth of the
+    time.
+    """
     images = []
     for number, z in enumerate(noise.split(BATCH)):
         call: dict[str, Any] = {"guidance_scale": 0.0}
@@ -176,7 +116,7 @@ def draw(
                 "negative_prompt": [negative] * len(z),
             }
         with _guided(model, negative, method):
-            images.append(_call(model, [prompt] * len(z), steps, z, seed, number, **call))
+            images.append(call_pipeline(model, [prompt] * len(z), steps, z, seed, number, **call))
     return torch.cat(images)
 
 
@@ -189,7 +129,9 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     total = Counts()
     for number, start in enumerate(range(0, images, BATCH)):
         batch, z = captions[start : start + BATCH], noise[start : start + BATCH]
-        verdict = judge(_call(model, batch, steps, z, seed, number, guidance_scale=guidance))
+        verdict = judge(
+            call_pipeline(model, batch, steps, z, seed, number, guidance_scale=guidance)
+        )
         allowed = matches(batch).bool()
         followed = allowed[torch.arange(len(batch)), verdict.scene]
         valid = verdict.valid
@@ -205,23 +147,34 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
     return total
 
 
-def _call(
-    model: Model, prompts: list[str], steps: int, z: Tensor, seed: int, number: int, **options: Any
+def call_pipeline(
+    model: Model,
+    prompts: list[str] | None,
+    steps: int,
+    z: Tensor,
+    seed: int,
+    number: int,
+    **options: Any,
 ) -> Tensor:
     random_ = generator(seed, number)
     # SD3's pipeline gives its scheduler no generator
     with torch.random.fork_rng():
         torch.manual_seed(random_.initial_seed())
-        images = model.pipe(
+        codes = model.pipe(
             prompts,
             num_inference_steps=steps,
             latents=z,
             generator=random_,
-            output_type="pt",
+            output_type="latent",
             **model.call_options,
             **options,
         ).images
-    return images * 2 - 1
+    return code().decode(codes).clamp(-1, 1)
+
+
+@functools.cache
+def code() -> PatchCode:
+    return PatchCode()
 
 
 @contextlib.contextmanager
@@ -250,79 +203,93 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
 
 def run(
     student: Path,
-    steps: list[int],
+    steps: Sequence[int],
     images: int,
-    seed: int = 0,
+    seeds: int | Sequence[int] = 0,
     teacher: Path | None = None,
-    methods: tuple[Method, ...] | None = None,
+    methods: Sequence[Method] | None = None,
+    more: Sequence[Method] = (),
+    pairs: str = "first",
+    progress: Path | None = None,
 ) -> Results:
-    """Methods on the student, by default all it has, and negative guidance on the teacher in 25."""
-    images, seed, steps = plain(images), plain(seed), [plain(count) for count in steps]
+    """Methods on the student, by default all it has, and negative guidance on the teacher in 25.
+
+    Args:
+        images: Of each prompt pair and seed.
+        more: Methods beside those.
+        pairs: One of `LISTS`.
+        progress: A file of the cells that are there; the same call goes on with it.
+    """
+    images, steps = plain(images), [plain(count) for count in steps]
+    seeds = [plain(seed) for seed in ([seeds] if isinstance(plain(seeds), int) else seeds)]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
-    distilled = load(student)
+    if pairs not in LISTS:
+        raise ValueError(f"evaluate.run: pairs must be one of {', '.join(LISTS)}, got {pairs!r}")
+    models = {"student": load(student)} | ({} if teacher is None else {"teacher": load(teacher)})
+    distilled = models["student"]
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
-    methods = tuple(Method(method.name, plain(method.strength)) for method in methods)
-    jobs = [("student", distilled, count, method) for count in steps for method in methods]
-    seen = {
-        f"student, {count} step{'s' * (count > 1)}": quality(
-            distilled, count, images * len(PAIRS), seed
-        )
-        for count in steps
-    }
-    if teacher is not None:
-        taught = load(teacher)
-        jobs += [("teacher", taught, TEACHER_STEPS, method) for method in (NONE, CFG[1])]
-        for guidance in (0.0, 2.0):
-            name = f"teacher, {TEACHER_STEPS} steps, " + (
-                f"guidance {guidance:g}" if guidance else "no guidance"
-            )
-            seen[name] = quality(taught, TEACHER_STEPS, images * len(PAIRS), seed, guidance)
-    cells = []
-    for name, model, count, method in tqdm(jobs, "cells"):
-        cell = Cell(name, count, method)
-        for number, (prompt, negative) in enumerate(PAIRS):
-            # the same noise for every method
-            noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
-            drawn = draw(model, prompt, negative, method, count, noise, seed)
-            cell.pairs.append(Counts.of(drawn, prompt, negative))
-        cells.append(cell)
+    methods = [*methods, *(method for method in more if method not in methods)]
+    methods = [Method(m.name, *(plain(x) for x in m[1:])) for m in methods]
     about = {
         "commit": commit(),
-        "seed": seed,
-        "images per pair": images,
+        "seeds": ", ".join(map(str, seeds)),
+        "images per pair and seed": images,
+        "prompt pairs": pairs,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "network": type(distilled.denoiser).__name__,
         "student": checksum(student),
     }
+    if distilled.joint:
+        pooled = distilled.encode(["red"]).pooled
+        has_vector = pooled is not None and bool(pooled.any())
+        about["prompt"] = "tokens and a pooled vector" if has_vector else "tokens alone"
     if teacher is not None:
         about["teacher"] = checksum(teacher)
+    made = Made(progress, about)
+    count = images * len(LISTS[pairs])
+    seen = {}
+    for model, number, guidance, name in qualities(steps, teacher is not None):
+        seen[name] = Counts()
+        for seed in seeds:
+            how = (models[model], number, count, seed, guidance)
+            seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *how))
+    jobs = [("student", number, method) for number in steps for method in methods]
+    if teacher is not None:
+        jobs += [("teacher", TEACHER_STEPS, method) for method in (NONE, CFG[1])]
+    cells = [Cell(*job) for job in jobs]
+    # seed by seed: what was stopped early has all methods
+    for seed, cell in tqdm([(seed, cell) for seed in seeds for cell in cells], "cells"):
+        key = f"{cell.model}, {cell.steps} steps, {cell.method}, seed {seed}"
+        how = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
+        cell.add(seed, made.through(key, pair_by_pair, *how))
     return Results(cells, about, seen)
 
 
-def commit() -> str:
-    """Of the sources that ran, with a `+` where they were changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(SOURCES), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", ".")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def qualities(steps: Sequence[int], with_teacher: bool) -> Iterator[tuple[str, int, float, str]]:
+    """Model, steps and guidance of what is judged without a negative prompt, and its name."""
+    for number in steps:
+        yield "student", number, 0.0, f"student, {number} step{'s' * (number > 1)}"
+    if with_teacher:
+        for guidance in (0.0, 2.0):
+            said = f"guidance {guidance:g}" if guidance else "no guidance"
+            yield "teacher", TEACHER_STEPS, guidance, f"teacher, {TEACHER_STEPS} steps, {said}"
 
 
-def checksum(path: Path) -> str:
-    """The first half of a SHA-256 over the weights of a pipeline."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]
+def pair_by_pair(
+    model: Model,
+    steps: int,
+    method: Method,
+    pairs: Sequence[tuple[str, str]],
+    images: int,
+    seed: int,
+) -> list[Counts]:
+    found = []
+    for number, (prompt, negative) in enumerate(pairs):
+        # the same noise for every method
+        noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
+        drawn = draw(model, prompt, negative, method, steps, noise, seed)
+        found.append(Counts.of(drawn, prompt, negative))
+    return found

@@ -9,19 +9,36 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from nasa_distill import tables
 from nasa_distill.intervals import Share
 from nasa_distill.world.evaluation import plot
-from nasa_distill.world.evaluation.evaluate import PAIRS, Cell, Counts, Method, Results
+from nasa_distill.world.evaluation.evaluate import (
+    LISTS,
+    NONE,
+    Cell,
+    Counts,
+    Method,
+    Results,
+)
 
 # methods, and what their strength is
 STRENGTHS = {
+    "projected": "alpha of projected NASA",
     "nasa-cross": "alpha of nasa-cross",
     "nasa-text": "alpha of nasa-text",
     "nasa": "alpha",
     "cfg": "guidance scale",
     "nag": "scale of NAG",
     "vsf": "alpha of value sign flip",
+}
+CURVES = {
+    "projected": "projected NASA, alpha 0.5 to 4",
+    "nasa": "NASA, alpha 0.1 to 1.25",
+    "nag": "NAG, scale 2 to 8",
+    "vsf": "VSF, alpha 0.5 to 2",
+    "cfg": "guidance, scale 1.5 to 4",
 }
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
@@ -31,29 +48,34 @@ def write(
 ) -> None:
     """`results.json`, `results.csv` and plots in `out`, and the page if one is named."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
+    (out / "results.json").write_text(
+        json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8"
+    )
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
-    if is_joint(results):
-        plots += [plot_price(results, steps, out) for steps in student_steps(results)]
+    plots += [plot_price(results, steps, out) for steps in student_steps(results)]
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
-            markdown(results, [*(path for path in plots if path), *pictures], page.parent)
+            markdown(results, [*(path for path in plots if path), *pictures], page.parent),
+            encoding="utf-8",
         )
 
 
 def as_json(results: Results) -> dict:
     return {
         "about": results.about,
-        "pairs": [list(pair) for pair in PAIRS],
+        "pairs": [list(pair) for pair in pairs_of(results)],
         "cells": [
             {
                 "model": cell.model,
                 "steps": cell.steps,
                 "method": cell.method.name,
                 "strength": cell.method.strength,
+                "tau": cell.method.tau,
+                "alpha": cell.method.share,
                 "pairs": [dataclasses.asdict(counts) for counts in cell.pairs],
+                "seeds": {seed: dataclasses.asdict(x) for seed, x in cell.seeds.items()},
             }
             for cell in results.cells
         ],
@@ -63,13 +85,14 @@ def as_json(results: Results) -> dict:
 
 def read(path: Path) -> Results:
     """What `write` wrote as JSON."""
-    given = json.loads(path.read_text())
+    given = json.loads(path.read_text(encoding="utf-8"))
     cells = [
         Cell(
             cell["model"],
             cell["steps"],
-            Method(cell["method"], cell["strength"]),
+            Method(cell["method"], cell["strength"], cell.get("tau"), cell.get("alpha")),
             [Counts(**counts) for counts in cell["pairs"]],
+            {int(seed): Counts(**counts) for seed, counts in cell.get("seeds", {}).items()},
         )
         for cell in given["cells"]
     ]
@@ -78,18 +101,23 @@ def read(path: Path) -> Results:
 
 
 def write_csv(results: Results, path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         ends = [f"{name} {end}" for name in COLUMNS for end in ("", "low", "high")]
-        header = ["model", "steps", "method", "strength", "images", *map(str.strip, ends)]
+        header = ["model", "steps", "method", "strength", "tau", "alpha", "images"]
+        header += map(str.strip, ends)
         writer.writerow([*header, "mean residual", *results.about])
         for cell in results.cells:
             total = cell.total
-            row = [cell.model, cell.steps, cell.method.name, cell.method.strength, total.n]
+            row = [cell.model, cell.steps, *cell.method, total.n]
             for name in COLUMNS:
                 share = total.shares[name]
                 row += [round(x, 4) for x in (share.value, *share.interval)]
             writer.writerow([*row, round(total.residual / total.n, 5), *results.about.values()])
+
+
+def pairs_of(results: Results) -> tuple[tuple[str, str], ...]:
+    return LISTS[results.about.get("prompt pairs", "first")]
 
 
 def student_steps(results: Results) -> list[int]:
@@ -111,8 +139,10 @@ def student_cells(results: Results, steps: int) -> list[Cell]:
 
 
 def sweep(results: Results, steps: int, name: str) -> list[Cell]:
-    """The student without a negative prompt, then a method by rising strength."""
-    chosen = [c for c in student_cells(results, steps) if c.method.name in ("none", name)]
+    """The student without a negative prompt, then a method by rising strength, with no other
+    settings of NAG than the family's."""
+    cells = [c for c in student_cells(results, steps) if c.method.tau is None]
+    chosen = [c for c in cells if c.method.name in ("none", name)]
     return sorted(chosen, key=lambda cell: cell.method.strength)
 
 
@@ -143,6 +173,50 @@ def plot_price(results: Results, steps: int, out: Path) -> Path:
     return path
 
 
+def frontier(results: Results) -> Figure:
+    """For each number of steps what each method removes, and what it leaves valid."""
+    panels = []
+    for steps in student_steps(results):
+        cells = student_cells(results, steps)
+        none = next(cell.total.shares for cell in cells if cell.method.name == "none")
+        curves = [
+            plot.Curve(
+                label,
+                [cell.total.shares["removed"] for cell in chosen],
+                [cell.total.shares["valid"] for cell in chosen],
+                strong=name == "projected",
+            )
+            for name, label in CURVES.items()
+            if (chosen := [cell for cell in sweep(results, steps, name) if cell.method != NONE])
+        ]
+        if named := [cell for cell in cells if cell.method.tau is not None]:
+            named.sort(key=lambda cell: cell.total.shares["removed"].value)
+            curves.append(
+                plot.Curve(
+                    "NAG, scale, tau and alpha from a search",
+                    [cell.total.shares["removed"] for cell in named],
+                    [cell.total.shares["valid"] for cell in named],
+                )
+            )
+        panels.append(
+            plot.Panel(said(steps).capitalize(), curves, (none["removed"], none["valid"]))
+        )
+    count = max(cell.total.n for cell in results.cells)
+    return plot.frontier(
+        f"Each method by rising strength: {count} images a point, judged exactly",
+        ("without what the negative prompt names", "whole images of the small world"),
+        panels,
+    )
+
+
+def plot_frontier(results: Results, path: Path) -> None:
+    """As a PNG."""
+    figure = frontier(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # no name of a version: the same numbers give the same file
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
 def said(steps: int) -> str:
     return "one step" if steps == 1 else f"{steps} steps"
 
@@ -167,16 +241,14 @@ def quality_table(results: Results) -> str:
 
 
 def pair_table(results: Results, steps: int) -> str:
-    """For each pair, what is removed by nothing and by the default rule at 0.5 and 1."""
-    rule = default(results)
-    cells = {str(cell.method): cell for cell in sweep(results, steps, rule)}
-    names = [name for name in ("none", f"{rule} 0.5", f"{rule} 1") if name in cells]
-    head = ("prompt", "negative", *(f"{name}: removed / all three" for name in names))
+    """For each pair, what is removed by each method at its best strength over all of them."""
+    cells = best_cells(results, steps)
+    head = ("prompt", "negative", *(str(cell.method) for cell in cells))
     rows = []
-    for number, (prompt, negative) in enumerate(PAIRS):
+    for number, (prompt, negative) in enumerate(pairs_of(results)):
         values = []
-        for name in names:
-            shares = cells[name].pairs[number].shares
+        for cell in cells:
+            shares = cell.pairs[number].shares
             values.append(
                 f"{100 * shares['removed'].value:.0f} / {100 * shares['all three'].value:.0f}"
             )
@@ -187,7 +259,7 @@ def pair_table(results: Results, steps: int) -> str:
 def best(cells: Sequence[Cell], name: str) -> Cell | None:
     """Of a method, the strength with most images that are all three."""
     chosen = [cell for cell in cells if cell.method.name == name]
-    return max(chosen, key=lambda cell: cell.total.shares["all three"].value, default=None)
+    return max(chosen, key=all_three, default=None)
 
 
 def findings(results: Results, steps: int) -> list[str]:
@@ -217,6 +289,13 @@ def findings(results: Results, steps: int) -> list[str]:
                 f"The best {what} is {says(other)}; the intervals of all three, its and that of "
                 f"{own}'s best, {word}."
             )
+    ranked = [cell for cell in best_cells(results, steps) if cell.method.name != "none"]
+    first, second = ranked[0], ranked[1] if len(ranked) > 1 else none
+    apart = not overlap(first.total.shares["all three"], second.total.shares["all three"])
+    found.append(
+        f"Most images that are all three: {first.method}, then {second.method}; their intervals "
+        + ("do not overlap." if apart else "overlap.")
+    )
     gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
     found.append(
         f"{own}'s best and no negative prompt "
@@ -230,6 +309,57 @@ def overlap(a: Share, b: Share) -> bool:
     return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
 
 
+def tuned_methods(tuned: Results) -> list[Method]:
+    """NAG as it did best in a search, for each number of steps."""
+    found = (best(student_cells(tuned, steps), "nag") for steps in student_steps(tuned))
+    return list(dict.fromkeys(cell.method for cell in found if cell is not None))
+
+
+def best_cells(results: Results, steps: int) -> list[Cell]:
+    """Each method at its best strength, the best first."""
+    found = [best(student_cells(results, steps), name) for name in ("none", *STRENGTHS)]
+    return sorted(filter(None, found), key=all_three, reverse=True)
+
+
+def best_methods(results: Results) -> list[Method]:
+    """Those of `best_cells`, for each number of steps."""
+    found = [cell.method for steps in student_steps(results) for cell in best_cells(results, steps)]
+    return list(dict.fromkeys(found))
+
+
+def best_table(results: Results, steps: int) -> str:
+    """`best_cells`, and what each seed says."""
+    rows = []
+    for cell in best_cells(results, steps):
+        shares = cell.total.shares
+        each = [counts.shares["all three"].value for counts in cell.seeds.values()]
+        rows.append(
+            (
+                cell.method,
+                *(shares[name] for name in ("removed", "valid", "followed", "all three")),
+                ", ".join(f"{100 * value:.1f}" for value in each),
+            )
+        )
+    return tables.markdown(
+        ("method", "removed", "valid", "followed", "all three", "all three, by seed"), rows
+    )
+
+
+def searched(tuned: Results) -> str:
+    """How NAG's settings were found."""
+    count = len([cell for cell in tuned.cells if cell.method.name == "nag"])
+    named = ", ".join(f"`{method}`" for method in tuned_methods(tuned))
+    about = tuned.about
+    return (
+        f"also {named}, best of {count} settings on other noise (`--search`), seed "
+        f"{about['seeds']}, {about['images per pair and seed']} images of each prompt pair"
+    )
+
+
+def all_three(cell: Cell) -> float:
+    return cell.total.shares["all three"].value
+
+
 def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in results.about.items())
     sections = []
@@ -238,21 +368,26 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
             f"## {said(steps).capitalize()}\n\n"
             + "\n".join(f"- {x}" for x in findings(results, steps))
         )
+        sections.append("Each method at its best strength:\n\n" + best_table(results, steps))
         sections.append(table([c for c in results.cells if c.steps == steps]))
-        sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
+        sections.append(
+            "Pair by pair, removed / all three in percent, the best first:\n\n"
+            + pair_table(results, steps)
+        )
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
         sections.insert(0, "## The teacher, 25 steps\n\n" + table(teacher))
     pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
     texts = TEXTS_JOINT if is_joint(results) else TEXTS
     if "network" in results.about:
-        texts = texts | {"title": f"{texts['title']}: {results.about['network']}"}
+        named = ", ".join(results.about[x] for x in ("network", "prompt") if x in results.about)
+        texts = texts | {"title": f"{texts['title']}: {named}"}
     return TEMPLATE.format(
         **texts,
         about=about,
         quality=quality_table(results),
         sections="\n\n".join(sections),
         pictures=pictures,
-        pairs=len(PAIRS),
+        pairs=len(pairs_of(results)),
     )
 
 
@@ -260,16 +395,18 @@ TEXTS = {
     "title": "Negative prompts in few steps, measured on the small world",
     "models": "models are those",
     "methods": """\
-`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `nag` and `vsf`
-(value sign flip) are `NASA`, `NAG` and `VSF` of `enable_nasa`, by alpha, scale and alpha.""",
+`cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa`, `projected`, `nag`
+and `vsf` (value sign flip) are `NASA`, `ProjectedNASA`, `NAG` and `VSF` of `enable_nasa`, by alpha,
+alpha, scale and alpha. NAG's tau and alpha are the family's where none are named.""",
 }
 TEXTS_JOINT = {
     "title": "The rules of joint attention, measured on the small world",
     "models": "model is the `SD3Transformer2DModel`",
     "methods": """\
 `cfg` is classifier-free guidance with the negative prompt, by its scale; `nasa-cross`, `nasa-text`
-and `nasa` are the rules of `NASA` ([what each subtracts](../diffusers/joint.md)), by alpha; `vsf`
-is `VSF`, by alpha, and `nag` is `NAG`, by scale.""",
+and `nasa` are the rules of `NASA` ([what each subtracts](../diffusers/joint.md)), by alpha;
+`projected` is `ProjectedNASA`, by alpha, `vsf` is `VSF`, by alpha, and `nag` is `NAG`, by scale,
+with the family's tau and alpha where none are named.""",
 }
 TEMPLATE = """# {title}
 
