@@ -6,6 +6,7 @@ import diffusers
 import parts
 import torch
 from joint_cases import random
+from nasa_diffusers.families.qwen import MASKS_TEXT
 from nasa_diffusers.testing_side import LTX2_VERSIONS
 
 SIZE = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -98,16 +99,22 @@ class Qwen(Case):
             "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [5]]),
             "timestep": torch.tensor([0.5, 0.5]),
             "img_shapes": [list(self.shapes)] * 2,
+            **self.lengths(7),
         }
+
+    def lengths(self, n):
+        """Before diffusers 0.37 a list said them, and the mask was not looked at."""
+        return {} if MASKS_TEXT else {"txt_seq_lens": [n, n]}
 
     def with_text(self, inputs, embeds, mask, rows):
         mask = None if mask is None else mask.expand(rows, -1)
         text = embeds.expand(rows, -1, -1)
-        return inputs | {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        own = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        return inputs | own | self.lengths(text.shape[1])
 
     def part(self, given):
         image_rope, text_rope = given["image_rotary_emb"]
-        mask = given["encoder_hidden_states_mask"]
+        mask = given["encoder_hidden_states_mask"] if MASKS_TEXT else None
         text = given["encoder_hidden_states"]
         return SimpleNamespace(
             image=given["hidden_states"], text=text, image_rope=image_rope,
@@ -406,3 +413,6 @@ CASES = {
     "ltx2.3": LTX23,
 }
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}
+if not MASKS_TEXT:
+    # Edit 2511 and Layered came with it
+    CASES = {name: case for name, case in CASES.items() if name not in ("qwen-edit", "qwen-layered")}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from joint_cases import STRONG, by_rule
-from nasa_diffusers import NAG, NASA, nasa
+from nasa_diffusers import NAG, NASA, ProjectedNASA, nasa
 from side_cases import CASES
 from streams import Nag
 from torch._dynamo.utils import counters
@@ -116,6 +116,21 @@ def test_layers_that_are_left_out_carry_the_negative(case):
             assert handle.report().layers_guided == (1 if layers else len(names))
     for i, output in enumerate(outputs):
         assert all(not torch.equal(output, other) for other in outputs[:i])
+
+
+@torch.no_grad()
+def test_the_projected_rule_takes_nothing_that_the_prompt_has(case):
+    """Equal prompts change nothing at any alpha, whatever they are masked by."""
+    texts = [case.inputs[name] for name in getattr(case, "texts", (case.text,))]
+    masks = [x for name, x in case.inputs.items() if name.startswith("encoder") and "mask" in name]
+    mask = masks[0].bool() if masks and masks[0] is not None else None
+    own = texts[0] if len(texts) == 1 else tuple(texts)
+    with guided(case, own, ProjectedNASA(1.5), mask):
+        torch.testing.assert_close(case(), case(), rtol=0, atol=0)
+        same = case()
+    torch.testing.assert_close(same, case(), rtol=1e-3, atol=2e-4)
+    with guided(case, case.text_of(9, seed=4), ProjectedNASA(1.5)):
+        assert not torch.allclose(case(), same, rtol=1e-3, atol=2e-4)
 
 
 def nasa_layers(case):
