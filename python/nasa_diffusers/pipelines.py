@@ -75,6 +75,12 @@ _IMAGE_CONTEXT = Refusal(
     "attend to an image with queries of its own",
     in_call=False,
 )
+_OMNI = Refusal(
+    "its texts lie between images, in a list for each row, and are not told apart", "Omni"
+)
+_KEPT_KEYS = Refusal(
+    "it keeps keys and values of reference images, in an attention of its own", "klein KV"
+)
 _CONTROL = Refusal(
     not_known("UNetControlNetXSModel"), "no family knows the denoiser UNetControlNet", in_call=False
 )
@@ -86,6 +92,8 @@ REFUSALS: dict[str, Refusal] = {
     "StableDiffusionControlNetXS": _CONTROL,
     "StableDiffusionXLControlNetXS": _CONTROL,
     "Cosmos2_5_Transfer": _IMAGE_CONTEXT,
+    "ZImageOmni": _OMNI,
+    "Flux2KleinKV": _KEPT_KEYS,
     "LEditsPP": _NO_ROW,
     "AudioLDMPipeline": _NO_TEXT_CALL,
     "MusicLDM": _NO_TEXT_CALL,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import test_pipe_rows
+import test_side_walk
 from nasa_diffusers import cli, enable_nasa, pipelines
 from nasa_diffusers.families import FAMILIES
 from torch import nn
@@ -16,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "diffusers" / "pipelines.md"
 # of the newest diffusers: as many live pipelines work, with a condition or without
 FLOOR = 105
 # families with tests of their own pipelines in another file
-TESTED_ELSEWHERE: tuple[str, ...] = ()
+TESTED_ELSEWHERE = test_side_walk.FAMILY_NAMES
 
 
 @pytest.fixture(scope="module")

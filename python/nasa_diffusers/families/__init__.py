@@ -3,6 +3,7 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.cog import CogVideoX, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
@@ -43,6 +44,8 @@ FAMILIES: tuple[Family, ...] = (
     Flux2(),
     Krea2(),
     LTX2(),
+    CogVideoX(),
+    CogView4(),
 )
 
 
