@@ -48,19 +48,20 @@ def calls_of(backend: str) -> Calls:
         return torch.randn(2, n, 2, 64, generator=generator).bfloat16()
 
     q, k_pos, v_pos, k_neg, v_neg = normal(16), normal(77), normal(77), normal(77), normal(77)
-    k, v = normal(8), normal(8)
+    k, v, k_one, v_one = normal(8), normal(8), k_neg[:1], v_neg[:1]
     mask = torch.ones(2, 77, dtype=torch.bool)
     alpha = torch.full((2, 1, 1), 0.5)
     cross = (q, k_pos, v_pos, k_neg, v_neg)
     options: dict[str, Any] = {"backend": backend}
-    nag: dict[str, Any] = {"nag_scale": 3.0, "nag_tau": 2.5, "nag_alpha": 0.5}
     return {
         "plain": lambda: nasa_attention(*cross, 0.5, **options),
         "masks": lambda: nasa_attention(*cross, 0.5, mask_pos=mask, mask_neg=mask, **options),
         "alpha": lambda: nasa_attention(*cross, alpha, **options),
-        "broadcast": lambda: nasa_attention(q, k_pos, v_pos, k_neg[:1], v_neg[:1], 0.5, **options),
+        "broadcast": lambda: nasa_attention(q, k_pos, v_pos, k_one, v_one, 0.5, **options),
         "projected": lambda: nasa_attention(*cross, 0.5, rule="projected", **options),
-        "nag": lambda: nag_attention(*cross, **nag, **options),
+        "nag": lambda: nag_attention(
+            *cross, nag_scale=3.0, nag_tau=2.5, nag_alpha=0.5, backend=backend
+        ),
         # the first launch of joint attention, PyTorch's own attention, and both launches
         "shared": lambda: attend_shared(q, k, v, 0.125),
         "joint": lambda: nasa_joint_attention(

@@ -47,7 +47,8 @@ def quick(
     """Whether a call may go to its operator at once, and with which alpha map, alpha and scale.
     None: check it first.
 
-    Not looked at are shapes and strides, and dtypes and devices of keys and values.
+    Not looked at are shapes and strides, and dtypes and devices of keys and values: the operator
+    refuses what it cannot take. But tensors of no device, beside which it gives one of no device.
     """
     if torch.compiler.is_compiling():
         return None

@@ -84,10 +84,12 @@ def nasa_attention(
     if plain is not None:
         known, alpha_map, number, factor = plain
         try:
-            return known.operator(
+            o = known.operator(
                 q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, factor,
                 *known.rest,
             )  # fmt: skip
+            if not o.is_meta:
+                return o
         except REFUSALS:
             # the checks say what is wrong
             pass
@@ -117,8 +119,8 @@ def _rule(backend: str, rule: str) -> tuple[int, ...]:
 
 def attend(call: Call, rule: str = "nasa") -> Tensor:
     """`nasa_attention` of a call that was checked."""
+    k_pos, v_pos, k_neg, v_neg = call.keys_values
     if call.backend == "reference":
-        k_pos, v_pos, k_neg, v_neg = call.keys_values
         return nasa_attention_reference(
             call.q, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
@@ -126,14 +128,15 @@ def attend(call: Call, rule: str = "nasa") -> Tensor:
         )  # fmt: skip
     if call.alpha_map is None and call.alpha == 0:
         # nothing of the negative prompt is read
-        k_pos, v_pos, k_neg, v_neg = call.keys_values
-        call = call._replace(keys_values=(k_pos, v_pos, k_neg[:, :0], v_neg[:, :0]), mask_neg=None)
+        k_neg, v_neg = k_neg[:, :0], v_neg[:, :0]
+        call = call._replace(keys_values=(k_pos, v_pos, k_neg, v_neg), mask_neg=None)
     record = RECORDS[call.backend]
     if not record.fuses(rule, call.differentiable):
         return _project(call)
     if call.backend == "sdpa":
         return _sdpa.cross(
-            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
+            call.q, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
             mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
     operator = (ops.ATTENTION if call.differentiable else ops.FORWARD)[call.backend]

@@ -110,10 +110,10 @@ RECORDS = {
             "cuda",
             devices=("cuda",),
             dtypes=_HALVES,
-            checks=True,
             joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
             rules=("nasa", "projected"),
             joint_rules=RULES,
+            checks=True,
         ),
         Backend(
             "triton",

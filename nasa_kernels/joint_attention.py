@@ -93,10 +93,12 @@ def nasa_joint_attention(
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                return known.operator(
+                o = known.operator(
                     q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
                     *text_queries,
                 )  # fmt: skip
+                if not o.is_meta:
+                    return o
             except REFUSALS:
                 # the checks say what is wrong
                 pass
@@ -123,11 +125,10 @@ def attend(call: Call, rule: str) -> Tensor:
         if call.text_neg:
             image, text_pos = attend_pos(call, rule)
             return Apart(image, text_pos, image, attend_text_neg(call)).joined(image)
-        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
-        nothing = (k_neg[:, :0], v_neg[:, :0])
-        call = call._replace(keys_values=(k, v, k_pos, v_pos, *nothing), mask_neg=None)
+        *others, k_neg, v_neg = call.keys_values
+        call = call._replace(keys_values=(*others, k_neg[:, :0], v_neg[:, :0]), mask_neg=None)
+    k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
     if call.backend == "reference":
-        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
         return nasa_joint_attention_reference(
             call.q, k, v, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
@@ -138,7 +139,8 @@ def attend(call: Call, rule: str) -> Tensor:
         return _project(call)
     if call.backend == "sdpa":
         return _sdpa.joint(
-            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
+            call.q, k, v, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
             rule=rule, text_queries=(call.text_pos, call.text_neg),
             mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
