@@ -161,6 +161,15 @@ def latest(rows: Iterable[Row]) -> dict[tuple, Row]:
     return {row.key: row for row in rows}
 
 
+def with_most_threads(rows: Iterable[Row]) -> list[Row]:
+    """Those of each device that had all of the threads which any of its rows had."""
+    rows = list(rows)
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row.device] = max(most.get(row.device, 0), row.threads or 0)
+    return [row for row in rows if (row.threads or 0) == most[row.device]]
+
+
 def _format(rows: Iterable[Row]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

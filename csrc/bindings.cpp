@@ -457,6 +457,9 @@ extern "C" __attribute__((visibility("default"))) void nasa_kernels_overlap_laun
     nasa::overlap_launches(on);
 }
 
+// For nasa_kernels/_cuda/extension.py: a library of other rules has other operators, too
+extern "C" __attribute__((visibility("default"))) int nasa_kernels_rules() { return nasa::kRules; }
+
 // For nasa_kernels/_cuda/extension.py, once per device: the CUDA version of the runtime in this
 // file, the newest that the driver serves (0 without a driver), both as 1000 major + 10 minor, and
 // what there is code for, as in cmake/cuda.cmake, with commas.

@@ -108,16 +108,14 @@ struct Side {
     float inverse[2] = {0.f, 0.f};  // once it has seen all keys
 
     // Scores of keys `first` and up become weights; `rescale` is what the earlier ones shrink by.
-    template <typename T, bool kPlain, int kTiles>
-    __device__ __forceinline__ void push(float (&s)[kTiles][4], const Prompt& prompt, float scale,
-                                         const float* bias, int first,
-                                         uint32_t (&weights)[kTiles / 2][4], float (&rescale)[2]) {
+    template <bool kPlain, int kTiles>
+    __device__ __forceinline__ void weigh(float (&s)[kTiles][4], const Prompt& prompt, float scale,
+                                          const float* bias, int first, float (&rescale)[2]) {
         const float left = finish_scores<kPlain>(s, prompt, scale, bias, first);
         softmax.push(s, left, rescale);
-        pack_fragments<T>(weights, s);
     }
 
-    // The same for all keys at once
+    // The same for all keys at once, rounded to T
     template <typename T, bool kPlain, int kTiles>
     __device__ __forceinline__ void push_all(float (&s)[kTiles][4], const Prompt& prompt,
                                              float scale, const float* bias,

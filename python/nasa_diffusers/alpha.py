@@ -81,15 +81,15 @@ class LayerAlpha:
         guided = None if self.guided is None else self.guided.to(*args, **kwargs)
         targets = None if self.targets is None else self.targets.to(*args, **kwargs)
         rows = self.rows.to(*args, **kwargs)
-        return replace(
-            self, rows=rows, region=region, guided=guided, targets=targets, resized={}
-        )
+        return replace(self, rows=rows, region=region, guided=guided, targets=targets, resized={})
 
     def _place(self, queries: int) -> Tensor:
         if self.region is not None:
             return self._resize(self.region, queries)
         assert self.targets is not None
-        return self.targets.place(self.rows)
+        # a layer of other queries, as those of the sound beside a video, has no references
+        is_over = self.targets.are.shape[0] == queries
+        return self.targets.place(self.rows) if is_over else self.rows
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:

@@ -35,7 +35,13 @@ WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 # they write prompts times images into `batch_size`
 COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 # where pipelines hold the text of the prompt, often beside that of other branches in one tensor
-PROMPTS = ("prompt_embeds", "text_embeddings", "text_embedding", "cond_embeddings")
+PROMPTS = (
+    "connector_prompt_embeds",
+    "prompt_embeds",
+    "text_embeddings",
+    "text_embedding",
+    "cond_embeddings",
+)
 # words in the names of texts that are not the prompt's
 OTHERS = {
     *("negative", "uncond", "unconditional", "null", "empty", "safety"),
@@ -160,6 +166,19 @@ def find_caller() -> Caller | None:
                 state = vars(variables["block_state"])
                 # the state first: a block's own variables are those of one branch
                 return Caller(variables["components"], ChainMap(state, variables), is_modular=True)
+        frame = frame.f_back
+    return None
+
+
+def modular_caller() -> str | None:
+    """The modular pipeline in the call stack whose blocks `find_caller` does not know: its name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        for name in ("components", "self"):
+            if name in frame.f_code.co_varnames:
+                pipe = frame.f_locals.get(name)
+                if isinstance(pipe, ModularPipeline):
+                    return type(pipe).__name__
         frame = frame.f_back
     return None
 

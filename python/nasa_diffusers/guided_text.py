@@ -117,18 +117,21 @@ class GuidedText:
             is_shared = x is None or x.shape[0] == 1 or x.shape[0] != rows
             return x if is_shared else x.repeat_interleave(times, dim=0)
 
-        terms = tuple(Term(each(t.text), each(t.mask), t.alpha.repeated(times)) for t in self.terms)
-        text, prepared, prompts = self.text.repeat_interleave(times, dim=0), None, self.prompts
+        text = self.text.repeat_interleave(times, dim=0)
         if self.prepared is not None:
             keys_values = {
                 name: [KeysValues(*map(each, prompt)) for prompt in prompts]
                 for name, prompts in self.prepared.keys_values.items()
             }
-            prepared = Prepared(text, keys_values)
-        elif prompts is not None and not all(prompts.are_uniform):
+            # their texts are not looked at any more, so that they may have any length
+            terms = tuple(Term(text[:, :0], None, t.alpha.repeated(times)) for t in self.terms)
+            return replace(self, text=text, terms=terms, prepared=Prepared(text, keys_values))
+        terms = tuple(Term(each(t.text), each(t.mask), t.alpha.repeated(times)) for t in self.terms)
+        prompts = self.prompts
+        if prompts is not None and not all(prompts.are_uniform):
             # what is kept has a row for each of the rows before
             prompts = None
-        return replace(self, text=text, terms=terms, prepared=prepared, prompts=prompts)
+        return replace(self, text=text, terms=terms, prompts=prompts)
 
     def to(self, *args, **kwargs) -> GuidedText:
         """Follows a model that offloading or sharding keeps on another device than its caller."""

@@ -27,7 +27,7 @@ class LayerMaths(Protocol):
     def projections(self, attn: Any) -> tuple[nn.Module | None, ...]: ...
     def queries(self, attn: Any, hidden_states: Tensor) -> Tensor: ...
     def keys_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]: ...
-    def keys_values_beside(self, attn: Any, images: Tensor) -> KeysValues: ...
+    def keys_values_beside(self, attn: Any, text: GuidedText) -> KeysValues: ...
     def plain(self, text: GuidedText) -> Any: ...
     def output(self, attn: Any, o: Tensor) -> Tensor: ...
 
@@ -87,7 +87,7 @@ class CrossAttentionHook(Hook):
             sizes = [(x.shape[0], prompt.k.shape[1], x.shape[2]) for x, prompt in prompts]
             self.last_call = LayerCall(q.shape, sizes)
         if attention_mask is not None:
-            pos = pos._replace(mask=_key_mask(self.name, attention_mask, pos.k.shape[1]))
+            pos = pos._replace(mask=key_mask(self.name, attention_mask, pos.k.shape[1]))
         signed = [
             Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
         ]
@@ -96,7 +96,7 @@ class CrossAttentionHook(Hook):
             beside = ip_adapter.image_beside(attn, images, masks, text, q.shape[0])
         is_image_beside, own = beside is not None, None
         if text.beside is not None:
-            own = self.family.keys_values_beside(attn, text.beside)
+            own = self.family.keys_values_beside(attn, text)
             if beside is None and text.method.adds_images:
                 beside, own = own, None
         o = text.method.cross(q, pos, signed, text.backend, beside)
@@ -209,7 +209,7 @@ class LayerCall:
         return sum(4 * r * n * c * h * d for r, n, c in self.texts[1:])
 
 
-def _key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
+def key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
     """diffusers' additive mask `[b, 1, n]` as one bias per key, `[b, n]`."""
     if mask.dim() != 3 or mask.shape[1] != 1 or mask.shape[2] != keys:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Which rows of a call carry the prompt, where its texts are a list: one text `[n, c]` for a row.
 
-The pipeline that runs holds its prompts and its other texts as lists of the same tensors, in whatever
-order it calls with them. So a row is known by its object, and no value is compared.
+The pipeline that runs holds its prompts and its other texts as lists of the same tensors, in
+whatever order it calls with them. So a row is known by its object, and no value is compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def find_listed_rows(
         return as_said(cfg or False, count, None)
     if isinstance(cfg, tuple):
         return as_said(cfg, count, caller.prompts)
-    prompts = next((x for name in PROMPTS if _is_list(x := caller.variables.get(name))), [])
+    held_lists = (caller.variables.get(name) for name in PROMPTS)
+    prompts: list[Tensor] = next((x for x in held_lists if _is_list(x)), [])  # type: ignore[misc]
     others = [
         text
         for name, held in caller.variables.items()

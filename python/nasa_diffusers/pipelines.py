@@ -75,6 +75,12 @@ _IMAGE_CONTEXT = Refusal(
     "attend to an image with queries of its own",
     in_call=False,
 )
+_OMNI = Refusal(
+    "its texts lie between images, in a list for each row, and are not told apart", "Omni"
+)
+_KEPT_KEYS = Refusal(
+    "it keeps keys and values of reference images, in an attention of its own", "klein KV"
+)
 _CONTROL = Refusal(
     not_known("UNetControlNetXSModel"), "no family knows the denoiser UNetControlNet", in_call=False
 )
@@ -86,6 +92,8 @@ REFUSALS: dict[str, Refusal] = {
     "StableDiffusionControlNetXS": _CONTROL,
     "StableDiffusionXLControlNetXS": _CONTROL,
     "Cosmos2_5_Transfer": _IMAGE_CONTEXT,
+    "ZImageOmni": _OMNI,
+    "Flux2KleinKV": _KEPT_KEYS,
     "LEditsPP": _NO_ROW,
     "AudioLDMPipeline": _NO_TEXT_CALL,
     "MusicLDM": _NO_TEXT_CALL,
@@ -108,6 +116,7 @@ BEHIND_PACKAGES = {
     "ConsisID": "ConsisIDTransformer3DModel",
 }
 ENGINE = "an exported engine has no layers in which a prompt could act; load the PyTorch model"
+NO_BLOCKS = "what it denoises with is not told by its blocks in this diffusers"
 NO_DENOISER = "it has no denoiser that attends to a text"
 
 
@@ -136,7 +145,7 @@ def as_markdown(rows: list[Row]) -> str:
         "## Works\n\n" + _grouped("family", live, WORKS, lambda row: row.family),
         "## Works with a condition\n\n"
         + _grouped("condition", live, CONDITION, lambda row: row.sentence),
-        "## Refused\n\nThe sentence is that of the error.\n\n"
+        "## Refused\n\nAs the error says it.\n\n"
         + _grouped("why", live, REFUSED, lambda row: row.sentence),
         "## Modular pipelines\n\n"
         + _grouped("what", modular, None, lambda row: row.sentence or row.status),
@@ -158,8 +167,9 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
 
 HEAD = """# Pipelines
 
-What `python -m nasa_diffusers pipelines` says of diffusers {version}: every pipeline that it exports. With `--json` the
-same for programs. Deprecated and modular pipelines are not in the totals.
+What `python -m nasa_diffusers pipelines` says of diffusers {version}: every pipeline that it
+exports. With `--json` the same for programs. Deprecated and modular pipelines are not in the
+totals.
 
 ```python
 from nasa_diffusers import pipelines
@@ -175,9 +185,7 @@ def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _grouped(
-    title: str, rows: Iterable[Row], status: str | None, key: Callable[[Row], str]
-) -> str:
+def _grouped(title: str, rows: Iterable[Row], status: str | None, key: Callable[[Row], str]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if status in (None, row.status):
@@ -215,6 +223,8 @@ def _row(name: str, kind: Any) -> Row:
         return _behind_a_package(name, kind)
     if _is_modular(kind):
         denoisers = _denoisers_of_blocks(kind)
+        if not denoisers:
+            return Row(name, "", "", REFUSED, NO_BLOCKS, is_modular=True)
         return _judged(name, denoisers, is_modular=True)
     is_deprecated = "deprecated" in kind.__module__
     denoisers = _denoisers(kind)
@@ -226,12 +236,16 @@ def _row(name: str, kind: Any) -> Row:
 def _judged(
     name: str, denoisers: list[str], is_deprecated: bool = False, is_modular: bool = False
 ) -> Row:
-    known = next(((d, f) for d in denoisers for f in FAMILIES if d in f.denoisers), None)
+    # AnimateDiff's is made of one of Stable Diffusion, which its constructor takes as well
+    by_name = {name: family for family in FAMILIES for name in family.denoisers}
+    known = next(((d, by_name[d]) for d in reversed(denoisers) if d in by_name), None)
     denoiser, family = (_first(denoisers), "") if known is None else (known[0], known[1].name)
     status, sentence = WORKS, ""
     refusal = _by_beginning(REFUSALS, name)
     if refusal is not None and (known is not None or not denoisers):
         status, sentence, family = REFUSED, refusal.sentence, ""
+    elif known is not None and known[1].missing:
+        status, sentence, family = REFUSED, known[1].missing, ""
     elif known is None:
         status, sentence = REFUSED, not_known(denoiser) if denoiser else NO_DENOISER
     elif is_modular:
@@ -261,12 +275,15 @@ def _behind_a_package(name: str, kind: Any) -> Row:
 
 def _takes_text(kind: type) -> bool:
     named = inspect.signature(kind.__call__).parameters
-    return any(re.fullmatch(r"(\w+_)?prompt(_embeds)?", n) and "_per_" not in n for n in named)
+    return any(
+        re.fullmatch(r"(\w+_)?prompt(_embeds)?", name) and not name.startswith(("negative", "num"))
+        for name in named
+    )
 
 
 def _denoisers(kind: type) -> list[str]:
     """Class names of what a constructor asks for as its denoiser."""
-    asked = inspect.signature(kind.__init__).parameters
+    asked = inspect.signature(kind).parameters
     found: list[str] = []
     for name in (*DENOISERS, *OTHER_DENOISERS):
         if name in asked:
@@ -303,7 +320,7 @@ def _is_modular(kind: Any) -> bool:
 def _denoisers_of_blocks(kind: Any) -> list[str]:
     """Of a modular pipeline, whose blocks say what components they expect."""
     package = sys.modules[kind.__module__.rpartition(".")[0]]
-    blocks = getattr(package, kind.default_blocks_name or "", None)
+    blocks = getattr(package, getattr(kind, "default_blocks_name", None) or "", None)
     if blocks is None:
         return []
     specs = blocks().expected_components

@@ -54,6 +54,8 @@ class Side:
     lengths: list[int] = field(default_factory=list)  # n, then that of each negative prompt
     terms: tuple[Term, ...] = ()  # after the text projections
     rope: Rope | None = None  # of [image; positive; negatives]
+    # of cross-attention, by the argument of a block: the negative prompts, [b, m, c]
+    texts: dict[str, Tensor] = field(default_factory=dict)
     # by the block that takes them, the tokens of all negative prompts, [b, m, c]
     states: dict[int, Tensor] = field(default_factory=dict)
     block: str | None = None  # the one that runs
@@ -79,6 +81,14 @@ CALL = Call()
 def end(*_: Any) -> None:
     """A forward hook of the denoiser: the call is over, also where it failed."""
     CALL.side = None
+
+
+def refuse_checkpointing(denoiser: Any) -> None:
+    if torch.is_grad_enabled() and getattr(denoiser, "gradient_checkpointing", False):
+        raise RuntimeError(
+            f"nasa_diffusers: gradient checkpointing of {type(denoiser).__name__} runs blocks "
+            "again without the negative prompt beside them; call disable_gradient_checkpointing()"
+        )
 
 
 class SideMaths(Protocol):
@@ -111,9 +121,10 @@ class SideBlockHook(Hook):
         side = CALL.side
         if side is None:
             return self.stock(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            side.text.reached.add(self.layer)
         if self.index > self.last:
+            # the negative prompts have ended
+            if not torch.compiler.is_compiling():
+                side.text.reached.add(self.layer)
             return self.stock(*args, **kwargs)
         inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
         negatives = self.arriving(side, inputs)
@@ -205,6 +216,8 @@ class SideAttentionHook(Hook):
             return self.stock(*args, **kwargs)
         refuse_skipped_scores(self.name, attn)
         side.attended = side.block
+        if not torch.compiler.is_compiling():
+            side.text.reached.add(self.name)
         return self.attend(attn, side, *args, **kwargs)
 
     def attend(

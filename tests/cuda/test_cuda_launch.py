@@ -18,6 +18,7 @@ from support.cuda_emulation import (
     REPORTS,
     BackwardParams,
     ForwardParams,
+    Matrix,
     nvcc,
     path_of_sm90,
 )
@@ -153,16 +154,15 @@ class Share(ctypes.Structure):
 def plain_params(shape: statics.Shape) -> ForwardParams:
     """A call with contiguous tensors, which nobody reads here."""
     p = ForwardParams(b=shape.b, l=shape.l, h=shape.h, d=shape.d, scale=1.0, aligned=True, type=1)
-    p.q = p.o = 1 << 20
+    p.o = 1 << 20
 
-    def strides(rows: int) -> tuple[int, ...]:
-        return rows * shape.h * shape.d, shape.h * shape.d, shape.d
+    def matrix(rows: int) -> Matrix:
+        row = shape.h * shape.d
+        return Matrix(1 << 20, (ctypes.c_int64 * 3)(rows * row, row, shape.d))
 
-    p.q_strides[:] = strides(shape.l)
+    p.q = matrix(shape.l)
     for prompt, n in zip(p.prompt, (shape.n_pos, shape.n_neg), strict=True):
-        prompt.k = prompt.v = 1 << 20
-        prompt.k_strides[:] = prompt.v_strides[:] = strides(n)
-        prompt.n = n
+        prompt.k, prompt.v, prompt.n = matrix(n), matrix(n), n
     return p
 
 
@@ -325,7 +325,7 @@ def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
     [
         ({"aligned": False}, "rows at any address"),
         ({"d": 48}, "no kernel for the head_dim"),
-        ({"q_strides": (0, 0, 0)}, "rows that do not move"),
+        ({"q": (0, 0, 0)}, "rows that do not move"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -336,7 +336,7 @@ def test_hopper_leaves_other_calls_to_the_other_kernels(recorder, change, reason
     assert "sm90" not in launches(recorder, A100, params)[0].name
     for name, value in change.items():
         if isinstance(value, tuple):
-            getattr(params, name)[:] = value
+            getattr(params, name).strides[:] = value
         else:
             setattr(params, name, value)
     assert "short" in launches(recorder, H200, params)[0].name
@@ -348,7 +348,7 @@ def test_hopper_leaves_a_shared_segment_that_does_not_move_to_the_other_kernels(
     cuda_emulation.forward(**make(shape, torch.bfloat16), joint=joint)
     params = forward_params(REPORTS[-1])
     assert "sm90" in launches(recorder, H200, params)[0].name
-    params.shared.o_strides[1] = 0
+    params.shared.o.strides[1] = 0
     (record,) = launches(recorder, H200, params)
     assert "short" in record.name
     assert bytes(record.arguments)[: ctypes.sizeof(params)] == bytes(params)

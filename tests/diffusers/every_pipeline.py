@@ -4,8 +4,11 @@ A class is built from the parts that its constructor names and called with what 
 names, so a class needs an entry of its own only where it wants something unusual.
 """
 
+import functools
+import importlib
 import inspect
 import re
+import sys
 from types import SimpleNamespace
 
 import diffusers
@@ -21,9 +24,32 @@ DENOISERS = ("unet", "transformer")
 SIZE = 16
 
 
+def kolors():
+    """Kolors' pipelines are not exported without the package of its tokenizer, which is not used
+    here."""
+    with_stand_in = "sentencepiece" not in sys.modules
+    if with_stand_in:
+        sys.modules["sentencepiece"] = SimpleNamespace(SentencePieceProcessor=object)
+    try:
+        folder = "diffusers.pipelines"
+        modules = {
+            "KolorsPipeline": "kolors.pipeline_kolors",
+            "KolorsImg2ImgPipeline": "kolors.pipeline_kolors_img2img",
+            "KolorsPAGPipeline": "pag.pipeline_pag_kolors",
+        }
+        return {
+            name: getattr(importlib.import_module(f"{folder}.{module}"), name)
+            for name, module in modules.items()
+        }
+    finally:
+        if with_stand_in:
+            del sys.modules["sentencepiece"]
+
+
+@functools.cache
 def classes():
     """By name, every exported pipeline whose `unet` or `transformer` may be of a known class."""
-    found = {}
+    found = kolors()
     for name in dir(diffusers):
         if "Pipeline" not in name:
             continue
@@ -271,6 +297,43 @@ def wan_parts(name):
     return parts
 
 
+class LongText(torch.nn.Module):
+    """ChatGLM as Kolors sees it: hidden states with the tokens first, and of another width."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(len(testing.LETTERS) + 4, 24)
+
+    def forward(self, input_ids, **_):
+        states = self.words(input_ids).transpose(0, 1)
+        return SimpleNamespace(hidden_states=[states, states])
+
+
+class LongTokenizer:
+    """Its tokenizer, which numbers positions."""
+
+    def __init__(self):
+        self.letters = testing.letter_tokenizer()
+
+    def __call__(self, *args, **kwargs):
+        made = self.letters(*args, **kwargs)
+        made["position_ids"] = made["input_ids"]
+        return made
+
+
+def kolors_parts(name):
+    model = unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8, encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+    )  # fmt: skip
+    return sd_parts(name) | {
+        "unet": model, "text_encoder": LongText(), "tokenizer": LongTokenizer(),
+    }  # fmt: skip
+
+
 class SubjectText(torch.nn.Module):
     """The text encoder of BLIP-Diffusion as its pipelines see it: a subject before the words."""
 
@@ -317,7 +380,8 @@ def blip_parts(name):
 def parts_of(name, cls):
     if name.startswith("Blip"):
         return blip_parts(name)
-
+    if name.startswith("Kolors"):
+        return kolors_parts(name)
     annotation = str(inspect.signature(cls.__init__).parameters.get("transformer"))
     for denoiser, make in video_parts.PARTS.items():
         if re.search(rf"\b{denoiser}\b", annotation):

@@ -25,14 +25,19 @@ class Algorithm1:
         q = self.normed(attn, attn.norm_q, attn.to_q(hidden_states))
         if attention_mask is not None:
             attention_mask = attention_mask[:, None]
-        return attn.to_out[0](self.combine(attn, q, encoder_hidden_states, attention_mask))
+        text, images = encoder_hidden_states, None
+        if getattr(attn, "add_k_proj", None) is not None:
+            # Wan's: image tokens, then 512 of text
+            images, text = text[:, :-512], text[:, -512:]
+        o = self.combine(attn, q, text, attention_mask)
+        if images is not None:
+            k = self.normed(attn, attn.norm_added_k, attn.add_k_proj(images))
+            v = self.heads(attn, attn.add_v_proj(images))
+            o = o + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[0](o)
 
     def combine(self, attn, q, text, text_mask):
         """What the layer makes of its prompts, `[b, l, h * d]`."""
-        beside = None
-        if getattr(attn, "add_k_proj", None) is not None:
-            # Wan's: image tokens, then 512 of text
-            beside, text = text[:, :-512], text[:, -512:]
         z = self.attend(attn, q, text, text_mask)
         for text, mask, alpha in self.negatives:
             text = rows(text.to(z.dtype), len(q))
@@ -40,9 +45,6 @@ class Algorithm1:
             alpha = torch.as_tensor(alpha(q.shape[2]) if callable(alpha) else alpha).to(z.dtype)
             alpha = rows(alpha, len(q)) if alpha.dim() else alpha
             z = z - alpha * self.attend(attn, q, text, mask)
-        if beside is not None:
-            k = self.normed(attn, attn.norm_added_k, attn.add_k_proj(beside))
-            z = z + F.scaled_dot_product_attention(q, k, self.heads(attn, attn.add_v_proj(beside)))
         # [b, h, l, d] -> [b, l, h * d]
         return z.transpose(1, 2).flatten(2)
 

@@ -11,7 +11,8 @@ import inspect
 from types import SimpleNamespace
 
 import torch
-from streams import heads, image_heads, joint_attention, text_heads
+from oracle import published_nag
+from streams import Nag, attend, heads, image_heads, joint_attention, text_heads
 
 
 class Found(Exception):
@@ -58,6 +59,13 @@ def turn_real(x, rope):
     return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
 
 
+def turn_halves(x, rope):
+    """The same where a channel of the first half turns with one of the second."""
+    cos, sin = (y[:, None] for y in rope)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
 class Rules:
     """An attention over image and texts, from the heads of each: a diffusers processor."""
 
@@ -69,7 +77,7 @@ class Rules:
         """Each (q, k, v); as many `[b, tokens, h * d]`."""
         ropes = [self.parts[0].image_rope, *(part.text_rope for part in self.parts)]
         image, pos, *negs = (
-            (self.turn(q, rope), self.turn(k, rope), v)
+            (q, k, v) if rope is None else (self.turn(q, rope), self.turn(k, rope), v)
             for (q, k, v), rope in zip((image, *texts), ropes, strict=True)
         )
         masked = [
@@ -82,8 +90,22 @@ class Rules:
 class TwoStreams(Rules):
     def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
         texts = encoder_hidden_states.split(self.lengths, 1)
-        o, *of_texts = self.mix(image_heads(attn, hidden_states), [text_heads(attn, t) for t in texts])
+        o, *of_texts = self.mix(
+            image_heads(attn, hidden_states), [text_heads(attn, t) for t in texts]
+        )
         return attn.to_out[0](o), attn.to_add_out(torch.cat(of_texts, 1))
+
+
+class Shared(Rules):
+    """Two streams with the projections of one, returned the other way round."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        texts = encoder_hidden_states.split(self.lengths, 1)
+        o, *of_texts = self.mix(*self.of(attn, hidden_states, texts))
+        return attn.to_out[0](o), attn.to_out[0](torch.cat(of_texts, 1))
+
+    def of(self, attn, image, texts):
+        return image_heads(attn, image), [image_heads(attn, t) for t in texts]
 
 
 class OneSequence(Rules):
@@ -129,7 +151,7 @@ class Gated(OneSequence):
 
 
 def guided(case, rule, negatives, **changes):
-    """The denoiser's output; `negatives` are (embeds, alpha, mask) as the text encoder makes them."""
+    """The denoiser's output; `negatives` are (embeds, alpha, mask), as encoded."""
     model, inputs = case.model, case.inputs | changes
     rows = case.rows
     first = case.blocks[0][0]
@@ -151,12 +173,71 @@ def guided(case, rule, negatives, **changes):
                     x = block(**own | {case.tokens: torch.cat([image, texts], 1)})
                     image, texts = x[:, : x.shape[1] - n], x[:, x.shape[1] - n :]
                 else:
-                    texts, image = block(**own | {case.tokens: image, text_name: texts})
+                    both = block(**own | {case.tokens: image, text_name: texts})
+                    texts, image = both if case.text_first else both[::-1]
     pos = texts[:, : parts[0].text.shape[1]]
     last_blocks, _, text_name = case.blocks[-1]
     handle = last_blocks[-1].register_forward_hook(
-        lambda *_: case.returned(image, pos) if text_name is None else (pos, image)
+        lambda *_: (
+            case.returned(image, pos)
+            if text_name is None
+            else (pos, image)
+            if case.text_first
+            else (image, pos)
+        )
     )
     output = model(**inputs, return_dict=False)
     handle.remove()
     return case.out(output)
+
+
+class CrossRules:
+    """LTX-2's text cross-attention over a text with the negatives behind it."""
+
+    def __init__(self, rule, negatives, lengths, mask):
+        self.rule, self.lengths, self.mask = rule, lengths, mask
+        self.negatives = [(alpha, own) for _, alpha, own in negatives]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *_, **__):
+        split = encoder_hidden_states.split(self.lengths, 1)
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (attn.heads, -1))
+        (pos, *negs) = (
+            [x.unflatten(-1, (attn.heads, -1)) for x in (attn.norm_k(attn.to_k(t)), attn.to_v(t))]
+            for t in split
+        )
+        z = attend(q, *pos, self.mask)
+        o = z
+        for (alpha, own), neg in zip(self.negatives, negs, strict=True):
+            if self.rule == "vsf":
+                own = pos[0].new_ones(len(q), neg[0].shape[1], dtype=torch.bool)
+                present = pos[0].new_ones(len(q), pos[0].shape[1], dtype=torch.bool)
+                both = torch.cat([present if self.mask is None else self.mask, own], 1)
+                keys, values = (torch.cat([x, y], 1) for x, y in zip(pos, neg, strict=True))
+                values[:, self.lengths[0] :] *= -alpha
+                o = attend(q, keys, values, both)
+            elif isinstance(self.rule, Nag):
+                taken = attend(q, *neg, own).flatten(2)
+                settings = self.rule.scale, self.rule.tau, alpha, self.rule.p
+                o = published_nag(z.flatten(2), taken, *settings).unflatten(2, z.shape[2:])
+            else:
+                o = o - alpha * attend(q, *neg, own)
+        if attn.to_gate_logits is not None:
+            o = o * 2 * attn.to_gate_logits(hidden_states).sigmoid()[..., None]
+        return attn.to_out[0](o.flatten(2))
+
+
+def guided_by_cross_attention(case, rule, negatives, **changes):
+    """The stock denoiser on texts side by side, under processors that tell them apart."""
+    model, inputs = case.model, case.inputs | changes
+    lengths = [inputs[case.texts[0]].shape[1], *(e[0].shape[1] for e, _, _ in negatives)]
+    both = {
+        name: torch.cat(
+            [inputs[name], *(e[i].expand(case.rows, -1, -1) for e, _, _ in negatives)], 1
+        )
+        for i, name in enumerate(case.texts)
+    }
+    both |= dict.fromkeys(case.masks)
+    mask = inputs[case.masks[0]]
+    make = CrossRules(rule, negatives, lengths, None if mask is None else mask.bool())
+    with attention(case.attentions(), make):
+        return case.out(model(**inputs | both, return_dict=False))

@@ -6,7 +6,8 @@ import diffusers
 import parts
 import torch
 from joint_cases import random
-from nasa_diffusers import side as stream
+from nasa_diffusers.families.qwen import MASKS_TEXT
+from nasa_diffusers.testing_side import LTX2_VERSIONS
 
 SIZE = {"attention_head_dim": 16, "num_attention_heads": 2}
 L = (4, 6)  # rows and columns of image tokens
@@ -38,6 +39,8 @@ class Case:
 
     cls: str
     config: dict
+    text_first = True  # of what a block of two streams returns
+    one_block = {"num_layers": 1}
     attention = "attn"
     tokens = "hidden_states"
     # of a block: what the attention reads, and the oracle's does not
@@ -47,6 +50,8 @@ class Case:
     text = "encoder_hidden_states"
     text_shape = (7, 32)
     rows = 2
+    rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
+    grid = (1, *L)
     targets = None  # how many image tokens are made, where others stand behind them
 
     def __init__(self, **options):
@@ -94,16 +99,22 @@ class Qwen(Case):
             "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [5]]),
             "timestep": torch.tensor([0.5, 0.5]),
             "img_shapes": [list(self.shapes)] * 2,
+            **self.lengths(7),
         }
+
+    def lengths(self, n):
+        """Before diffusers 0.37 a list said them, and the mask was not looked at."""
+        return {} if MASKS_TEXT else {"txt_seq_lens": [n, n]}
 
     def with_text(self, inputs, embeds, mask, rows):
         mask = None if mask is None else mask.expand(rows, -1)
         text = embeds.expand(rows, -1, -1)
-        return inputs | {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        own = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        return inputs | own | self.lengths(text.shape[1])
 
     def part(self, given):
         image_rope, text_rope = given["image_rotary_emb"]
-        mask = given["encoder_hidden_states_mask"]
+        mask = given["encoder_hidden_states_mask"] if MASKS_TEXT else None
         text = given["encoder_hidden_states"]
         return SimpleNamespace(
             image=given["hidden_states"], text=text, image_rope=image_rope,
@@ -122,6 +133,7 @@ class QwenEdit(Qwen):
 class QwenLayered(Qwen):
     shapes = ((1, *L), (1, *L), (1, 3, 4))
     targets = 48
+    grid = (2, *L)
     config = Qwen.config | {"use_layer3d_rope": True}
 
 
@@ -131,6 +143,7 @@ class ZImage(Case):
         "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
         "n_kv_heads": 2, "cap_feat_dim": 32, "axes_dims": [4, 6, 6], "axes_lens": [128, 64, 64],
     }  # fmt: skip
+    one_block = {"n_layers": 1}
     attention = "attention"
     tokens = "x"
     text = "cap_feats"
@@ -194,6 +207,7 @@ class TextFirst(Case):
 
 class Flux2(TextFirst):
     cls = "Flux2Transformer2DModel"
+    one_block = {"num_layers": 1, "num_single_layers": 1}
     config = {
         "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2,
         "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4, 4), **SIZE,
@@ -224,7 +238,7 @@ class Flux2(TextFirst):
             "encoder_hidden_states": random(2, 7, 32, seed=2),
             "timestep": torch.tensor([0.5, 0.5]),
             "img_ids": ids, "txt_ids": self.text_ids(7),
-            "guidance": torch.tensor([3.5, 3.5]) if self.config.get("guidance_embeds", True) else None,
+            "guidance": torch.tensor([3.5, 3.5]) if self.targets is None else None,
         }  # fmt: skip
 
     def with_text(self, inputs, embeds, mask, rows):
@@ -281,6 +295,110 @@ class Krea2(TextFirst):
         }  # fmt: skip
 
 
+class CogVideoX(Case):
+    cls = "CogVideoXTransformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32,
+        "time_embed_dim": 16, "sample_width": 6, "sample_height": 4, "sample_frames": 5,
+        "max_text_seq_length": 7, "use_rotary_positional_embeddings": True, **SIZE,
+    }  # fmt: skip
+    text_first, attention, grid = False, "attn1", (2, 2, 3)
+    turn = staticmethod(parts.turn_real)
+
+    @property
+    def blocks(self):
+        return [(self.model.transformer_blocks, parts.Shared, "encoder_hidden_states")]
+
+    def inputs_image(self):
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def first_inputs(self):
+        angles = random(12, 8, seed=7).repeat_interleave(2, dim=1)
+        return {
+            "hidden_states": random(2, 2, 4, 4, 6, seed=1),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "timestep": torch.tensor([500.0, 500.0]),
+            "image_rotary_emb": (angles.cos(), angles.sin()),
+        }  # fmt: skip
+
+    def with_text(self, inputs, embeds, mask, rows):
+        return inputs | {"encoder_hidden_states": embeds.expand(rows, -1, -1)}
+
+    def part(self, given):
+        return SimpleNamespace(
+            image=given["hidden_states"], text=given["encoder_hidden_states"], mask=None,
+            image_rope=given["image_rotary_emb"], text_rope=None,
+        )  # fmt: skip
+
+
+class CogView4(CogVideoX):
+    cls = "CogView4Transformer2DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32,
+        "time_embed_dim": 16, "condition_dim": 4, "rope_axes_dim": (16, 16), **SIZE,
+    }  # fmt: skip
+    grid = (1, *L)
+    turn = staticmethod(parts.turn_halves)
+
+    def first_inputs(self):
+        size = torch.tensor([[64.0, 96.0]] * 2)
+        return {
+            "hidden_states": random(2, 4, 8, 12, seed=1),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "timestep": torch.tensor([500.0, 500.0]), "original_size": size, "target_size": size,
+            "crop_coords": torch.zeros(2, 2),
+        }  # fmt: skip
+
+
+class LTX2(Case):
+    """Video and sound; of 2.3 with gates and texts modulated by the time."""
+
+    cls = "LTX2VideoTransformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+        "cross_attention_dim": 32, "audio_in_channels": 4, "audio_out_channels": 4,
+        "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 16, "num_layers": 2, "caption_channels": 32,
+        "rope_double_precision": False, "rope_type": "split",
+    }  # fmt: skip
+    texts = ("encoder_hidden_states", "audio_encoder_hidden_states")
+    masks = ("encoder_attention_mask", "audio_encoder_attention_mask")
+    channels = (32, 32)
+    rules = ("nasa", "vsf")
+    grid = (2, 3, 4)
+
+    def attentions(self):
+        return [a for b in self.model.transformer_blocks for a in (b.attn2, b.audio_attn2)]
+
+    def first_inputs(self):
+        frames, height, width = self.grid
+        video, sound = self.channels
+        mask = torch.arange(7) < torch.tensor([[7], [5]])
+        return {
+            "hidden_states": random(2, 24, 4, seed=1),
+            "audio_hidden_states": random(2, 5, 4, seed=2),
+            "encoder_hidden_states": random(2, 7, video, seed=3),
+            "audio_encoder_hidden_states": random(2, 7, sound, seed=4),
+            "timestep": torch.tensor([500.0, 500.0]), "sigma": torch.tensor([500.0, 500.0]),
+            "encoder_attention_mask": mask.long(), "audio_encoder_attention_mask": mask.long(),
+            "num_frames": frames, "height": height, "width": width, "audio_num_frames": 5,
+        }  # fmt: skip
+
+    def out(self, output):
+        return torch.cat([x.flatten(1) for x in output[:2]], 1)
+
+    def text_of(self, tokens, seed):
+        return tuple(random(1, tokens, c, seed=seed + 10 * c) for c in self.channels)
+
+    def expected(self, rule, negatives, **changes):
+        return parts.guided_by_cross_attention(self, rule, negatives, **changes)
+
+
+class LTX23(LTX2):
+    config = LTX2.config | LTX2_VERSIONS["2.3"]
+    channels = (32, 16)
+
+
 CASES = {
     "qwen": Qwen,
     "qwen-edit": QwenEdit,
@@ -289,6 +407,12 @@ CASES = {
     "flux2": Flux2,
     "klein": Klein,
     "krea2": Krea2,
+    "cogvideox": CogVideoX,
+    "cogview4": CogView4,
+    "ltx2": LTX2,
+    "ltx2.3": LTX23,
 }
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}
-assert stream
+if not MASKS_TEXT:
+    # Edit 2511 and Layered came with it
+    CASES = {name: case for name, case in CASES.items() if name not in ("qwen-edit", "qwen-layered")}

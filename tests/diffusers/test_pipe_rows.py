@@ -70,6 +70,8 @@ def projected(denoiser, text):
     """The negative text as the attention layers see it."""
     if hasattr(denoiser, "condition_embedder"):
         return denoiser.condition_embedder.text_embedder(text)
+    if getattr(denoiser, "encoder_hid_proj", None) is not None:
+        text = denoiser.encoder_hid_proj(text)
     if getattr(denoiser, "crossattn_proj", None) is not None:
         text = denoiser.crossattn_proj(text)
     if getattr(denoiser, "caption_projection", None) is not None:

@@ -66,7 +66,7 @@ def ltx(name):
 
 
 def cosmos(name):
-    is_first, is_25 = name.startswith("CosmosT") or name.startswith("CosmosV"), "2_5" in name
+    is_first, is_25 = name.startswith(("CosmosT", "CosmosV")), "2_5" in name
     channels = 4 if is_first else 16
     takes_video = "Video" in name or is_25
     transformer = diffusers.CosmosTransformer3DModel(

@@ -44,7 +44,17 @@ def test_methods_have_all_their_settings():
     assert method.made() == NAG(8.0, 1.25, 0.5)
     assert str(method) == "nag 8, tau 1.25, alpha 0.5" and str(METHODS[1]) == "projected 2"
     assert METHODS[1].made() == ProjectedNASA(2.0)
-    assert len(set(evaluate.NAG_GRID)) == len(evaluate.NAG_GRID) == 12
+    grids = [evaluate.nag_grid(joint) for joint in (False, True)]
+    assert [len(set(grid)) for grid in grids] == [12, 12] and not set(grids[0]) & set(grids[1])
+
+
+def test_methods_can_be_named():
+    assert evaluate.read_method("nag:8:1.25:0.5") == evaluate.Method("nag", 8.0, 1.25, 0.5)
+    assert evaluate.read_method("projected:2") == evaluate.Method("projected", 2.0)
+    assert evaluate.read_method("none") == evaluate.NONE
+    for wrong in ("nasa", "nasa:much", "none:1", "nag:8:1.25", "best:1"):
+        with pytest.raises(ValueError, match=f"cannot read '{wrong}'"):
+            evaluate.read_method(wrong)
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -128,7 +138,7 @@ def test_each_method_as_it_did_best():
 
 def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "METHODS", METHODS[:2])
-    monkeypatch.setattr(evaluate, "NAG_GRID", METHODS[2:])
+    monkeypatch.setattr(evaluate, "nag_grid", lambda joint: METHODS[2:])
     small = ["eval", "--student", str(student), "--images", "1"]
     search, out, held = (tmp_path / name for name in ("search", "out", "held"))
     assert main([*small, "--seeds", "9", "--search", "--out", str(search)]) == 0
@@ -141,7 +151,7 @@ def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, mon
     assert [c.method for c in results.cells] == list(METHODS)
     assert "other noise (`--search`), seed 9" in page.read_text()
     # the page is made of the numbers that are kept
-    pictures = [out / f"{name}.png" for name in ("price-1", "samples")]
+    pictures = [out / f"{name}.png" for name in ("price", "samples")]
     assert report.markdown(results, pictures, page.parent) == page.read_text()
     best = ["--best-of", str(out / "results.json"), "--pairs", "held-out"]
     assert main([*small, *best, "--out", str(held)]) == 0

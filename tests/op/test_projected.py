@@ -400,6 +400,8 @@ def test_autocast(backend):
 @EVERY_BACKEND
 def test_a_void_prompt_costs_nothing(backend):
     """No call of an operator, and no product, that sees the keys of the other prompt."""
+    if backends.RECORDS[backend].fuses("projected", False):
+        pytest.skip("one operator, which is counted by the shapes that it gets")
     inputs = {k: x.to("meta") for k, x in make_inputs(SMALL, torch.float32, "cpu").items()}
     pairs = SMALL.b * SMALL.h * SMALL.l * SMALL.d
 

@@ -3,11 +3,13 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.cog import CogVideoX, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
+from nasa_diffusers.families.ltx2 import LTX2
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
 from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
@@ -41,24 +43,28 @@ FAMILIES: tuple[Family, ...] = (
     ZImage(),
     Flux2(),
     Krea2(),
+    LTX2(),
+    CogVideoX(),
+    CogView4(),
 )
 
 
 def family_of(denoiser: nn.Module) -> Family:
     """The family of a denoiser, by its class or a base class of it."""
-    names = {cls.__name__ for cls in type(denoiser).__mro__}
-    for family in FAMILIES:
-        if names & set(family.denoisers):
-            return family
-    raise ValueError(f"enable_nasa: {not_known(type(denoiser).__name__)}")
+    for cls in type(denoiser).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.denoisers:
+                return family
+        if cls.__name__ in REASONS:
+            # though a family may know what it is made from
+            break
+    raise ValueError(
+        f"enable_nasa: {not_known(type(denoiser).__name__)}; run it without NASA, "
+        "`python -m nasa_diffusers pipelines` lists what is supported"
+    )
 
 
 def not_known(denoiser: str) -> str:
     """What is said of a class of denoisers that no family knows."""
-    if denoiser in REASONS:
-        return (
-            f"no family knows the denoiser {denoiser}: {REASONS[denoiser]}; run it without NASA, "
-            "`python -m nasa_diffusers pipelines` lists what is supported"
-        )
-    known = ", ".join(name for family in FAMILIES for name in family.denoisers)
-    return f"no family knows the denoiser {denoiser}; known are {known}"
+    reason = f": {REASONS[denoiser]}" if denoiser in REASONS else ""
+    return f"no family knows the denoiser {denoiser}{reason}"

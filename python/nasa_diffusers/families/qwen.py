@@ -4,8 +4,8 @@ The text's projections act token by token. Text positions begin after the larges
 image and are counted, so a negative prompt takes those of the prompt, and a longer one goes on
 from there. Classifier-free guidance (`true_cfg_scale`) is two calls; the one with the pipeline's
 own negative prompt is left alone. In Edit the tokens of the images that are edited stand behind
-those of the image that is made, which alone is guided; in Layered all layers are made, and the image
-that they are taken from stands behind them.
+those of the image that is made, which alone is guided; in Layered all layers are made, and the
+image that they are taken from stands behind them.
 
 A negative prompt of Edit is encoded without the images: it says what is not wanted, whatever the
 images show.
@@ -24,6 +24,9 @@ from nasa_diffusers.side import Layout
 # before diffusers 0.37 the lengths of the texts were a list, and their mask was not looked at
 COUNTS_ONE_LENGTH = "max_txt_seq_len" in inspect.signature(qwen.QwenEmbedRope.forward).parameters
 MASKS_TEXT = hasattr(qwen, "compute_text_seq_len_from_mask")
+
+
+IMAGE_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 
 
 def tokens_of(shape: tuple[int, int, int]) -> int:
@@ -86,6 +89,13 @@ class QwenImage(SideStream):
         """No published code has it: the NAG paper's for FLUX.1, which it is built like."""
         return 5.0, 2.5, 0.25
 
+    def encode(self, pipe, prompts, **options):
+        embeds, mask = super().encode(pipe, prompts, **options)
+        # those that stand for an image in the template of Edit
+        template = getattr(pipe, "prompt_template_encode", "")
+        own = sum(template.count(token) for token in IMAGE_TOKENS)
+        return embeds[:, own:], None if mask is None else mask[:, own:]
+
     def image_tokens(self, denoiser):
         return QwenTokens(self, denoiser)
 
@@ -104,7 +114,7 @@ class QwenImage(SideStream):
         if text.shape[0] < longest:
             raise ValueError(
                 f"nasa_diffusers: the negative prompt has {longest} tokens, and this model has no "
-                f"positions for more than {text.shape[0]} beside this image; give max_sequence_length"
+                f"positions for more than {text.shape[0]} beside this image; shorten it"
             )
         return torch.cat([image, *(text[:n] for n in side.lengths)])
 

@@ -27,7 +27,7 @@ class Sana(Family):
         "complex_human_instruction",
     )
     masks_text = True
-    processors = (SanaAttnProcessor2_0,)
+    processors: tuple[type, ...] = (SanaAttnProcessor2_0,)
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none: PixArt's, the model whose text path Sana's is built on."""

@@ -75,12 +75,7 @@ class SideStream(Joint):
         return any(skipping_hooks(attn) for _, attn in self.layers(denoiser))
 
     def check_call(self, denoiser, inputs):
-        if torch.is_grad_enabled() and getattr(denoiser, "gradient_checkpointing", False):
-            raise RuntimeError(
-                f"nasa_diffusers: gradient checkpointing of {type(denoiser).__name__} runs blocks "
-                "again without the negative prompt beside them; call "
-                "disable_gradient_checkpointing()"
-            )
+        stream.refuse_checkpointing(denoiser)
 
     # ---- the first block ---------------------------------------------------------------------
 
@@ -100,9 +95,7 @@ class SideStream(Joint):
     def positive_tokens(self, side: Side, inputs: dict[str, Any]) -> int:
         return side.text.text.shape[1]
 
-    def prepare(
-        self, denoiser: Denoiser, side: Side, term: Term
-    ) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, denoiser: Denoiser, side: Side, term: Term) -> tuple[Tensor, Tensor | None]:
         """A negative prompt after the model's text projections, `[r, n, c]`, and its mask."""
         raise NotImplementedError
 

@@ -2,9 +2,9 @@
 
 Image and text are each padded to a multiple of 32 tokens with a learned token that is attended to.
 The text passes two blocks of its own before, which know nothing of time. Its positions are counted
-from 1, and those of the image begin after the text: a negative prompt counts from 1 as well, and the
-image stays where the prompt has put it. Classifier-free guidance is one call with a list of texts,
-[prompts, negative prompts]; the pipeline's own negative prompts are left alone.
+from 1, and those of the image begin after the text: a negative prompt counts from 1 as well, and
+the image stays where the prompt has put it. Classifier-free guidance is one call with a list of
+texts, [prompts, negative prompts]; the pipeline's own negative prompts are left alone.
 """
 
 import torch

@@ -57,21 +57,12 @@ class Recipe:
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     )
     # from random weights: many small steps
-    joint: tuple[Settings, ...] = (
-        Settings(steps=2600, batch=16, ema=0.995),
-        Settings(steps=1200, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
-    )
+    joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
-    words: tuple[Settings, ...] = (
-        Settings(steps=6000, batch=16, ema=0.995),
-        Settings(steps=3000, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
-    )
+    words: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
     words_size: tuple[int, int, int] = (192, 5, 1)  # 64 tokens of the image, 16 of the text
     t5: Settings = Settings(steps=400, batch=64, learning_rate=2e-3, ema=0.99)
-    pixart: tuple[Settings, ...] = (
-        Settings(steps=6000, batch=16, ema=0.995),
-        Settings(steps=3000, batch=16, ema=0.995, learning_rate=7e-4, seed=1),
-    )
+    pixart: tuple[Settings, ...] = (Settings(steps=4000, batch=16, ema=0.995),)
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
 
     def __post_init__(self) -> None:

@@ -7,16 +7,11 @@ judged exactly: how often the attribute is gone, and what else of the image is k
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
-import json
 import random
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import nasa_diffusers
@@ -26,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nasa_distill import pictures
-from nasa_distill.intervals import Share
 from nasa_distill.scalars import plain
 from nasa_distill.train.networks import Model, load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.code import PatchCode
+from nasa_distill.world.evaluation.counts import Cell, Counts, Method, Results
+from nasa_distill.world.evaluation.progress import Made, checksum, commit
 from nasa_distill.world.judge import judge
 from nasa_distill.world.scene import scenes
 
@@ -66,33 +62,6 @@ HELD_OUT = (
 LISTS = {"first": PAIRS, "held-out": HELD_OUT}
 BATCH = 100
 TEACHER_STEPS = 25
-SOURCES = Path(__file__).parents[2]
-
-
-class Method(NamedTuple):
-    """A way to use the negative prompt, and how strongly."""
-
-    name: str  # "none", "cfg", "nag", "vsf", "projected", or a rule of NASA
-    strength: float = 0.0
-    tau: float | None = None  # of NAG, as the next; None: the family's
-    share: float | None = None
-
-    def made(self) -> nasa_diffusers.Method:
-        """The method of `enable_nasa`; strength is the scale of NAG and the alpha of the others."""
-        if self.name == "nag":
-            return nasa_diffusers.NAG(self.strength, self.tau, self.share)
-        if self.name == "projected":
-            return nasa_diffusers.ProjectedNASA(self.strength)
-        if self.name == "vsf":
-            return nasa_diffusers.VSF(self.strength)
-        return nasa_diffusers.NASA(self.strength, rule=self.name)
-
-    def __str__(self) -> str:
-        if self.name == "none":
-            return self.name
-        more = {"tau": self.tau, "alpha": self.share}
-        said = (f", {name} {value:g}" for name, value in more.items() if value is not None)
-        return f"{self.name} {self.strength:g}" + "".join(said)
 
 
 NONE = Method("none")
@@ -104,100 +73,24 @@ VSF = tuple(Method("vsf", alpha) for alpha in (0.5, 1.0, 2.0))
 METHODS = (NONE, *CFG, *NASA, *PROJECTED, *NAG, *VSF)
 # of joint attention, each over the alphas at which it acts
 ALPHAS = {
-    "nasa-cross": (0.1, 0.25, 0.5, 1.0, 1.5),
-    "nasa-text": (0.25, 0.5, 1.0, 2.0, 4.0),
-    "nasa": (0.1, 0.25, 0.5, 0.75, 1.0),
-    "vsf": (0.25, 0.5, 1.0, 2.0),
+    "nasa-cross": (0.1, 0.25, 0.35, 0.5),
+    "nasa-text": (0.25, 0.5, 0.75, 1.0),
+    "nasa": (0.1, 0.25, 0.5),
+    "vsf": (0.25, 0.5, 1.0),
 }
 RULES = tuple(Method(rule, alpha) for rule, alphas in ALPHAS.items() for alpha in alphas)
-JOINT = (NONE, *CFG, *PROJECTED, *RULES, *NAG)
-# for a search: what NAG's scale alone leaves out
-NAG_GRID = tuple(
-    Method("nag", scale, tau, share)
-    for scale in (4.0, 8.0, 16.0)
-    for tau in (1.25, 2.5)
-    for share in (0.5, 1.0)
-)
+JOINT = (NONE, *CFG[:2], *PROJECTED, *RULES, *NAG)
+# for a search: what NAG's scale alone leaves out, around the shares that its paper takes
+NAG_SHARES = {False: (0.5, 1.0), True: (0.125, 0.25)}  # of cross- and of joint attention
 
 
-@dataclass
-class Counts:
-    """Of one prompt pair, or of several added up."""
-
-    n: int = 0
-    removed: int = 0  # the negative attribute is not there
-    followed: int = 0  # all attributes of the prompt are
-    valid: int = 0  # an image of the world
-    followed_valid: int = 0
-    removed_valid: int = 0
-    good: int = 0  # removed, followed and valid
-    residual: float = 0.0  # added up
-
-    def add(self, other: Counts) -> None:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    @staticmethod
-    def of(images: Tensor, prompt: str, negative: str) -> Counts:
-        verdict = judge(images)
-        removed, followed, valid = (
-            ~verdict.shows(negative),
-            verdict.follows(prompt),
-            verdict.valid.cpu(),
-        )
-        return Counts(
-            len(images),
-            int(removed.sum()),
-            int(followed.sum()),
-            int(valid.sum()),
-            int((followed & valid).sum()),
-            int((removed & valid).sum()),
-            int((removed & followed & valid).sum()),
-            verdict.residual.sum().item(),
-        )
-
-    @property
-    def shares(self) -> dict[str, Share]:
-        return {
-            "removed": Share(self.removed, self.n),
-            "followed": Share(self.followed, self.n),
-            "valid": Share(self.valid, self.n),
-            "followed if valid": Share(self.followed_valid, self.valid),
-            "removed if valid": Share(self.removed_valid, self.valid),
-            "all three": Share(self.good, self.n),
-        }
-
-
-@dataclass
-class Cell:
-    """One method on one model: the pairs, each over all seeds, and their sum."""
-
-    model: str  # "student" or "teacher"
-    steps: int
-    method: Method
-    pairs: list[Counts] = field(default_factory=list)
-    seeds: dict[int, Counts] = field(default_factory=dict)  # each over all pairs
-
-    def add(self, seed: int, pairs: Sequence[Counts]) -> None:
-        self.pairs = self.pairs or [Counts() for _ in pairs]
-        self.seeds[seed] = Counts()
-        for mine, counts in zip(self.pairs, pairs, strict=True):
-            mine.add(counts)
-            self.seeds[seed].add(counts)
-
-    @property
-    def total(self) -> Counts:
-        total = Counts()
-        for counts in self.pairs:
-            total.add(counts)
-        return total
-
-
-@dataclass
-class Results:
-    cells: list[Cell]
-    about: dict[str, Any]  # commit, versions, seeds, checksum
-    quality: dict[str, Counts] = field(default_factory=dict)  # without any negative prompt
+def nag_grid(joint: bool) -> tuple[Method, ...]:
+    return tuple(
+        Method("nag", scale, tau, share)
+        for scale in (4.0, 8.0, 16.0)
+        for tau in (1.25, 2.5)
+        for share in NAG_SHARES[joint]
+    )
 
 
 def draw(
@@ -279,6 +172,24 @@ def call_pipeline(
     return code().decode(codes).clamp(-1, 1)
 
 
+def read_method(text: str) -> Method:
+    """`nag:8:2.5:0.25` as the method that it names.
+
+    Raises:
+        ValueError: There is no such method, or what follows is no number.
+    """
+    name, *numbers = text.split(":")
+    known = {"none", "cfg", "nag", "vsf", "projected", *ALPHAS}
+    try:
+        if name not in known or len(numbers) not in (
+            (1, 3) if name == "nag" else (name != "none",)
+        ):
+            raise ValueError(f"one of {', '.join(sorted(known))}, and its numbers")
+        return Method(name, *map(float, numbers))
+    except ValueError as error:
+        raise ValueError(f"evaluate.read_method: cannot read {text!r}: {error}") from error
+
+
 @functools.cache
 def code() -> PatchCode:
     return PatchCode()
@@ -298,9 +209,11 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
     model, (prompt, negative) = load(student), PAIRS[0]
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
     nasa = tuple(Method("nasa", alpha) for alpha in (0.25, 0.5, 1.0))
-    chosen = (NONE, CFG[1], *nasa, NAG[1], VSF[1])
+    projected = (Method("projected", 1.0), Method("projected", 2.0))
+    chosen = (NONE, CFG[1], *nasa, *projected, NAG[1], VSF[1])
     if model.joint:
-        chosen = (NONE, CFG[1], *(Method(rule, 1.0) for rule in ALPHAS), NAG[1])
+        rules = (Method(rule, 0.25) for rule in ALPHAS)
+        chosen = (NONE, CFG[1], *rules, *projected, NAG[1])
     rows = []
     for method in chosen:
         drawn = draw(model, prompt, negative, method, steps, noise, seed)
@@ -349,6 +262,10 @@ def run(
         "network": type(distilled.denoiser).__name__,
         "student": checksum(student),
     }
+    if distilled.joint:
+        pooled = distilled.encode(["red"]).pooled
+        has_vector = pooled is not None and bool(pooled.any())
+        about["prompt"] = "tokens and a pooled vector" if has_vector else "tokens alone"
     if teacher is not None:
         about["teacher"] = checksum(teacher)
     made = Made(progress, about)
@@ -396,62 +313,3 @@ def pair_by_pair(
         drawn = draw(model, prompt, negative, method, steps, noise, seed)
         found.append(Counts.of(drawn, prompt, negative))
     return found
-
-
-class Made:
-    """Counts that were made before, line by line in a file, for as long as nothing else changed."""
-
-    def __init__(self, path: Path | None, about: dict[str, Any]):
-        self.path, self.known = path, {}
-        # seeds may be added, and sources change between two parts of a run if it says so
-        free = ("commit", "seeds")
-        same = {name: value for name, value in about.items() if name not in free}
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(json.dumps(about) + "\n")
-        first, *lines = map(json.loads, path.read_text().splitlines())
-        if {name: value for name, value in first.items() if name not in free} != same:
-            raise ValueError(
-                f"evaluate.run: {path} holds cells of another run, {first}; this one is {about}. "
-                "Delete it, or name another folder"
-            )
-        if first["commit"] != about["commit"]:
-            about["commit"] = f"{first['commit']} to {about['commit']}"
-        self.known = {line["cell"]: [Counts(**x) for x in line["counts"]] for line in lines}
-
-    def through(self, key: str, make: Callable[..., list[Counts]], *how: Any) -> list[Counts]:
-        if key not in self.known:
-            self.known[key] = make(*how)
-            if self.path is not None:
-                line = {"cell": key, "counts": [dataclasses.asdict(x) for x in self.known[key]]}
-                with self.path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-        return self.known[key]
-
-
-def commit() -> str:
-    """Of the sources that ran, with a `+` where they were changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(SOURCES), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", ".")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def checksum(path: Path) -> str:
-    """The first half of a SHA-256 over the weights of a pipeline."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]

@@ -33,12 +33,15 @@ STRENGTHS = {
     "nag": "scale of NAG",
     "vsf": "alpha of value sign flip",
 }
+# in pictures
 CURVES = {
-    "projected": "projected NASA, alpha 0.5 to 4",
-    "nasa": "NASA, alpha 0.1 to 1.25",
-    "nag": "NAG, scale 2 to 8",
-    "vsf": "VSF, alpha 0.5 to 2",
-    "cfg": "guidance, scale 1.5 to 4",
+    "projected": "projected NASA, alpha",
+    "nasa": "NASA, alpha",
+    "nasa-cross": "NASA, rule nasa-cross, alpha",
+    "nasa-text": "NASA, rule nasa-text, alpha",
+    "nag": "NAG, scale",
+    "vsf": "VSF, alpha",
+    "cfg": "guidance, scale",
 }
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
@@ -53,7 +56,8 @@ def write(
     )
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
-    plots += [plot_price(results, steps, out) for steps in student_steps(results)]
+    plot_frontier(results, out / "price.png")
+    plots.append(out / "price.png")
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
@@ -160,35 +164,27 @@ def plot_sweep(results: Results, steps: int, out: Path) -> Path | None:
     return path
 
 
-def plot_price(results: Results, steps: int, out: Path) -> Path:
-    """What each method leaves valid, over what it removes: methods compared at equal removal."""
-    lines = []
-    for name in STRENGTHS:
-        totals = [cell.total.shares for cell in sweep(results, steps, name)]
-        removed = [100 * shares["removed"].value for shares in totals]
-        lines.append(plot.Line(name, removed, [shares["valid"] for shares in totals]))
-    path = out / f"price-{steps}.png"
-    title = f"The student, {said(steps)}: share of valid images over that of removed negatives"
-    plot.draw(title, "removed, %", range(0, 101, 20), lines, path)
-    return path
-
-
 def frontier(results: Results) -> Figure:
     """For each number of steps what each method removes, and what it leaves valid."""
     panels = []
     for steps in student_steps(results):
         cells = student_cells(results, steps)
         none = next(cell.total.shares for cell in cells if cell.method.name == "none")
-        curves = [
-            plot.Curve(
-                label,
-                [cell.total.shares["removed"] for cell in chosen],
-                [cell.total.shares["valid"] for cell in chosen],
-                strong=name == "projected",
+        curves = []
+        for name, label in CURVES.items():
+            chosen = [cell for cell in sweep(results, steps, name) if cell.method != NONE]
+            if not chosen:
+                continue
+            ends = (chosen[0].method.strength, chosen[-1].method.strength)
+            label += " " + " to ".join(f"{end:g}" for end in dict.fromkeys(ends))
+            curves.append(
+                plot.Curve(
+                    label,
+                    [cell.total.shares["removed"] for cell in chosen],
+                    [cell.total.shares["valid"] for cell in chosen],
+                    strong=name == "projected",
+                )
             )
-            for name, label in CURVES.items()
-            if (chosen := [cell for cell in sweep(results, steps, name) if cell.method != NONE])
-        ]
         if named := [cell for cell in cells if cell.method.tau is not None]:
             named.sort(key=lambda cell: cell.total.shares["removed"].value)
             curves.append(
@@ -241,16 +237,14 @@ def quality_table(results: Results) -> str:
 
 
 def pair_table(results: Results, steps: int) -> str:
-    """For each pair, what is removed by nothing and by the default rule at 0.5 and 1."""
-    rule = default(results)
-    cells = {str(cell.method): cell for cell in sweep(results, steps, rule)}
-    names = [name for name in ("none", f"{rule} 0.5", f"{rule} 1") if name in cells]
-    head = ("prompt", "negative", *(f"{name}: removed / all three" for name in names))
+    """For each pair, what is removed by each method at its best strength over all of them."""
+    cells = best_cells(results, steps)
+    head = ("prompt", "negative", *(str(cell.method) for cell in cells))
     rows = []
     for number, (prompt, negative) in enumerate(pairs_of(results)):
         values = []
-        for name in names:
-            shares = cells[name].pairs[number].shares
+        for cell in cells:
+            shares = cell.pairs[number].shares
             values.append(
                 f"{100 * shares['removed'].value:.0f} / {100 * shares['all three'].value:.0f}"
             )
@@ -291,6 +285,13 @@ def findings(results: Results, steps: int) -> list[str]:
                 f"The best {what} is {says(other)}; the intervals of all three, its and that of "
                 f"{own}'s best, {word}."
             )
+    ranked = [cell for cell in best_cells(results, steps) if cell.method.name != "none"]
+    first, second = ranked[0], ranked[1] if len(ranked) > 1 else none
+    apart = not overlap(first.total.shares["all three"], second.total.shares["all three"])
+    found.append(
+        f"Most images that are all three: {first.method}, then {second.method}; their intervals "
+        + ("do not overlap." if apart else "overlap.")
+    )
     gain = overlap(none.total.shares["all three"], nasa.total.shares["all three"])
     found.append(
         f"{own}'s best and no negative prompt "
@@ -342,7 +343,7 @@ def best_table(results: Results, steps: int) -> str:
 
 def searched(tuned: Results) -> str:
     """How NAG's settings were found."""
-    count = len([cell for cell in tuned.cells if cell.method.name == "nag"])
+    count = len({cell.method for cell in tuned.cells if cell.method.name == "nag"})
     named = ", ".join(f"`{method}`" for method in tuned_methods(tuned))
     about = tuned.about
     return (
@@ -365,13 +366,17 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
         )
         sections.append("Each method at its best strength:\n\n" + best_table(results, steps))
         sections.append(table([c for c in results.cells if c.steps == steps]))
-        sections.append("Pair by pair, in percent:\n\n" + pair_table(results, steps))
+        sections.append(
+            "Pair by pair, removed / all three in percent, the best first:\n\n"
+            + pair_table(results, steps)
+        )
     if teacher := [cell for cell in results.cells if cell.model == "teacher"]:
         sections.insert(0, "## The teacher, 25 steps\n\n" + table(teacher))
     pictures = "\n\n".join(f"![{p.stem}]({os.path.relpath(p, folder)})" for p in plots)
     texts = TEXTS_JOINT if is_joint(results) else TEXTS
     if "network" in results.about:
-        texts = texts | {"title": f"{texts['title']}: {results.about['network']}"}
+        named = ", ".join(results.about[x] for x in ("network", "prompt") if x in results.about)
+        texts = texts | {"title": f"{texts['title']}: {named}"}
     return TEMPLATE.format(
         **texts,
         about=about,
