@@ -152,8 +152,8 @@ data sheets. No time on this page was measured. Columns are those of
 
 * **forward** with prompts on chip: one tile of queries, both prompts. Streamed: a whole block of
   keys of one prompt.
-* **dQ**, and **dZ** of the projected rule: a whole program, its set-up included. **dK dV**: one tile
-  of queries under the keys of one prompt.
+* **dQ**, and **dZ** of the projected rule: a whole program, its set-up included. **dK dV**: one
+  tile of queries under the keys of one prompt.
 * **grid** is the work over what all SMs could do while the one with the most tiles works, if
   programs start one on each SM, then a second; of streamed keys, over what all programs could do.
 """

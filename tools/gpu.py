@@ -134,11 +134,7 @@ def joint(m: Machine, report: Report) -> None:
         text = (min(9, l // 3), min(7, l // 3))
         exact, budget = exact_and_budget_of_joint(inputs, 0.75, rule, text)
         call = lambda: nasa_joint_attention(  # noqa: E731
-            **inputs,
-            alpha=0.75,
-            rule=rule,
-            text_queries=text,
-            backend=m.backend,  # noqa: B023
+            **inputs, alpha=0.75, rule=rule, text_queries=text, backend=m.backend  # noqa: B023
         )
         if not check(report, f"joint d{d} l{l} n{n} {rule}", call, exact, budget, m):
             return

@@ -55,9 +55,7 @@ def test_matches_fp64(shape, path):
 @pytest.mark.parametrize("path", PATHS)
 def test_masks_and_alpha_maps_match_fp64(path):
     generator = torch.Generator().manual_seed(3)
-    masks = {
-        f"mask_{side}": torch.rand(2, 77, generator=generator) < 0.6 for side in ("pos", "neg")
-    }
+    masks = {f"mask_{side}": torch.rand(2, 77, generator=generator) < 0.6 for side in ("pos", "neg")}
     alpha = torch.linspace(-1, 3, SDXL.l)[None, :, None].expand(2, -1, 2)
     check(make(SDXL, torch.float16), alpha, path, **masks)
 

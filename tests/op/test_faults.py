@@ -33,7 +33,8 @@ JOINT_BACKWARD = "test_joint_backward.py matches_fp64 and triton and small and v
 FAULTS = (
     Fault(
         "ragged-end", "_triton/softmax.py",
-        'scores = tl.where((key < prompt.n)[None, :], scores, float("-inf"))', "scores += 0.0", FORWARD,
+        'scores = tl.where((key < prompt.n)[None, :], scores, float("-inf"))', "scores += 0.0",
+        FORWARD,
     ),
     Fault(
         "bias-not-in-base-2", "_triton/softmax.py", "(LOG2E / qk_scale)", "(1.0 / qk_scale)", MASKS
@@ -87,11 +88,13 @@ FAULTS = (
     ),
     Fault(
         "own-gradient-of-a-prompt", "_triton/projected_backward.py",
-        "of_g = r * (1.0 + a * t)", "of_g = r", "test_projected.py gradients_match and triton and float32",
+        "of_g = r * (1.0 + a * t)", "of_g = r",
+        "test_projected.py gradients_match and triton and float32",
     ),
     Fault(
         "rows-of-the-negative-text", "_triton/joint.py", "c = tl.where(is_neg, -1.0, c)",
-        "c = tl.where(is_neg, 1.0, c)", "test_joint.py matches_fp64 and triton and flux and float32",
+        "c = tl.where(is_neg, 1.0, c)",
+        "test_joint.py matches_fp64 and triton and flux and float32",
     ),
     Fault("delta-of-flash", "_triton/backward.py", "u = u / l\n", "u = u / l * 0.5\n", BACKWARD),
     Fault(
