@@ -2,7 +2,9 @@
 
     python tools/triton_aot.py 90           one JSON line per kernel of the models, for sm_90
     python tools/triton_aot.py 89 memory    shared memory alone, of every head_dim as well
-    python tools/triton_aot.py 90 counts    for `python -m bench statics`: what is on a tile's way
+    python tools/triton_aot.py 90 counts 64,77 ...
+                                            for `python -m bench statics`: what is on a tile's way,
+                                            by head_dim and keys
 
 The launchers themselves run, on small CPU tensors of each model's sizes, with kernels that compile
 for a given GPU instead of launching. So what is measured here is what a GPU would be given.
@@ -246,7 +248,7 @@ def memory_of_all(arch: int) -> None:
         report_case(model)
 
 
-def counts_of_all(arch: int) -> None:
+def counts_of(arch: int, *sizes: str) -> None:
     """What the tables of `bench/triton_statics.py` are made of."""
     from bench import triton_statics
 
@@ -265,7 +267,7 @@ def counts_of_all(arch: int) -> None:
             "counts": triton_statics.count(sass),
         }  # fmt: skip
 
-    for d, n in triton_statics.SIZES:
+    for d, n in (map(int, size.split(",")) for size in sizes):
         cross_attention(16, 8, d, n, n)
         report_counts(d, n, "nasa")
         cross_attention(16, 8, d, n, n, rule="projected", has_backward=False)
@@ -274,5 +276,8 @@ def counts_of_all(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    modes = {"models": of_the_models, "memory": memory_of_all, "counts": counts_of_all}
-    modes[(*sys.argv[2:], "models")[0]](int(sys.argv[1]))
+    modes = {"models": of_the_models, "memory": memory_of_all, "counts": counts_of}
+    architecture, mode, *arguments = (
+        (*sys.argv[1:], "models") if len(sys.argv) == 2 else sys.argv[1:]
+    )
+    modes[mode](int(architecture), *arguments)
