@@ -77,7 +77,7 @@ def _opcodes(code) -> Counter:
 
 
 def compiled_for(arch: int, sizes: tuple[tuple[int, int], ...] = SIZES) -> list[Compiled]:
-    """The kernels of some sizes. Triton decides at import whether it compiles, hence the process."""
+    """The kernels of some sizes. Triton decides at import if it compiles, hence the process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
