@@ -27,6 +27,7 @@ struct ShortLayout {
     // of which the registers hold all columns of Z+ and Z-
     static constexpr int kHeld = kParts * kD <= 128 ? kParts : 1;
     static constexpr bool kHoldsAll = kParts == kHeld && kD <= 128;
+    static constexpr bool kProjectsApart = !kHoldsAll && short_projects(kD);
     static constexpr int kPromptTile = tile_bytes(kKeys, kD);
     static constexpr int kRowTile = tile_bytes(kRows, kD);
     // K+, V+, K-, V- [kKeys, kD]; Q [kShortWarps, kRows, kD]; bias of both [kKeys] in fp32
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kShortThreads, 1)
                     stage<T, kPitch>(rows, column, z_pos[m]);
                 }
             };
-            if (!Layout::kHoldsAll && short_projects(kD) && p.rule == Rule::kProjected) {
+            if (Layout::kProjectsApart && p.rule == Rule::kProjected) {
                 wait_for_shared();
 #pragma unroll
                 for (int part = 0; part < kParts; part += Layout::kHeld) {
