@@ -111,7 +111,7 @@ def test_a_small_gpu_has_eight_warps_on_an_sm():
 
 
 def test_the_projected_rule_costs_little():
-    """Three sums over d, and a combination of two: up to a fifth more, most at a head_dim of 160."""
+    """Three sums over d, and a combination of two: up to a fifth more, most at d 160."""
     for r in statics.recorded():
         if r.projected_issue is not None:
             assert r.cycles["issue"] < r.projected_issue <= 1.21 * r.cycles["issue"], r
