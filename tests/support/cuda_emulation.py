@@ -331,7 +331,12 @@ def forward(
     if q.numel() == 0:
         return call.o
     size = padded(d)
-    if (path or path_of(d, n_pos, n_neg)) == "short":
+    if path is None:
+        path = path_of(d, n_pos, n_neg)
+        if call.params.rule == RULES.index("projected") and size > 128:
+            # its registers would not hold all columns, of which there are sums to take
+            path = "long"
+    if path == "short":
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
         plain = is_plain(call.params)
         loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys, plain)
