@@ -92,6 +92,16 @@ def test_the_pixart_page_is_made_of_its_numbers():
             assert str(quality.shares[name]).replace(" (", " % (") in documented
 
 
+def test_what_is_said_of_the_projected_rule_is_on_the_pages():
+    """Every share with its interval, and those of single prompt pairs."""
+    measured = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    text = (DOCS.parent / "projected.md").read_text()
+    shares = re.findall(r"\d+\.\d \(\d+\.\d-\d+\.\d\)", text)
+    assert len(shares) > 30
+    for share in shares:
+        assert share in measured, share
+
+
 def test_what_is_said_of_nasa_t_is_in_its_numbers():
     documented = " ".join((DOCS / "training.md").read_text().split())
     for name in ("before", "after"):
