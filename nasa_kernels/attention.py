@@ -103,8 +103,10 @@ def attend(call: Call, rule: str = "nasa") -> Tensor:
     if not record.fuses(rule, call.differentiable):
         return _project(call)
     if call.backend == "sdpa":
+        k_pos, v_pos, k_neg, v_neg = call.keys_values
         return _sdpa.cross(
-            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
+            call.q, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
             mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
     operator = (ops.ATTENTION if call.differentiable else ops.FORWARD)[call.backend]

@@ -119,8 +119,10 @@ def attend(call: Call, rule: str) -> Tensor:
     if not RECORDS[call.backend].fuses_joint(rule, call.differentiable):
         return _project(call)
     if call.backend == "sdpa":
+        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
         return _sdpa.joint(
-            call.q, *call.keys_values, call.alpha if call.alpha_map is None else call.alpha_map,
+            call.q, k, v, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
             rule=rule, text_queries=(call.text_pos, call.text_neg),
             mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
