@@ -81,7 +81,8 @@ def test_guidance_leaves_the_pipelines_own_negative_alone(pipe):
     assert len(rows) == 2
     moved = [relative_error(other, row) > 1e-4 for row, other in zip(rows, others, strict=True)]
     # Z-Image puts the prompt first; two calls begin with it, too
-    assert moved == ([False, True] if pipe.short_name == "ltx2" else [True, False])
+    is_last = pipe.short_name in ("ltx2", "cogvideox")
+    assert moved == ([False, True] if is_last else [True, False])
 
 
 def test_window(pipe):
@@ -122,7 +123,7 @@ def test_a_loop_of_ones_own_has_to_say_what_is_doubled(pipe):
     keep = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    if pipe.short_name in ("z-image", "ltx2"):
+    if pipe.short_name in ("z-image", "ltx2", "cogvideox"):
         pipe.draw(steps=1, **CFG[pipe.short_name])
     else:
         pipe.draw(["a cat", "a dog"], steps=1)
@@ -147,7 +148,7 @@ def test_klein_with_two_reference_images():
         pytest.skip("a newer diffusers has it")
     build, options = PIPES["klein"]
     made = build()
-    photos = [Image.new("RGB", size, color) for size, color in (((16, 16), "red"), ((24, 16), 9))]
+    photos = [Image.new("RGB", size, color) for size, color in (((64, 64), "red"), ((96, 64), 9))]
     stock = draw(made, options, image=photos, steps=1)
     seen = []
     layer = made.transformer.transformer_blocks[0].attn.to_out[0]
@@ -161,8 +162,8 @@ def test_klein_with_two_reference_images():
     keep.remove()
     assert relative_error(guided, stock) > 1e-4
     before, after = seen[:2]
-    # what the first attention gives: 24 tokens that are made, then 16 and 24 of references
-    assert before.shape[1] == 24 + 16 + 24
+    # what the first attention gives: 24 tokens that are made, then 256 and 384 of references
+    assert before.shape[1] == 24 + 256 + 384
     assert relative_error(after[:, :24], before[:, :24]) > 1e-3
     assert relative_error(after[:, 24:], before[:, 24:]) < 1e-6
 
@@ -186,7 +187,12 @@ def test_ltx2_guides_its_further_calls_and_each_stream_alone():
         pytest.skip("a newer diffusers has it")
     _, options = PIPES["ltx2"]
     made = testing_side.ltx2("2.3")
-    further = {"guidance_scale": 1.0, "stg_scale": 1.0, "spatio_temporal_guidance_blocks": [1], "modality_scale": 2.0}
+    further = {
+        "guidance_scale": 1.0,
+        "stg_scale": 1.0,
+        "spatio_temporal_guidance_blocks": [1],
+        "modality_scale": 2.0,
+    }
     with Calls(made.transformer) as stock:
         draw(made, options, steps=1, **further)
     with nasa(made, "blurry", NASA(0.5)), Calls(made.transformer) as guided:

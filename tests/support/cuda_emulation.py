@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import ptx
 import torch
-from support.formula import project
 from torch import Tensor, library
+
+from support.formula import project
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
@@ -114,8 +115,9 @@ class ForwardParams(ctypes.Structure):
 
 class BackwardParams(ctypes.Structure):
     _fields_ = fields(
-        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS, dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS,
-        shift=ADDRESS, partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
+        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS,
+        dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS, shift=ADDRESS,
+        partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
     )  # fmt: skip
 
 
@@ -286,9 +288,7 @@ class Call:
         return self.memory.upload(host), host
 
 
-def call_of(
-    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule
-) -> Call:
+def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule) -> Call:
     """A forward call as csrc/bindings.cpp hands it to the launchers."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     alpha_map = alpha if isinstance(alpha, Tensor) else None
@@ -384,9 +384,7 @@ class Sm90Kernel(NamedTuple):
     shared: int
 
     @classmethod
-    def of(
-        cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int
-    ) -> "Sm90Kernel":
+    def of(cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int) -> "Sm90Kernel":
         atoms = -(-d // 64)
         rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
         if path == "short":
