@@ -357,7 +357,7 @@ and data sheets. No time on this page was measured, and measured rows stand else
 
 
 def yardsticks() -> list[Row]:
-    return [Row(**row) for row in json.loads(YARDSTICK.read_text())]
+    return [Row(**row) for row in json.loads(YARDSTICK.read_text(encoding="utf-8"))]
 
 
 def page(rows: list[Row]) -> str:
