@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kShortThreads, 1)
                 }
             };
             constexpr int kHeld = Layout::kHeld;
-            if (Layout::kHoldsAll || (both && end[0].projected)) {
+            if (Layout::kHoldsAll || end[0].projected) {
 #pragma unroll
                 for (int part = 0; part < kParts; part += kHeld) {
                     make(Number<kHeld>{}, Number<kD / 8>{}, std::true_type{}, part, 0);

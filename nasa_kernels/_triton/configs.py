@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 from nasa_kernels._triton.tiles import cut
 

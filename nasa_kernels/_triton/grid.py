@@ -48,14 +48,13 @@ def resident_programs(gpu: Gpu, registers: int, shared: int, num_warps: int) -> 
 
 
 def grid_for(tiles: int, multiprocessors: int, resident: int) -> Grid:
-    """As many programs as fit at once; one for each tile where there are no more of them."""
+    """As many programs as fit at once; one for each tile where there are no more of them.
+
+    Programs start one on each multiprocessor, then a second; `tiles.share_of_tiles` counts on it.
+    So a multiprocessor has at most tiles / multiprocessors, rounded up.
+    """
     slots = multiprocessors * resident
     return Grid(slots, resident) if tiles > slots else Grid(tiles, 1)
-
-
-def most_tiles(tiles: int, grid: Grid) -> int:
-    """Of a multiprocessor, if programs start one on each, then a second: `tiles.share_of_tiles`."""
-    return -(-tiles * grid.per_multiprocessor // grid.programs)
 
 
 _resident: dict[Hashable, int] = {}

@@ -68,12 +68,8 @@ def statistics_kernel(
     u_shared = tl.zeros([BLOCK_L], tl.float32)
     for i in tl.static_range(len(D_CUT)):
         u_shared += tl.sum(do[i].to(tl.float32) * o_shared[i].to(tl.float32), 1)
-    lse_pos, u_pos = statistics_streamed(
-        q, do, pos, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
-    )
-    lse_neg, u_neg = statistics_streamed(
-        q, do, neg, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
-    )
+    lse_pos, u_pos = statistics_streamed(q, do, pos, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
+    lse_neg, u_neg = statistics_streamed(q, do, neg, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
 
     shared, segment = bh * L + row, (tl.num_programs(0) // tiles).to(tl.int64) * L
     tl.store(U + shared, u_shared, mask=row < L)

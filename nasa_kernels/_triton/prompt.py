@@ -74,9 +74,7 @@ def load_prompt(
         start = 0
         for j in tl.static_range(len(N_CUT)):
             # only the last block can reach past the end
-            k_j, v_j = load_keys(
-                prompt, start, j == len(N_CUT) - 1, N_CUT[j], D, D_CUT, ALIGN
-            )
+            k_j, v_j = load_keys(prompt, start, j == len(N_CUT) - 1, N_CUT[j], D, D_CUT, ALIGN)
             k, v = k + (k_j,), v + (v_j,)
             start += N_CUT[j]
     return k, v

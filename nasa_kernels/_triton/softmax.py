@@ -17,9 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def load_bias(prompt, key):
     """Natural-log bias of keys `key`; -inf past the end. The mask is bool or floating point."""
     inside = key < prompt.n
-    value = tl.load(
-        prompt.mask[0] + key.to(tl.int64) * prompt.stride_mn, mask=inside, other=0
-    )
+    value = tl.load(prompt.mask[0] + key.to(tl.int64) * prompt.stride_mn, mask=inside, other=0)
     if value.dtype == tl.int1:
         bias = tl.where(value, 0.0, float("-inf"))
     else:

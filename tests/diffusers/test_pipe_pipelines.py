@@ -10,7 +10,7 @@ import pytest
 import test_pipe_rows
 import test_side_walk
 from nasa_diffusers import cli, enable_nasa, pipelines
-from nasa_diffusers.families import FAMILIES
+from nasa_diffusers.families import FAMILIES, family_of
 from torch import nn
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusers" / "pipelines.md"
@@ -88,3 +88,12 @@ def test_the_page_is_what_the_command_prints(capsys):
         pytest.skip("the page is of another diffusers, or of fewer packages")
     assert cli.main(["pipelines"]) == 0
     assert capsys.readouterr().out == page
+
+
+def test_a_class_made_from_one_that_is_known():
+    """A user's own is of the family; one of diffusers that is told to be refused is not."""
+    made = type("DreamLiteUNetModel", (diffusers.UNet2DConditionModel,), {})
+    with pytest.raises(ValueError, match="no family knows the denoiser DreamLiteUNetModel"):
+        family_of(made.__new__(made))
+    own = type("Own", (diffusers.UNet2DConditionModel,), {})
+    assert family_of(own.__new__(own)).name == "Stable Diffusion"

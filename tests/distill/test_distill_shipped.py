@@ -57,7 +57,7 @@ def results_of(page, folder, *pictures):
 
 def test_the_results_are_those_of_this_model():
     """And the card says no other."""
-    results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "samples")
+    results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "price", "samples")
     assert results.about["student"] == evaluate.checksum(shipped.path())
     card = (shipped.FOLDER / "README.md").read_text()
     said = re.findall(r"^- (one step|four steps): (.*)$", README.read_text(), re.MULTILINE)
@@ -67,14 +67,14 @@ def test_the_results_are_those_of_this_model():
         for name in ("valid", "followed if valid"):
             assert str(quality[name]).replace(" (", " % (") in card
     for steps in report.student_steps(results):
-        for name in ("none", "cfg", "nag", "vsf", "nasa"):
+        for name in ("none", "cfg", "nag", "vsf", "nasa", "projected"):
             best = report.best(report.student_cells(results, steps), name)
             assert str(best.total.shares["all three"]) in line[steps]
 
 
 def test_the_rules_page_is_made_of_its_numbers():
     """And what the documentation of the rules says of them is in it."""
-    results = results_of(DOCS / "rules.md", DOCS / "rules", "sweep-4", "price-4", "samples")
+    results = results_of(DOCS / "rules.md", DOCS / "rules", "sweep-4", "price", "samples")
     documented = (DOCS.parent / "diffusers" / "joint.md").read_text()
     for steps in report.student_steps(results):
         for name in ("none", *evaluate.ALPHAS, "nag", "cfg"):

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import ptx
 import torch
-from support.formula import project
 from torch import Tensor, library
+
+from support.formula import project
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
@@ -114,8 +115,9 @@ class ForwardParams(ctypes.Structure):
 
 class BackwardParams(ctypes.Structure):
     _fields_ = fields(
-        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS, dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS,
-        shift=ADDRESS, partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
+        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS,
+        dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS, shift=ADDRESS,
+        partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
     )  # fmt: skip
 
 

@@ -46,7 +46,8 @@ _because(
 )  # fmt: skip
 _because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "LuminaNextDiT2DModel", "StableAudioDiTModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
 _because(
@@ -59,7 +60,7 @@ _because(
 )  # fmt: skip
 _because(
     "its text layers have other names and projections", "LongCatAudioDiTTransformer",
-    "SanaWMTransformer3DModel", "DreamLiteUNetModel",
+    "SanaWMTransformer3DModel",
 )  # fmt: skip
 _because("it keeps keys of earlier chunks inside its layers", "AnyFlowFARTransformer3DModel")
 _because(

@@ -61,13 +61,26 @@ class Wan(Dispatched):
             return text.text
         return torch.cat([text.beside, text.text], dim=1)
 
-    def keys_values_beside(self, attn, images):
-        if attn.fused_projections:
-            k, v = attn.to_added_kv(images).chunk(2, dim=-1)
-        else:
-            k, v = attn.add_k_proj(images), attn.add_v_proj(images)
-        k = norm_then_heads(attn, attn.norm_added_k, k)
-        return KeysValues(k, v.unflatten(2, (attn.heads, -1)))
+    def images_beside(self, denoiser, inputs):
+        images = inputs.get("encoder_hidden_states_image")
+        return None if images is None else ([images], denoiser.condition_embedder.image_embedder)
+
+    def keys_values_beside(self, attn, text):
+        def project():
+            if attn.fused_projections:
+                k, v = attn.to_added_kv(text.beside).chunk(2, dim=-1)
+            else:
+                k, v = attn.add_k_proj(text.beside), attn.add_v_proj(text.beside)
+            k = norm_then_heads(attn, attn.norm_added_k, k)
+            return [(k, v.unflatten(2, (attn.heads, -1)))]
+
+        seen = text.images
+        if seen is None or torch.compiler.is_compiling():
+            return KeysValues(*project()[0])
+        fused = getattr(attn, "to_added_kv", None)
+        modules = attn.add_k_proj, attn.add_v_proj, fused, attn.norm_added_k
+        made, _ = seen.cache.through(attn, modules, seen.made_by, seen.prompts, project)
+        return KeysValues(*made[0])
 
 
 class WanTextHook(TextHook):

@@ -12,8 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from nasa_distill.intervals import Share
 
 # distinguishable without colour vision, the first the strongest
-INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#666666")
-MARKERS = "osD^vP"
+INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#666666", "#56b4e9", "#882255")
+MARKERS = "osD^vPX*"
 
 
 class Line(NamedTuple):
