@@ -22,8 +22,8 @@ from diffusers.models.transformers import (
 from drawing import assert_same_image, denoise, negative_embeds, relative_error
 from nasa_diffusers import enable_nasa, ip_adapter, nasa, testing
 from nasa_diffusers.families import FAMILIES
-from nasa_diffusers.families.versions import NotThere
 from nasa_diffusers.families.joint import Joint
+from nasa_diffusers.families.versions import NotThere
 from nasa_diffusers.layer import CrossAttentionHook
 from oracle import algorithm_1
 

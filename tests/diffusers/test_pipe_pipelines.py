@@ -51,7 +51,7 @@ def test_every_row_says_something(rows):
 
 def test_nothing_works_that_was_not_run(rows):
     """0 are silently wrong: each that works is drawn with, row by row, against an oracle."""
-    run = {*test_pipe_rows.RUN, *test_pipe_rows.ELSEWHERE}
+    run = set(test_pipe_rows.RUN)
     for row in rows:
         works = row.status in (pipelines.WORKS, pipelines.CONDITION)
         if works and not row.is_modular and row.family not in TESTED_ELSEWHERE:
