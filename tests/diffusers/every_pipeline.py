@@ -176,6 +176,7 @@ SCHEDULERS = {
 }
 
 
+PLAIN = {"clip_sample": False, "steps_offset": 1}
 SETTINGS = {
     diffusers.DDPMParallelScheduler: {"clip_sample": False},
     diffusers.EulerDiscreteScheduler: {},
