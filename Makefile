@@ -7,6 +7,7 @@
 # make gpu       8 minutes on an NVIDIA GPU, one report; elsewhere what it would do; PY=python3: as it is
 # make wheel     one manylinux wheel for every Python and torch, with code for every architecture
 # make hf-kernel the layout of Hugging Face's kernels, without compiled code, in build/hf-kernel
+# make site      the pages as a site in build/site, every link checked
 # make format    rewrite the sources in the project's format
 #
 # They set up what they need by themselves, once, in .venv, and install nothing outside of it.
@@ -31,7 +32,7 @@ CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: help demo quick test bench gpu format lint wheel hf-kernel
+.PHONY: help demo quick test bench gpu format lint wheel hf-kernel site
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -79,6 +80,13 @@ wheel: $(VENV)/ready-wheel
 	$(PY) tools/sass.py build/wheel/unpacked/nasa_kernels/_C.so
 	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair -w dist \
 	    --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/plain/*.whl
+
+site: $(VENV)/ready-site
+	$(PY) -m mkdocs build --strict
+
+$(VENV)/ready-site: $(VENV)/ready
+	$(VENV)/bin/python -m pip install -q "mkdocs-material>=9.5"
+	@touch $@
 
 hf-kernel:
 	$(PYTHON) tools/hf_kernel.py build/hf-kernel

@@ -136,6 +136,7 @@ def attend(call: Call, rule: str) -> Tensor:
     if not RECORDS[call.backend].fuses_joint(rule, call.differentiable):
         return _project(call)
     if call.backend == "sdpa":
+        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
         return _sdpa.joint(
             call.q, k, v, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,

@@ -56,7 +56,7 @@ class Report:
 
     def __init__(self, path: Path, minutes: float):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w")
+        self.file = path.open("w", encoding="utf-8")
         self.end = time.monotonic() + 60 * minutes
         self.failed: list[str] = []
 

@@ -50,7 +50,7 @@ def compile_kernels(folder: Path, out: Path) -> None:
         "Flash_fwd_params);\n"
         for tile in TILES
     )
-    source.write_text(SOURCE + instances)
+    source.write_text(SOURCE + instances, encoding="utf-8")
     includes = [folder / "csrc/flash_attn/src", folder / "csrc/cutlass/include", headers,
                 headers / "torch/csrc/api/include"]  # fmt: skip
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -95,13 +95,13 @@ def rows_of(cubin: Path, origin: str) -> list[statics.Row]:
 
 
 def main(folder: Path) -> int:
-    version = re.search(r"\nVersion: (\S+)", (folder / "PKG-INFO").read_text())[1]
+    version = re.search(r"\nVersion: (\S+)", (folder / "PKG-INFO").read_text(encoding="utf-8"))[1]
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "yardstick.cubin"
         compile_kernels(folder, cubin)
         rows = rows_of(cubin, f"flash-attn {version}")
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-    statics.YARDSTICK.write_text(f"[\n{lines}\n]\n")
+    statics.YARDSTICK.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     for row in rows:
         print(row)
     return 0

@@ -48,7 +48,7 @@ class NASAGuidance(BaseGuidance):
         enabled: `guider.disable()` and `guider.enable()` change it; disabled it is stock.
     """
 
-    _input_predictions = ["pred_cond"]
+    _input_predictions: Any = ["pred_cond"]
 
     @register_to_config
     def __init__(
@@ -156,8 +156,9 @@ class NASAGuidance(BaseGuidance):
         self._negative = text, mask
 
     def _attach(self, denoiser: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
+        owner: Any = _Owner(_own(denoiser))
         self._handle = enable_nasa(
-            _Owner(_own(denoiser)),
+            owner,
             method=self.method,
             layers=self.layers,
             cfg=False,
