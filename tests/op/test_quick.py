@@ -9,14 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from support.cases import BACKENDS, DEVICE, make_inputs, mask_of
+from support.launches import calls_of_python
 from test_errors import SHAPE, WRONG
 from test_joint import WRONG as WRONG_JOINT
 from test_joint import make as make_joint
 
-from nasa_kernels import _quick, attention, backends, nag_attention, nasa_attention
+from nasa_kernels import (
+    _quick,
+    attention,
+    backends,
+    nag_attention,
+    nasa_attention,
+    nasa_joint_attention,
+)
 from nasa_kernels import joint_attention as joint_module
 from nasa_kernels import nag as nag_module
-from nasa_kernels import nasa_joint_attention
 
 QUICK = [name for name in BACKENDS if name in backends.RECORDS and backends.RECORDS[name].checks]
 NAG = {"nag_scale": 3.0, "nag_tau": 2.5, "nag_alpha": 0.5}
@@ -154,27 +161,10 @@ def test_what_a_quick_call_would_lose_is_checked(backend):
 # ---- the work before an operator -----------------------------------------------------------------
 
 
-def calls_of_python(function) -> int:
-    """Functions, Python's and C's, that are called in one call; attributes do not count."""
-    count = 0
-
-    def see(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(see)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    # the function itself, and `setprofile`
-    return count - 2
-
-
 def test_a_quick_call_does_little_before_its_operator():
     """Of any back end that checks for itself; counted, since times stray."""
     inputs = make_inputs(SHAPE, torch.bfloat16, DEVICE)
-    known = _quick.Known(lambda *args: None, (), "cuda", DEVICE.type, 0.25)
+    known = _quick.Known(lambda q, *args: q, (), "cuda", DEVICE.type, 0.25)
     key = (("nasa_attention", "cuda", "nasa"), torch.bfloat16, inputs["q"].device, 16)
     _quick._known[key] = known
     mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
@@ -193,62 +183,6 @@ def test_a_quick_call_does_little_before_its_operator():
         assert count(k_neg=inputs["k_neg"][:1], v_neg=inputs["v_neg"][:1]) <= plain
 
 
-CODE = """
-import json, sys, torch
-from bench import host_driver
-driver = host_driver.use()
-from unittest import mock
-from nasa_kernels import backends, nasa_attention, nasa_joint_attention, nag_attention
-from nasa_kernels._triton import launch
-backends.why_not = lambda name, device: None
-sys.path.insert(0, "tests/op")
-from test_quick import calls_of_python
-
-def normal(n, d=64):
-    return torch.randn(2, n, 2, d).bfloat16()
-
-q, k, v, k_neg, v_neg, image = (normal(n) for n in (16, 77, 77, 33, 33, 8))
-mask = torch.ones(2, 77, dtype=torch.bool)
-alpha = torch.full((2, 1, 1), 0.5)
-one = dict(k_neg=k_neg[:1], v_neg=v_neg[:1])
-base = dict(q=q, k_pos=k, v_pos=v, k_neg=k_neg, v_neg=v_neg, backend="triton")
-nag = dict(nag_scale=3.0, nag_tau=2.5, nag_alpha=0.5)
-calls = {
-    "plain": lambda: nasa_attention(**base, alpha=0.5),
-    "masks": lambda: nasa_attention(**base, alpha=0.5, mask_pos=mask),
-    "alpha": lambda: nasa_attention(**base, alpha=alpha),
-    "zero": lambda: nasa_attention(**base, alpha=0.0),
-    "broadcast": lambda: nasa_attention(**base | one, alpha=0.5),
-    "unaligned": lambda: nasa_attention(**base | dict(k_pos=k.flatten()[:-2].as_strided(
-        (2, 70, 2, 64), k.stride(), 1), v_pos=v[:, :70]), alpha=0.5),
-    "joint": lambda: nasa_joint_attention(k=image, v=image, **base, alpha=0.5),
-    "nag": lambda: nag_attention(**base, **nag),
-}
-found = {}
-def operands(launch):
-    """Where q and the prompts are: what comes first."""
-    return [x.data_ptr() for x in launch[1] if torch.is_tensor(x)][:5]
-def plain(x):
-    return "tensor" if torch.is_tensor(x) else list(map(plain, x)) if isinstance(x, tuple) else x
-with torch.no_grad():
-    for name, call in calls.items():
-        driver.launches = []
-        before = len(launch._ready)
-        call()
-        first, driver.launches = driver.launches, []
-        made = len(launch._ready) - before
-        call()
-        again, driver.launches = driver.launches, None
-        found[name] = {
-            "planned": made, "launches": len(first),
-            "same": [plain(x) for x in first] == [plain(x) for x in again],
-            "operands": operands(first[0]) == operands(again[0]),
-            "calls": calls_of_python(call),
-        }
-print(json.dumps(found))
-"""
-
-
 @pytest.fixture(scope="module")
 def remembered() -> dict:
     """Of each call what the driver was told the first time and the second; Triton compiles."""
@@ -256,7 +190,11 @@ def remembered() -> dict:
     path = [str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, ROOT / "tests/support/launches.py"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -269,7 +207,7 @@ def test_a_remembered_launch_is_the_one_that_triton_makes(remembered, call):
     """Grid, integers, numbers and constants; the same operands in the same places."""
     found = remembered[call]
     assert found["launches"] == (3 if call == "nag" else 1)
-    # Z+ and Z- of NAG are launches without a negative prompt
+    # of NAG Z+, Z-, and what is made of them
     assert found["planned"] == (3 if call == "nag" else 1)
     assert found["same"] and found["operands"]
 
@@ -277,6 +215,6 @@ def test_a_remembered_launch_is_the_one_that_triton_makes(remembered, call):
 def test_the_work_of_a_remembered_launch(remembered):
     plain = remembered["plain"]["calls"]
     # 260 before launches were remembered
-    assert plain <= 75
+    assert plain <= 60
     for call, more in {"masks": 8, "alpha": 8, "broadcast": 2}.items():
         assert remembered[call]["calls"] <= plain + more, call
