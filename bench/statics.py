@@ -263,7 +263,7 @@ def rows_of(
         code = machine_code.disassemble(library, arch, list(names.values()))
         counts = {p: path_counts(p, code[name]) for p, name in names.items()}
         projected = {p: path_counts(p, code[name], True) for p, name in names.items()
-                     if p.kernel.endswith("short")}  # fmt: skip
+                     if p.kernel.endswith("short") and _projects(p)}  # fmt: skip
         for gpu in mine:
             for shape in shapes:
                 how = plan(gpu, shape)
@@ -273,6 +273,11 @@ def rows_of(
                     row = replace(row, projected_issue=round(path.total() * turns, 1))
                 found.append(row)
     return found
+
+
+def _projects(plan: Plan) -> bool:
+    """Whether rule "projected" is not the streamed kernel's."""
+    return plan.kernel != "forward_short" or plan.sizes[0] <= 128
 
 
 def _mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:

@@ -48,12 +48,16 @@ def quick(
     None: check it first.
 
     Not looked at are shapes and strides, and dtypes and devices of keys and values: the operator
-    refuses what it cannot take. But tensors of no device, beside which it gives one of no device.
+    refuses what it cannot take. Beside a tensor of no device it would compute nothing, and say so
+    to no one.
     """
     if torch.compiler.is_compiling():
         return None
     try:
         known = _known.get((asked, q.dtype, q.device, q.shape[3]))
+        for x in others:
+            if x.is_meta:
+                return None
     except (AttributeError, TypeError, IndexError):
         return None
     if (

@@ -84,12 +84,10 @@ def nasa_attention(
     if plain is not None:
         known, alpha_map, number, factor = plain
         try:
-            o = known.operator(
+            return known.operator(
                 q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, factor,
                 *known.rest,
             )  # fmt: skip
-            if not o.is_meta:
-                return o
         except REFUSALS:
             # the checks say what is wrong
             pass

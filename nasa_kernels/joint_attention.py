@@ -93,12 +93,10 @@ def nasa_joint_attention(
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                o = known.operator(
+                return known.operator(
                     q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
                     *text_queries,
                 )  # fmt: skip
-                if not o.is_meta:
-                    return o
             except REFUSALS:
                 # the checks say what is wrong
                 pass

@@ -87,12 +87,9 @@ def nag_attention(
             alpha_map, alpha = _check_alpha(function, q, nag_alpha)
             z_pos = attend(k_pos, v_pos, mask_pos)
             if alpha_map is None and alpha == 0:
-                o = z_pos
-            else:
-                z_neg = attend(k_neg, v_neg, mask_neg)
-                o = _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
-            if not o.is_meta:
-                return o
+                return z_pos
+            z_neg = attend(k_neg, v_neg, mask_neg)
+            return _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
         except REFUSALS:
             # the checks say what is wrong
             pass

@@ -2,7 +2,9 @@
 
     python tools/triton_aot.py 90           one JSON line per kernel of the models, for sm_90
     python tools/triton_aot.py 89 memory    shared memory alone, of every head_dim as well
-    python tools/triton_aot.py 90 counts    for `python -m bench statics`: what is on a tile's way
+    python tools/triton_aot.py 90 counts 64,77 ...
+                                            for `python -m bench statics`: what is on a tile's way,
+                                            by head_dim and keys
 
 The launchers themselves run, on small CPU tensors of each model's sizes, with kernels that compile
 for a given GPU instead of launching. So what is measured here is what a GPU would be given.
@@ -175,27 +177,24 @@ def report(compilers: dict[str, CompileOnly], facts) -> None:
 def of_the_models(arch: int) -> None:
     compilers = compile_for(arch)
 
-    def facts(kernel: CompileOnly) -> dict:
-        return {"model": model, "rule": rule, "triton": triton.__version__} | statistics(
-            kernel.compiled
-        )
+    def report_model(model: str, rule: str) -> None:
+        about = {"model": model, "rule": rule, "triton": triton.__version__}
+        report(compilers, lambda kernel: about | statistics(kernel.compiled))
 
     for shape in MODEL_SHAPES:
         if shape.name not in MODELS:
             continue
-        model, sizes = shape.name, (16, shape.h, shape.d, shape.n_pos, shape.n_neg)
-        rule = "nasa"
+        sizes = (16, shape.h, shape.d, shape.n_pos, shape.n_neg)
         cross_attention(*sizes)
-        report(compilers, facts)
-        rule = "projected"
+        report_model(shape.name, "nasa")
         # of the backward pass one kernel is new; in dQ each prompt has its own dO
-        cross_attention(*sizes, rule=rule, has_backward=model == "sdxl-64")
+        cross_attention(*sizes, rule="projected", has_backward=shape.name == "sdxl-64")
         row_gradients(*sizes)
-        report(compilers, facts)
+        report_model(shape.name, "projected")
     for model, sizes in JOINT_MODELS.items():
         for rule in ("nasa-cross", "projected"):
             joint_attention(*sizes, rule=rule)
-            report(compilers, facts)
+            report_model(model, rule)
 
 
 def memory_of_all(arch: int) -> None:
@@ -249,32 +248,36 @@ def memory_of_all(arch: int) -> None:
         report_case(model)
 
 
-def counts_of_all(arch: int) -> None:
+def counts_of(arch: int, *sizes: str) -> None:
     """What the tables of `bench/triton_statics.py` are made of."""
     from bench import triton_statics
 
     compilers = compile_for(arch)
 
-    def facts(kernel: CompileOnly) -> dict:
+    def report_counts(d: int, n: int, rule: str) -> None:
+        report(compilers, lambda kernel: {"rule": rule, "d": d, "n": n} | counts(kernel))
+
+    def counts(kernel: CompileOnly) -> dict:
         sass, usage = disassemble(kernel.compiled)
         return {
-            "rule": rule, "d": d, "n": n, "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "shared": kernel.compiled.metadata.shared, "warps": kernel.options["num_warps"],
             "rows": kernel.options["BLOCK_L"],
             "keys": kernel.options.get("BLOCK_N", kernel.options.get("KEYS")),
             "counts": triton_statics.count(sass),
         }  # fmt: skip
 
-    for d, n in triton_statics.SIZES:
-        rule = "nasa"
+    for d, n in (map(int, size.split(",")) for size in sizes):
         cross_attention(16, 8, d, n, n)
-        report(compilers, facts)
-        rule = "projected"
-        cross_attention(16, 8, d, n, n, rule=rule, has_backward=False)
+        report_counts(d, n, "nasa")
+        cross_attention(16, 8, d, n, n, rule="projected", has_backward=False)
         row_gradients(16, 8, d, n, n)
-        report(compilers, facts)
+        report_counts(d, n, "projected")
 
 
 if __name__ == "__main__":
-    modes = {"models": of_the_models, "memory": memory_of_all, "counts": counts_of_all}
-    modes[(*sys.argv[2:], "models")[0]](int(sys.argv[1]))
+    modes = {"models": of_the_models, "memory": memory_of_all, "counts": counts_of}
+    architecture, mode, *arguments = (
+        (*sys.argv[1:], "models") if len(sys.argv) == 2 else sys.argv[1:]
+    )
+    modes[mode](int(architecture), *arguments)

@@ -15,8 +15,10 @@ from nasa_kernels._triton.tiles import load_rows, of_head, transposed
 
 
 class Prompt(NamedTuple):
-    """Of one sample and head. It is made in the kernel, whose arguments stay flat: tuples of
-    arguments cost host time in every launch.
+    """Of one sample and head.
+
+    It is made in the kernel, whose arguments stay flat: tuples of arguments cost host time in
+    every launch.
     """
 
     K: Any  # [n, d]
@@ -33,8 +35,8 @@ def prompt_of_head(
     K, V, MASK, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_mb, stride_mn, n, b, h, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    # 0, but no compiler knows: else it would work out once where each row lies, and hold all of that
-    # in registers while a program walks over heads
+    # 0, but no compiler knows: else it would work out once where each row lies, and hold all of
+    # that in registers while a program walks over heads
     zero = b >> 40
     return Prompt(
         of_head(K, b, h, stride_kb, stride_kh, ALIGN),

@@ -415,4 +415,6 @@ CASES = {
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}
 if not MASKS_TEXT:
     # Edit 2511 and Layered came with it
-    CASES = {name: case for name, case in CASES.items() if name not in ("qwen-edit", "qwen-layered")}
+    CASES = {
+        name: case for name, case in CASES.items() if name not in ("qwen-edit", "qwen-layered")
+    }

@@ -15,7 +15,7 @@ from torch import nn
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusers" / "pipelines.md"
 # of the newest diffusers: as many live pipelines work, with a condition or without
-FLOOR = 105
+FLOOR = 136
 # families with tests of their own pipelines in another file
 TESTED_ELSEWHERE = test_side_walk.FAMILY_NAMES
 
@@ -52,7 +52,7 @@ def test_every_row_says_something(rows):
 
 def test_nothing_works_that_was_not_run(rows):
     """0 are silently wrong: each that works is drawn with, row by row, against an oracle."""
-    run = {*test_pipe_rows.RUN, *test_pipe_rows.ELSEWHERE}
+    run = set(test_pipe_rows.RUN)
     for row in rows:
         works = row.status in (pipelines.WORKS, pipelines.CONDITION)
         if works and not row.is_modular and row.family not in TESTED_ELSEWHERE:
@@ -64,7 +64,9 @@ def test_what_was_run_works(rows):
     """And the other way round: what draws as the oracle does is not told to be refused."""
     by_name = {row.name: row for row in rows}
     for name in test_pipe_rows.RUN:
-        assert by_name[name].status in (pipelines.WORKS, pipelines.CONDITION), name
+        row = by_name[name]
+        is_too_old = "is supported from diffusers" in row.sentence
+        assert row.status in (pipelines.WORKS, pipelines.CONDITION) or is_too_old, name
 
 
 def test_a_denoiser_that_no_family_knows_is_refused_in_these_words(rows):

@@ -33,7 +33,8 @@ JOINT_BACKWARD = "test_joint_backward.py matches_fp64 and triton and small and v
 FAULTS = (
     Fault(
         "ragged-end", "_triton/softmax.py",
-        'scores = tl.where((key < prompt.n)[None, :], scores, float("-inf"))', "scores += 0.0", FORWARD,
+        'scores = tl.where((key < prompt.n)[None, :], scores, float("-inf"))', "scores += 0.0",
+        FORWARD,
     ),
     Fault(
         "bias-not-in-base-2", "_triton/softmax.py", "(LOG2E / qk_scale)", "(1.0 / qk_scale)", MASKS
@@ -87,11 +88,13 @@ FAULTS = (
     ),
     Fault(
         "own-gradient-of-a-prompt", "_triton/projected_backward.py",
-        "of_g = r * (1.0 + a * t)", "of_g = r", "test_projected.py gradients_match and triton and float32",
+        "of_g = r * (1.0 + a * t)", "of_g = r",
+        "test_projected.py gradients_match and triton and float32",
     ),
     Fault(
         "rows-of-the-negative-text", "_triton/joint.py", "c = tl.where(is_neg, -1.0, c)",
-        "c = tl.where(is_neg, 1.0, c)", "test_joint.py matches_fp64 and triton and flux and float32",
+        "c = tl.where(is_neg, 1.0, c)",
+        "test_joint.py matches_fp64 and triton and flux and float32",
     ),
     Fault("delta-of-flash", "_triton/backward.py", "u = u / l\n", "u = u / l * 0.5\n", BACKWARD),
     Fault(
@@ -182,6 +185,31 @@ FAULTS = (
         "strength-of-a-row-of-text", "joint_attention.py", "alpha_map[:, : apart.z_pos.shape[1]]",
         "alpha_map[:, -apart.z_pos.shape[1] :]",
         "test_projected.py test_joint_gradients and cpu",
+    ),
+    Fault(
+        "quick-beside-no-device", "_quick.py", "if x.is_meta:", "if False:",
+        "test_quick.py words_that_it_has and triton and k-device",
+    ),
+    Fault(
+        "quick-forgets-gradients", "_quick.py", "if q.requires_grad or", "if False and",
+        "test_quick.py would_lose and triton",
+    ),
+    Fault(
+        "launch-forgets-alignment", "_triton/launch.py", "x.data_ptr() & 15)", "0)",
+        "test_triton_remembered.py may_look_at and alignment",
+    ),
+    Fault(
+        "launch-in-another-order", "_triton/launch.py",
+        "[x for x in made.kernel.arg_names if x in made.constants]", "list(made.constants)",
+        "test_triton_remembered.py comes_again",
+    ),
+    Fault(
+        "refusal-forgotten", "_joint/shared.py", "_refused.add(seen)", "pass",
+        "test_joint.py cudnn_refuses",
+    ),
+    Fault(
+        "void-negative-at-full-price", "joint_attention.py", "if call.text_neg:", "if False:",
+        "test_joint.py alpha_0_costs and reference and cross",
     ),
     Fault(
         "flops", "_flops.py", "return 2 * _product(q, k_pos, k_neg)",

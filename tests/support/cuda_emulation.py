@@ -288,7 +288,9 @@ class Call:
         return self.memory.upload(host), host
 
 
-def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule) -> Call:
+def call_of(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule
+) -> Call:
     """A forward call as csrc/bindings.cpp hands it to the launchers."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     alpha_map = alpha if isinstance(alpha, Tensor) else None
@@ -329,7 +331,12 @@ def forward(
     if q.numel() == 0:
         return call.o
     size = padded(d)
-    if (path or path_of(d, n_pos, n_neg)) == "short":
+    if path is None:
+        path = path_of(d, n_pos, n_neg)
+        if call.params.rule == RULES.index("projected") and size > 128:
+            # its registers would not hold all columns, of which there are sums to take
+            path = "long"
+    if path == "short":
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
         plain = is_plain(call.params)
         loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys, plain)
@@ -384,7 +391,9 @@ class Sm90Kernel(NamedTuple):
     shared: int
 
     @classmethod
-    def of(cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int) -> "Sm90Kernel":
+    def of(
+        cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int
+    ) -> "Sm90Kernel":
         atoms = -(-d // 64)
         rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
         if path == "short":

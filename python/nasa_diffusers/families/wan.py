@@ -13,7 +13,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from nasa_diffusers.cache import folded_length
-from nasa_diffusers.families.base import nonzero_tokens, video_grid
+from nasa_diffusers.families.base import config, nonzero_tokens, video_grid
 from nasa_diffusers.families.dispatched import Dispatched
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.guided_text import GuidedText
@@ -60,6 +60,18 @@ class Wan(Dispatched):
         if text.beside is None:
             return text.text
         return torch.cat([text.beside, text.text], dim=1)
+
+    def check(self, denoiser):
+        embedder = getattr(denoiser.condition_embedder, "image_embedder", None)
+        if embedder is None:
+            return
+        if any(getattr(attn, "add_k_proj", None) is None for _, attn in self.layers(denoiser)):
+            raise ValueError(
+                f"enable_nasa: the image tokens of this {type(denoiser).__name__} (image_dim="
+                f"{config(denoiser, 'image_dim')} without added_kv_proj_dim in its config) are "
+                "among the keys of the text, which is not supported; the image-to-video models of "
+                "Wan, whose layers have keys of their own for them, are"
+            )
 
     def images_beside(self, denoiser, inputs):
         images = inputs.get("encoder_hidden_states_image")
