@@ -132,7 +132,6 @@ def attend(call: Call, rule: str = "nasa") -> Tensor:
     if not record.fuses(rule, call.differentiable):
         return _project(call)
     if call.backend == "sdpa":
-        k_pos, v_pos, k_neg, v_neg = call.keys_values
         return _sdpa.cross(
             call.q, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
