@@ -45,7 +45,11 @@ def qwen_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {k: x for k, x in TEXT_SIZE.items() if k != "head_dim"} | {"rope_scaling": MROPE}
-    tokens = {"vision_start_token_id": 0, "vision_end_token_id": 0, "image_token_id": 1}
+    tokens: dict[str, Any] = {
+        "vision_start_token_id": 0,
+        "vision_end_token_id": 0,
+        "image_token_id": 1,
+    }
     vision = VISION | {"out_hidden_size": 32}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     return Qwen2_5_VLForConditionalGeneration(config)

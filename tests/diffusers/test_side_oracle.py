@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-5}
 # of each kind of block one
-COMPILED = [name for name in ("qwen-edit", "z-image", "klein", "ltx2.3") if name in CASES]
+COMPILED = [name for name in ("z-image", "klein", "ltx2.3") if name in CASES]
 
 
 @pytest.fixture(scope="module", params=CASES)

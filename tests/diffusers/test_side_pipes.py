@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from drawing import assert_same_image, relative_error
 from nasa_diffusers import NAG, NASA, VSF, enable_nasa, flops_side, nasa, testing_side
 from nasa_diffusers.families.qwen import MASKS_TEXT
@@ -209,6 +210,22 @@ def test_ltx2_guides_its_further_calls_and_each_stream_alone():
     made.connectors = None
     with pytest.raises(ValueError, match="connectors of this LTX2Pipeline is not loaded"):
         enable_nasa(made, "blurry")
+
+
+def test_a_cache_of_blocks():
+    """What it keeps is the denoiser's own; it may leave out all blocks after the first."""
+    build, options = PIPES["qwen-image"]
+    made = build()
+    with nasa(made, "blurry", NASA(0.5)):
+        expected = draw(made, options, steps=3)
+    for threshold in (0.0, 10.0):
+        made.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        stock = draw(made, options, steps=3)
+        with nasa(made, "blurry", NASA(0.5)):
+            guided = draw(made, options, steps=3)
+        made.transformer.disable_cache()
+        assert relative_error(guided, stock) > 1e-4
+        assert torch.equal(guided, expected) == (threshold == 0)
 
 
 def test_z_image_omni_is_refused():
