@@ -170,7 +170,7 @@ def _joint_exact(x: Inputs, alpha: float, rule: str) -> tuple[Tensor, Budget]:
 
 
 def _joint_nag_exact(x: Inputs, alpha: float) -> tuple[Tensor, Budget]:
-    options = {"text_queries": _texts(x), "backend": "reference"}
+    options: dict[str, Any] = {"text_queries": _texts(x), "backend": "reference"}
     doubles = {name: y.double() for name, y in x.items()}
     exact = nag_joint_attention(**doubles, **_nag_settings(alpha), **options)
     if alpha == NOTHING:

@@ -15,8 +15,9 @@ def test_the_example_fits_the_node(pack):
         nodes = {x["id"]: x for x in workflow["nodes"]}
         for id, start, out, end, place, kind in workflow["links"]:
             assert id in nodes[start]["outputs"][out]["links"]
-            assert nodes[end]["inputs"][place] | {"link": id, "type": kind} == (
-                nodes[end]["inputs"][place]
+            assert (
+                nodes[end]["inputs"][place] | {"link": id, "type": kind}
+                == (nodes[end]["inputs"][place])
             )
         (ours,) = (x for x in nodes.values() if x["type"] == schema.node_id)
         sockets = [x["name"] for x in ours["inputs"]]

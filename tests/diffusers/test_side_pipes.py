@@ -194,7 +194,12 @@ def test_ltx2_guides_its_further_calls_and_each_stream_alone():
         pytest.skip("a newer diffusers has it")
     _, options = PIPES["ltx2"]
     made = testing_side.ltx2("2.3")
-    further = {"guidance_scale": 1.0, "stg_scale": 1.0, "spatio_temporal_guidance_blocks": [1], "modality_scale": 2.0}
+    further = {
+        "guidance_scale": 1.0,
+        "stg_scale": 1.0,
+        "spatio_temporal_guidance_blocks": [1],
+        "modality_scale": 2.0,
+    }
     with Calls(made.transformer) as stock:
         draw(made, options, steps=1, **further)
     with nasa(made, "blurry", NASA(0.5)), Calls(made.transformer) as guided:

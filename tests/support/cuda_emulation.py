@@ -288,9 +288,7 @@ class Call:
         return self.memory.upload(host), host
 
 
-def call_of(
-    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule
-) -> Call:
+def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule) -> Call:
     """A forward call as csrc/bindings.cpp hands it to the launchers."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     alpha_map = alpha if isinstance(alpha, Tensor) else None
@@ -391,9 +389,7 @@ class Sm90Kernel(NamedTuple):
     shared: int
 
     @classmethod
-    def of(
-        cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int
-    ) -> "Sm90Kernel":
+    def of(cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int) -> "Sm90Kernel":
         atoms = -(-d // 64)
         rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
         if path == "short":

@@ -241,7 +241,7 @@ def run(
         progress: A file of the cells that are there; the same call goes on with it.
     """
     images, steps = plain(images), [plain(count) for count in steps]
-    seeds = [plain(seed) for seed in ([seeds] if isinstance(plain(seeds), int) else seeds)]
+    seeds = [plain(seed) for seed in (seeds if isinstance(seeds, Sequence) else [seeds])]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
     if pairs not in LISTS:
@@ -274,8 +274,8 @@ def run(
     for model, number, guidance, name in qualities(steps, teacher is not None):
         seen[name] = Counts()
         for seed in seeds:
-            how = (models[model], number, count, seed, guidance)
-            seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *how))
+            drawn = (models[model], number, count, seed, guidance)
+            seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *drawn))
     jobs = [("student", number, method) for number in steps for method in methods]
     if teacher is not None:
         jobs += [("teacher", TEACHER_STEPS, method) for method in (NONE, CFG[1])]
