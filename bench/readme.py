@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import RESULTS, ROOT, slug
-from bench.op import HEADLINE
-from bench.row import Row, latest, read
+from bench.op import HEADLINE, is_whole_layer
+from bench.row import Row, latest, read, with_most_threads
 from bench.session import number
 from nasa_kernels import backends
 
@@ -99,7 +99,7 @@ def section(rows: Iterable[Row], results: Path = RESULTS) -> str:
 
 def headlines(rows: Iterable[Row], results: Path = RESULTS) -> str:
     """At most six lines, and two plots."""
-    newest = list(latest(rows).values())
+    newest = with_most_threads(latest(rows).values())
     lines = [_flops_added(newest)]
     for device in _devices(newest)[-DEVICES:]:
         of = [r for r in newest if _of(r) == device]
@@ -169,6 +169,7 @@ def _operation_headline(rows: list[Row]) -> str:
     """Our operation against Algorithm 1, and against one prompt alone, over all forward cases timed
     with cold caches."""
     timed = [r for r in rows if r.bench == "op" and r.timing == "cold" and r.direction == "forward"]
+    timed = [r for r in timed if is_whole_layer(r.case)]
     ours = [r for r in timed if r.provider in OURS and r.baseline == "algorithm-1" and r.speedup]
     if not ours:
         return ""

@@ -33,7 +33,7 @@ class Row:
     triton: str
     diffusers: str
     # what
-    bench: str  # roofline, op, layer, model, memory, flops
+    bench: str  # roofline, op, layer, model, memory, flops, host
     case: str
     dtype: str
     direction: str  # forward, backward
@@ -159,6 +159,15 @@ def read(path: Path) -> list[Row]:
 def latest(rows: Iterable[Row]) -> dict[tuple, Row]:
     """The newest row of each key, in the order in which the keys first came."""
     return {row.key: row for row in rows}
+
+
+def with_most_threads(rows: Iterable[Row]) -> list[Row]:
+    """Those of each device that had all of the threads which any of its rows had."""
+    rows = list(rows)
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row.device] = max(most.get(row.device, 0), row.threads or 0)
+    return [row for row in rows if (row.threads or 0) == most[row.device]]
 
 
 def _format(rows: Iterable[Row]) -> str:

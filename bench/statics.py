@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from nasa_kernels.testing import CUDA_LIBRARY, MODEL_SHAPES, Shape
 
 PAGE = ROOT / "docs" / "kernels" / "statics.md"
 ROWS = ROOT / "docs" / "kernels" / "statics.json"
+YARDSTICK = ROOT / "docs" / "kernels" / "yardstick.json"  # by tools/yardstick.py
 BATCHES = (1, 4, 16)
 GROUP_ROWS = 64  # the unit of all counts
 CLIP_KEYS, BLOCK_KEYS = 80, 128
@@ -247,23 +248,36 @@ class Row:
     cycles: dict[str, float]
     bound: str
     share_of_floor: float | None  # predicted, at batch 4
+    projected_issue: float | None = None  # under rule "projected", where prompts stay on chip
 
 
-def rows_of(library: Path, gpus: tuple[Gpu, ...] = GPUS) -> list[Row]:
+def rows_of(
+    library: Path, gpus: tuple[Gpu, ...] = GPUS, shapes: tuple[Shape, ...] = SHAPES
+) -> list[Row]:
     known = machine_code.registers(library)
     found = []
     for arch in dict.fromkeys(gpu.arch for gpu in gpus):
         mine = [gpu for gpu in gpus if gpu.arch == arch]
-        plans = {plan(gpu, shape) for gpu in mine for shape in SHAPES}
+        plans = {plan(gpu, shape) for gpu in mine for shape in shapes}
         names = {p: _mangled(known, arch, p) for p in plans}
         code = machine_code.disassemble(library, arch, list(names.values()))
         counts = {p: path_counts(p, code[name]) for p, name in names.items()}
-        found += [
-            _row(gpu, shape, known[arch, names[plan(gpu, shape)]], *counts[plan(gpu, shape)])
-            for gpu in mine
-            for shape in SHAPES
-        ]
+        projected = {p: path_counts(p, code[name], True) for p, name in names.items()
+                     if p.kernel.endswith("short") and _projects(p)}  # fmt: skip
+        for gpu in mine:
+            for shape in shapes:
+                how = plan(gpu, shape)
+                row = _row(gpu, shape, known[arch, names[how]], *counts[how])
+                if how in projected:
+                    path, turns = projected[how]
+                    row = replace(row, projected_issue=round(path.total() * turns, 1))
+                found.append(row)
     return found
+
+
+def _projects(plan: Plan) -> bool:
+    """Whether rule "projected" is not the streamed kernel's."""
+    return plan.kernel != "forward_short" or plan.sizes[0] <= 128
 
 
 def _mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
@@ -330,27 +344,37 @@ and data sheets. No time on this page was measured, and measured rows stand else
   **shared** and **memory** are the cycles that these pipes are busy, all of them for 64 query rows
   and the keys named. The largest of them bounds the kernel if all else hides under it. Without a
   number for `mma.sync` on a GPU there is none under tensor.
+* **projected** is what a scheduler issues under rule "projected", where the prompts stay on chip;
+  the other pipes have the same to do. Where K and V pass by, only the last step has more to do.
 * **grid** is the work over what all slots (SMs x blocks per SM) could do while the longest block
   runs, in tiles, at batch 1, 4 and 16. `forward_long` launches a block for each tile instead.
 * **of floor** is the useful products and bytes at the rates of the data sheet over the largest
   pipe, times the grid at batch 4: what is left if everything overlaps.
+* **yardstick** rows are a public kernel, counted in the same way: the loop over keys of
+  FlashAttention-2's forward, from the source that PyPI has, by the same nvcc
+  (`tools/yardstick.py`). It attends to one prompt, as a turn of `forward_long` does.
 """
+
+
+def yardsticks() -> list[Row]:
+    return [Row(**row) for row in json.loads(YARDSTICK.read_text(encoding="utf-8"))]
 
 
 def page(rows: list[Row]) -> str:
     out = [INTRODUCTION]
+    rows = [*rows, *yardsticks()]
     for gpu in dict.fromkeys(row.gpu for row in rows):
         mine = [row for row in rows if row.gpu == gpu]
         out.append(f"## {gpu} ({mine[0].arch})\n")
         out.append(
             "| | shape | kernel | registers | shared | blocks per SM | grid 1 / 4 / 16 | unit "
-            "| issue | exponential | tensor | shared | memory | bound | of floor |"
+            "| issue | projected | exponential | tensor | shared | memory | bound | of floor |"
         )
-        out.append("|---" * 15 + "|")
+        out.append("|---" * 16 + "|")
         for row in mine:
             grid = " / ".join(f"{row.grid[str(b)]:.2f}" for b in BATCHES) if row.grid else "-"
-            pipes = (row.cycles.get(name) for name in
-                     ("issue", "exponential", "tensor", "shared", "memory"))  # fmt: skip
+            pipes = [row.cycles["issue"], row.projected_issue]
+            pipes += [row.cycles.get(n) for n in ("exponential", "tensor", "shared", "memory")]
             cells = [
                 row.kind, row.shape, f"`{row.kernel}`", row.registers, row.shared,
                 row.blocks_per_sm, grid, row.unit, *(f"{x:.0f}" if x else "-" for x in pipes),

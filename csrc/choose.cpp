@@ -53,7 +53,8 @@ cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     }
 #endif
     const int d = padded_head_dim(p.d);
-    if (fits && has_short(d, keys) &&
+    const bool projects = p.rule != Rule::kProjected || short_projects(d);
+    if (fits && has_short(d, keys) && projects &&
         short_shared_bytes(d, keys, is_plain(p)) <= device.shared_per_block) {
         return forward_short(p, device, stream);
     }

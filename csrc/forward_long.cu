@@ -148,6 +148,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
         }
     } else {
         load_shared();
+        ptx::cp_async_commit();
     }
 
     // [16, kColumns] of this warp

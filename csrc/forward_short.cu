@@ -8,7 +8,7 @@
 // per warp; where the head changes it loads K+-, V+- anew. Between the heads there is no
 // barrier. All keys of a row are on chip, so the softmax is not online: the weights P+ and P- of a
 // tile wait in registers, rounded, until Z+ and Z- are made of them: all columns at once, as the sums
-// of a projection want it, or 16 of them for both tiles of a warp where all would not fit.
+// of a projection want it, or 16 of them where all would not fit.
 //
 // The arithmetic of a row, its order included, is that of forward_long.cu: both give the same bits.
 #include "launch.h"
@@ -27,6 +27,7 @@ struct ShortLayout {
     // of which the registers hold all columns of Z+ and Z-
     static constexpr int kHeld = kParts * kD <= 128 ? kParts : 1;
     static constexpr bool kHoldsAll = kParts == kHeld && kD <= 128;
+    static constexpr bool kProjectsApart = !kHoldsAll && short_projects(kD);
     static constexpr int kPromptTile = tile_bytes(kKeys, kD);
     static constexpr int kRowTile = tile_bytes(kRows, kD);
     // K+, V+, K-, V- [kKeys, kD]; Q [kShortWarps, kRows, kD]; bias of both [kKeys] in fp32
@@ -142,32 +143,28 @@ __global__ void __launch_bounds__(kShortThreads, 1)
             }
             // Q is used up: its tile takes O_s and O
             __syncwarp();
-            if (joint) {
-                load_rows(rows_of(p.shared.o, b, h, p),
-                          first);
-            }
-            Ending end[kParts];
-#pragma unroll
-            for (int m = 0; m < kParts; ++m) {
-                end[m] = end_rows(p, b, first + m * kWarpRows + lane / 4, h, pos.softmax[m],
-                                  neg.softmax[m], pos.inverse[m], neg.inverse[m]);
-            }
-            if (joint) {
+            if (joint) load_rows(rows_of(p.shared.o, b, h, p), first);
+            const auto ending_of = [&](int part) {
+                return end_rows(p, b, first + part * kWarpRows + lane / 4, h, pos.softmax[part],
+                                neg.softmax[part], pos.inverse[part], neg.inverse[part]);
+            };
+            const auto wait_for_shared = [&] {
+                if (!joint) return;
                 ptx::cp_async_wait<0>();
                 __syncwarp();
-            }
-            // O of the columns [8 * column, 8 * (column + kTiles)) of the parts [part, part + kHeld),
+            };
+            // O of the columns [8 * column, 8 * (column + kTiles)) of the parts [part, part + kCount),
             // to where Q was
-            const auto make = [&](auto held, auto tiles, auto all, int part, int column) {
-                constexpr int kHeld = decltype(held)::value, kTiles = decltype(tiles)::value;
-                float z_pos[kHeld][kTiles][4], z_neg[kHeld][kTiles][4];
+            const auto make = [&](auto count, auto tiles, int part, int column, auto end_of) {
+                constexpr int kCount = decltype(count)::value, kTiles = decltype(tiles)::value;
+                float z_pos[kCount][kTiles][4], z_neg[kCount][kTiles][4];
 #pragma unroll
-                for (int m = 0; m < kHeld; ++m) {
+                for (int m = 0; m < kCount; ++m) {
                     clear(z_pos[m]);
                     clear(z_neg[m]);
                 }
                 const auto weights_of = [&](const auto& side) -> const auto& {
-                    return reinterpret_cast<const uint32_t(&)[kHeld][kKeys / 16][4]>(
+                    return reinterpret_cast<const uint32_t(&)[kCount][kKeys / 16][4]>(
                         side.weights[part]);
                 };
                 multiply<T, kPitch>(z_pos, weights_of(pos),
@@ -177,26 +174,31 @@ __global__ void __launch_bounds__(kShortThreads, 1)
                                         prompts + 3 * Layout::kPromptTile + 16 * column);
                 }
 #pragma unroll
-                for (int m = 0; m < kHeld; ++m) {
+                for (int m = 0; m < kCount; ++m) {
                     unsigned char* rows = row_tile + (part + m) * kWarpRows * kPitch;
-                    finish<true, !decltype(all)::value>(z_pos[m], z_neg[m], end[part + m],
-                                       [&](int j, float (&c)[4]) {
-                                           fetch<T, kPitch>(c, rows, column + j);
-                                       });
+                    finish<true, kTiles != kD / 8>(
+                        z_pos[m], z_neg[m], end_of(part + m),
+                        [&](int j, float (&c)[4]) { fetch<T, kPitch>(c, rows, column + j); });
                     stage<T, kPitch>(rows, column, z_pos[m]);
                 }
             };
-            constexpr int kHeld = Layout::kHeld;
-            if (Layout::kHoldsAll || (both && end[0].projected)) {
+            if (Layout::kProjectsApart && p.rule == Rule::kProjected) {
+                wait_for_shared();
 #pragma unroll
-                for (int part = 0; part < kParts; part += kHeld) {
-                    make(Number<kHeld>{}, Number<kD / 8>{}, std::true_type{}, part, 0);
+                for (int part = 0; part < kParts; part += Layout::kHeld) {
+                    make(Number<Layout::kHeld>{}, Number<kD / 8>{}, part, 0, ending_of);
                 }
             } else {
+                Ending end[kParts];
+#pragma unroll
+                for (int m = 0; m < kParts; ++m) end[m] = ending_of(m);
+                wait_for_shared();
                 // what is read of V serves all parts; two turns at once, where that leaves no odd one
+                constexpr int kTiles = Layout::kHoldsAll ? kD / 8 : 2;
 #pragma unroll(kD / 16 % 2 == 0 ? 2 : 1)
-                for (int column = 0; column < kD / 8; column += 2) {
-                    make(Number<kParts>{}, Number<2>{}, std::false_type{}, 0, column);
+                for (int column = 0; column < kD / 8; column += kTiles) {
+                    make(Number<kParts>{}, Number<kTiles>{}, 0, column,
+                         [&](int part) { return end[part]; });
                 }
             }
             __syncwarp();

@@ -226,6 +226,7 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
             for (int key = kKeys; key < n; key += kKeys) {
                 const auto k = start_next();
                 const auto v = take();
+                ptx::wgmma_fence();
                 start_values<T, kD, kKeys>(z, weights, v.tile(), true);
                 ptx::wgmma_wait<1>();
                 weigh(k, key);

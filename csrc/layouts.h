@@ -57,6 +57,9 @@ constexpr bool has_sm90_short(int d, int keys) {
 // of 128 keys would not fit the registers.
 constexpr int sm90_stream_keys(int d) { return d <= 128 ? kBlockKeys : kClipKeys; }
 
+// Whether forward_short's registers hold all columns of Z+ and Z-, of which a projection wants sums
+constexpr bool short_projects(int d) { return d <= 128; }
+
 // forward_long: columns of O that a warp makes. A head_dim above 128 is shared by two warps or four:
 // two accumulators of all its columns would not fit the registers beside the scores.
 constexpr int long_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }

@@ -56,6 +56,9 @@ class Backend(NamedTuple):
     backward_rules: tuple[str, ...] = ("nasa",)
     joint_rules: tuple[str, ...] = JOINT_RULES
     joint_backward_rules: tuple[str, ...] = JOINT_RULES
+    # whether its forward operators refuse what they cannot take, and broadcast keys, values, masks
+    # and alpha by themselves: `_quick.py`
+    checks: bool = False
     # whether one operator serves NAG, where no gradient is recorded
     has_nag: bool = False
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
@@ -110,6 +113,7 @@ RECORDS = {
             joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
             rules=("nasa", "projected"),
             joint_rules=RULES,
+            checks=True,
         ),
         Backend(
             "triton",
@@ -117,6 +121,7 @@ RECORDS = {
             dtypes=(*_HALVES, torch.float32),
             cross=Modules("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
             joint=Modules("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+            checks=True,
             rules=CROSS_RULES,
             backward_rules=CROSS_RULES,
             joint_rules=RULES,

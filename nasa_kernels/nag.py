@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
 from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
+from nasa_kernels._quick import REFUSALS, quick
 from nasa_kernels.scalars import real, whole
 
 
@@ -50,7 +51,8 @@ def nag_attention(
 
     Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
     one query. `"cpu"` is one operator that rounds once, where no gradient is recorded; elsewhere
-    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded. Deterministic, and differentiable in all tensors.
+    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded.
+    Deterministic, and differentiable in all tensors.
 
     Args:
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
@@ -73,6 +75,24 @@ def nag_attention(
     """
     function = "nag_attention"
     settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
+    asked = (function, backend)
+    plain = quick(asked, q, (k_pos, v_pos, k_neg, v_neg), mask_pos, mask_neg, 0.0, scale)
+    if plain is not None:
+        known, *numbers = plain
+
+        def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return known.operator(q, k, v, k, v, mask, None, *numbers, *known.rest)
+
+        try:
+            alpha_map, alpha = _check_alpha(function, q, nag_alpha)
+            z_pos = attend(k_pos, v_pos, mask_pos)
+            if alpha_map is None and alpha == 0:
+                return z_pos
+            z_neg = attend(k_neg, v_neg, mask_neg)
+            return _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
+        except REFUSALS:
+            # the checks say what is wrong
+            pass
     call = prepare(
         function,
         q,
@@ -86,6 +106,7 @@ def nag_attention(
         k_pos, v_pos = call.keys_values[:2]
         call = call._replace(keys_values=(k_pos[:, :0], v_pos[:, :0], *call.keys_values))
         return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
+    attention.remember_plain(asked, call)
     z_pos = outside_autocast(attention.attend_pos, call)
     if alpha_map is None and alpha == 0:
         return z_pos

@@ -11,6 +11,7 @@ Right answers come first: a kernel that is wrong is not timed. Predictions are m
 """
 
 import argparse
+import functools
 import itertools
 import os
 import shutil
@@ -55,7 +56,7 @@ class Report:
 
     def __init__(self, path: Path, minutes: float):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w")
+        self.file = path.open("w", encoding="utf-8")
         self.end = time.monotonic() + 60 * minutes
         self.failed: list[str] = []
 
@@ -115,7 +116,9 @@ def forward(m: Machine, report: Report) -> None:
         inputs = make_inputs(shape, torch.bfloat16, m.device)
         for rule in RULES:
             exact, budget = exact_and_budget(inputs, rule=rule, **extra)
-            call = lambda: nasa_attention(**inputs, rule=rule, backend=m.backend, **extra)  # noqa: E731, B023
+            call = functools.partial(
+                nasa_attention, **inputs, rule=rule, backend=m.backend, **extra
+            )
             if not check(report, f"{name} {rule}", call, exact, budget, m):
                 return
             count += 1
@@ -133,9 +136,8 @@ def joint(m: Machine, report: Report) -> None:
         inputs = {"q": prompts.pop("q"), "k": image["k_pos"], "v": image["v_pos"]} | prompts
         text = (min(9, l // 3), min(7, l // 3))
         exact, budget = exact_and_budget_of_joint(inputs, 0.75, rule, text)
-        call = lambda: nasa_joint_attention(  # noqa: E731
-            **inputs, alpha=0.75, rule=rule, text_queries=text, backend=m.backend  # noqa: B023
-        )
+        how = {"alpha": 0.75, "rule": rule, "text_queries": text, "backend": m.backend}
+        call = functools.partial(nasa_joint_attention, **inputs, **how)
         if not check(report, f"joint d{d} l{l} n{n} {rule}", call, exact, budget, m):
             return
         count += 1
@@ -268,7 +270,7 @@ def time_layers(m: Machine, report: Report, shapes: list[Shape]) -> None:
                 cells.append("-")
                 continue
             inputs = make_inputs(shape, torch.bfloat16, m.device)
-            call = lambda: nasa_attention(**inputs, alpha=0.5, backend=name)  # noqa: E731, B023
+            call = functools.partial(nasa_attention, **inputs, alpha=0.5, backend=name)
             try:
                 cells.append(f"{measured_us(call, m):.1f}")
             except Exception as error:
@@ -283,7 +285,7 @@ def layer(name: str, b: int, **how: int) -> Shape:
 
 
 def heads(m: Machine, report: Report) -> None:
-    """11 heads used to be faster than 10, for a grid that did not fit: now they take a tenth more."""
+    """A grid that does not fit the GPU would make 11 heads faster than 10."""
     time_layers(m, report, [layer("sdxl-64", 4), layer("sdxl-64", 4, h=11)])
 
 
@@ -336,7 +338,7 @@ def run(report: Report, command: list[str], seconds: float) -> int:
 
 
 def versions(m: Machine, report: Report) -> None:
-    if run(report, [sys.executable, "-m", "nasa_kernels"], 120):
+    if run(report, [sys.executable, "-m", "nasa_kernels"], 120) not in (0, STOPPED):
         report.fail("python -m nasa_kernels")
 
 
@@ -348,9 +350,23 @@ def suite(m: Machine, report: Report) -> None:
         report("would run " + " ".join(SUITE))
         return
     # the pipelines first: nothing else here runs them on a GPU
-    for names, seconds in (SUITE[:1], 90.0), (SUITE[1:], 240.0):
-        if run(report, [sys.executable, "-m", "pytest", "-q", "-x", *names], seconds):
+    for names, seconds in (SUITE[:1], 60.0), (SUITE[1:], 180.0):
+        if run(report, [sys.executable, "-m", "pytest", "-q", "-x", *names], seconds) not in (
+            0,
+            STOPPED,
+        ):
             report.fail(f"pytest {' '.join(names)}")
+
+
+def rows(m: Machine, report: Report) -> None:
+    """Rows with versions, spread and baselines, for bench/results; `make bench` takes longer."""
+    minutes = (report.left() - 30) / 60
+    if not m.real or minutes < 1:
+        report("would run" if not m.real else "no time was left for: python -m bench all")
+        return
+    command = [sys.executable, "-m", "bench", "all", "--minutes", f"{min(minutes, 2):.1f}"]
+    if run(report, command, report.left()) not in (0, STOPPED):
+        report.fail("python -m bench all")
 
 
 class Step(NamedTuple):
@@ -371,6 +387,7 @@ STEPS = (
     Step("streamed", "Wan at its tensor pipe, with gaps", streamed),
     Step("overlap", "a microsecond less, or nothing", overlap),
     Step("suite", "green", suite),
+    Step("rows", "the same times, beside what one would use instead", rows),
 )
 
 

@@ -49,7 +49,7 @@ Rows rows_of(const Tensor& x, const char* name, const Tensor& q) {
 Segment segment_of(const Tensor& k, const Tensor& v, const Optional& mask, const Tensor& q) {
     STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.size(1) == v.size(1),
                     "nasa_kernels: k and v must have 4 dimensions and the same number of keys");
-    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of<Mask>(mask, k), k.size(1)};
+    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of<Mask>(mask, k, q), k.size(1)};
 }
 
 Type type_of(const Tensor& q) {
@@ -125,8 +125,8 @@ Tensor empty(const Tensor& q, const Sizes& sizes, ScalarType type) {
     return torch::stable::new_empty(q, sizes, std::make_optional(type));
 }
 
-// A tensor of the dtype of q. A large one comes from the system, page by page: in large pages that
-// costs a fraction.
+// A tensor of the dtype of q. Its memory often comes from the system, page by page, also where glibc
+// gave back what the call before had: in large pages that costs a tenth.
 Tensor result(const Tensor& q, const Sizes& sizes) {
     const Tensor x = empty(q, sizes, q.scalar_type());
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -135,8 +135,7 @@ Tensor result(const Tensor& q, const Sizes& sizes) {
     const uintptr_t bytes = x.numel() * (q.scalar_type() == ScalarType::Float ? 4 : 2);
     const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
     const uintptr_t end = (begin + bytes) / kPage * kPage;
-    // what is smaller comes from memory that was used before
-    if (bytes >= 16 * kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+    if (bytes >= 2 * kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
     return x;
 }

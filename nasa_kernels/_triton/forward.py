@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nasa_kernels._checks import expanded
 from nasa_kernels._triton.configs import (
     forward_config,
     head_cut,
@@ -30,9 +31,10 @@ from nasa_kernels._triton.configs import (
 from nasa_kernels._triton.grid import Grid, grid_of
 from nasa_kernels._triton.launch import (
     LOG2E,
+    Launch,
     alignment,
     compiler_options,
-    on_device,
+    launch,
     strides_or_zeros,
 )
 from nasa_kernels._triton.projected import PROJECTED, project, removed
@@ -285,35 +287,55 @@ def forward_kernel(
 def forward(
     q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, rule
 ):  # fmt: skip
-    """Launch the forward kernel. The public function checked shapes, dtypes and layouts."""
+    """Launch the forward kernel."""
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    launch(
+        plan,
+        (q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map),
+        (alpha_map is None and alpha == 0, rule),
+        (q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map),
+        (alpha, scale * LOG2E),
+    )
+    return o
+
+
+def plan(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void, rule) -> Launch:
+    """The launch of the forward kernel. `is_void`: alpha is 0, and no negative prompt is read."""
+    k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map = expanded(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
+    )
     b, l, h, d = q.shape
-    o = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
-    if o.numel() == 0:
-        return o
     pos_cut, neg_cut = (resident_cut(k.shape[1], d, q) for k in (k_pos, k_neg))
-    if alpha_map is None and alpha == 0:
+    if is_void:
         neg_cut = None
     single = () in (pos_cut, neg_cut)
     config = forward_config(d, q.dtype, pos_cut, q.device)
     tiles = b * h * triton.cdiv(l, config.BLOCK_L)
-    arguments = (
-        q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map,
+    strides = (
         *q.stride()[:3],
         *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
         *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
         *strides_or_zeros(alpha_map, 3),
-        b * h, h, l,
     )  # fmt: skip
-    rest = (k_pos.shape[1], k_neg.shape[1], alpha, scale * LOG2E)
-    options = {
+    lengths = (k_pos.shape[1], k_neg.shape[1])
+    constants = {
         "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
         "NEG_CUT": neg_cut, "SINGLE": single, "BLOCK_L": config.BLOCK_L,
         "BLOCK_N": config.BLOCK_N, "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
-        **compiler_options(config),
     }  # fmt: skip
-    with on_device(q):
-        grid = Grid(tiles, 1)
-        if not single:
-            grid = grid_of(forward_kernel, (*arguments, 1, *rest), options, tiles, q.device)
-        forward_kernel[(grid.programs,)](*arguments, grid.per_multiprocessor, *rest, **options)
-    return o
+    options = compiler_options(config)
+    grid = Grid(tiles, 1)
+    if not single:
+        # O is as Q is, and any numbers do
+        arguments = (
+            q, k_pos, v_pos, k_neg, v_neg, q, mask_pos, mask_neg, alpha_map, *strides,
+            b * h, h, l, 1, *lengths, 1.0, 1.0,
+        )  # fmt: skip
+        grid = grid_of(forward_kernel, arguments, constants | options, tiles, q.device)
+    return Launch(
+        forward_kernel,
+        (grid.programs,),
+        (*strides, b * h, h, l, grid.per_multiprocessor, *lengths),
+        constants,
+        options,
+    )

@@ -14,14 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
+from nasa_kernels._checks import check_text_queries, expanded
 from nasa_kernels._joint.shared import attend_shared
 from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut
 from nasa_kernels._triton.forward import attend, block_of_z, load_alpha
 from nasa_kernels._triton.launch import (
     LOG2E,
+    Launch,
     alignment,
     compiler_options,
-    on_device,
+    launch,
     strides_or_zeros,
 )
 from nasa_kernels._triton.projected import PROJECTED, project, removed
@@ -244,25 +246,49 @@ def _add_prompts(
     alpha_map, alpha, scale, rule, text_pos, text_neg,
 ):  # fmt: skip
     """The second launch; it writes `o`, and `o_neg` where that is not None."""
-    b, l, h, d = q.shape
-    if q.numel() == 0:
-        return
-    pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
+    prompts = (k_pos, v_pos, k_neg, v_neg)
     # of a rule under whose alpha 0 the negative text's keys do not count, no query reads them
-    if alpha_map is None and alpha == 0 and o_neg is None and text_neg == 0 and rule != _VSF.value:
+    is_void = (
+        alpha_map is None and alpha == 0 and o_neg is None and text_neg == 0 and rule != _VSF.value
+    )
+    launch(
+        plan,
+        (q, *prompts, mask_pos, mask_neg, alpha_map),
+        (rule, text_pos, text_neg, o_neg is not None, is_void),
+        (q, *prompts, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg, alpha_map),
+        (alpha, scale * LOG2E),
+    )
+
+
+def plan(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+    rule, text_pos, text_neg, is_pair, is_void,
+) -> Launch:  # fmt: skip
+    """`is_pair`: with a pointer for Z-, which decides what is compiled. `is_void`: no negative
+    prompt is read."""
+    check_text_queries("nasa_kernels", q, (text_pos, text_neg))
+    k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map = expanded(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
+    )
+    b, l, h, d = q.shape
+    pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
+    if is_void:
         neg_cut = None
     config = forward_config(d, q.dtype, pos_cut, q.device)
-    with on_device(q):
-        joint_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](
-            q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg,
-            alpha_map, *q.stride()[:3],
+    return Launch(
+        joint_kernel,
+        (triton.cdiv(l, config.BLOCK_L) * b * h,),
+        (
+            *q.stride()[:3],
             *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
             *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
             *strides_or_zeros(alpha_map, 3),
             h, l, k_pos.shape[1], k_neg.shape[1], l - text_pos - text_neg, l - text_neg,
-            alpha, scale * LOG2E,
-            RULE=rule, D=d, D_CUT=head_cut(d, pos_cut == ()), POS_CUT=pos_cut, NEG_CUT=neg_cut,
-            BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
-            ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            **compiler_options(config),
-        )  # fmt: skip
+        ),
+        {
+            "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
+            "NEG_CUT": neg_cut, "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
+            "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+        },
+        compiler_options(config),
+    )  # fmt: skip

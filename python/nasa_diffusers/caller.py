@@ -170,6 +170,19 @@ def find_caller() -> Caller | None:
     return None
 
 
+def modular_caller() -> str | None:
+    """The modular pipeline in the call stack whose blocks `find_caller` does not know: its name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        for name in ("components", "self"):
+            if name in frame.f_code.co_varnames:
+                pipe = frame.f_locals.get(name)
+                if isinstance(pipe, ModularPipeline):
+                    return type(pipe).__name__
+        frame = frame.f_back
+    return None
+
+
 def _classic(frame: FrameType) -> Caller:
     """The caller whose innermost function is `frame`; functions it was called by come after."""
     pipe = frame.f_locals["self"]

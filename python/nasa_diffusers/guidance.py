@@ -260,12 +260,16 @@ class Guidance:
         return GuidedText(text, terms, settings.method, settings.backend, prompts_seen)
 
     def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
-        """The image prompts of an IP-Adapter, where the call brings some."""
+        """The image prompts of an IP-Adapter, or the images that go beside the text, where the
+        call brings some."""
         embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
         if embeds is None:
             options = kwargs.get("joint_attention_kwargs") or {}
             embeds = options.get("ip_adapter_image_embeds")
         projection = getattr(self.denoiser, "encoder_hid_proj", None)
+        beside = self.family.images_beside(self.denoiser, kwargs)
+        if beside is not None:
+            embeds, projection = beside
         if projection is None or not isinstance(embeds, list):
             return None
         if not embeds or not all(isinstance(x, Tensor) for x in embeds):

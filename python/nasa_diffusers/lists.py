@@ -28,7 +28,8 @@ def find_listed_rows(
         return as_said(cfg or False, count, None)
     if isinstance(cfg, tuple):
         return as_said(cfg, count, caller.prompts)
-    prompts = next((x for name in PROMPTS if _is_list(x := caller.variables.get(name))), [])
+    held_lists = (caller.variables.get(name) for name in PROMPTS)
+    prompts: list[Tensor] = next((x for x in held_lists if _is_list(x)), [])  # type: ignore[misc]
     others = [
         text
         for name, held in caller.variables.items()

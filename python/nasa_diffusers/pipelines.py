@@ -75,6 +75,12 @@ _IMAGE_CONTEXT = Refusal(
     "attend to an image with queries of its own",
     in_call=False,
 )
+_OMNI = Refusal(
+    "its texts lie between images, in a list for each row, and are not told apart", "Omni"
+)
+_KEPT_KEYS = Refusal(
+    "it keeps keys and values of reference images, in an attention of its own", "klein KV"
+)
 _CONTROL = Refusal(
     not_known("UNetControlNetXSModel"), "no family knows the denoiser UNetControlNet", in_call=False
 )
@@ -86,6 +92,8 @@ REFUSALS: dict[str, Refusal] = {
     "StableDiffusionControlNetXS": _CONTROL,
     "StableDiffusionXLControlNetXS": _CONTROL,
     "Cosmos2_5_Transfer": _IMAGE_CONTEXT,
+    "ZImageOmni": _OMNI,
+    "Flux2KleinKV": _KEPT_KEYS,
     "LEditsPP": _NO_ROW,
     "AudioLDMPipeline": _NO_TEXT_CALL,
     "MusicLDM": _NO_TEXT_CALL,
@@ -108,6 +116,7 @@ BEHIND_PACKAGES = {
     "ConsisID": "ConsisIDTransformer3DModel",
 }
 ENGINE = "an exported engine has no layers in which a prompt could act; load the PyTorch model"
+NO_BLOCKS = "what it denoises with is not told by its blocks in this diffusers"
 NO_DENOISER = "it has no denoiser that attends to a text"
 
 
@@ -214,6 +223,8 @@ def _row(name: str, kind: Any) -> Row:
         return _behind_a_package(name, kind)
     if _is_modular(kind):
         denoisers = _denoisers_of_blocks(kind)
+        if not denoisers:
+            return Row(name, "", "", REFUSED, NO_BLOCKS, is_modular=True)
         return _judged(name, denoisers, is_modular=True)
     is_deprecated = "deprecated" in kind.__module__
     denoisers = _denoisers(kind)
@@ -233,6 +244,8 @@ def _judged(
     refusal = _by_beginning(REFUSALS, name)
     if refusal is not None and (known is not None or not denoisers):
         status, sentence, family = REFUSED, refusal.sentence, ""
+    elif known is not None and known[1].missing:
+        status, sentence, family = REFUSED, known[1].missing, ""
     elif known is None:
         status, sentence = REFUSED, not_known(denoiser) if denoiser else NO_DENOISER
     elif is_modular:
@@ -307,7 +320,7 @@ def _is_modular(kind: Any) -> bool:
 def _denoisers_of_blocks(kind: Any) -> list[str]:
     """Of a modular pipeline, whose blocks say what components they expect."""
     package = sys.modules[kind.__module__.rpartition(".")[0]]
-    blocks = getattr(package, kind.default_blocks_name or "", None)
+    blocks = getattr(package, getattr(kind, "default_blocks_name", None) or "", None)
     if blocks is None:
         return []
     specs = blocks().expected_components

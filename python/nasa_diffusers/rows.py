@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nasa_diffusers.caller import Caller, Texts
+from nasa_diffusers.caller import Caller, Texts, modular_caller
 from nasa_diffusers.layouts import WITHOUT_PROMPT, Layout, layout_of
 from nasa_diffusers.weights import version
 
@@ -119,7 +119,14 @@ class RowFinder:
         return known
 
     def _refuse_doubled(self, text: Tensor, sample: Tensor) -> None:
-        """In a loop of one's own: an error for what may be a batch `[unconditional | prompt]`."""
+        """In a loop of one's own: an error for what may be a batch `[unconditional | prompt]`, and
+        for blocks of a modular pipeline, which may call for each of them."""
+        name = modular_caller()
+        if name is not None:
+            raise UnknownRows(
+                f"nasa_diffusers: a block of {name} calls the denoiser and does not say whether "
+                f"the rows carry the prompt; {HOW_TO_SAY}"
+            )
         if sample.shape[0] % 2 == 1 or self._recall((), [text]) is not None:
             return
         if sample.is_meta or torch.equal(*sample.chunk(2)):

@@ -121,9 +121,10 @@ class SideBlockHook(Hook):
         side = CALL.side
         if side is None:
             return self.stock(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            side.text.reached.add(self.layer)
         if self.index > self.last:
+            # the negative prompts have ended
+            if not torch.compiler.is_compiling():
+                side.text.reached.add(self.layer)
             return self.stock(*args, **kwargs)
         inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
         negatives = self.arriving(side, inputs)
@@ -215,6 +216,8 @@ class SideAttentionHook(Hook):
             return self.stock(*args, **kwargs)
         refuse_skipped_scores(self.name, attn)
         side.attended = side.block
+        if not torch.compiler.is_compiling():
+            side.text.reached.add(self.name)
         return self.attend(attn, side, *args, **kwargs)
 
     def attend(

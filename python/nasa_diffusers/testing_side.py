@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from transformers import PreTrainedTokenizerFast
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from nasa_diffusers.testing import HEADS, LETTERS, _ready, letter_tokenizer, vae
+from nasa_diffusers.testing import HEADS, LETTERS, T5_SIZE, _ready, letter_tokenizer, vae
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 IN_PARTS = (
@@ -45,10 +45,13 @@ def qwen_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {k: x for k, x in TEXT_SIZE.items() if k != "head_dim"} | {"rope_scaling": MROPE}
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=VISION | {"out_hidden_size": 32}, vision_start_token_id=0,
-        vision_end_token_id=0, vision_token_id=0, image_token_id=1, video_token_id=2,
-    )  # fmt: skip
+    tokens: dict[str, Any] = {
+        "vision_start_token_id": 0,
+        "vision_end_token_id": 0,
+        "image_token_id": 1,
+    }
+    vision = VISION | {"out_hidden_size": 32}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -68,7 +71,7 @@ def qwen_image(seed: int = 0, **differs: Any):
 
     torch.manual_seed(seed)
     config = {"num_layers": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6), **HEADS}
-    pipe = QwenImagePipeline(
+    pipe: Any = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=qwen_vae(),
         text_encoder=qwen_vl(),
@@ -86,7 +89,7 @@ def z_image(seed: int = 0):
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(seed)
-    transformer = ZImageTransformer2DModel(
+    transformer: Any = ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=32, axes_dims=[4, 6, 6], axes_lens=[128, 64, 64],
     )  # fmt: skip
@@ -142,7 +145,7 @@ def flux2(seed: int = 0):
         image_token_index=1,
         spatial_merge_size=1,
     )  # fmt: skip
-    pipe = Flux2Pipeline(
+    pipe: Any = Flux2Pipeline(
         **_flux2_parts(32 * 3, guidance=True),
         text_encoder=Mistral3ForConditionalGeneration(config),
         tokenizer=chat_tokenizer(IN_PARTS),
@@ -178,7 +181,7 @@ def krea2(seed: int = 0, is_distilled: bool = True):
         vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
         image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
     )  # fmt: skip
-    transformer = Krea2Transformer2DModel(
+    transformer: Any = Krea2Transformer2DModel(
         in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=32,
         num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
@@ -187,7 +190,7 @@ def krea2(seed: int = 0, is_distilled: bool = True):
     for name, weight in transformer.named_parameters():
         if "scale_shift" in name:
             torch.nn.init.normal_(weight)
-    pipe = Krea2Pipeline(
+    pipe: Any = Krea2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
         ),
@@ -271,3 +274,54 @@ def ltx2(version: str = "2.0", seed: int = 0):
 
 
 LTX2_TEXTS = ("video", "audio")
+
+
+def cogvideox(seed: int = 0):
+    """CogVideoX in small: two blocks over two frames, with rotary positions."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    torch.manual_seed(seed)
+    transformer = CogVideoXTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=32, time_embed_dim=16,
+        sample_width=2, sample_height=2, sample_frames=9, max_text_seq_length=16,
+        use_rotary_positional_embeddings=True, **HEADS,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    pipe = CogVideoXPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**T5_SIZE)),
+        vae=autoencoder,
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    return _ready(pipe)
+
+
+def cogview4(seed: int = 0):
+    """CogView4 in small: two blocks."""
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+    from transformers import GlmConfig, GlmModel
+
+    torch.manual_seed(seed)
+    transformer = CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=32, time_embed_dim=16,
+        condition_dim=4, rope_axes_dim=(16, 16), **HEADS,
+    )  # fmt: skip
+    pipe = CogView4Pipeline(
+        tokenizer=chat_tokenizer(),
+        text_encoder=GlmModel(GlmConfig(**TEXT_SIZE, pad_token_id=0)),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+    )
+    return _ready(pipe)

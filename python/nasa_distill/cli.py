@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tuned", type=Path, help="results.json of a search: also NAG as it did best there")
     add("--best-of", type=Path, help="results.json: each method only as it did best there")
+    add("--methods", help="only these, NAME:STRENGTH, of NAG also :TAU:ALPHA; separated by commas")
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
@@ -213,12 +214,15 @@ def run_eval(options: argparse.Namespace) -> None:
 
     student = options.student or shipped.path()
     tuned = None if options.tuned is None else report.read(options.tuned)
+    given = [options.search, options.best_of is not None, options.methods is not None]
+    if sum(given) > 1:
+        raise ValueError("eval: --search, --best-of and --methods all say which methods; give one")
     methods = None
+    if options.methods is not None:
+        methods = tuple(map(evaluate.read_method, options.methods.split(",")))
     if options.search:
         methods = (evaluate.NONE, *evaluate.nag_grid(load(student).joint))
     if options.best_of is not None:
-        if options.search:
-            raise ValueError("eval: --search and --best-of both say which methods; give one")
         methods = report.best_methods(report.read(options.best_of))
     results = evaluate.run(
         Path(student),

@@ -259,6 +259,15 @@ def test_where_shared_memory_is_small_the_long_kernel_takes_the_call(recorder):
     assert "forward_long" in launches(recorder, RTX4090, params)[0].name
 
 
+def test_where_registers_are_few_the_long_kernel_projects(recorder):
+    cuda_emulation.forward(**make(SMALL, torch.bfloat16), rule="projected")
+    params = forward_params(REPORTS[-1])
+    (record,) = launches(recorder, A100, params)
+    assert "forward_long" in record.name and recorded(record) == emulated(REPORTS[-1])
+    params.d = 128
+    assert "forward_short" in launches(recorder, A100, params)[0].name
+
+
 def test_a_head_dim_that_does_not_fit_is_an_error_and_not_a_launch(recorder):
     cuda_emulation.forward(**make(EDGES[3], torch.bfloat16))
     params = forward_params(REPORTS[-1])

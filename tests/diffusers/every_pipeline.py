@@ -140,6 +140,16 @@ UNETS = {
     "StableDiffusionXLInstructPix2PixPipeline": {"in_channels": 8},
     "StableDiffusionUpscalePipeline": {"in_channels": 7, "num_class_embeds": 400},
     "StableDiffusionDepth2ImgPipeline": {"in_channels": 5},
+    # its layers norm the text
+    "StableDiffusionLatentUpscalePipeline": {
+        "in_channels": 8, "out_channels": 5, "act_fn": "gelu", "norm_num_groups": None,
+        "attention_head_dim": 8, "block_out_channels": (32, 32, 64, 64), "conv_in_kernel": 1,
+        "conv_out_kernel": 1, "mid_block_type": None, "layers_per_block": 2,
+        "down_block_types": ("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3),
+        "up_block_types": (*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"),
+        "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
+        "timestep_post_act": "gelu", "time_cond_proj_dim": 128 + 32,
+    },
     "StableDiffusionGLIGENPipeline": {"attention_type": "gated"},
     "StableDiffusionGLIGENTextImagePipeline": {"attention_type": "gated-text-image"},
     "StableUnCLIPPipeline": {
@@ -162,6 +172,14 @@ SCHEDULERS = {
     "LatentConsistencyModelPipeline": diffusers.LCMScheduler,
     "LatentConsistencyModelImg2ImgPipeline": diffusers.LCMScheduler,
     "StableDiffusionParadigmsPipeline": diffusers.DDPMParallelScheduler,
+    "StableDiffusionLatentUpscalePipeline": diffusers.EulerDiscreteScheduler,
+}
+
+
+PLAIN = {"clip_sample": False, "steps_offset": 1}
+SETTINGS = {
+    diffusers.DDPMParallelScheduler: {"clip_sample": False},
+    diffusers.EulerDiscreteScheduler: {},
 }
 
 
@@ -177,9 +195,9 @@ def sd_parts(name):
         "tokenizer": testing.clip_tokenizer(),
         "text_encoder_2": testing.CLIPTextModelWithProjection(testing.clip_config(32)),
         "tokenizer_2": testing.clip_tokenizer(),
-        "scheduler": scheduler(clip_sample=False, steps_offset=1)
-        if scheduler is not diffusers.DDPMParallelScheduler
-        else scheduler(clip_sample=False),
+        "scheduler": scheduler(
+            **SETTINGS.get(scheduler, {"clip_sample": False, "steps_offset": 1})
+        ),
         "inverse_scheduler": diffusers.DDIMInverseScheduler(clip_sample=False),
         "low_res_scheduler": diffusers.DDPMScheduler(),
         "feature_extractor": CLIPImageProcessor(size=16, crop_size=16),
@@ -505,6 +523,7 @@ def of_class(name, n, guidance):
         },
         "StableDiffusion3ControlNetInpaintingPipeline": {"control_mask": right_half(n)},
         "StableDiffusionParadigmsPipeline": {"parallel": 1},
+        "StableDiffusionLatentUpscalePipeline": {"image": torch.rand(n, 4, SIZE, SIZE)},
         "StableDiffusionLDM3DPipeline": {"output_type": "np"},
         "TextToVideoZeroPipeline": zero,
         "TextToVideoZeroSDXLPipeline": zero,

@@ -59,6 +59,13 @@ def turn_real(x, rope):
     return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
 
 
+def turn_halves(x, rope):
+    """The same where a channel of the first half turns with one of the second."""
+    cos, sin = (y[:, None] for y in rope)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
 class Rules:
     """An attention over image and texts, from the heads of each: a diffusers processor."""
 
@@ -70,7 +77,7 @@ class Rules:
         """Each (q, k, v); as many `[b, tokens, h * d]`."""
         ropes = [self.parts[0].image_rope, *(part.text_rope for part in self.parts)]
         image, pos, *negs = (
-            (self.turn(q, rope), self.turn(k, rope), v)
+            (q, k, v) if rope is None else (self.turn(q, rope), self.turn(k, rope), v)
             for (q, k, v), rope in zip((image, *texts), ropes, strict=True)
         )
         masked = [
@@ -87,6 +94,18 @@ class TwoStreams(Rules):
             image_heads(attn, hidden_states), [text_heads(attn, t) for t in texts]
         )
         return attn.to_out[0](o), attn.to_add_out(torch.cat(of_texts, 1))
+
+
+class Shared(Rules):
+    """Two streams with the projections of one, returned the other way round."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        texts = encoder_hidden_states.split(self.lengths, 1)
+        o, *of_texts = self.mix(*self.of(attn, hidden_states, texts))
+        return attn.to_out[0](o), attn.to_out[0](torch.cat(of_texts, 1))
+
+    def of(self, attn, image, texts):
+        return image_heads(attn, image), [image_heads(attn, t) for t in texts]
 
 
 class OneSequence(Rules):
@@ -154,11 +173,18 @@ def guided(case, rule, negatives, **changes):
                     x = block(**own | {case.tokens: torch.cat([image, texts], 1)})
                     image, texts = x[:, : x.shape[1] - n], x[:, x.shape[1] - n :]
                 else:
-                    texts, image = block(**own | {case.tokens: image, text_name: texts})
+                    both = block(**own | {case.tokens: image, text_name: texts})
+                    texts, image = both if case.text_first else both[::-1]
     pos = texts[:, : parts[0].text.shape[1]]
     last_blocks, _, text_name = case.blocks[-1]
     handle = last_blocks[-1].register_forward_hook(
-        lambda *_: case.returned(image, pos) if text_name is None else (pos, image)
+        lambda *_: (
+            case.returned(image, pos)
+            if text_name is None
+            else (pos, image)
+            if case.text_first
+            else (image, pos)
+        )
     )
     output = model(**inputs, return_dict=False)
     handle.remove()

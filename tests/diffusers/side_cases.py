@@ -6,6 +6,7 @@ import diffusers
 import parts
 import torch
 from joint_cases import random
+from nasa_diffusers.families.qwen import MASKS_TEXT
 from nasa_diffusers.testing_side import LTX2_VERSIONS
 
 SIZE = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -38,6 +39,8 @@ class Case:
 
     cls: str
     config: dict
+    text_first = True  # of what a block of two streams returns
+    one_block = {"num_layers": 1}
     attention = "attn"
     tokens = "hidden_states"
     # of a block: what the attention reads, and the oracle's does not
@@ -96,16 +99,22 @@ class Qwen(Case):
             "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [5]]),
             "timestep": torch.tensor([0.5, 0.5]),
             "img_shapes": [list(self.shapes)] * 2,
+            **self.lengths(7),
         }
+
+    def lengths(self, n):
+        """Before diffusers 0.37 a list said them, and the mask was not looked at."""
+        return {} if MASKS_TEXT else {"txt_seq_lens": [n, n]}
 
     def with_text(self, inputs, embeds, mask, rows):
         mask = None if mask is None else mask.expand(rows, -1)
         text = embeds.expand(rows, -1, -1)
-        return inputs | {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        own = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        return inputs | own | self.lengths(text.shape[1])
 
     def part(self, given):
         image_rope, text_rope = given["image_rotary_emb"]
-        mask = given["encoder_hidden_states_mask"]
+        mask = given["encoder_hidden_states_mask"] if MASKS_TEXT else None
         text = given["encoder_hidden_states"]
         return SimpleNamespace(
             image=given["hidden_states"], text=text, image_rope=image_rope,
@@ -134,6 +143,7 @@ class ZImage(Case):
         "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
         "n_kv_heads": 2, "cap_feat_dim": 32, "axes_dims": [4, 6, 6], "axes_lens": [128, 64, 64],
     }  # fmt: skip
+    one_block = {"n_layers": 1}
     attention = "attention"
     tokens = "x"
     text = "cap_feats"
@@ -197,6 +207,7 @@ class TextFirst(Case):
 
 class Flux2(TextFirst):
     cls = "Flux2Transformer2DModel"
+    one_block = {"num_layers": 1, "num_single_layers": 1}
     config = {
         "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2,
         "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 4, 4), **SIZE,
@@ -284,6 +295,61 @@ class Krea2(TextFirst):
         }  # fmt: skip
 
 
+class CogVideoX(Case):
+    cls = "CogVideoXTransformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32,
+        "time_embed_dim": 16, "sample_width": 6, "sample_height": 4, "sample_frames": 5,
+        "max_text_seq_length": 7, "use_rotary_positional_embeddings": True, **SIZE,
+    }  # fmt: skip
+    text_first, attention, grid = False, "attn1", (2, 2, 3)
+    turn = staticmethod(parts.turn_real)
+
+    @property
+    def blocks(self):
+        return [(self.model.transformer_blocks, parts.Shared, "encoder_hidden_states")]
+
+    def inputs_image(self):
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def first_inputs(self):
+        angles = random(12, 8, seed=7).repeat_interleave(2, dim=1)
+        return {
+            "hidden_states": random(2, 2, 4, 4, 6, seed=1),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "timestep": torch.tensor([500.0, 500.0]),
+            "image_rotary_emb": (angles.cos(), angles.sin()),
+        }  # fmt: skip
+
+    def with_text(self, inputs, embeds, mask, rows):
+        return inputs | {"encoder_hidden_states": embeds.expand(rows, -1, -1)}
+
+    def part(self, given):
+        return SimpleNamespace(
+            image=given["hidden_states"], text=given["encoder_hidden_states"], mask=None,
+            image_rope=given["image_rotary_emb"], text_rope=None,
+        )  # fmt: skip
+
+
+class CogView4(CogVideoX):
+    cls = "CogView4Transformer2DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32,
+        "time_embed_dim": 16, "condition_dim": 4, "rope_axes_dim": (16, 16), **SIZE,
+    }  # fmt: skip
+    grid = (1, *L)
+    turn = staticmethod(parts.turn_halves)
+
+    def first_inputs(self):
+        size = torch.tensor([[64.0, 96.0]] * 2)
+        return {
+            "hidden_states": random(2, 4, 8, 12, seed=1),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "timestep": torch.tensor([500.0, 500.0]), "original_size": size, "target_size": size,
+            "crop_coords": torch.zeros(2, 2),
+        }  # fmt: skip
+
+
 class LTX2(Case):
     """Video and sound; of 2.3 with gates and texts modulated by the time."""
 
@@ -341,7 +407,14 @@ CASES = {
     "flux2": Flux2,
     "klein": Klein,
     "krea2": Krea2,
+    "cogvideox": CogVideoX,
+    "cogview4": CogView4,
     "ltx2": LTX2,
     "ltx2.3": LTX23,
 }
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}
+if not MASKS_TEXT:
+    # Edit 2511 and Layered came with it
+    CASES = {
+        name: case for name, case in CASES.items() if name not in ("qwen-edit", "qwen-layered")
+    }

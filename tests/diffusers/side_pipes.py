@@ -16,6 +16,14 @@ PIPES = {
     "flux2": (testing.flux2, {"height": 16, "width": 24, "max_sequence_length": 16}),
     "klein": (testing.klein, {"height": 16, "width": 24, "max_sequence_length": 16}),
     "krea2": (testing.krea2, SMALL | {"guidance_scale": 0.0, "max_sequence_length": 16}),
+    "cogvideox": (
+        testing.cogvideox,
+        {
+            "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1.0,
+            "max_sequence_length": 16,
+        },
+    ),
+    "cogview4": (testing.cogview4, {"height": 16, "width": 32, "guidance_scale": 1.0}),
     "ltx2": (
         testing.ltx2,
         {
@@ -30,10 +38,13 @@ CFG = {
     "z-image": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "krea2": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "ltx2": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "cogvideox": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "cogview4": {"guidance_scale": 3.0, "negative_prompt": "dull"},
 }
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
     "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
+    "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline",
 }  # fmt: skip
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 

@@ -16,6 +16,7 @@ def test_there_are_pages():
         "joint",
         "pipelines",
         "quick-start",
+        "side",
         "troubleshooting",
     ]
 

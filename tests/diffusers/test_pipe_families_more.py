@@ -13,6 +13,7 @@ import pytest
 import torch
 from drawing import assert_same_image, relative_error
 from nasa_diffusers import NAG, VSF, enable_nasa, nasa
+from nasa_diffusers.families import skyreels
 from oracle import algorithm_1, installed
 from test_pipe_adapters import add_lora
 from test_pipe_methods import PlainFlip, PlainNag
@@ -36,7 +37,12 @@ GRIDS = {
     "WanAnimatePipeline": None,
     "WanVACEPipeline": (2, 1, 2),
 }
-NAMES = [name for name in GRIDS if name in every_pipeline.classes()]
+NAMES = [
+    name
+    for name in GRIDS
+    if name in every_pipeline.classes()
+    and (skyreels.ATTENTION is not None or not name.startswith("SkyReels"))
+]
 BESIDE_IMAGES = [n for n in NAMES if n.startswith(("ChronoEdit", "SkyReels", "WanAnimate"))]
 
 
@@ -164,6 +170,33 @@ def test_a_map_of_one_value_is_that_number(name):
         assert_same_image(call(one), whole)
         handle.alpha = torch.cat([torch.zeros(4, 8), torch.full((4, 8), 0.5)])
         assert relative_error(call(one), whole) > 1e-4
+
+
+@pytest.mark.parametrize("name", BESIDE_IMAGES)
+def test_keys_of_images_are_kept_until_the_images_change(name):
+    one, text = case(name), negative(case(name))
+    images = one.inputs["encoder_hidden_states_image"]
+    layer = next(m for n, m in one.denoiser.named_modules() if n.endswith("attn2"))
+    calls = []
+    hook = layer.add_k_proj.register_forward_hook(lambda *_: calls.append(1))
+    with algorithm_1(one.denoiser, [(of_layers(one, text), None, 0.5)]):
+        expected = [call(one), call(one, encoder_hidden_states_image=images.flip(-1))]
+    calls.clear()
+    with guided(one, text, alpha=0.5):
+        assert_same_image(call(one), expected[0])
+        assert_same_image(call(one), expected[0])
+        assert len(calls) == 1
+        assert_same_image(call(one, encoder_hidden_states_image=images.flip(-1)), expected[1])
+        assert len(calls) == 2
+        assert relative_error(*expected) > 1e-4
+        # and until their projection does
+        layer.add_k_proj.weight.mul_(2)
+        changed = call(one)
+        assert len(calls) == 3
+    with algorithm_1(one.denoiser, [(of_layers(one, text), None, 0.5)]):
+        assert_same_image(changed, call(one))
+    hook.remove()
+    case.cache_clear()
 
 
 @pytest.mark.parametrize("name", BESIDE_IMAGES)

@@ -99,7 +99,7 @@ def test_defaults_of_the_family(family):
         (NASA(), NASA(alpha, rule)),
         (NASA(0.7), NASA(0.7, rule)),
         (VSF(), VSF(alpha)),
-        (ProjectedNASA(), ProjectedNASA(2.0)),
+        (ProjectedNASA(), ProjectedNASA(1.5 if family in CROSS else 2.0)),
         (NAG(), NAG(scale, tau, share, norm=1)),
         (NAG(tau=4.0, norm=2), NAG(scale, 4.0, share, norm=2)),
     ):
@@ -138,7 +138,7 @@ def test_what_enable_nasa_refuses(sd, options, message):
 
 def test_pairs_make_alpha_a_factor(sd):
     pairs = [("blurry", 0.3), ("red", 0.8)]
-    for method, alpha in ((NASA(), 0.1), (VSF(), 0.1), (ProjectedNASA(), 2.0)):
+    for method, alpha in ((NASA(), 0.1), (VSF(), 0.1), (ProjectedNASA(), 1.5)):
         with nasa(sd, pairs, method) as handle:
             assert handle.alpha == 1.0
             handle.set_negative_prompt("blurry")

@@ -173,10 +173,6 @@ REFUSED_CALLS |= dict.fromkeys(
 REFUSED_OTHERWISE = {
     "StableDiffusion3PAG": "PAG.*JointAttnProcessor2_0, whose computation NASA does not know"
 }
-# what they denoise with is known, but not what they make of it; each has a test of its own
-ELSEWHERE = {
-    "StableDiffusionLatentUpscalePipeline": "its layers norm the text",
-}
 # two prompts are an error of these, or lose one
 ONE_VIDEO = ("AnimateDiffControlNet", "AnimateDiffSparse", "AnimateDiffVideo")
 ONE_PROMPT = ("CycleDiffusion", "LucyEdit", "VisualCloze", "WanVACE", "LTXI2VLong", *ONE_VIDEO)
@@ -187,7 +183,7 @@ def of(table):
     return [name for name in CLASSES if name.startswith(tuple(table))]
 
 
-RUN = [name for name in CLASSES if name not in of(REFUSED | REFUSED_CALLS | ELSEWHERE)]
+RUN = [name for name in CLASSES if name not in of(REFUSED | REFUSED_CALLS)]
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -203,6 +199,13 @@ def test_rows_that_carry_the_prompt_are_guided_and_no_others(name):
             extra = 0 if name.startswith(tuple(REFUSED_OTHERWISE)) else len(prompts) - 1
             counts = check_rows(pipe, prompts, guidance, float(extra), texts)
             assert sum(counts) >= len(prompts)
+    # a prompt in words is encoded, or refused as the condition says
+    starts = [start for start, why in pipelines.CONDITIONS.items() if why == pipelines.EMBEDS]
+    if name.startswith(tuple(starts)):
+        with pytest.raises(ValueError, match="enable_nasa: .*pass negative_prompt_embeds"):
+            enable_nasa(pipe, "blurry")
+    else:
+        enable_nasa(pipe, "blurry").disable()
 
 
 def say(table, name):

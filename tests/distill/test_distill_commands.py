@@ -137,7 +137,7 @@ def test_the_rules_of_joint_attention_have_a_page(world, tmp_path, monkeypatch):
     assert [cell.method for cell in results.cells] == 2 * list(methods)
     text = page.read_text()
     assert text.startswith("# The rules of joint attention")
-    for name in ("sweep-1.png", "price-1.png", "sweep-4.png", "price-4.png", "samples.png"):
+    for name in ("sweep-1.png", "sweep-4.png", "price.png", "samples.png"):
         assert f"(rules/{name})" in text and (page.parent / "rules" / name).exists()
 
 

@@ -48,6 +48,15 @@ def test_methods_have_all_their_settings():
     assert [len(set(grid)) for grid in grids] == [12, 12] and not set(grids[0]) & set(grids[1])
 
 
+def test_methods_can_be_named():
+    assert evaluate.read_method("nag:8:1.25:0.5") == evaluate.Method("nag", 8.0, 1.25, 0.5)
+    assert evaluate.read_method("projected:2") == evaluate.Method("projected", 2.0)
+    assert evaluate.read_method("none") == evaluate.NONE
+    for wrong in ("nasa", "nasa:much", "none:1", "nag:8:1.25", "best:1"):
+        with pytest.raises(ValueError, match=f"cannot read '{wrong}'"):
+            evaluate.read_method(wrong)
+
+
 # ---- a run ---------------------------------------------------------------------------------------
 
 
@@ -142,7 +151,7 @@ def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, mon
     assert [c.method for c in results.cells] == list(METHODS)
     assert "other noise (`--search`), seed 9" in page.read_text()
     # the page is made of the numbers that are kept
-    pictures = [out / f"{name}.png" for name in ("price-1", "samples")]
+    pictures = [out / f"{name}.png" for name in ("price", "samples")]
     assert report.markdown(results, pictures, page.parent) == page.read_text()
     best = ["--best-of", str(out / "results.json"), "--pairs", "held-out"]
     assert main([*small, *best, "--out", str(held)]) == 0

@@ -13,7 +13,7 @@ from nasa_distill.demo import show
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world import shipped
-from nasa_distill.world.evaluation import ablation, evaluate, report, sweep
+from nasa_distill.world.evaluation import ablation, evaluate, pooled, report, sweep
 from nasa_distill.world.scene import renders, scenes
 from PIL import Image
 
@@ -57,7 +57,7 @@ def results_of(page, folder, *pictures):
 
 def test_the_results_are_those_of_this_model():
     """And the card says no other."""
-    results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "samples")
+    results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "price", "samples")
     assert results.about["student"] == evaluate.checksum(shipped.path())
     card = (shipped.FOLDER / "README.md").read_text()
     said = re.findall(r"^- (one step|four steps): (.*)$", README.read_text(), re.MULTILINE)
@@ -67,29 +67,64 @@ def test_the_results_are_those_of_this_model():
         for name in ("valid", "followed if valid"):
             assert str(quality[name]).replace(" (", " % (") in card
     for steps in report.student_steps(results):
-        for name in ("none", "cfg", "nag", "vsf", "nasa"):
+        for name in ("none", "cfg", "nag", "vsf", "nasa", "projected"):
             best = report.best(report.student_cells(results, steps), name)
             assert str(best.total.shares["all three"]) in line[steps]
 
 
-def test_the_rules_page_is_made_of_its_numbers():
-    """And what the documentation of the rules says of them is in it."""
-    results = results_of(DOCS / "rules.md", DOCS / "rules", "sweep-4", "price-4", "samples")
+@pytest.mark.parametrize("name", ["rules", "words"])
+def test_the_pages_of_joint_attention_are_made_of_their_numbers(name):
+    """And what the documentation of the rules says of them is in them."""
+    results = results_of(DOCS / f"{name}.md", DOCS / name, "sweep-4", "price", "samples")
     documented = (DOCS.parent / "diffusers" / "joint.md").read_text()
     for steps in report.student_steps(results):
-        for name in ("none", *evaluate.ALPHAS, "nag", "cfg"):
-            best = report.best(report.student_cells(results, steps), name)
+        for best in report.best_cells(results, steps):
             shares = [best.total.shares[share] for share in ("removed", "valid", "all three")]
-            row = f"| {best.method.strength:g} | " + " | ".join(map(str, shares)) + " |"
-            assert f"| `{name}` {row}" in documented
+            row = f"| `{best.method}` | " + " | ".join(map(str, shares)) + " |"
+            assert row in documented, row
+
+
+def test_the_page_of_held_out_prompts_is_made_of_its_numbers():
+    pictures = ("sweep-1", "sweep-4", "price", "samples")
+    results = results_of(DOCS / "held-out.md", DOCS / "held-out", *pictures)
+    assert results.about["prompt pairs"] == "held-out"
+    assert results.about["student"] == evaluate.checksum(shipped.path())
+    # nothing was chosen on them
+    first = report.read(DOCS / "results.json")
+    assert {cell.method for cell in results.cells} == set(report.best_methods(first))
+
+
+def test_nags_settings_are_those_of_its_search():
+    tuned = report.read(DOCS / "nag" / "search.json")
+    results = report.read(DOCS / "results.json")
+    assert results.about["NAG"] == report.searched(tuned)
+    assert not set(tuned.about["seeds"].split(", ")) & set(results.about["seeds"].split(", "))
+    assert set(report.tuned_methods(tuned)) <= {cell.method for cell in results.cells}
+
+
+def test_the_page_of_pooled_vectors_is_made_of_its_numbers():
+    assert (
+        pooled.page(json.loads((DOCS / "pooled.json").read_text()))
+        == (DOCS / "pooled.md").read_text()
+    )
 
 
 def test_the_pixart_page_is_made_of_its_numbers():
-    results = results_of(DOCS / "pixart.md", DOCS / "pixart", "sweep-1", "sweep-4", "samples")
+    results = results_of(DOCS / "pixart.md", DOCS / "pixart", "sweep-4", "price", "samples")
     documented = (DOCS / "training.md").read_text()
     for quality in results.quality.values():
         for name in ("valid", "followed if valid"):
             assert str(quality.shares[name]).replace(" (", " % (") in documented
+
+
+def test_what_is_said_of_the_projected_rule_is_on_the_pages():
+    """Every share with its interval, and those of single prompt pairs."""
+    measured = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    text = (DOCS.parent / "projected.md").read_text()
+    shares = re.findall(r"\d+\.\d \(\d+\.\d-\d+\.\d\)", text)
+    assert len(shares) > 30
+    for share in shares:
+        assert share in measured, share
 
 
 def test_what_is_said_of_nasa_t_is_in_its_numbers():

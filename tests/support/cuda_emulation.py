@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import ptx
 import torch
-from support.formula import project
 from torch import Tensor, library
+
+from support.formula import project
 
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
@@ -114,8 +115,9 @@ class ForwardParams(ctypes.Structure):
 
 class BackwardParams(ctypes.Structure):
     _fields_ = fields(
-        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS, dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS,
-        shift=ADDRESS, partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
+        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS,
+        dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS, shift=ADDRESS,
+        partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
     )  # fmt: skip
 
 
@@ -329,7 +331,12 @@ def forward(
     if q.numel() == 0:
         return call.o
     size = padded(d)
-    if (path or path_of(d, n_pos, n_neg)) == "short":
+    if path is None:
+        path = path_of(d, n_pos, n_neg)
+        if call.params.rule == RULES.index("projected") and size > 128:
+            # its registers would not hold all columns, of which there are sums to take
+            path = "long"
+    if path == "short":
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
         plain = is_plain(call.params)
         loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys, plain)

@@ -3,6 +3,7 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.cog import CogVideoX, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
@@ -43,15 +44,20 @@ FAMILIES: tuple[Family, ...] = (
     Flux2(),
     Krea2(),
     LTX2(),
+    CogVideoX(),
+    CogView4(),
 )
 
 
 def family_of(denoiser: nn.Module) -> Family:
     """The family of a denoiser, by its class or a base class of it."""
-    names = {cls.__name__ for cls in type(denoiser).__mro__}
-    for family in FAMILIES:
-        if names & set(family.denoisers):
-            return family
+    for cls in type(denoiser).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.denoisers:
+                return family
+        if cls.__name__ in REASONS:
+            # though a family may know what it is made from
+            break
     raise ValueError(
         f"enable_nasa: {not_known(type(denoiser).__name__)}; run it without NASA, "
         "`python -m nasa_diffusers pipelines` lists what is supported"

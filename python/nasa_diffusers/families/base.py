@@ -53,6 +53,8 @@ class Family:
     denoisers: tuple[str, ...]  # class names
     # of NASA, the default first
     rules: tuple[str, ...] = ("nasa",)
+    # why the installed diffusers cannot be guided, where it is too old
+    missing = ""
     # text and image share one attention
     is_joint = False
     # negative prompts travel beside the text of a call, not in its place
@@ -158,6 +160,12 @@ class Family:
         `is_guided`, the negative prompts are carried and change nothing."""
         return {"encoder_hidden_states": guided_text}
 
+    def images_beside(
+        self, denoiser: Denoiser, inputs: dict[str, Any]
+    ) -> tuple[Any, nn.Module | None] | None:
+        """The images whose tokens go beside the text in a call, and what projects them."""
+        return None
+
     def plain(self, text: GuidedText) -> Any:
         """What a layer that is not guided is given in place of `text`."""
         return text.text
@@ -247,8 +255,8 @@ class Family:
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
         return (attn.norm_k(k) if _has_norms(attn) else k), v
 
-    def keys_values_beside(self, attn: Layer, images: Tensor) -> KeysValues:
-        """K and V of the image tokens that go beside a text, `[b, n, c]`."""
+    def keys_values_beside(self, attn: Layer, text: GuidedText) -> KeysValues:
+        """K and V of the image tokens that go beside a text."""
         raise NotImplementedError
 
     def output(self, attn: Layer, o: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class LTX2(Family):
     masks_text = True
     text_parts = ("text_encoder", "tokenizer", "connectors")
     text_options = ("max_sequence_length",)
-    text_arguments = (VIDEO, SOUND)
+    text_arguments: tuple[str, ...] = (VIDEO, SOUND)
     processors = PROCESSORS
 
     def default_alpha(self, denoiser):

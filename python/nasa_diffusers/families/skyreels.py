@@ -21,10 +21,9 @@ class SkyReels(Wan):
     )
     attention = ATTENTION or nn.Module
 
+    missing = "" if ATTENTION else "SkyReels-V2 is supported from diffusers 0.36 on"
+
     def check(self, denoiser):
-        if ATTENTION is None:
-            raise ValueError(
-                "enable_nasa: SkyReels-V2 is supported from diffusers 0.36 on; "
-                "pip install -U diffusers"
-            )
+        if self.missing:
+            raise ValueError(f"enable_nasa: {self.missing}; pip install -U diffusers")
         super().check(denoiser)

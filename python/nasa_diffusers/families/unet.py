@@ -19,8 +19,8 @@ MIXES_TEXT = (
 class UNet(Family):
     name = "Stable Diffusion"
     denoisers = ("UNet2DConditionModel",)
-    # the last two are of pipelines that take longer prompts, and of Kolors
-    text_options = ("clip_skip", "lora_scale", "max_embeddings_multiples", "max_sequence_length")
+    # the last one is of pipelines that take longer prompts
+    text_options = ("clip_skip", "lora_scale", "max_embeddings_multiples")
 
     def default_alpha(self, denoiser) -> float:
         """The paper's 0.1 for SD 1.5 and 0.2 for SD 2.1. It has none for SDXL: as SD 2.1, whose

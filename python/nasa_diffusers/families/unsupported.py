@@ -12,15 +12,14 @@ _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
     "AuraFlowTransformer2DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel",
-    "ChromaTransformer2DModel", "CogVideoXTransformer3DModel", "CogView3PlusTransformer2DModel",
-    "CogView4Transformer2DModel", "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
-    "ErnieImageTransformer2DModel", "Flux2Transformer2DModel", "GlmImageTransformer2DModel",
+    "ChromaTransformer2DModel", "CogView3PlusTransformer2DModel",
+    "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
+    "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
     "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
-    "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
+    "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
     "MiniMaxH3Transformer3DModel", "MochiTransformer3DModel", "MotifVideoTransformer3DModel",
-    "OvisImageTransformer2DModel", "QwenImageTransformer2DModel", "Flux3Transformer2DModel",
-    "ZImageTransformer2DModel",
+    "OvisImageTransformer2DModel", "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
     "its text passes blocks that depend on the timestep before it meets the image, so a negative "
@@ -42,13 +41,13 @@ _because(
     "it draws an embedding for another model, and does not attend to a text",
     "PriorTransformer", "WuerstchenPrior",
 )  # fmt: skip
-_because("it makes video and sound, each with a text of its own", "LTX2VideoTransformer3DModel")
 _because(
     "two texts are joined inside it under one mask", "HunyuanDiT2DModel",
 )  # fmt: skip
 _because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "LuminaNextDiT2DModel", "StableAudioDiTModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
 _because(
@@ -61,7 +60,7 @@ _because(
 )  # fmt: skip
 _because(
     "its text layers have other names and projections", "LongCatAudioDiTTransformer",
-    "SanaWMTransformer3DModel", "DreamLiteUNetModel",
+    "SanaWMTransformer3DModel",
 )  # fmt: skip
 _because("it keeps keys of earlier chunks inside its layers", "AnyFlowFARTransformer3DModel")
 _because(

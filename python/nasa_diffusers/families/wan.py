@@ -13,7 +13,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from nasa_diffusers.cache import folded_length
-from nasa_diffusers.families.base import nonzero_tokens, video_grid
+from nasa_diffusers.families.base import config, nonzero_tokens, video_grid
 from nasa_diffusers.families.dispatched import Dispatched
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.guided_text import GuidedText
@@ -61,13 +61,38 @@ class Wan(Dispatched):
             return text.text
         return torch.cat([text.beside, text.text], dim=1)
 
-    def keys_values_beside(self, attn, images):
-        if attn.fused_projections:
-            k, v = attn.to_added_kv(images).chunk(2, dim=-1)
-        else:
-            k, v = attn.add_k_proj(images), attn.add_v_proj(images)
-        k = norm_then_heads(attn, attn.norm_added_k, k)
-        return KeysValues(k, v.unflatten(2, (attn.heads, -1)))
+    def check(self, denoiser):
+        embedder = getattr(denoiser.condition_embedder, "image_embedder", None)
+        if embedder is None:
+            return
+        if any(getattr(attn, "add_k_proj", None) is None for _, attn in self.layers(denoiser)):
+            raise ValueError(
+                f"enable_nasa: the image tokens of this {type(denoiser).__name__} (image_dim="
+                f"{config(denoiser, 'image_dim')} without added_kv_proj_dim in its config) are "
+                "among the keys of the text, which is not supported; the image-to-video models of "
+                "Wan, whose layers have keys of their own for them, are"
+            )
+
+    def images_beside(self, denoiser, inputs):
+        images = inputs.get("encoder_hidden_states_image")
+        return None if images is None else ([images], denoiser.condition_embedder.image_embedder)
+
+    def keys_values_beside(self, attn, text):
+        def project():
+            if attn.fused_projections:
+                k, v = attn.to_added_kv(text.beside).chunk(2, dim=-1)
+            else:
+                k, v = attn.add_k_proj(text.beside), attn.add_v_proj(text.beside)
+            k = norm_then_heads(attn, attn.norm_added_k, k)
+            return [(k, v.unflatten(2, (attn.heads, -1)))]
+
+        seen = text.images
+        if seen is None or torch.compiler.is_compiling():
+            return KeysValues(*project()[0])
+        fused = getattr(attn, "to_added_kv", None)
+        modules = attn.add_k_proj, attn.add_v_proj, fused, attn.norm_added_k
+        made, _ = seen.cache.through(attn, modules, seen.made_by, seen.prompts, project)
+        return KeysValues(*made[0])
 
 
 class WanTextHook(TextHook):

@@ -37,6 +37,9 @@ class AnyFlow(Wan):
         # [b, frames, c, height, width]
         return super().grids(denoiser, sample.transpose(1, 2), inputs)
 
+    def check(self, denoiser):
+        """An image embedder, which its pipelines do not use, is no reason to refuse it."""
+
     def check_call(self, denoiser, inputs):
         if inputs.get("encoder_hidden_states_image") is not None:
             raise ValueError(

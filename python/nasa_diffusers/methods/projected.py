@@ -12,8 +12,8 @@ from nasa_diffusers.methods.base import Method, Strength
 from nasa_kernels import Negative, backends, projected_attention, projected_joint_attention
 from nasa_kernels.nag import pair_backend
 
-# what did best on the small world (docs/distill/results.md)
-CROSS_ALPHA = 2.0
+# what did well on the small world, in one step and in four (docs/distill/results.md, words.md)
+CROSS_ALPHA = 1.5
 JOINT_ALPHA = 2.0
 
 
@@ -31,8 +31,8 @@ class ProjectedNASA(Method):
     Z+ is over [image; positive] and Z- over [image; negative], for the image queries.
 
     Args:
-        alpha: Strength, in all the forms of NASA's alpha. `None` takes 2: the rule breaks images
-            late, so one strength serves many prompts.
+        alpha: Strength, in all the forms of NASA's alpha. `None` takes 1.5, in joint attention 2:
+            the rule breaks images late, so one strength serves many prompts.
     """
 
     alpha: Strength | None = None
@@ -61,7 +61,8 @@ class ProjectedNASA(Method):
         return projected_joint_attention(
             streams.q if streams.with_text else q_image, k_image, v_image, k_pos, v_pos,
             [Negative(k, v, x.alpha.at(streams.image_tokens), x.mask) for k, v, x in prompts],
-            text_queries=streams.lengths if streams.with_text else None, backend=streams.backend,
+            text_queries=streams.lengths if streams.with_text else None,
+            mask_pos=streams.mask_pos, backend=streams.backend,
         )  # fmt: skip
 
     def attends_image_twice(self, streams):

@@ -62,7 +62,7 @@ class Recipe:
     words: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
     words_size: tuple[int, int, int] = (192, 5, 1)  # 64 tokens of the image, 16 of the text
     t5: Settings = Settings(steps=400, batch=64, learning_rate=2e-3, ema=0.99)
-    pixart: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
+    pixart: tuple[Settings, ...] = (Settings(steps=4000, batch=16, ema=0.995),)
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
 
     def __post_init__(self) -> None:

@@ -172,6 +172,24 @@ def call_pipeline(
     return code().decode(codes).clamp(-1, 1)
 
 
+def read_method(text: str) -> Method:
+    """`nag:8:2.5:0.25` as the method that it names.
+
+    Raises:
+        ValueError: There is no such method, or what follows is no number.
+    """
+    name, *numbers = text.split(":")
+    known = {"none", "cfg", "nag", "vsf", "projected", *ALPHAS}
+    try:
+        if name not in known or len(numbers) not in (
+            (1, 3) if name == "nag" else (name != "none",)
+        ):
+            raise ValueError(f"one of {', '.join(sorted(known))}, and its numbers")
+        return Method(name, *map(float, numbers))
+    except ValueError as error:
+        raise ValueError(f"evaluate.read_method: cannot read {text!r}: {error}") from error
+
+
 @functools.cache
 def code() -> PatchCode:
     return PatchCode()
@@ -191,9 +209,11 @@ def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image
     model, (prompt, negative) = load(student), PAIRS[0]
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
     nasa = tuple(Method("nasa", alpha) for alpha in (0.25, 0.5, 1.0))
-    chosen = (NONE, CFG[1], *nasa, NAG[1], VSF[1])
+    projected = (Method("projected", 1.0), Method("projected", 2.0))
+    chosen = (NONE, CFG[1], *nasa, *projected, NAG[1], VSF[1])
     if model.joint:
-        chosen = (NONE, CFG[1], *(Method(rule, 1.0) for rule in ALPHAS), NAG[1])
+        rules = (Method(rule, 0.25) for rule in ALPHAS)
+        chosen = (NONE, CFG[1], *rules, *projected, NAG[1])
     rows = []
     for method in chosen:
         drawn = draw(model, prompt, negative, method, steps, noise, seed)

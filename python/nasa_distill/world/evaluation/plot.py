@@ -12,8 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from nasa_distill.intervals import Share
 
 # distinguishable without colour vision, the first the strongest
-INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#666666")
-MARKERS = "osD^vP"
+INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#666666", "#56b4e9", "#882255")
+MARKERS = "osD^vPX*"
 
 
 class Line(NamedTuple):
@@ -57,6 +57,8 @@ def frontier(title: str, axes_said: tuple[str, str], panels: Sequence[Panel]) ->
         drawn["no negative prompt"] = axes.scatter([x0], [y0], color="black", s=45, zorder=4)
         axes.set_title(panel.title, fontsize="medium")
         axes.set(xlabel=axes_said[0], xlim=(0.38, 1.01), ylim=(-0.02, 1.02))
+        axes.set_xticks([0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+        axes.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(color="#e5e5e5")

@@ -33,12 +33,15 @@ STRENGTHS = {
     "nag": "scale of NAG",
     "vsf": "alpha of value sign flip",
 }
+# in pictures
 CURVES = {
-    "projected": "projected NASA, alpha 0.5 to 4",
-    "nasa": "NASA, alpha 0.1 to 1.25",
-    "nag": "NAG, scale 2 to 8",
-    "vsf": "VSF, alpha 0.5 to 2",
-    "cfg": "guidance, scale 1.5 to 4",
+    "projected": "projected NASA, alpha",
+    "nasa": "NASA, alpha",
+    "nasa-cross": "NASA, rule nasa-cross, alpha",
+    "nasa-text": "NASA, rule nasa-text, alpha",
+    "nag": "NAG, scale",
+    "vsf": "VSF, alpha",
+    "cfg": "guidance, scale",
 }
 COLUMNS = ("removed", "followed", "valid", "followed if valid", "removed if valid", "all three")
 
@@ -53,7 +56,8 @@ def write(
     )
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
-    plots += [plot_price(results, steps, out) for steps in student_steps(results)]
+    plot_frontier(results, out / "price.png")
+    plots.append(out / "price.png")
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
@@ -160,35 +164,27 @@ def plot_sweep(results: Results, steps: int, out: Path) -> Path | None:
     return path
 
 
-def plot_price(results: Results, steps: int, out: Path) -> Path:
-    """What each method leaves valid, over what it removes: methods compared at equal removal."""
-    lines = []
-    for name in STRENGTHS:
-        totals = [cell.total.shares for cell in sweep(results, steps, name)]
-        removed = [100 * shares["removed"].value for shares in totals]
-        lines.append(plot.Line(name, removed, [shares["valid"] for shares in totals]))
-    path = out / f"price-{steps}.png"
-    title = f"The student, {said(steps)}: share of valid images over that of removed negatives"
-    plot.draw(title, "removed, %", range(0, 101, 20), lines, path)
-    return path
-
-
 def frontier(results: Results) -> Figure:
     """For each number of steps what each method removes, and what it leaves valid."""
     panels = []
     for steps in student_steps(results):
         cells = student_cells(results, steps)
         none = next(cell.total.shares for cell in cells if cell.method.name == "none")
-        curves = [
-            plot.Curve(
-                label,
-                [cell.total.shares["removed"] for cell in chosen],
-                [cell.total.shares["valid"] for cell in chosen],
-                strong=name == "projected",
+        curves = []
+        for name, label in CURVES.items():
+            chosen = [cell for cell in sweep(results, steps, name) if cell.method != NONE]
+            if not chosen:
+                continue
+            ends = (chosen[0].method.strength, chosen[-1].method.strength)
+            label += " " + " to ".join(f"{end:g}" for end in dict.fromkeys(ends))
+            curves.append(
+                plot.Curve(
+                    label,
+                    [cell.total.shares["removed"] for cell in chosen],
+                    [cell.total.shares["valid"] for cell in chosen],
+                    strong=name == "projected",
+                )
             )
-            for name, label in CURVES.items()
-            if (chosen := [cell for cell in sweep(results, steps, name) if cell.method != NONE])
-        ]
         if named := [cell for cell in cells if cell.method.tau is not None]:
             named.sort(key=lambda cell: cell.total.shares["removed"].value)
             curves.append(
@@ -347,7 +343,7 @@ def best_table(results: Results, steps: int) -> str:
 
 def searched(tuned: Results) -> str:
     """How NAG's settings were found."""
-    count = len([cell for cell in tuned.cells if cell.method.name == "nag"])
+    count = len({cell.method for cell in tuned.cells if cell.method.name == "nag"})
     named = ", ".join(f"`{method}`" for method in tuned_methods(tuned))
     about = tuned.about
     return (

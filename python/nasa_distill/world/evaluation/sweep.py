@@ -38,6 +38,7 @@ class Row(NamedTuple):
 ROWS = (
     Row("guidance\n(CFG)", "scale", "cfg", (1.5, 2.5, 4.0, 6.0)),
     Row("NASA", "alpha", "nasa", (0.25, 0.5, 0.75, 1.0)),
+    Row("projected\nNASA", "alpha", "projected", (0.5, 1.0, 1.5, 2.5)),
     Row("NAG", "scale", "nag", (2.0, 4.0, 8.0, 16.0)),
     Row("VSF", "alpha", "vsf", (0.25, 0.5, 1.0, 2.0)),
 )
