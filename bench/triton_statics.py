@@ -29,7 +29,7 @@ ROWS = ROOT / "docs" / "kernels" / "statics-triton.json"
 # head_dim and keys of each prompt, of all SHAPES
 SIZES = tuple(sorted({(shape.d, shape.n_pos) for shape in SHAPES}))
 # the GPUs of the page
-ARCHES = {"H100": 90}
+ARCHES = {"A100": 80, "H100": 90}
 PRODUCTS = (*machine_code.PRODUCTS, "UTCHMMA")
 
 
