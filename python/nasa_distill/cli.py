@@ -223,7 +223,7 @@ def run_eval(options: argparse.Namespace) -> None:
     if options.search:
         methods = (evaluate.NONE, *evaluate.nag_grid(load(student).joint))
     if options.best_of is not None:
-        methods = report.best_methods(report.read(options.best_of))
+        methods = tuple(report.best_methods(report.read(options.best_of)))
     results = evaluate.run(
         Path(student),
         options.steps,

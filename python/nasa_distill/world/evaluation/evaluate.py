@@ -241,7 +241,7 @@ def run(
         progress: A file of the cells that are there; the same call goes on with it.
     """
     images, steps = plain(images), [plain(count) for count in steps]
-    seeds = [plain(seed) for seed in ([seeds] if isinstance(plain(seeds), int) else seeds)]
+    seeds = [plain(seed) for seed in (seeds if isinstance(seeds, Sequence) else [seeds])]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
     if pairs not in LISTS:
@@ -283,8 +283,8 @@ def run(
     # seed by seed: what was stopped early has all methods
     for seed, cell in tqdm([(seed, cell) for seed in seeds for cell in cells], "cells"):
         key = f"{cell.model}, {cell.steps} steps, {cell.method}, seed {seed}"
-        how = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
-        cell.add(seed, made.through(key, pair_by_pair, *how))
+        asked = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
+        cell.add(seed, made.through(key, pair_by_pair, *asked))
     return Results(cells, about, seen)
 
 
