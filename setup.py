@@ -1,18 +1,21 @@
 """Package metadata, and calls of CMake for the compiled kernels.
 
-`pip install --no-build-isolation .` after torch. The kernels for CPUs are built where there are a
-C++ compiler and CMake, those for GPUs where there is an nvcc as well; an install without either
-works, on PyTorch's own attention and on Triton. NASA_KERNELS_CPU=1 and NASA_KERNELS_CUDA=1 make
-what is missing, or a build that fails, an error; 0 leaves the kernels out. NASA_CUDA_ARCHS ("9.0a")
-builds for one's own GPU alone.
+`pip install --no-build-isolation .` after torch, against which they are built: those for CPUs where
+there are a C++ compiler and CMake, those for GPUs on Linux where there is an nvcc as well. An
+install without torch, as in pip's own build environment, or without either, works: on PyTorch's
+own attention and on Triton. NASA_KERNELS_CPU=1 and NASA_KERNELS_CUDA=1 make what is missing, or a
+build that fails, an error; 0 leaves the kernels out. NASA_CUDA_ARCHS ("9.0a") builds for one's own
+GPU alone.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -21,7 +24,21 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nasa_kernels/__init__.py").read_text())[1]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+VERSION = re.search(r'__version__ = "(.+)"', text_of("nasa_kernels/__init__.py"))[1]
+
+
+def description() -> str:
+    """The README where its links and pictures lead nowhere: without either."""
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n*", "", text_of("README.md"))
+    text = re.sub(r"<!--.*?-->\n*", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?://)[^)]*\)", r"\1", text)
+
 
 # NumPy: Triton 3.6 fails with 2.4 in its interpreter, in which the tests run kernels.
 DIFFUSERS = [
@@ -36,6 +53,10 @@ BENCH = [*DEMO, "matplotlib>=3.8", "nvidia-ml-py"]
 TEST = [
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100"),
     *("triton>=3.6,<3.10", "numpy<2.4", "ruff", "mypy", "cmake>=3.22", "ninja"),
+]
+TRITON = [
+    "triton>=3.6,<3.10; sys_platform == 'linux'",
+    "triton-windows>=3.6,<3.10; sys_platform == 'win32'",
 ]
 
 # One nvcc for all: `pip install nasa-kernels[cuda-build]` brings it without a CUDA toolkit.
@@ -60,16 +81,30 @@ def mode_of(variable: str) -> str:
     return mode
 
 
-def chosen_nvcc() -> Path | None:
-    """The nvcc to build with, or None to install without the CUDA C++ kernels."""
-    mode = mode_of("NASA_KERNELS_CUDA")
-    nvcc = find_nvcc() if mode != "0" else None
-    if mode == "1" and nvcc is None:
-        raise RuntimeError(
-            "NASA_KERNELS_CUDA=1 but there is no nvcc: set CUDA_HOME, or pip install "
-            f"'{CUDA_BUILD[0]}'"
+# the oldest torch whose stable ABI has what the libraries use: CMakeLists.txt
+OLDEST_TORCH = (2, 10)
+
+
+def missing_torch() -> str | None:
+    """Why nothing can be compiled against torch here, or None. It is not imported."""
+    if importlib.util.find_spec("torch") is None:
+        return (
+            "torch, against which they are built, is not installed where this is built; install "
+            "torch first and pip install --no-build-isolation"
         )
-    return nvcc
+    version = importlib.metadata.version("torch")
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+        return f"they are built against torch 2.10 or newer, torch {version} is installed"
+    return None
+
+
+def missing_for_cuda() -> str | None:
+    """What the kernels for GPUs cannot be built without, or None."""
+    if not sys.platform.startswith("linux"):
+        return "they are built on Linux alone"
+    if find_nvcc() is None:
+        return f"there is no nvcc; set CUDA_HOME, or pip install '{CUDA_BUILD[0]}'"
+    return missing_torch()
 
 
 # cmake and ninja may come from PyPI, beside this Python
@@ -78,8 +113,10 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 def missing_for_cpu() -> str | None:
     """What the kernels for CPUs cannot be built without, or None."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch, against which they are built, is not installed"
+    if sys.platform == "win32":
+        return "they are built on Linux and macOS alone"
+    if (reason := missing_torch()) is not None:
+        return reason
     if shutil.which("cmake", path=PATH) is None:
         return "there is no cmake; pip install cmake"
     compilers = (os.environ.get("CXX", "").split() or [""])[0], "c++", "g++", "clang++"
@@ -88,18 +125,16 @@ def missing_for_cpu() -> str | None:
     return None
 
 
-def builds_for_cpu() -> bool:
-    """Whether to build the kernels for CPUs."""
-    mode = mode_of("NASA_KERNELS_CPU")
-    if mode == "0":
-        print("nasa-kernels: NASA_KERNELS_CPU=0: without the CPU kernels")
-        return False
-    reason = missing_for_cpu()
-    if reason is not None and mode == "1":
-        raise RuntimeError(f"NASA_KERNELS_CPU=1 but {reason}")
-    if reason is not None:
-        print(f"nasa-kernels: without the CPU kernels: {reason}")
-    return reason is None
+def builds(kernels: str, variable: str, missing: Callable[[], str | None]) -> bool:
+    """Whether to build these kernels; what is missing is an error where `variable` is 1."""
+    mode = mode_of(variable)
+    reason = f"{variable}=0" if mode == "0" else missing()
+    if reason is None:
+        return True
+    if mode == "1":
+        raise RuntimeError(f"{variable}=1 but the {kernels} cannot be built: {reason}")
+    print(f"nasa-kernels: without the {kernels}: {reason}")
+    return False
 
 
 class CMakeBuild(build_ext):
@@ -110,7 +145,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == CUDA:
-            options = ["-DNASA_CPU=OFF", "-DNASA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={chosen_nvcc()}"]
+            options = ["-DNASA_CPU=OFF", "-DNASA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
             if archs := os.environ.get("NASA_CUDA_ARCHS"):
                 options.append(f"-DNASA_CUDA_ARCHS={archs.replace(' ', ';')}")
             self.cmake(ext, "cuda", options)
@@ -124,8 +159,6 @@ class CMakeBuild(build_ext):
 
     def cmake(self, ext: Extension, folder: str, options: list[str]) -> None:
         torch = importlib.util.find_spec("torch")
-        if torch is None:
-            raise RuntimeError("the compiled kernels are built against torch: install torch first")
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / folder
         ninja = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
@@ -149,22 +182,33 @@ class Wheel(bdist_wheel):
 
 CPU, CUDA = "nasa_kernels._cpu_C", "nasa_kernels._C"
 extensions = []
-if builds_for_cpu():
+if builds("CPU kernels", "NASA_KERNELS_CPU", missing_for_cpu):
     # optional: a build that fails is a warning
     optional = mode_of("NASA_KERNELS_CPU") != "1"
     extensions.append(Extension(CPU, sources=[], optional=optional))
-if chosen_nvcc():
+if builds("CUDA C++ kernels", "NASA_KERNELS_CUDA", missing_for_cuda):
     extensions.append(Extension(CUDA, sources=[]))
-else:
-    print("nasa-kernels: no nvcc, or NASA_KERNELS_CUDA=0: without the CUDA C++ kernels")
 
 setup(
     name="nasa-kernels",
     version=VERSION,
     description="Negative prompts for one-step and few-step diffusion models: fused NASA attention",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The authors of nasa-kernels",
+    license_expression="Apache-2.0",
+    keywords="diffusion, negative prompt, attention, few-step, Triton, CUDA, PyTorch",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["nasa_kernels", "nasa_kernels.*"]),
@@ -178,13 +222,15 @@ setup(
     package_data={
         "nasa_kernels": ["py.typed"],
         "nasa_diffusers": ["py.typed"],
-        "nasa_distill": ["models/*/*", "models/*/*/*"],
+        # its models are a package of their own: python/nasa_distill/models/pyproject.toml
+        "nasa_distill": ["py.typed"],
     },
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
-    install_requires=["torch>=2.10,<2.16"],
+    # no cap: pip would replace the torch that is there. The kernels check theirs when they load
+    install_requires=["torch>=2.7"],
     extras_require={
-        "triton": ["triton>=3.6,<3.10"],
+        "triton": TRITON,
         "cuda-build": CUDA_BUILD,
         "diffusers": DIFFUSERS,
         "distill": DISTILL,

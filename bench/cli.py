@@ -22,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if getattr(options, "free_mkl", False) and not mkl.is_free():
             mkl.start_again()
+        if getattr(options, "threads", None) is not None:
+            if options.threads < 1:
+                raise ValueError(f"--threads must be at least 1, got {options.threads}")
+            torch.set_num_threads(options.threads)
         return options.run(options) or 0
     except ImportError as error:
         print(f"bench {options.command}: {error}: pip install -e '.[bench]'", file=sys.stderr)
@@ -43,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
             made.add_argument("--device", help="default: cuda where there is one")
             made.add_argument("--minutes", type=float, help="begin no case after so many")
             made.add_argument("--quick", action="store_true", help="the headline cases alone")
+            made.add_argument("--threads", type=int, help="of a CPU; default: as PyTorch has them")
             made.add_argument(
                 "--free-mkl", action="store_true",
                 help="PyTorch's products at their best on a CPU that is not Intel's",
@@ -56,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     layer = command("layer", run_layer, "time one cross-attention layer, to_q to to_out")
     model = command("model", run_model, "time a whole denoiser with random weights")
     memory = command("memory", run_memory, "peak memory of a whole denoiser call by method")
+    host = command("host", run_host, "host time of a call, with a runtime that launches nothing")
+    host.add_argument("--library", type=Path, help="default: build/cuda/host.so")
     for made in (op, layer, model, memory):
         made.add_argument("--case", action="append", help="pattern of case names")
         made.add_argument("--dtype", action="append", choices=BY_NAME)
@@ -79,16 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
     readme.add_argument("--check", action="store_true", help="only say whether it is current")
     counted = command("statics", run_statics, "count in the compiled kernels", measures=False)
     counted.add_argument("--library", type=Path, help="default: the built extension")
-    counted.add_argument("--write", action="store_true", help="renew docs/kernels/statics.md")
+    counted.add_argument("--write", action="store_true", help="renew docs/kernels/statics*.md")
     show = command("show", run_show, "print a result file as tables", measures=False)
     show.add_argument("file", type=Path)
     return parser
 
 
 def run_statics(options: argparse.Namespace) -> int:
-    from bench import statics
+    from bench import statics, triton_statics
 
-    return statics.run(options.library, options.write)
+    return statics.run(options.library, options.write) or triton_statics.run(options.write)
 
 
 # ---- what measures -------------------------------------------------------------------------------
@@ -168,6 +175,31 @@ def flops_table(rows: list):
     return table
 
 
+def run_host(options: argparse.Namespace) -> int:
+    from bench import host
+
+    session = start("cpu", options.out, options.minutes)
+    rows = host.run(session, options.library, options.quick)
+    if rows:
+        session.console.print(host_table(rows))
+        session.say(f"{len(rows)} rows in {session.out}")
+    session.report_left_out()
+    return 0 if rows else 1
+
+
+def host_table(rows: list):
+    from rich.table import Table
+
+    title = f"host time over that of one {rows[0].baseline} call, {rows[0].baseline_us:.1f} us"
+    table = Table(title=title, title_justify="left")
+    for column in ("back end", "call", "median", "p20 to p80"):
+        table.add_column(column, justify="right" if column[0] in "mp" else "left", no_wrap=True)
+    for r in rows:
+        low, middle, high = (x / r.baseline_us for x in (r.p20_us, r.p50_us, r.p80_us))
+        table.add_row(r.provider, r.case, f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
+    return table
+
+
 def run_roofline(options: argparse.Namespace) -> int:
     session = start_as(options)
     return finish(session, "rates", measure_roofline(session, options.quick))
@@ -178,7 +210,7 @@ def run_op(options: argparse.Namespace) -> int:
     from bench.providers import PROVIDERS
 
     # before minutes are spent on rates
-    names = matching(op.NAMES, options.case, "case") if options.case else None
+    names = matching(op.ALL_NAMES, options.case, "case") if options.case else None
     providers = matching(list(PROVIDERS), options.provider, "provider")
     session = with_rates(options)
     rows = op_rows(

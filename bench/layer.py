@@ -4,6 +4,7 @@
     algorithm-1   K and V of each prompt by themselves, two attentions, a product, a difference
     nasa-first    both prompts projected side by side, one operation
     nasa          keys and values cached: Q, one operation, output
+    projected     the same by the rule "projected"
     nag           as published: both prompts as a batch, Q twice, normalised and blended
     nag-ours      the same guidance by `nag_attention`, keys and values cached
     cfg           the stock layer on a doubled batch
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import baselines, gate
+from bench import baselines, gate, kinds
 from bench.launches import count_launches, peak_bytes
 from bench.machine import clock_mhz
 from bench.op import ALPHA
@@ -97,6 +98,20 @@ def nasa(layer: Layer, x: Inputs) -> Tensor:
     return layer.to_out(nasa_attention(q, k_pos, v_pos, k_neg, v_neg, ALPHA).flatten(2))
 
 
+def projected(layer: Layer, x: Inputs) -> Tensor:
+    q = layer.heads(layer.to_q(x.image))
+    k_pos, v_pos, k_neg, v_neg = x.cached
+    o = nasa_attention(q, k_pos, v_pos, k_neg, v_neg, ALPHA, rule="projected")
+    return layer.to_out(o.flatten(2))
+
+
+def projected_in_two(layer: Layer, x: Inputs) -> Tensor:
+    """The same as one would write it."""
+    q = layer.heads(layer.to_q(x.image))
+    z_pos, z_neg = (sdpa(q, *layer.keys_values(text)) for text in (x.positive, x.negative))
+    return layer.to_out(kinds.project(z_pos, z_neg, ALPHA).flatten(2))
+
+
 def nag(layer: Layer, x: Inputs) -> Tensor:
     q = layer.heads(layer.to_q(x.image)).tile(2, 1, 1, 1)
     z_pos, z_neg = layer.attend(q, torch.cat([x.positive, x.negative])).chunk(2)
@@ -119,13 +134,15 @@ METHODS: dict[str, Callable[[Layer, Inputs], Tensor]] = {
     "algorithm-1": algorithm_1,
     "nasa-first": nasa_first,
     "nasa": nasa,
+    "projected": projected,
     "nag": nag,
     "nag-ours": nag_ours,
     "cfg": cfg,
 }
 # ours and Algorithm 1, and the layer of which each must be a rounding
 JUDGED_BY = {
-    "algorithm-1": algorithm_1, "nasa-first": algorithm_1, "nasa": algorithm_1, "nag-ours": nag,
+    "algorithm-1": algorithm_1, "nasa-first": algorithm_1, "nasa": algorithm_1,
+    "projected": projected_in_two, "nag-ours": nag,
 }  # fmt: skip
 
 

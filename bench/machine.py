@@ -68,7 +68,9 @@ def device_name(device: torch.device) -> str:
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*: (.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE
+        )
         if found:
             return f"CPU {found[1].strip()}"
     return "CPU"
@@ -123,7 +125,7 @@ def cache_bytes(device: torch.device) -> int:
     sizes = [
         int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]]
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-        if (size := path.read_text().strip())[-1:] in ("K", "M")
+        if (size := path.read_text(encoding="utf-8").strip())[-1:] in ("K", "M")
     ]
     return max(sizes, default=32 * 2**20)
 

@@ -167,6 +167,24 @@ def _back_edges(blocks: dict[int, Block]) -> set[tuple[int, int]]:
     return {(b, head) for b in seen for head in blocks[b].next if head in dominators[b]}
 
 
+# a root is taken of nothing but the lengths that rule "projected" compares
+PROJECTION = "MUFU.RSQ"
+
+
+def projections(blocks: dict[int, Block]) -> list[int]:
+    return [b for b, x in blocks.items() if any(i.opcode == PROJECTION for i in x.code)]
+
+
+def without_projection(blocks: dict[int, Block]) -> dict[int, Block]:
+    """The blocks of every other rule."""
+    left_out = set(projections(blocks))
+    return {
+        b: Block(x.code, [n for n in x.next if n not in left_out])
+        for b, x in blocks.items()
+        if b not in left_out
+    }
+
+
 def tile_path(blocks: dict[int, Block]) -> tuple[Loop, list[int]]:
     """The loop over tiles, and the plain path once around it: the smallest with the most products.
 
@@ -215,7 +233,11 @@ def plain_path(blocks: dict[int, Block], loop: Loop) -> list[int]:
     for copies in (STORES, LOADS):
         wanted += [b for b in reversed(order) if _copies(blocks[b], copies)]
     stops: list[int] = []
-    path = _through(blocks, loop, backward, [])
+    path = _through(blocks, loop, backward, stops)
+    # projections of rows without shared keys: those that are reached by the shortest ways
+    ways = ((b, _through(blocks, loop, backward, [b])) for b in projections(blocks) if b in order)
+    cheapest = sorted((_cost(blocks, way), b) for b, way in ways if way is not None)
+    wanted = [b for _, b in cheapest] + wanted
     for block in wanted:
         longer = _through(blocks, loop, backward, sorted({*stops, block}, key=order.index))
         if longer is None:
@@ -266,6 +288,12 @@ def _through(blocks, loop: Loop, backward: set, stops: list[int]) -> list[int] |
     return None if part is None else path + part[1:]
 
 
+def _cost(blocks: dict[int, Block], path: list[int]) -> int:
+    code = [i for b in path for i in blocks[b].code]
+    detours = sum(i.base == "CALL" or (i.opcode in SEGMENT and i.predicate != "@!PT") for i in code)
+    return len(code) + DETOUR * detours
+
+
 def _shortest(blocks, loop: Loop, backward: set, start: int, ends: set[int]) -> list[int] | None:
     best, queue = {start: 0}, [(0, start, [start])]
     while queue:
@@ -277,10 +305,7 @@ def _shortest(blocks, loop: Loop, backward: set, start: int, ends: set[int]) -> 
         for after in blocks[block].next:
             if after not in loop.body or (block, after) in backward:
                 continue
-            code = blocks[after].code
-            detours = sum(i.base == "CALL" or (i.opcode in SEGMENT and i.predicate != "@!PT")
-                          for i in code)  # fmt: skip
-            new = cost + len(code) + DETOUR * detours
+            new = cost + _cost(blocks, [after])
             if new < best.get(after, 1 << 30):
                 best[after] = new
                 heapq.heappush(queue, (new, after, [*path, after]))

@@ -30,7 +30,7 @@ def start_again() -> None:
         raise RuntimeError("--free-mkl needs a C compiler; on Debian: apt install gcc")
     folder = Path(tempfile.mkdtemp())
     source, library = folder / "free_mkl.c", folder / _NAME
-    source.write_text(_SOURCE)
+    source.write_text(_SOURCE, encoding="utf-8")
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
     preloaded = f"{library} {os.environ.get('LD_PRELOAD', '')}".strip()
     arguments = [sys.executable, "-m", "bench", *sys.argv[1:]]

@@ -3,7 +3,8 @@
     stock         no negative prompt
     algorithm-1   both prompts projected and attended to in every call
     nasa          nasa_diffusers with the keys and values of both prompts cached
-    nasa-first    the same without anything cached, as in the first call with a prompt (eager only)
+    projected     the same by the rule "projected", which nothing published is compared with
+    nasa-first    nasa without anything cached, as in the first call with a prompt (eager only)
     nag           as published
     nag-ours      the same guidance on this package's operations, keys and values cached
     cfg           a doubled batch, or two calls where the model's pipeline makes two
@@ -25,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from nasa_diffusers import NAG, NASA, Method, enable_nasa
+from nasa_diffusers import NAG, NASA, Method, ProjectedNASA, enable_nasa
 from nasa_diffusers.flops import Model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -172,6 +173,7 @@ METHODS: dict[str, Callable[[Denoiser], contextlib.AbstractContextManager]] = {
     "stock": _stock,
     "algorithm-1": _algorithm_1,
     "nasa": partial(_ours, method=_NASA),
+    "projected": partial(_ours, method=ProjectedNASA(2.0)),
     "nasa-first": partial(_ours, method=_NASA, first=True),
     "nag": _nag,
     "nag-ours": partial(_ours, method=_NAG),
@@ -230,7 +232,9 @@ def default_names(device: torch.device, quick: bool = False) -> Sequence[str]:
 
 
 # those of a quick run: without what is measured to be compared with once
-QUICK_METHODS = tuple(name for name in METHODS if name not in ("nasa-first", "nag", "nag-ours"))
+QUICK_METHODS = tuple(
+    name for name in METHODS if name not in ("nasa-first", "projected", "nag", "nag-ours")
+)
 
 
 def _cases(

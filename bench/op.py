@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bench import gate
+from bench.kinds import KINDS
 from bench.launches import count_launches, peak_bytes
 from bench.machine import cache_bytes, clock_mhz
-from bench.providers import BASELINE, Case, Compiled, Inputs, Provider
+from bench.providers import BASELINE, Case, Compiled, Inputs, Provider, for_kind
 from bench.roofline import name_of
 from bench.row import Row
 from bench.session import Session
@@ -25,13 +26,31 @@ from bench.timing import (
     rotations,
     synchroniser,
 )
-from bench.work import attention_work
-from nasa_kernels.testing import MODEL_SHAPES, make_inputs
+from nasa_kernels.testing import MODEL_SHAPES, Shape
 
 ALPHA = 0.5
 # headline cases, measured first: a run that is cut short has their rows
 HEADLINE = ("sdxl-64", "sd15-64", "pixart-1024", "sd21-64")
 NAMES = (*HEADLINE, *(s.name for s in MODEL_SHAPES if s.name not in HEADLINE))
+# what is measured where it is asked for: a part of a clip, a small FLUX, and calls of other kinds
+PARTS = (Shape("wan-2k", 1, 2000, 12, 128, 512, 512), Shape("flux-like", 1, 2048, 4, 128, 256, 256))
+KINDS_OF = {
+    "masked": ("pixart-1024",),
+    "projected": ("sdxl-64", "sd15-64", "sd15-16", "pixart-1024"),
+    "nag": ("sdxl-64", "sd15-64", "sd15-16", "pixart-1024"),
+    "joint": ("flux-like",),
+    "joint-projected": ("flux-like",),
+    "joint-nag": ("flux-like",),
+}
+_MORE = {"wan-2k": ("", "wan-2k")} | {
+    f"{kind}-{name}": (kind, name) for kind, names in KINDS_OF.items() for name in names
+}
+ALL_NAMES = (*NAMES, *_MORE)
+
+
+def is_whole_layer(case: str) -> bool:
+    """Whether a row's case is `nasa_attention` on a layer of a model."""
+    return case.split("-b")[0] not in _MORE
 
 
 def cases(
@@ -41,15 +60,19 @@ def cases(
     dtypes: Iterable[torch.dtype],
     directions: Iterable[str],
 ) -> list[Case]:
-    """Every combination, in the order of the arguments' values."""
-    shapes = {shape.name: shape for shape in MODEL_SHAPES}
-    return [
-        Case(shapes[name]._replace(b=b), dtype, device, direction)
-        for dtype in dtypes
-        for direction in directions
-        for b in batches
-        for name in names
-    ]
+    """Every combination, in the order of the arguments' values. Other kinds of calls are measured
+    forward alone."""
+    shapes = {shape.name: shape for shape in (*MODEL_SHAPES, *PARTS)}
+    found = []
+    for dtype in dtypes:
+        for direction in directions:
+            for b in batches:
+                for name in names:
+                    kind, shape = _MORE.get(name, ("", name))
+                    if not kind or direction == "forward":
+                        sized = shapes[shape]._replace(b=b)
+                        found.append(Case(sized, dtype, device, direction, kind))
+    return found
 
 
 def run(
@@ -62,12 +85,12 @@ def run(
     rows: list[Row] = []
     for case in wanted:
         if session.is_over:
-            session.leave_out(f"{case.shape} {case.direction}", "no time was left")
+            session.leave_out(f"{case} {case.direction}", "no time was left")
             continue
         found = run_case(session, case, providers, timings)
         session.write(found)
         rows += found
-        session.say(f"{case.shape} {name_of(case.dtype)} {case.direction}: {len(found)} rows")
+        session.say(f"{case} {name_of(case.dtype)} {case.direction}: {len(found)} rows")
     return rows
 
 
@@ -76,7 +99,8 @@ def run_case(
 ) -> list[Row]:
     """All providers of one case. What does not run, or is wrong, gets no row but a reason."""
     torch.compiler.reset()
-    inputs: Inputs = make_inputs(case.shape, case.dtype, case.device)
+    providers = [p for p in (for_kind(p, case.kind) for p in providers) if p is not None]
+    inputs = case.inputs()
     grad_o = torch.randn_like(inputs["q"])
     result = inputs["q"].numel() * case.dtype.itemsize
     sets = [inputs]
@@ -88,7 +112,7 @@ def run_case(
     facts: dict[str, dict[str, Any]] = {}
     try:
         for provider in providers:
-            label = f"{provider.name} on {case.shape} {name_of(case.dtype)} {case.direction}"
+            label = f"{provider.name} on {case} {name_of(case.dtype)} {case.direction}"
             reason = provider.refuse(case)
             if reason is not None:
                 session.leave_out(label, reason)
@@ -127,7 +151,12 @@ def _facts(provider: Provider, case: Case, inputs: Inputs, grad_o: Tensor) -> di
     if case.direction == "forward":
         with torch.no_grad():
             o = provider.attend(provider.arrange(inputs), ALPHA)
-        errors = gate.check_forward(o, inputs, alpha, slack)
+        if not case.kind:
+            errors = gate.check_forward(o, inputs, alpha, slack)
+        elif KINDS[case.kind].is_by_row:
+            errors = gate.check_forward(o, inputs, alpha, slack, KINDS[case.kind].exact)
+        else:
+            errors = gate.check_whole(o, *KINDS[case.kind].exact(inputs, alpha), slack)
         del o
     else:
 
@@ -206,11 +235,11 @@ def _rows(
     guided = {provider.name: provider.guided for provider in providers}
     rows = []
     for (name, _), timer in timers.items():
-        work = attention_work(case.shape, case.dtype, case.direction, guided[name])
+        work = case.work(guided[name])
         for timing, samples in timer.results.items():
             rows.append(
                 session.row(
-                    bench="op", case=str(case.shape), dtype=name_of(case.dtype),
+                    bench="op", case=str(case), dtype=name_of(case.dtype),
                     direction=case.direction, provider=name, timing=timing, **samples.columns(),
                     **clocks, **vars(work), **session.rates.columns(work, case.dtype),
                     **facts[name], baseline=BASELINE if timing in baselines else "",

@@ -18,9 +18,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.op import is_whole_layer
 from bench.providers import BASELINE
 from bench.roofline import rates_of
-from bench.row import Row, latest
+from bench.row import Row, latest, with_most_threads
 
 # one hue per provider in every picture, ours the strongest; distinguishable without colour vision
 COLOURS = {
@@ -64,7 +65,7 @@ def figure(function: Callable[[list[Row]], Figure | None]) -> Callable:
 
 def run(rows: Iterable[Row], folder: Path, prefix: str = "") -> list[Path]:
     """Draw every picture that the rows have something for."""
-    newest = list(latest(rows).values())
+    newest = with_most_threads(latest(rows).values())
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
@@ -153,6 +154,7 @@ def speedup(rows: list[Row]) -> Figure | None:
         r
         for r in rows
         if r.bench == "op" and r.timing == "cold" and r.direction == "forward"
+        and is_whole_layer(r.case)
         and r.baseline == BASELINE and r.speedup and r.provider != BASELINE
     ]  # fmt: skip
     if not timed:

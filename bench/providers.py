@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import kinds
 from bench.timing import Around
+from bench.work import Work, attention_work
 from nasa_kernels import backends, nasa_attention
-from nasa_kernels.testing import Shape, cpu_composition, why_no_cpu_kernels
+from nasa_kernels.testing import Shape, cpu_composition, make_inputs, why_no_cpu_kernels
 
 Inputs = dict[str, Any]  # q, k_pos, v_pos, k_neg, v_neg
 BASELINE = "algorithm-1"
@@ -35,6 +37,19 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     direction: str = "forward"
+    kind: str = ""  # one of `kinds.KINDS`; none: `nasa_attention` over two whole prompts
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.shape}" if self.kind else str(self.shape)
+
+    def inputs(self) -> Inputs:
+        make = kinds.KINDS[self.kind].make if self.kind else make_inputs
+        return make(self.shape, self.dtype, self.device)
+
+    def work(self, guided: bool) -> Work:
+        if self.kind:
+            return kinds.KINDS[self.kind].work(self.shape, self.dtype, guided)
+        return attention_work(self.shape, self.dtype, self.direction, guided)
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Provider:
     ours: bool = False
     guided: bool = True  # False: it attends to the positive prompt only
     compiled: bool = False  # seconds of compilation for each case
+    backend: str | None = None  # of ours
 
     def alpha(self, alpha: float) -> float:
         """The alpha whose exact result this provider should give."""
@@ -72,7 +88,7 @@ def _ours(backend: str) -> Provider:
             reason = backends.why_not_head_dim(backend, case.device, case.shape.d, backward)
         return reason
 
-    return Provider(f"nasa-{backend}", attend, refuse=refuse, ours=True)
+    return Provider(f"nasa-{backend}", attend, refuse=refuse, ours=True, backend=backend)
 
 
 class Composition(torch.autograd.Function):
@@ -240,3 +256,16 @@ PROVIDERS: dict[str, Provider] = {
         Provider("flash-attn", flash_attn, refuse=_installed("flash_attn")),
     )
 }
+
+
+def for_kind(provider: Provider, kind: str) -> Provider | None:
+    """The provider on calls of a kind; None where it is not one of them."""
+    if not kind:
+        return provider
+    of = kinds.KINDS[kind]
+    if provider.backend is not None:
+        backend = provider.backend
+        return replace(provider, attend=lambda inputs, alpha: of.ours(inputs, alpha, backend))
+    if provider.name == "stock":
+        return replace(provider, attend=lambda inputs, alpha: of.stock(inputs))
+    return replace(provider, attend=of.two_calls) if provider.name == BASELINE else None

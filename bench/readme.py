@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import RESULTS, ROOT, slug
-from bench.op import HEADLINE
-from bench.row import Row, latest, read
+from bench.op import HEADLINE, is_whole_layer
+from bench.row import Row, latest, read, with_most_threads
 from bench.session import number
 from nasa_kernels import backends
 
@@ -55,7 +55,7 @@ def run(check: bool = False) -> int:
     stale = [path for path, text in pages().items() if not _has(path, text)]
     if not check:
         for path, text in pages().items():
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return 0
     for path in stale:
         print(f"{path.name} is not current: run `python -m bench readme`")
@@ -65,12 +65,12 @@ def run(check: bool = False) -> int:
 
 
 def _has(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 def pages(readme: Path = README, page: Path = PAGE, results: Path = RESULTS) -> dict[Path, str]:
     """The text of both files; raises where the README has no place for it."""
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"bench readme: {readme} must have one line {BEGIN!r} and one {END!r}")
     before, rest = text.split(BEGIN)
@@ -99,7 +99,7 @@ def section(rows: Iterable[Row], results: Path = RESULTS) -> str:
 
 def headlines(rows: Iterable[Row], results: Path = RESULTS) -> str:
     """At most six lines, and two plots."""
-    newest = list(latest(rows).values())
+    newest = with_most_threads(latest(rows).values())
     lines = [_flops_added(newest)]
     for device in _devices(newest)[-DEVICES:]:
         of = [r for r in newest if _of(r) == device]
@@ -169,6 +169,7 @@ def _operation_headline(rows: list[Row]) -> str:
     """Our operation against Algorithm 1, and against one prompt alone, over all forward cases timed
     with cold caches."""
     timed = [r for r in rows if r.bench == "op" and r.timing == "cold" and r.direction == "forward"]
+    timed = [r for r in timed if is_whole_layer(r.case)]
     ours = [r for r in timed if r.provider in OURS and r.baseline == "algorithm-1" and r.speedup]
     if not ours:
         return ""

@@ -33,7 +33,7 @@ class Row:
     triton: str
     diffusers: str
     # what
-    bench: str  # roofline, op, layer, model, memory, flops
+    bench: str  # roofline, op, layer, model, memory, flops, host
     case: str
     dtype: str
     direction: str  # forward, backward
@@ -119,7 +119,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
-        _check_columns(path, path.read_text().splitlines()[0].split(","))
+        _check_columns(path, path.read_text(encoding="utf-8").splitlines()[0].split(","))
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             ends_in_newline = file.read() == b"\n"
@@ -128,7 +128,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
     else:
         text = ",".join(COLUMNS) + "\n" + text
     # one write at the end of the file, so that two runs do not mix their rows
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -138,7 +138,7 @@ def replace(path: Path, rows: Iterable[Row]) -> None:
     keys = {row.key for row in rows}
     kept = [row for row in read(path) if row.key not in keys] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         file.write(",".join(COLUMNS) + "\n" + _format(kept + rows))
     Path(file.name).chmod(0o644)
     Path(file.name).replace(path)
@@ -150,7 +150,7 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: Other columns than `COLUMNS`, or a cell that is not of its column's type.
     """
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         lines = csv.DictReader(file)
         _check_columns(path, list(lines.fieldnames or ()))
         return [_parse(path, lines.line_num, line) for line in lines]
@@ -159,6 +159,15 @@ def read(path: Path) -> list[Row]:
 def latest(rows: Iterable[Row]) -> dict[tuple, Row]:
     """The newest row of each key, in the order in which the keys first came."""
     return {row.key: row for row in rows}
+
+
+def with_most_threads(rows: Iterable[Row]) -> list[Row]:
+    """Those of each device that had all of the threads which any of its rows had."""
+    rows = list(rows)
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row.device] = max(most.get(row.device, 0), row.threads or 0)
+    return [row for row in rows if (row.threads or 0) == most[row.device]]
 
 
 def _format(rows: Iterable[Row]) -> str:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from nasa_kernels.testing import CUDA_LIBRARY, MODEL_SHAPES, Shape
 
 PAGE = ROOT / "docs" / "kernels" / "statics.md"
 ROWS = ROOT / "docs" / "kernels" / "statics.json"
+YARDSTICK = ROOT / "docs" / "kernels" / "yardstick.json"  # by tools/yardstick.py
 BATCHES = (1, 4, 16)
 GROUP_ROWS = 64  # the unit of all counts
 CLIP_KEYS, BLOCK_KEYS = 80, 128
@@ -104,9 +105,14 @@ def plan(gpu: Gpu, shape: Shape) -> Plan:
     exists = d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
     if longest <= BLOCK_KEYS and exists and shared <= gpu.shared_per_block:
         return Plan("forward_short", (d, keys, True), 256, shared, rows, keys, True)
-    columns = d if d <= 128 else d // 2 if d <= 192 else d // 4
-    shared = tile(BLOCK_KEYS, d) + tile(BLOCK_KEYS, columns) + tile(64, d) + 4 * BLOCK_KEYS
-    return Plan("forward_long", (d,), 128, shared, 64, BLOCK_KEYS, False)
+    rows = 128 // warps_to_a_row(d)
+    shared = 3 * tile(BLOCK_KEYS // 2, d) + tile(rows, d) + 4 * BLOCK_KEYS
+    return Plan("forward_long", (d,), 256, shared, rows, BLOCK_KEYS, False)
+
+
+def warps_to_a_row(d: int) -> int:
+    """Of forward_long: each makes some of the columns, and all scores of its rows."""
+    return 1 if d <= 128 else 2 if d <= 192 else 4
 
 
 def _plan_sm90(d: int, keys: int, longest: int) -> Plan:
@@ -170,17 +176,27 @@ def cycles(gpu: Gpu, plan: Plan, d: int, path: Counter, turns: float) -> dict[st
     return {pipe: round(clk, 1) for pipe, clk in found.items()}
 
 
-def path_counts(plan: Plan, code: list[machine_code.Instruction]) -> tuple[Counter, float]:
-    """Opcodes along the plain path, and how often a scheduler walks it for 64 rows."""
+def path_counts(
+    plan: Plan, code: list[machine_code.Instruction], projected: bool = False
+) -> tuple[Counter, float]:
+    """Opcodes along the plain path, and how often a scheduler walks it for 64 rows.
+
+    projected: That of rule "projected" instead, in a kernel that keeps its prompts on chip.
+    """
     blocks = machine_code.blocks_of(code)
+    if not projected:
+        blocks = machine_code.without_projection(blocks)
     if plan.kernel.endswith("long"):
         # a tile of keys of one prompt: the longer of the loops for the two prompts
         loops = machine_code.product_loops(blocks)
         if plan.kernel == "forward_long":
             loop, path = machine_code.tile_path(blocks)
-            steps = plan.sizes[0] // 16
-            scores = steps * plan.keys // 16 * 2
-            return _name(blocks, path, machine_code.count(blocks, path, loop, scores)), 1.0
+            # two tiles of K and two of V, each by loops of their own
+            d = plan.sizes[0]
+            scores = d // 16 * plan.keys // 16
+            copies = -(-plan.keys // 2 * d // 8 // plan.threads)
+            counts = machine_code.count(blocks, path, loop, scores, copies=copies)
+            return _name(blocks, path, counts), float(warps_to_a_row(plan.sizes[0]))
         paths = [(loop, machine_code.plain_path(blocks, loop)) for loop in loops]
         both = [_name(blocks, path, machine_code.count(blocks, path, loop)) for loop, path in paths]
         return max(both, key=Counter.total), 1.0
@@ -232,23 +248,36 @@ class Row:
     cycles: dict[str, float]
     bound: str
     share_of_floor: float | None  # predicted, at batch 4
+    projected_issue: float | None = None  # under rule "projected", where prompts stay on chip
 
 
-def rows_of(library: Path, gpus: tuple[Gpu, ...] = GPUS) -> list[Row]:
+def rows_of(
+    library: Path, gpus: tuple[Gpu, ...] = GPUS, shapes: tuple[Shape, ...] = SHAPES
+) -> list[Row]:
     known = machine_code.registers(library)
     found = []
     for arch in dict.fromkeys(gpu.arch for gpu in gpus):
         mine = [gpu for gpu in gpus if gpu.arch == arch]
-        plans = {plan(gpu, shape) for gpu in mine for shape in SHAPES}
+        plans = {plan(gpu, shape) for gpu in mine for shape in shapes}
         names = {p: _mangled(known, arch, p) for p in plans}
         code = machine_code.disassemble(library, arch, list(names.values()))
         counts = {p: path_counts(p, code[name]) for p, name in names.items()}
-        found += [
-            _row(gpu, shape, known[arch, names[plan(gpu, shape)]], *counts[plan(gpu, shape)])
-            for gpu in mine
-            for shape in SHAPES
-        ]
+        projected = {p: path_counts(p, code[name], True) for p, name in names.items()
+                     if p.kernel.endswith("short") and _projects(p)}  # fmt: skip
+        for gpu in mine:
+            for shape in shapes:
+                how = plan(gpu, shape)
+                row = _row(gpu, shape, known[arch, names[how]], *counts[how])
+                if how in projected:
+                    path, turns = projected[how]
+                    row = replace(row, projected_issue=round(path.total() * turns, 1))
+                found.append(row)
     return found
+
+
+def _projects(plan: Plan) -> bool:
+    """Whether rule "projected" is not the streamed kernel's."""
+    return plan.kernel != "forward_short" or plan.sizes[0] <= 128
 
 
 def _mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
@@ -289,6 +318,19 @@ def _useful_products(gpu: Gpu, shape: Shape) -> float:
     return 2 * GROUP_ROWS * keys * shape.d / rate if rate else 0.0
 
 
+def predicted_us(gpu: Gpu, row: Row, shape: Shape) -> float:
+    """Of a launch without its start: the tallest pipe, on the SM that has most to do."""
+    how = plan(gpu, shape)
+    parts = 1
+    if how.kernel.endswith("long"):
+        parts = sum(-(-n // how.keys) for n in (shape.n_pos, shape.n_neg))
+    tiles = shape.b * shape.h * -(-shape.l // how.rows)
+    # tiles that an SM gets when they are spread as evenly as tiles can be
+    slots = gpu.sms * row.blocks_per_sm
+    tiles_of_sm = row.blocks_per_sm * -(-tiles // slots)
+    return tiles_of_sm * how.rows / GROUP_ROWS * parts * row.cycles[row.bound] / gpu.ghz / 1e3
+
+
 # ---- page and command ----------------------------------------------------------------------------
 
 INTRODUCTION = """# The kernels by what can be counted
@@ -302,27 +344,37 @@ and data sheets. No time on this page was measured, and measured rows stand else
   **shared** and **memory** are the cycles that these pipes are busy, all of them for 64 query rows
   and the keys named. The largest of them bounds the kernel if all else hides under it. Without a
   number for `mma.sync` on a GPU there is none under tensor.
+* **projected** is what a scheduler issues under rule "projected", where the prompts stay on chip;
+  the other pipes have the same to do. Where K and V pass by, only the last step has more to do.
 * **grid** is the work over what all slots (SMs x blocks per SM) could do while the longest block
   runs, in tiles, at batch 1, 4 and 16. `forward_long` launches a block for each tile instead.
 * **of floor** is the useful products and bytes at the rates of the data sheet over the largest
   pipe, times the grid at batch 4: what is left if everything overlaps.
+* **yardstick** rows are a public kernel, counted in the same way: the loop over keys of
+  FlashAttention-2's forward, from the source that PyPI has, by the same nvcc
+  (`tools/yardstick.py`). It attends to one prompt, as a turn of `forward_long` does.
 """
+
+
+def yardsticks() -> list[Row]:
+    return [Row(**row) for row in json.loads(YARDSTICK.read_text(encoding="utf-8"))]
 
 
 def page(rows: list[Row]) -> str:
     out = [INTRODUCTION]
+    rows = [*rows, *yardsticks()]
     for gpu in dict.fromkeys(row.gpu for row in rows):
         mine = [row for row in rows if row.gpu == gpu]
         out.append(f"## {gpu} ({mine[0].arch})\n")
         out.append(
             "| | shape | kernel | registers | shared | blocks per SM | grid 1 / 4 / 16 | unit "
-            "| issue | exponential | tensor | shared | memory | bound | of floor |"
+            "| issue | projected | exponential | tensor | shared | memory | bound | of floor |"
         )
-        out.append("|---" * 15 + "|")
+        out.append("|---" * 16 + "|")
         for row in mine:
             grid = " / ".join(f"{row.grid[str(b)]:.2f}" for b in BATCHES) if row.grid else "-"
-            pipes = (row.cycles.get(name) for name in
-                     ("issue", "exponential", "tensor", "shared", "memory"))  # fmt: skip
+            pipes = [row.cycles["issue"], row.projected_issue]
+            pipes += [row.cycles.get(n) for n in ("exponential", "tensor", "shared", "memory")]
             cells = [
                 row.kind, row.shape, f"`{row.kernel}`", row.registers, row.shared,
                 row.blocks_per_sm, grid, row.unit, *(f"{x:.0f}" if x else "-" for x in pipes),
@@ -335,7 +387,7 @@ def page(rows: list[Row]) -> str:
 
 def recorded() -> list[Row]:
     """The rows that the page was made of."""
-    return [Row(**row) for row in json.loads(ROWS.read_text())]
+    return [Row(**row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
 
 
 def library_of(path: Path | None) -> Path:
@@ -350,8 +402,8 @@ def run(library: Path | None = None, write: bool = False) -> int:
     if write:
         ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        ROWS.write_text(f"[\n{lines}\n]\n")
-        PAGE.write_text(page(rows))
+        ROWS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
         print(f"{len(rows)} rows in {PAGE} and {ROWS}")
     else:
         print(page(rows))

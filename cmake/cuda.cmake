@@ -72,6 +72,9 @@ add_custom_target(ptx DEPENDS ${ptx_files})
 
 # The launchers with tests/support/fake_cuda.cpp in place of the CUDA runtime, for
 # tests/cuda/test_cuda_launch.py. Its kernels never run: PTX that nobody optimises is the quickest to make.
+if(NOT EXISTS ${CMAKE_SOURCE_DIR}/tests/support/fake_cuda.cpp)
+  return()
+endif()
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
 set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers
@@ -85,3 +88,24 @@ add_custom_command(
           ${recorder_sources} -o ${recorder}
   DEPENDS ${recorder_sources} ${recorder_headers} VERBATIM)
 add_custom_target(recorder DEPENDS ${recorder})
+
+# The bindings and launchers with bench/host_runtime.cpp in place of the CUDA runtime, for CPU tensors:
+# `python -m bench host` times what is left of a call.
+add_library(host_bindings OBJECT csrc/bindings.cpp)
+target_compile_definitions(host_bindings PRIVATE
+  TORCH_TARGET_VERSION=0x020a000000000000 NASA_DEVICE=CPU "NASA_CUDA_ARCHS=\"9.0a\"")
+target_include_directories(host_bindings SYSTEM PRIVATE
+  ${NASA_TORCH_DIR}/include ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+set_target_properties(host_bindings PROPERTIES EXCLUDE_FROM_ALL ON)
+set(host ${CMAKE_BINARY_DIR}/host.so)
+set(host_sources csrc/choose.cpp ${NASA_KERNELS} bench/host_runtime.cpp)
+list(TRANSFORM host_sources PREPEND ${CMAKE_SOURCE_DIR}/)
+add_custom_command(
+  OUTPUT ${host}
+  COMMAND ${CMAKE_CUDA_COMPILER} -std=c++17 -O2 -Xcicc -O0 -DNASA_WITH_SM90
+          -gencode=arch=compute_90a,code=compute_90a -Xcompiler -fPIC -shared -cudart=none
+          ${host_sources} $<TARGET_OBJECTS:host_bindings> -o ${host} -Xlinker -Bsymbolic
+          -L${NASA_TORCH_DIR}/lib -ltorch -ltorch_cpu -lc10
+  DEPENDS ${host_sources} ${recorder_headers} host_bindings $<TARGET_OBJECTS:host_bindings>
+  COMMAND_EXPAND_LISTS VERBATIM)
+add_custom_target(host DEPENDS ${host})

@@ -104,13 +104,11 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     };
     load_tile<kD, kBackwardKeys, kKeyThreads>(
         smem,
-        rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n, call.d,
-                call.aligned),
+        rows_of(prompt.k, b, h, call),
         first_key, 0, threadIdx.x, present);
     load_tile<kD, kBackwardKeys, kKeyThreads>(
         smem + Layout::kV,
-        rows_of(prompt.v, b * prompt.v_stride_b + h * prompt.v_stride_h, prompt.v_stride_n, call.d,
-                call.aligned),
+        rows_of(prompt.v, b, h, call),
         first_key, 0, threadIdx.x, present);
 
     const int64_t row_values = ((static_cast<int64_t>(side) * call.b + b) * call.h + h) * call.l;
@@ -121,13 +119,11 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
         const auto exists = [&](int row) { return row < call.l; };
         load_tile<kD, kBackwardRows, kKeyThreads>(
             stage,
-            rows_of(call.q, b * call.q_stride_b + h * call.q_stride_h, call.q_stride_l, call.d,
-                    call.aligned),
+            rows_of(call.q, b, h, call),
             first, 0, threadIdx.x, exists);
         load_tile<kD, kBackwardRows, kKeyThreads>(
             stage + Layout::kGrad,
-            rows_of(p.grad_o, b * p.grad_stride_b + h * p.grad_stride_h, p.grad_stride_l, call.d,
-                    call.aligned),
+            rows_of(p.grad_o, b, h, call),
             first, 0, threadIdx.x, exists);
         ptx::cp_async_commit();
         if (threadIdx.x < kBackwardRows) {

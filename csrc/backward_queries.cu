@@ -54,14 +54,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     index /= Layout::kShares;
     const int first_row = index % row_tiles * kBackwardRows;
     const int b = index / row_tiles;
-    const auto load_rows = [&](unsigned char* tile, const void* data, int64_t stride_b,
-                               int64_t stride_l, int64_t stride_h) {
+    const auto load_rows = [&](unsigned char* tile, const Matrix& x) {
         load_tile<kD, kBackwardRows, kThreads>(
-            tile, rows_of(data, b * stride_b + h * stride_h, stride_l, call.d, call.aligned),
+            tile, rows_of(x, b, h, call),
             first_row, 0, threadIdx.x, [&](int row) { return row < call.l; });
     };
-    load_rows(smem, call.q, call.q_stride_b, call.q_stride_l, call.q_stride_h);
-    load_rows(smem + Layout::kGrad, p.grad_o, p.grad_stride_b, p.grad_stride_l, p.grad_stride_h);
+    load_rows(smem, call.q);
+    load_rows(smem + Layout::kGrad, p.grad_o);
     ptx::cp_async_commit();
 
     unsigned char* q_rows = smem + warp * kWarpRows * Tile<kD>::kPitch;
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float s[kTiles][4], dp[kTiles][4], dq[kColumns / 8][4];
     clear(dq);
     const bool weighed = p.weight != nullptr;
-    const bool joint = call.shared.o != nullptr;
+    const bool joint = is_joint(call);
     for (int side = weighed ? kShared : kPos; side <= kNeg; ++side) {
         const Prompt& prompt = side == kShared ? p.image : call.prompt[side];
         const bool seen = side == kShared || attends(call, side, first_row, kBackwardRows);
@@ -98,13 +97,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             const auto present = [&](int key) { return bias[key - first] != -INFINITY; };
             load_tile<kD, kBackwardKeys, kThreads>(
                 k_tile,
-                rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n,
-                        call.d, call.aligned),
+                rows_of(prompt.k, b, h, call),
                 first, 0, threadIdx.x, present);
             load_tile<kD, kBackwardKeys, kThreads>(
                 v_tile,
-                rows_of(prompt.v, b * prompt.v_stride_b + h * prompt.v_stride_h, prompt.v_stride_n,
-                        call.d, call.aligned),
+                rows_of(prompt.v, b, h, call),
                 first, 0, threadIdx.x, present);
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();
@@ -214,8 +211,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (rows[r] < call.l) {
                 const T* grad_row = reinterpret_cast<const T*>(
                     q_rows + Layout::kGrad + (lane / 4 + 8 * r) * Tile<kD>::kPitch);
-                const T* o_row = static_cast<const T*>(call.shared.o) + b * call.shared.o_stride_b +
-                                 rows[r] * call.shared.o_stride_l + h * call.shared.o_stride_h;
+                const Matrix& o = call.shared.o;
+                const T* o_row = static_cast<const T*>(o.data) + b * o.stride_b +
+                                 rows[r] * o.stride_row + h * o.stride_h;
                 for (int c = lane % 4; c < call.d; c += 4) {
                     u = fmaf(static_cast<float>(grad_row[c]), static_cast<float>(o_row[c]), u);
                 }

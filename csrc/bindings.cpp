@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "device.h"
 #include "layouts.h"
 #include "nasa.h"
@@ -37,13 +38,23 @@ bool starts_on_16_bytes(const Tensor& x) {
     return true;
 }
 
+void check_keys(const Tensor& x, const char* name, const Tensor& q);
+
 void check_rows(const Tensor& x, const char* name, const Tensor& q) {
+    check_keys(x, name, q);
+    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2), "nasa_kernels: ", name,
+                    " must be expanded to the b and h of q");
+}
+
+// The same, or one of a batch or of the heads
+void check_keys(const Tensor& x, const char* name, const Tensor& q) {
     STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
     STD_TORCH_CHECK(
         x.scalar_type() == q.scalar_type() && x.get_device_index() == q.get_device_index(),
         "nasa_kernels: ", name, " must have the dtype and the device of q");
-    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2) && x.size(3) == q.size(3),
-                    "nasa_kernels: ", name, " must be expanded to the b, h and d of q");
+    STD_TORCH_CHECK(is_one_or(x.size(0), q.size(0)) && is_one_or(x.size(2), q.size(2)) &&
+                        x.size(3) == q.size(3),
+                    "nasa_kernels: ", name, " must have the b, h and d of q, or 1 for b or h");
     STD_TORCH_CHECK(x.size(1) <= kMaxRows, "nasa_kernels: ", name,
                     " has too many rows: ", x.size(1));
     STD_TORCH_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1,
@@ -59,39 +70,15 @@ Type type_of(const Tensor& q) {
     return Type::kHalf;
 }
 
-Mask mask_of(const std::optional<Tensor>& mask, const Tensor& k) {
-    if (!mask.has_value()) return {nullptr, 0, 0, MaskType::kNone};
-    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(1),
-                    "nasa_kernels: a mask must be [b, n]");
-    const auto type = [&] {
-        switch (mask->scalar_type()) {
-            case ScalarType::Bool: return MaskType::kBool;
-            case ScalarType::Float: return MaskType::kFloat;
-            case ScalarType::Half: return MaskType::kHalf;
-            case ScalarType::BFloat16: return MaskType::kBfloat16;
-            default:
-                STD_TORCH_CHECK(false, "nasa_kernels: a mask must be bool, fp32, fp16 or bf16");
-        }
-        return MaskType::kNone;
-    }();
-    return {mask->const_data_ptr(), mask->stride(0), mask->stride(1), type};
+Matrix matrix_of(const Tensor& x) {
+    return {x.const_data_ptr(), stride_of(x, 0), x.stride(1), stride_of(x, 2)};
 }
 
-Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask) {
+Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                 const Tensor& q) {
     STD_TORCH_CHECK(k.size(1) == v.size(1), "nasa_kernels: k has ", k.size(1), " tokens but v has ",
                     v.size(1));
-    Prompt prompt;
-    prompt.k = k.const_data_ptr();
-    prompt.v = v.const_data_ptr();
-    prompt.k_stride_b = k.stride(0);
-    prompt.k_stride_n = k.stride(1);
-    prompt.k_stride_h = k.stride(2);
-    prompt.v_stride_b = v.stride(0);
-    prompt.v_stride_n = v.stride(1);
-    prompt.v_stride_h = v.stride(2);
-    prompt.mask = mask_of(mask, k);
-    prompt.n = static_cast<int>(k.size(1));
-    return prompt;
+    return {matrix_of(k), matrix_of(v), mask_of<Mask>(mask, k, q), static_cast<int>(k.size(1))};
 }
 
 // Everything of a call but O. `aligned` so far covers q and the positive prompt only.
@@ -100,38 +87,24 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
                         const std::optional<Tensor>& mask_pos,
                         const std::optional<Tensor>& mask_neg,
                         const std::optional<Tensor>& alpha_map, double alpha, double scale) {
-    check_rows(q, "q", q);
-    check_rows(k_pos, "k_pos", q);
-    check_rows(v_pos, "v_pos", q);
-    check_rows(k_neg, "k_neg", q);
-    check_rows(v_neg, "v_neg", q);
+    check_keys(q, "q", q);
+    check_keys(k_pos, "k_pos", q);
+    check_keys(v_pos, "v_pos", q);
+    check_keys(k_neg, "k_neg", q);
+    check_keys(v_neg, "v_neg", q);
     STD_TORCH_CHECK(q.size(3) <= kMaxHeadDim, "nasa_kernels: head_dim must be at most ",
                     kMaxHeadDim, ", got ", q.size(3));
     ForwardParams p;
-    p.q = q.const_data_ptr();
+    p.q = matrix_of(q);
     p.o = nullptr;
-    p.q_stride_b = q.stride(0);
-    p.q_stride_l = q.stride(1);
-    p.q_stride_h = q.stride(2);
-    p.prompt[kPos] = prompt_of(k_pos, v_pos, mask_pos);
-    p.prompt[kNeg] = prompt_of(k_neg, v_neg, mask_neg);
+    p.prompt[kPos] = prompt_of(k_pos, v_pos, mask_pos, q);
+    p.prompt[kNeg] = prompt_of(k_neg, v_neg, mask_neg, q);
     p.b = static_cast<int>(q.size(0));
     p.l = static_cast<int>(q.size(1));
     p.h = static_cast<int>(q.size(2));
     p.d = static_cast<int>(q.size(3));
-    p.alpha_map = nullptr;
-    p.alpha_stride_b = p.alpha_stride_l = p.alpha_stride_h = 0;
-    p.alpha = static_cast<float>(alpha);
-    if (alpha_map.has_value()) {
-        STD_TORCH_CHECK(alpha_map->dim() == 3 && alpha_map->size(0) == p.b &&
-                            alpha_map->size(1) == p.l && alpha_map->size(2) == p.h &&
-                            alpha_map->scalar_type() == ScalarType::Float,
-                        "nasa_kernels: alpha_map must be fp32 [b, l, h]");
-        p.alpha_map = static_cast<const float*>(alpha_map->const_data_ptr());
-        p.alpha_stride_b = alpha_map->stride(0);
-        p.alpha_stride_l = alpha_map->stride(1);
-        p.alpha_stride_h = alpha_map->stride(2);
-    }
+    set_alpha(p, alpha_map, alpha, p.l, p.h);
+    p.rule = Rule::kNasa;
     p.shared = {};
     p.scale = static_cast<float>(scale) * kLog2E;
     p.type = type_of(q);
@@ -148,11 +121,11 @@ bool suits_tma(const Tensor& x) {
 // The negative prompt does not choose the kernel: where TMA can read the other tensors, a negative
 // prompt that it cannot read is copied. The copies must live until the launch.
 std::vector<Tensor> settle_negative(ForwardParams& p, const Tensor& k, const Tensor& v,
-                                    const std::optional<Tensor>& mask) {
+                                    const std::optional<Tensor>& mask, const Tensor& q) {
     if (!p.aligned || (suits_tma(k) && suits_tma(v))) return {};
     const auto readable = [](const Tensor& x) { return suits_tma(x) ? x : torch::stable::clone(x); };
     const std::vector<Tensor> copies{readable(k), readable(v)};
-    p.prompt[kNeg] = prompt_of(copies[0], copies[1], mask);
+    p.prompt[kNeg] = prompt_of(copies[0], copies[1], mask, q);
     return copies;
 }
 
@@ -169,10 +142,23 @@ void check(cudaError_t error, const Tensor& q) {
                     " (head_dim ", q.size(3), ", device ", q.get_device_index(), ")");
 }
 
+// A contiguous [b, l, h, d]. Straight from the C interface: through the dispatcher it would cost half
+// a microsecond more, as much as all else here.
+Tensor contiguous_like(const Tensor& q) {
+    const int64_t sizes[4] = {q.size(0), q.size(1), q.size(2), q.size(3)};
+    const int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+    int32_t dtype = 0, device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
+    AtenTensorHandle found = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device_type,
+                                                    q.get_device_index(), &found));
+    return Tensor(found);
+}
+
 // O of a checked call, into a new tensor
 Tensor launch_forward(ForwardParams& p, const Tensor& q) {
-    Tensor o = torch::stable::new_empty(
-        q, std::vector<int64_t>{q.size(0), q.size(1), q.size(2), q.size(3)});
+    Tensor o = contiguous_like(q);
     if (o.numel() == 0) return o;
     p.o = o.mutable_data_ptr();
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
@@ -180,18 +166,32 @@ Tensor launch_forward(ForwardParams& p, const Tensor& q) {
     return o;
 }
 
+// At the number 0 nothing is projected: Z+ alone is kNasa's
+void drop_projection(ForwardParams& p) {
+    if (p.rule == Rule::kProjected && p.alpha_map == nullptr && p.alpha == 0.f) {
+        p.rule = Rule::kNasa;
+    }
+}
+
 Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
                     const Tensor v_neg, const std::optional<Tensor> mask_pos,
                     const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
-                    double alpha, double scale) {
+                    double alpha, double scale, int64_t rule) {
+    STD_TORCH_CHECK(rule == static_cast<int>(Rule::kNasa) ||
+                        rule == static_cast<int>(Rule::kProjected),
+                    "nasa_kernels: without shared keys rule must be ",
+                    static_cast<int>(Rule::kNasa), " or ", static_cast<int>(Rule::kProjected),
+                    ", got ", rule);
     ForwardParams p =
         params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    p.rule = static_cast<Rule>(rule);
+    drop_projection(p);
     // exactly the attention over the positive prompt: the negative one is not read
     if (p.alpha_map == nullptr && p.alpha == 0.f) {
         p.prompt[kNeg].n = 0;
         return launch_forward(p, q);
     }
-    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg);
+    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg, q);
     return launch_forward(p, q);
 }
 
@@ -201,10 +201,7 @@ void set_shared(ForwardParams& p, const Tensor& q, const Tensor& o_shared) {
     STD_TORCH_CHECK(o_shared.size(1) == q.size(1),
                     "nasa_kernels: o_shared must have the shape of q, got ", o_shared.size(1),
                     " rows for ", q.size(1));
-    p.shared.o = o_shared.const_data_ptr();
-    p.shared.o_stride_b = o_shared.stride(0);
-    p.shared.o_stride_l = o_shared.stride(1);
-    p.shared.o_stride_h = o_shared.stride(2);
+    p.shared.o = matrix_of(o_shared);
 }
 
 // The last rows of q are the texts' own queries: text_pos of the positive one, then text_neg.
@@ -232,22 +229,23 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
                         lse_shared.scalar_type() == ScalarType::Float &&
                         lse_shared.get_device_index() == q.get_device_index(),
                     "nasa_kernels: lse_shared must be fp32 [b, h, l] on the device of q");
-    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kSum),
-                    "nasa_kernels: rule must be 0 to 4, got ", rule);
+    STD_TORCH_CHECK(rule >= 0 && rule < kRules, "nasa_kernels: rule must be 0 to ", kRules - 1,
+                    ", got ", rule);
     set_text_rows(p, text_pos, text_neg);
     Shared& shared = p.shared;
     shared.lse = static_cast<const float*>(lse_shared.const_data_ptr());
     shared.lse_stride_b = lse_shared.stride(0);
     shared.lse_stride_h = lse_shared.stride(1);
     shared.lse_stride_l = lse_shared.stride(2);
-    shared.rule = static_cast<Rule>(rule);
+    p.rule = static_cast<Rule>(rule);
     p.aligned = p.aligned && starts_on_16_bytes(o_shared);
+    drop_projection(p);
     // then no row asks for the negative prompt
-    if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && shared.rule != Rule::kVsf) {
+    if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && p.rule != Rule::kVsf) {
         p.prompt[kNeg].n = 0;
         return launch_forward(p, q);
     }
-    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg);
+    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg, q);
     return launch_forward(p, q);
 }
 
@@ -258,10 +256,7 @@ Tensor set_grad(BackwardParams& p, const Tensor& grad_o, const Tensor& q) {
     const Tensor grad = contiguous ? grad_o : torch::stable::contiguous(grad_o);
     check_rows(grad, "grad_o", q);
     STD_TORCH_CHECK(grad.size(1) == q.size(1), "nasa_kernels: grad_o must have the shape of q");
-    p.grad_o = grad.const_data_ptr();
-    p.grad_stride_b = grad.stride(0);
-    p.grad_stride_l = grad.stride(1);
-    p.grad_stride_h = grad.stride(2);
+    p.grad_o = matrix_of(grad);
     p.call.aligned = p.call.aligned && starts_on_16_bytes(grad);
     return grad;
 }
@@ -289,6 +284,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     STD_TORCH_CHECK(needs.size() == 6, "nasa_kernels: needs must be 6 flags, got ", needs.size());
     BackwardParams p{};
     p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    // every row has a gradient of its own
+    check_rows(k_pos, "k_pos", q);
+    check_rows(v_pos, "v_pos", q);
+    check_rows(k_neg, "k_neg", q);
+    check_rows(v_neg, "v_neg", q);
     p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
     const Tensor grad = set_grad(p, grad_o, q);
 
@@ -371,7 +371,7 @@ Tensor joint_queries_cuda(const Tensor grad_o, const Tensor o_shared, const Tens
     p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
     check_rows(k, "k", q);
     check_rows(v, "v", q);
-    p.image = prompt_of(k, v, {});
+    p.image = prompt_of(k, v, {}, q);
     for (const Tensor& x : {k, v, k_neg, v_neg}) {
         p.call.aligned = p.call.aligned && starts_on_16_bytes(x);
     }
@@ -404,6 +404,8 @@ std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, 
                     first_hidden, " to ", end_hidden);
     BackwardParams p{};
     p.call = params_of(q, k, v, k, v, mask, {}, {}, 0., scale);
+    check_rows(k, "k", q);
+    check_rows(v, "v", q);
     p.call.prompt[kNeg].n = 0;
     const Tensor grad = set_grad(p, grad_o, q);
     const int tiles = (p.call.l + kBackwardRows - 1) / kBackwardRows;
@@ -437,7 +439,11 @@ std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, 
 }  // namespace
 }  // namespace nasa
 
-STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
+// The host's side is timed on CPU tensors, with a CUDA runtime that launches nothing.
+#ifndef NASA_DEVICE
+#define NASA_DEVICE CUDA
+#endif
+STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, NASA_DEVICE, m) {
     m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
     m.impl("forward_joint_cuda", TORCH_BOX(&nasa::forward_joint_cuda));
     m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
@@ -450,6 +456,9 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CUDA, m) {
 extern "C" __attribute__((visibility("default"))) void nasa_kernels_overlap_launches(bool on) {
     nasa::overlap_launches(on);
 }
+
+// For nasa_kernels/_cuda/extension.py: a library of other rules has other operators, too
+extern "C" __attribute__((visibility("default"))) int nasa_kernels_rules() { return nasa::kRules; }
 
 // For nasa_kernels/_cuda/extension.py, once per device: the CUDA version of the runtime in this
 // file, the newest that the driver serves (0 without a driver), both as 1000 major + 10 minor, and

@@ -20,10 +20,10 @@ bool sm90_takes(const ForwardParams& p, const Device& device) {
 #ifdef NASA_WITH_SM90
     const auto moves = [](int rows, int64_t stride) { return rows <= 1 || stride != 0; };
     if (device.major != 9 || !p.aligned || !has_sm90(p.d)) return false;
-    if (!moves(p.l, p.q_stride_l)) return false;
-    if (p.shared.o != nullptr && !moves(p.l, p.shared.o_stride_l)) return false;
+    if (!moves(p.l, p.q.stride_row)) return false;
+    if (is_joint(p) && !moves(p.l, p.shared.o.stride_row)) return false;
     for (const Prompt& prompt : p.prompt) {
-        if (!moves(prompt.n, prompt.k_stride_n) || !moves(prompt.n, prompt.v_stride_n)) {
+        if (!moves(prompt.n, prompt.k.stride_row) || !moves(prompt.n, prompt.v.stride_row)) {
             return false;
         }
     }
@@ -53,7 +53,8 @@ cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
     }
 #endif
     const int d = padded_head_dim(p.d);
-    if (fits && has_short(d, keys) &&
+    const bool projects = p.rule != Rule::kProjected || short_projects(d);
+    if (fits && has_short(d, keys) && projects &&
         short_shared_bytes(d, keys, is_plain(p)) <= device.shared_per_block) {
         return forward_short(p, device, stream);
     }

@@ -1,51 +1,94 @@
-// Forward for prompts of any length: K and V pass by in blocks of 128 keys (sm_80 and up).
+// Forward for prompts of any length: K and V pass by in tiles of 64 keys (sm_80 and up).
 //
 //     O = softmax(Q K+^T) V+  -  alpha * softmax(Q K-^T) V-
 //
-// or, beside the shared keys of a joint attention, what rules.cuh makes of the three segments.
+// or what rules.cuh makes of the two prompts, or of them and the shared keys of a joint attention.
 //
-// A block owns 64 query rows of one head, 16 per warp. It walks over K-, V-, parks Z- in registers,
-// and walks over K+, V+. V of a block of keys arrives while its scores are made, K of the next one
-// while Z is. The columns of a head_dim above 128 are shared by two blocks or four.
+// A block of 8 warps owns the query rows of one head, 16 per warp. It walks over K-, V-, parks Z- in
+// registers, and walks over K+, V+, 128 keys at a time: two tiles of K, a step of the softmax, two
+// tiles of V. They pass through a ring in which one tile is multiplied while two arrive. The columns
+// of a head_dim above 128 are shared by two warps or four, for two accumulators of all of them would
+// not fit the registers.
 #include "launch.h"
 #include "rules.cuh"
 
 namespace nasa {
 namespace {
 
+constexpr int kLongThreads = kLongWarps * kWarpSize;
+constexpr int kStages = kLongStages;
+constexpr int kHalfKeys = kBlockKeys / 2;  // of a tile
+constexpr int kHalfTiles = kHalfKeys / 8;
+
 template <int kD>
 struct LongLayout {
     static constexpr int kColumns = long_columns(kD);
-    static constexpr int kShares = kD / kColumns;
+    static constexpr int kShares = kD / kColumns;  // warps to a row
+    static constexpr int kRows = long_rows(kD);
+    static constexpr int kTile = tile_bytes(kHalfKeys, kD);
     static_assert(kColumns % 16 == 0, "ldmatrix.x4 brings 16 columns of V");
-    // K [128, kD]; V [128, kColumns]; Q [64, kD]; bias [128] in fp32
-    static constexpr int kV = tile_bytes(kBlockKeys, kD);
-    static constexpr int kQ = kV + tile_bytes(kBlockKeys, kColumns);
-    static constexpr int kBias = kQ + tile_bytes(kWarps * kWarpRows, kD);
+    // K or V [64, kD] of each stage; Q [kRows, kD]; bias [128] in fp32
+    static constexpr int kQ = kStages * kTile;
+    static constexpr int kBias = kQ + tile_bytes(kRows, kD);
     static constexpr int kBytes = kBias + kBlockKeys * static_cast<int>(sizeof(float));
     static_assert(kBytes == long_shared_bytes(kD), "bindings refuse a head_dim by this size");
 };
 
+// The sums of the warps that share a row, added up in the order of their columns by each of them.
+// `scratch` is read and written by all warps of the block.
+template <int kShares>
+__device__ __forceinline__ void join_sums(RowSums& sums, float* scratch, int row_group) {
+    constexpr int kFloats = sizeof(RowSums) / sizeof(float);
+    const int lane = threadIdx.x % kWarpSize;
+    const auto of_warp = [&](int warp) { return scratch + warp * kFloats * kWarpSize + lane; };
+    float* mine = of_warp(threadIdx.x / kWarpSize);
+    __syncthreads();  // no warp reads the ring any more
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        mine[(3 * r) * kWarpSize] = sums.pos[r];
+        mine[(3 * r + 1) * kWarpSize] = sums.mixed[r];
+        mine[(3 * r + 2) * kWarpSize] = sums.neg[r];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int share = 0; share < kShares; ++share) {
+        const float* source = of_warp(row_group * kShares + share);
+        RowSums part;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            part.pos[r] = source[(3 * r) * kWarpSize];
+            part.mixed[r] = source[(3 * r + 1) * kWarpSize];
+            part.neg[r] = source[(3 * r + 2) * kWarpSize];
+        }
+        if (share == 0) {
+            sums = part;
+        } else {
+            sums.add(part);
+        }
+    }
+}
+
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kLongThreads, 1)
     forward_long_kernel(const __grid_constant__ ForwardParams p) {
     using Layout = LongLayout<kD>;
-    constexpr int kColumns = Layout::kColumns;
-    constexpr int kRows = kWarps * kWarpRows;
+    constexpr int kColumns = Layout::kColumns, kRows = Layout::kRows;
+    constexpr int kPitch = Tile<kD>::kPitch;
     extern __shared__ __align__(16) unsigned char smem[];
-    unsigned char* k_tile = smem;
-    unsigned char* v_tile = smem + Layout::kV;
-    unsigned char* q_tile = smem + Layout::kQ;
     float* bias = reinterpret_cast<float*>(smem + Layout::kBias);
 
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
+    const int row_group = warp / Layout::kShares;
+    const int column = warp % Layout::kShares * kColumns;
     const int tiles = (p.l + kRows - 1) / kRows;
     // heads fastest: the heads of one query row are neighbours in memory, and then also in time
     const int h = blockIdx.x % p.h;
-    const int column = blockIdx.x / p.h % Layout::kShares * kColumns;
-    const int tile = blockIdx.x / p.h / Layout::kShares % tiles;
-    const int b = blockIdx.x / p.h / Layout::kShares / tiles;
+    const int tile = blockIdx.x / p.h % tiles;
+    const int b = blockIdx.x / p.h / tiles;
+    const int row = tile * kRows + row_group * kWarpRows;
+    // this warp's rows of Q, and later its columns of O_s and O
+    unsigned char* warp_rows = smem + Layout::kQ + row_group * kWarpRows * kPitch;
 
     // Blocks of keys in the order of the walk: those of the negative prompt come first.
     const auto blocks_of = [&](int side) {
@@ -54,47 +97,58 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const int blocks_neg = blocks_of(kNeg);
     const int blocks = blocks_neg + blocks_of(kPos);
-    const auto load_keys = [&](int block) {
-        const int side = block < blocks_neg ? kNeg : kPos;
-        const Prompt& prompt = p.prompt[side];
-        const int first = (side == kNeg ? block : block - blocks_neg) * kBlockKeys;
-        load_tile<kD, kBlockKeys, kThreads>(
-            k_tile,
-            rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n, p.d,
-                    p.aligned),
-            first, 0, threadIdx.x, [&](int key) { return key < prompt.n; });
-        ptx::cp_async_commit();
+    struct Keys {
+        const Prompt& prompt;
+        int first;
     };
-    const auto load_values = [&](const Prompt& prompt, int first) {
-        // the row of an absent key may hold NaN, and 0 * NaN is not 0
-        load_tile<kColumns, kBlockKeys, kThreads>(
-            v_tile,
-            rows_of(prompt.v, b * prompt.v_stride_b + h * prompt.v_stride_h, prompt.v_stride_n, p.d,
-                    p.aligned),
-            first, column, threadIdx.x, [&](int key) { return bias[key - first] != -INFINITY; });
-        ptx::cp_async_commit();
+    const auto keys_of = [&](int block) {
+        const int side = block < blocks_neg ? kNeg : kPos;
+        return Keys{p.prompt[side], (side == kNeg ? block : block - blocks_neg) * kBlockKeys};
     };
 
-    unsigned char* warp_rows = q_tile + warp * kWarpRows * Tile<kD>::kPitch;
-    const int row = tile * kRows + warp * kWarpRows;
-    // to where this warp's rows of Q were
+    // The ring: stage `next` is read next, and the one before it is free.
+    int next = 0;
+    const auto place = [&](int i) { return smem + i * Layout::kTile; };
+    const auto load_keys = [&](int at, int block, int half) {
+        const auto [prompt, first] = keys_of(block);
+        load_tile<kD, kHalfKeys, kLongThreads>(
+            place(at), rows_of(prompt.k, b, h, p), first + half * kHalfKeys, 0, threadIdx.x,
+            [&, n = prompt.n](int key) { return key < n; });
+    };
+    const auto load_values = [&](int at, int block, int half) {
+        const auto [prompt, first] = keys_of(block);
+        // the row of an absent key may hold NaN, and 0 * NaN is not 0
+        load_tile<kD, kHalfKeys, kLongThreads>(
+            place(at), rows_of(prompt.v, b, h, p), first + half * kHalfKeys, 0, threadIdx.x,
+            [&, first = first](int key) { return bias[key - first] != -INFINITY; });
+    };
     const auto load_shared = [&] {
-        if (p.shared.o == nullptr) return;
-        load_tile<kColumns, kWarpRows, kWarpSize>(
-            warp_rows,
-            rows_of(p.shared.o, b * p.shared.o_stride_b + h * p.shared.o_stride_h,
-                    p.shared.o_stride_l, p.d, p.aligned),
-            row, column, lane, [&](int l) { return l < p.l; });
+        if (!is_joint(p)) return;
+        load_tile<kColumns, kWarpRows, kWarpSize, kPitch>(
+            warp_rows + 2 * column, rows_of(p.shared.o, b, h, p), row, column, lane,
+            [&](int l) { return l < p.l; });
+    };
+    // The next tile, once it is here; load(at) sends another to the stage before it.
+    const auto take = [&](auto load) {
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();  // no warp reads the tile before this one any more
+        load(next == 0 ? kStages - 1 : next - 1);
         ptx::cp_async_commit();
+        const uint32_t here = ptx::shared_address(place(next));
+        next = next == kStages - 1 ? 0 : next + 1;
+        return here;
     };
 
     if (blocks > 0) {
-        load_tile<kD, kRows, kThreads>(
-            q_tile, rows_of(p.q, b * p.q_stride_b + h * p.q_stride_h, p.q_stride_l, p.d, p.aligned),
-            tile * kRows, 0, threadIdx.x, [&](int l) { return l < p.l; });
-        load_keys(0);
+        load_tile<kD, kRows, kLongThreads>(smem + Layout::kQ, rows_of(p.q, b, h, p), tile * kRows,
+                                           0, threadIdx.x, [&](int l) { return l < p.l; });
+        for (int half = 0; half < 2; ++half) {
+            load_keys(half, 0, half);
+            ptx::cp_async_commit();
+        }
     } else {
         load_shared();
+        ptx::cp_async_commit();
     }
 
     // [16, kColumns] of this warp
@@ -114,19 +168,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     for (int block = 0; block < blocks; ++block) {
         if (block == blocks_neg) park();
-        const int side = block < blocks_neg ? kNeg : kPos;
-        const Prompt& prompt = p.prompt[side];
-        const int first = (side == kNeg ? block : block - blocks_neg) * kBlockKeys;
-        bias[threadIdx.x] = key_bias(prompt.mask, b, first + threadIdx.x, prompt.n);
-        ptx::cp_async_wait<0>();
-        __syncthreads();  // K is here; no warp reads the V of the block before
-        load_values(prompt, first);
-
+        const auto [prompt, first] = keys_of(block);
+        // its last readers have passed the barriers of V
+        if (threadIdx.x < kBlockKeys) {
+            bias[threadIdx.x] = key_bias(prompt.mask, b, first + threadIdx.x, prompt.n);
+        }
         float s[kBlockKeys / 8][4];
         clear(s);
-        multiply_transposed<T, kD>(s, ptx::shared_address(warp_rows), ptx::shared_address(k_tile));
-        const float left =
-            finish_any_scores(s, prompt, p.scale, bias, first);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t k = take([&](int at) { load_values(at, block, half); });
+            multiply_transposed<T, kD>(
+                reinterpret_cast<float(&)[kHalfTiles][4]>(s[half * kHalfTiles]),
+                ptx::shared_address(warp_rows), k);
+        }
+        const float left = finish_any_scores(s, prompt, p.scale, bias, first);
         float rescale[2];
         softmax.push(s, left, rescale);
         uint32_t weights[kBlockKeys / 16][4];
@@ -136,15 +192,20 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 4; ++i) z[j][i] *= rescale[i / 2];
         }
-
-        ptx::cp_async_wait<0>();
-        __syncthreads();  // V is here; no warp reads K or the bias any more
-        if (block + 1 < blocks) {
-            load_keys(block + 1);
-        } else {
-            load_shared();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t v = take([&](int at) {
+                if (block + 1 < blocks) {
+                    load_keys(at, block + 1, half);
+                } else if (half == 0) {
+                    load_shared();  // no warp reads Q any more
+                }
+            });
+            multiply<T, kPitch>(z,
+                                reinterpret_cast<const uint32_t(&)[kHalfTiles / 2][4]>(
+                                    weights[half * kHalfTiles / 2]),
+                                v + 2 * column);
         }
-        multiply<T, Tile<kColumns>::kPitch>(z, weights, ptx::shared_address(v_tile));
     }
     if (blocks == blocks_neg) park();
 
@@ -154,23 +215,26 @@ __global__ void __launch_bounds__(kThreads, 1)
         end_rows(p, b, row + lane / 4, h, softmax, softmax_neg, inverse, inverse_neg);
     ptx::cp_async_wait<0>();
     __syncwarp();
-    finish<true>(z, z_neg, end, [&](int j, float (&c)[4]) {
-        fetch<T, Tile<kColumns>::kPitch>(c, warp_rows, j);
-    });
-    // this warp's rows of Q are used up: they take O
-    stage<T, Tile<kColumns>::kPitch>(warp_rows, 0, z);
+    unsigned char* mine = warp_rows + 2 * column;
+    finish<true>(
+        z, z_neg, end, [&](int j, float (&c)[4]) { fetch<T, kPitch>(c, mine, j); },
+        [&](RowSums& sums) {
+            if constexpr (Layout::kShares > 1) {
+                join_sums<Layout::kShares>(sums, reinterpret_cast<float*>(smem), row_group);
+            }
+        });
+    stage<T, kPitch>(mine, 0, z);
     __syncwarp();
     uint16_t* o = static_cast<uint16_t*>(p.o) +
                   ((static_cast<int64_t>(b) * p.l + row) * p.h + h) * p.d + column;
-    store_rows<kColumns>(o, static_cast<int64_t>(p.h) * p.d, warp_rows, p.l - row, p.d - column,
-                         p.aligned);
+    store_rows<kColumns, kWarpRows, kPitch>(o, static_cast<int64_t>(p.h) * p.d, mine, p.l - row,
+                                            p.d - column, p.aligned);
 }
 
 template <typename T, int kD>
 cudaError_t launch_long(const ForwardParams& p, const Device& device, cudaStream_t stream) {
-    const int64_t tiles = ceil_div(p.l, kWarps * kWarpRows);
-    const int64_t blocks = p.b * tiles * LongLayout<kD>::kShares * p.h;
-    return launch<forward_long_kernel<T, kD>>(device, blocks, kThreads, LongLayout<kD>::kBytes,
+    const int64_t blocks = p.b * ceil_div(p.l, LongLayout<kD>::kRows) * p.h;
+    return launch<forward_long_kernel<T, kD>>(device, blocks, kLongThreads, LongLayout<kD>::kBytes,
                                               stream, p);
 }
 

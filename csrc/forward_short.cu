@@ -2,13 +2,13 @@
 //
 //     O = softmax(Q K+^T) V+  -  alpha * softmax(Q K-^T) V-
 //
-// or, beside the shared keys of a joint attention, what rules.cuh makes of the three segments.
+// or what rules.cuh makes of the two prompts, or of them and the shared keys of a joint attention.
 //
 // A block walks over its range of tiles of 32 query rows, or of 16 where two would not fit, a tile
 // per warp; where the head changes it loads K+-, V+- anew. Between the heads there is no
 // barrier. All keys of a row are on chip, so the softmax is not online: the weights P+ and P- of a
-// tile wait in registers, rounded, and O is made 16 columns at a time from both. Nothing of size d
-// is ever held.
+// tile wait in registers, rounded, until Z+ and Z- are made of them: all columns at once, as the sums
+// of a projection want it, or 16 of them where all would not fit.
 //
 // The arithmetic of a row, its order included, is that of forward_long.cu: both give the same bits.
 #include "launch.h"
@@ -24,6 +24,10 @@ struct ShortLayout {
     static_assert(kKeys % 16 == 0, "P is the A operand of mma.m16n8k16: keys come in steps of 16");
     static constexpr int kParts = short_parts(kD, kKeys, kPlain);
     static constexpr int kRows = short_rows(kD, kKeys, kPlain);
+    // of which the registers hold all columns of Z+ and Z-
+    static constexpr int kHeld = kParts * kD <= 128 ? kParts : 1;
+    static constexpr bool kHoldsAll = kParts == kHeld && kD <= 128;
+    static constexpr bool kProjectsApart = !kHoldsAll && short_projects(kD);
     static constexpr int kPromptTile = tile_bytes(kKeys, kD);
     static constexpr int kRowTile = tile_bytes(kRows, kD);
     // K+, V+, K-, V- [kKeys, kD]; Q [kShortWarps, kRows, kD]; bias of both [kKeys] in fp32
@@ -32,6 +36,9 @@ struct ShortLayout {
     static constexpr int kBytes = short_shared_bytes(kD, kKeys, kPlain);
     static_assert(kBytes >= kBias, "the launcher chooses by this size");
 };
+
+template <int kNumber>
+using Number = std::integral_constant<int, kNumber>;
 
 // The softmax of a prompt in all rows of a warp: its weights P = exp2(S - max), rounded to T as an A
 // operand, and what else is known of the rows
@@ -71,7 +78,7 @@ __global__ void __launch_bounds__(kShortThreads, 1)
 
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
-    const bool joint = p.shared.o != nullptr;
+    const bool joint = is_joint(p);
     // without a negative prompt its scores, exponentials and products are left out
     const bool both = p.prompt[kNeg].n > 0;
     unsigned char* row_tile = smem + Layout::kQueries + warp * Layout::kRowTile;
@@ -83,8 +90,7 @@ __global__ void __launch_bounds__(kShortThreads, 1)
         ptx::cp_async_commit();
     };
     const auto load_queries = [&](const Span& at) {
-        load_rows(rows_of(p.q, at.b * p.q_stride_b + at.h * p.q_stride_h, p.q_stride_l, p.d,
-                          p.aligned),
+        load_rows(rows_of(p.q, at.b, at.h, p),
                   at.first * kRows);
     };
     const auto load_prompt = [&](int side, int b, int h) {
@@ -92,15 +98,13 @@ __global__ void __launch_bounds__(kShortThreads, 1)
         unsigned char* k_tile = smem + 2 * side * Layout::kPromptTile;
         load_tile<kD, kKeys, kShortThreads>(
             k_tile,
-            rows_of(prompt.k, b * prompt.k_stride_b + h * prompt.k_stride_h, prompt.k_stride_n, p.d,
-                    p.aligned),
+            rows_of(prompt.k, b, h, p),
             0, 0, threadIdx.x, [&](int key) { return key < prompt.n; });
         // the row of an absent key may hold NaN, and 0 * NaN is not 0
         const float* side_bias = bias + side * kKeys;
         load_tile<kD, kKeys, kShortThreads>(
             k_tile + Layout::kPromptTile,
-            rows_of(prompt.v, b * prompt.v_stride_b + h * prompt.v_stride_h, prompt.v_stride_n, p.d,
-                    p.aligned),
+            rows_of(prompt.v, b, h, p),
             0, 0, threadIdx.x, [&](int key) {
                 return kPlain ? key < prompt.n : side_bias[key] != -INFINITY;
             });
@@ -139,43 +143,62 @@ __global__ void __launch_bounds__(kShortThreads, 1)
             }
             // Q is used up: its tile takes O_s and O
             __syncwarp();
-            if (joint) {
-                load_rows(rows_of(p.shared.o, b * p.shared.o_stride_b + h * p.shared.o_stride_h,
-                                  p.shared.o_stride_l, p.d, p.aligned),
-                          first);
-            }
-            Ending end[kParts];
-#pragma unroll
-            for (int m = 0; m < kParts; ++m) {
-                end[m] = end_rows(p, b, first + m * kWarpRows + lane / 4, h, pos.softmax[m],
-                                  neg.softmax[m], pos.inverse[m], neg.inverse[m]);
-            }
-            if (joint) {
+            if (joint) load_rows(rows_of(p.shared.o, b, h, p), first);
+            const auto ending_of = [&](int part) {
+                return end_rows(p, b, first + part * kWarpRows + lane / 4, h, pos.softmax[part],
+                                neg.softmax[part], pos.inverse[part], neg.inverse[part]);
+            };
+            const auto wait_for_shared = [&] {
+                if (!joint) return;
                 ptx::cp_async_wait<0>();
                 __syncwarp();
-            }
-            // two turns at once, where that leaves no odd one
-#pragma unroll(kD / 16 % 2 == 0 ? 2 : 1)
-            for (int column = 0; column < kD / 8; column += 2) {
-                float z_pos[kParts][2][4], z_neg[kParts][2][4];
+            };
+            // O of the columns [8 * column, 8 * (column + kTiles)) of the parts [part, part + kCount),
+            // to where Q was
+            const auto make = [&](auto count, auto tiles, int part, int column, auto end_of) {
+                constexpr int kCount = decltype(count)::value, kTiles = decltype(tiles)::value;
+                float z_pos[kCount][kTiles][4], z_neg[kCount][kTiles][4];
 #pragma unroll
-                for (int m = 0; m < kParts; ++m) {
+                for (int m = 0; m < kCount; ++m) {
                     clear(z_pos[m]);
                     clear(z_neg[m]);
                 }
-                multiply<T, kPitch>(z_pos, pos.weights,
+                const auto weights_of = [&](const auto& side) -> const auto& {
+                    return reinterpret_cast<const uint32_t(&)[kCount][kKeys / 16][4]>(
+                        side.weights[part]);
+                };
+                multiply<T, kPitch>(z_pos, weights_of(pos),
                                     prompts + Layout::kPromptTile + 16 * column);
                 if (both) {
-                    multiply<T, kPitch>(z_neg, neg.weights,
+                    multiply<T, kPitch>(z_neg, weights_of(neg),
                                         prompts + 3 * Layout::kPromptTile + 16 * column);
                 }
 #pragma unroll
-                for (int m = 0; m < kParts; ++m) {
-                    unsigned char* rows = row_tile + m * kWarpRows * kPitch;
-                    finish<true>(z_pos[m], z_neg[m], end[m], [&](int j, float (&c)[4]) {
-                        fetch<T, kPitch>(c, rows, column + j);
-                    });
+                for (int m = 0; m < kCount; ++m) {
+                    unsigned char* rows = row_tile + (part + m) * kWarpRows * kPitch;
+                    finish<true, kTiles != kD / 8>(
+                        z_pos[m], z_neg[m], end_of(part + m),
+                        [&](int j, float (&c)[4]) { fetch<T, kPitch>(c, rows, column + j); });
                     stage<T, kPitch>(rows, column, z_pos[m]);
+                }
+            };
+            if (Layout::kProjectsApart && p.rule == Rule::kProjected) {
+                wait_for_shared();
+#pragma unroll
+                for (int part = 0; part < kParts; part += Layout::kHeld) {
+                    make(Number<Layout::kHeld>{}, Number<kD / 8>{}, part, 0, ending_of);
+                }
+            } else {
+                Ending end[kParts];
+#pragma unroll
+                for (int m = 0; m < kParts; ++m) end[m] = ending_of(m);
+                wait_for_shared();
+                // what is read of V serves all parts; two turns at once, where that leaves no odd one
+                constexpr int kTiles = Layout::kHoldsAll ? kD / 8 : 2;
+#pragma unroll(kD / 16 % 2 == 0 ? 2 : 1)
+                for (int column = 0; column < kD / 8; column += kTiles) {
+                    make(Number<kParts>{}, Number<kTiles>{}, 0, column,
+                         [&](int part) { return end[part]; });
                 }
             }
             __syncwarp();

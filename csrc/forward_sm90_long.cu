@@ -2,11 +2,12 @@
 //
 //     O = softmax(Q K+^T) V+  -  alpha * softmax(Q K-^T) V-
 //
-// or, beside the shared keys of a joint attention, what rules.cuh makes of the three segments.
+// or what rules.cuh makes of the two prompts, or of them and the shared keys of a joint attention.
 //
 // A block takes a range of tiles of 128 query rows, 64 per warpgroup, and walks over K-, V- and then
-// K+, V+ for each. A third warpgroup feeds the ring: one thread of it keeps TMA busy, and where keys
-// are masked the other warps write the biases and clear the absent rows of V.
+// K+, V+ for each. The softmax of a tile of keys runs under the product of the one before it with its
+// V. A third warpgroup feeds the ring: one thread of it keeps TMA busy, and where keys are masked the
+// other warps write the biases and clear the absent rows of V.
 //
 // The arithmetic of a row, its order included, is that of forward_sm90_short.cu: both give the same
 // bits.
@@ -31,7 +32,7 @@ struct StreamLayout {
     // column tiles of Z- that wait in shared memory: beside them, Z+ and its scores would not fit
     // the registers
     static constexpr int kParked = kD <= 80 ? 0 : kD <= 128 ? 16 : 8;
-    // K and V in turns, [kKeys, kD] each; the rows of each warpgroup; what is parked of Z-; a bias
+    // K and V, [kKeys, kD] each; the rows of each warpgroup; what is parked of Z-; a bias
     // for each slot in fp32; mbarriers: arrived, clean and free for each slot, and those of each
     // warpgroup
     static constexpr int kRows = kSlots * Keys::kBytes;
@@ -88,12 +89,17 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
         const int first = round_tile * kGroups * kGroupRows;
         return attends(call, side, first, kGroups * kGroupRows) ? call.prompt[side].n : 0;
     };
-    const auto each_block = [&](auto take) {
+    // The ring's tiles in the order in which they are used: K of the first keys of a prompt, K of the
+    // next and V of those before it, V of the last.
+    const auto each_tile = [&](auto take_k, auto take_v) {
         for (Span span(share); span.any(); span.next(share)) {
             for (; span.any(); ++span.first) {
                 for (int side : {kNeg, kPos}) {
                     const int n = keys_of(side, span.first);
-                    for (int key = 0; key < n; key += kKeys) take(side, key, span);
+                    for (int key = 0; key < n + kKeys; key += kKeys) {
+                        if (key < n) take_k(side, key, span);
+                        if (key > 0 && n > 0) take_v(side, key - kKeys, span);
+                    }
                 }
             }
         }
@@ -118,27 +124,33 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
         ptx::give_registers<40>();
         const int thread = threadIdx.x - kGroups * kGroupThreads;
         if (thread == 0) {
-            each_block([&](int side, int key, const Span& at) {
-                for (const Mapped* t : {&p.k[side], &p.v[side]}) {
-                    ring.wait_free();
-                    ptx::mbarrier_arrive_expect(ring.arrived(), Keys::kBytes);
-                    load_tile<kKeys, kD>(*t, ring.tile(), ring.arrived(), key, at.h, at.b);
-                    ring.next();
-                }
-            });
+            const auto bring = [&](const Mapped& t, int key, const Span& at) {
+                ring.wait_free();
+                ptx::mbarrier_arrive_expect(ring.arrived(), Keys::kBytes);
+                load_tile<kKeys, kD>(t, ring.tile(), ring.arrived(), key, at.h, at.b);
+                ring.next();
+            };
+            each_tile([&](int side, int key, const Span& at) { bring(p.k[side], key, at); },
+                      [&](int side, int key, const Span& at) { bring(p.v[side], key, at); });
         } else if (!kPlain && thread >= kWarpSize) {
-            each_block([&](int side, int key, const Span& at) {
+            // this thread's keys are nobody else's; those of V are those of the K before the last
+            const int mine = thread - kWarpSize;
+            constexpr int kStep = kCleaners * kWarpSize;
+            float *bias = nullptr, *next_bias = nullptr;
+            const auto write_bias = [&](int side, int key, const Span& at) {
                 const Prompt& prompt = call.prompt[side];
-                float* bias = biases + ring.bias();
-                // this thread's keys are nobody else's
-                const int mine = thread - kWarpSize;
-                constexpr int kStep = kCleaners * kWarpSize;
+                bias = next_bias;
+                next_bias = biases + ring.bias();
                 ring.wait_free();
                 for (int i = mine; i < kKeys; i += kStep) {
-                    bias[i] = key_bias(prompt.mask, at.b, key + i, prompt.n);
+                    next_bias[i] = key_bias(prompt.mask, at.b, key + i, prompt.n);
                 }
                 arrive_as_warp(ring.clean());
                 ring.next();
+            };
+            const auto clear_absent = [&](int side, int key, const Span&) {
+                // after the last K of a prompt comes V alone
+                if (key + kKeys >= call.prompt[side].n) bias = next_bias;
                 wait(ring.arrived(), ring.parity);
                 for (int i = mine; i < kKeys; i += kStep) {
                     if (bias[i] != -INFINITY) continue;
@@ -147,7 +159,8 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
                 ptx::fence_proxy_async();
                 arrive_as_warp(ring.clean());
                 ring.next();
-            });
+            };
+            each_tile(write_bias, clear_absent);
         }
         return;
     }
@@ -167,15 +180,15 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
         load_queries(span, 0, 0);
         load_queries(span, 1, 1);
     }
+    // The next tile, once it is here; give_back when nothing reads it any more.
     const auto take = [&] {
         wait(ring.arrived(), ring.parity);
         if (!kPlain) wait(ring.clean(), ring.parity);
-        return ring.tile();
-    };
-    const auto give_back = [&] {
-        arrive_as_warp(ring.free());
+        const Ring<Layout> here = ring;
         ring.next();
+        return here;
     };
+    const auto give_back = [&](const Ring<Layout>& tile) { arrive_as_warp(tile.free()); };
 
     for (int round = 0; span.any(); advance<1>(span, 0, share), ++round) {
         const int tile = span.first * kGroups + group;
@@ -187,32 +200,52 @@ __global__ void __launch_bounds__(kThreadsOfBlock, 1)
             const Prompt& prompt = call.prompt[which];
             const int n = keys_of(which, span.first);
             clear(z);
-            for (int key = 0; key < n; key += kKeys) {
-                float s[kKeys / 8][4];
-                // from a register of each thread ptxas would make each descriptor anew
-                const uint32_t queries = uniform(q);
-                const uint32_t k = take();
+            if (n == 0) {
+                side.finish();
+                return;
+            }
+            float s[kKeys / 8][4], rescale[2];
+            uint32_t weights[kKeys / 16][4];
+            // from a register of each thread ptxas would make each descriptor anew
+            const uint32_t queries = uniform(q);
+            const auto start_next = [&] {
+                const auto k = take();
                 ptx::wgmma_fence();
-                start_scores<T, kD, kKeys>(s, queries, k);
-                ptx::wgmma_wait<0>();
+                start_scores<T, kD, kKeys>(s, queries, k.tile());
+                return k;
+            };
+            const auto weigh = [&](const Ring<Layout>& k, int key) {
                 ptx::arrived(s);
-                uint32_t weights[kKeys / 16][4];
-                float rescale[2];
-                side.push<T, kPlain>(s, prompt, call.scale, biases + ring.bias(), key, weights,
-                                     rescale);
-                give_back();
+                side.template weigh<kPlain>(s, prompt, call.scale, biases + k.bias(), key, rescale);
+                give_back(k);
+            };
+            const auto k = start_next();
+            ptx::wgmma_wait<0>();
+            weigh(k, 0);
+            pack_fragments<T>(weights, s);
+            for (int key = kKeys; key < n; key += kKeys) {
+                const auto k = start_next();
+                const auto v = take();
+                ptx::wgmma_fence();
+                start_values<T, kD, kKeys>(z, weights, v.tile(), true);
+                ptx::wgmma_wait<1>();
+                weigh(k, key);
+                ptx::wgmma_wait<0>();
+                ptx::arrived(z);
+                give_back(v);
 #pragma unroll
                 for (int j = 0; j < kD / 8; ++j) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) z[j][i] *= rescale[i / 2];
                 }
-                const uint32_t v = take();
-                ptx::wgmma_fence();
-                start_values<T, kD, kKeys>(z, weights, v, key > 0);
-                ptx::wgmma_wait<0>();
-                ptx::arrived(z);
-                give_back();
+                pack_fragments<T>(weights, s);
             }
+            const auto v = take();
+            ptx::wgmma_fence();
+            start_values<T, kD, kKeys>(z, weights, v.tile(), true);
+            ptx::wgmma_wait<0>();
+            ptx::arrived(z);
+            give_back(v);
             side.finish();
         };
         walk(kNeg, z_neg, neg);

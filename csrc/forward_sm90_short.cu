@@ -172,7 +172,8 @@ cudaError_t launch_sm90(const ForwardParams& p, const Device& device, cudaStream
 template <typename T, int kD, int kKeys>
 cudaError_t launch_sides(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     const bool plain = is_plain(p);
-    if (p.prompt[kNeg].n == 0) {
+    // beside shared keys a Z- without keys of its own may be projected: it is O_s
+    if (p.prompt[kNeg].n == 0 && !(is_joint(p) && p.rule == Rule::kProjected)) {
         return plain ? launch_sm90<T, kD, kKeys, 1, true>(p, device, stream)
                      : launch_sm90<T, kD, kKeys, 1, false>(p, device, stream);
     }

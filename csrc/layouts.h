@@ -57,13 +57,19 @@ constexpr bool has_sm90_short(int d, int keys) {
 // of 128 keys would not fit the registers.
 constexpr int sm90_stream_keys(int d) { return d <= 128 ? kBlockKeys : kClipKeys; }
 
-// Columns of O that a block of forward_long makes. A head_dim above 128 is shared by two blocks or
-// four: two accumulators of all its columns would not fit the registers beside the scores.
-constexpr int long_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
+// Whether forward_short's registers hold all columns of Z+ and Z-, of which a projection wants sums
+constexpr bool short_projects(int d) { return d <= 128; }
 
-// forward_long: K [128, d], V [128, columns], Q [64, d]; the bias in fp32
+// forward_long: columns of O that a warp makes. A head_dim above 128 is shared by two warps or four:
+// two accumulators of all its columns would not fit the registers beside the scores.
+constexpr int long_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
+// Warps of a block, the query rows that they make, and the tiles of K and V that are on chip
+constexpr int kLongWarps = 8;
+constexpr int long_rows(int d) { return 16 * kLongWarps / (d / long_columns(d)); }
+constexpr int kLongStages = 3;
+// K or V [64, d] of each stage, Q [rows, d]; the bias in fp32
 constexpr int long_shared_bytes(int d) {
-    return tile_bytes(kBlockKeys, d) + tile_bytes(kBlockKeys, long_columns(d)) + tile_bytes(64, d) +
+    return kLongStages * tile_bytes(kBlockKeys / 2, d) + tile_bytes(long_rows(d), d) +
            kBlockKeys * 4;
 }
 
@@ -88,6 +94,11 @@ constexpr int backward_shared_bytes(int d) {
     const int queries = queries_shared_bytes(d);
     const int keys = keys_shared_bytes(d);
     return queries > keys ? queries : keys;
+}
+
+// Whether there are keys that both prompts share
+__host__ __device__ constexpr bool is_joint(const ForwardParams& p) {
+    return p.shared.o.data != nullptr;
 }
 
 constexpr int short_keys(const ForwardParams& p) {

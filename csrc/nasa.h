@@ -3,7 +3,7 @@
 //
 //     O = softmax(Q K+^T * scale + bias+) V+  -  alpha * softmax(Q K-^T * scale + bias-) V-
 //
-// Names: b batch, h heads, l queries, n text tokens, d head_dim. Strides are in elements, and d is
+// or what another rule makes of the two (csrc/rules.cuh). Names: b batch, h heads, l queries, n text tokens, d head_dim. Strides are in elements, and d is
 // contiguous; a stride of 0 reads one row for many. The kernels work in base 2: `scale` is the
 // softmax scale times log2(e), and a bias is multiplied by log2(e) where it is read.
 #pragma once
@@ -31,38 +31,40 @@ struct Mask {
     MaskType type;
 };
 
+// A tensor that the kernels read: [b, rows, h, d]
+struct Matrix {
+    const void* data;
+    int64_t stride_b, stride_row, stride_h;
+};
+
 struct Prompt {
-    const void* k;  // [b, n, h, d]
-    const void* v;  // [b, n, h, d]
-    int64_t k_stride_b, k_stride_n, k_stride_h;
-    int64_t v_stride_b, v_stride_n, v_stride_h;
+    Matrix k, v;  // [b, n, h, d]
     Mask mask;
     int n;  // tokens, 0 included
 };
 
-// How the segments of a joint attention are weighed: csrc/rules.cuh
-enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum };
+// What becomes of Z+ and Z-, and of the segments of a joint attention: csrc/rules.cuh
+enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum, kProjected };
+constexpr int kRules = 6;
 
 // The keys that both prompts share in a joint attention, those of the image itself: what another
 // kernel made of them. The last rows of q may be the texts' own queries.
 struct Shared {
-    const void* o;     // [b, l, h, d], normalised; null: no such segment, O = Z+ - alpha Z-
+    Matrix o;          // [b, l, h, d], normalised; null: no such segment
     const float* lse;  // [b, h, l], natural logarithm of rowsum(exp(scores)); -inf without keys
-    int64_t o_stride_b, o_stride_l, o_stride_h;
     int64_t lse_stride_b, lse_stride_h, lse_stride_l;
-    Rule rule;
     int first_text_pos;  // rows [first_text_pos, first_text_neg) are queries of the positive text,
     int first_text_neg;  // rows [first_text_neg, l) of the negative one, the others of the image
 };
 
 struct ForwardParams {
-    const void* q;  // [b, l, h, d]
-    void* o;        // [b, l, h, d], contiguous
-    int64_t q_stride_b, q_stride_l, q_stride_h;
+    Matrix q;  // [b, l, h, d]
+    void* o;   // [b, l, h, d], contiguous
     Prompt prompt[2];        // kPos, kNeg
     const float* alpha_map;  // [b, l, h], or null: then the number `alpha`
     int64_t alpha_stride_b, alpha_stride_l, alpha_stride_h;
     int b, l, h, d;
+    Rule rule;  // without shared keys kNasa or kProjected
     Shared shared;
     float alpha;
     float scale;
@@ -85,8 +87,7 @@ struct ForwardParams {
 struct BackwardParams {
     ForwardParams call;  // its o is not used; `aligned` covers grad_o and `image` too
     Prompt image;        // the keys of kShared, where dQ is asked for
-    const void* grad_o;  // [b, l, h, d]
-    int64_t grad_stride_b, grad_stride_l, grad_stride_h;
+    Matrix grad_o;       // [b, l, h, d]
     void* dq;       // [b, l, h, d], contiguous
     float* dalpha;  // [b, l, h], contiguous
     void* dk[2];    // [b, n, h, d], contiguous; kPos, kNeg

@@ -108,16 +108,14 @@ struct Side {
     float inverse[2] = {0.f, 0.f};  // once it has seen all keys
 
     // Scores of keys `first` and up become weights; `rescale` is what the earlier ones shrink by.
-    template <typename T, bool kPlain, int kTiles>
-    __device__ __forceinline__ void push(float (&s)[kTiles][4], const Prompt& prompt, float scale,
-                                         const float* bias, int first,
-                                         uint32_t (&weights)[kTiles / 2][4], float (&rescale)[2]) {
+    template <bool kPlain, int kTiles>
+    __device__ __forceinline__ void weigh(float (&s)[kTiles][4], const Prompt& prompt, float scale,
+                                          const float* bias, int first, float (&rescale)[2]) {
         const float left = finish_scores<kPlain>(s, prompt, scale, bias, first);
         softmax.push(s, left, rescale);
-        pack_fragments<T>(weights, s);
     }
 
-    // The same for all keys at once
+    // The same for all keys at once, rounded to T
     template <typename T, bool kPlain, int kTiles>
     __device__ __forceinline__ void push_all(float (&s)[kTiles][4], const Prompt& prompt,
                                              float scale, const float* bias,
@@ -140,7 +138,7 @@ __device__ __forceinline__ void prefetch_maps(const Params& p) {
     if constexpr (kSides == 2) {
         for (const Mapped* t : {&p.k[kNeg], &p.v[kNeg]}) ptx::prefetch_map(&t->map);
     }
-    if (p.call.shared.o != nullptr) ptx::prefetch_map(&p.o_shared.map);
+    if (is_joint(p.call)) ptx::prefetch_map(&p.o_shared.map);
 }
 
 // The rows of a warpgroup: the next tile of Q arrives while one is multiplied, and the shared
@@ -174,7 +172,7 @@ struct Rows64 {
     // Q is used up by this warp: once it is by all, its tile takes O_s.
     __device__ __forceinline__ void release(int tile, int h, int b, int round) const {
         ptx::barrier_sync(1 + group, kGroupThreads);
-        if (p.call.shared.o != nullptr && leads()) {
+        if (is_joint(p.call) && leads()) {
             bring(p.o_shared, tile, h, b, round % kQueryStages, kQueryStages);
         }
     }
@@ -189,8 +187,7 @@ struct Rows64 {
     template <bool kBoth>
     __device__ __forceinline__ void store(int tile, int h, int b, int round,
                                           float (&z_pos)[kD / 8][4],
-                                          const float (&z_neg)[kD / 8][4],
-                                          const Ending& end) const {
+                                          float (&z_neg)[kD / 8][4], const Ending& end) const {
         // where z[j][0] and z[j][1] belong; z[j][2] and z[j][3] lie 8 rows, and the same swizzle, on
         unsigned char* o_row = tiles + round % kQueryStages * Tile::kBytes + row() * kRowBytes +
                                threadIdx.x % 4 * 4;

@@ -5,7 +5,7 @@
 
 #include <atomic>
 
-#include "nasa.h"
+#include "layouts.h"
 
 namespace nasa::sm90 {
 
@@ -47,26 +47,26 @@ inline cudaError_t find_encode(Encode& encode) {
 
 // A map of [b, rows, h, d] in memory, as [b, h, rows, d]. A dimension that does not move (one
 // element, or stride 0) is one element long, and its coordinate stays 0.
-inline cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const void* data, int64_t stride_b,
-                              int64_t stride_rows, int64_t stride_h, int rows, int box_rows) {
+inline cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const Matrix& x, int rows,
+                              int box_rows) {
     Encode encode;
     if (const cudaError_t error = find_encode(encode)) return error;
-    t.step_h = p.h > 1 && stride_h != 0;
-    t.step_b = p.b > 1 && stride_b != 0;
+    t.step_h = p.h > 1 && x.stride_h != 0;
+    t.step_b = p.b > 1 && x.stride_b != 0;
     t.first_row = 0;
     constexpr cuuint64_t kAnyStride = 16;
     const bool rows_move = rows > 1;
     const cuuint64_t sizes[4] = {cuuint64_t(p.d), cuuint64_t(rows), t.step_h ? cuuint64_t(p.h) : 1,
                                  t.step_b ? cuuint64_t(p.b) : 1};
-    const cuuint64_t strides[3] = {rows_move ? cuuint64_t(stride_rows) * 2 : kAnyStride,
-                                   t.step_h ? cuuint64_t(stride_h) * 2 : kAnyStride,
-                                   t.step_b ? cuuint64_t(stride_b) * 2 : kAnyStride};
+    const cuuint64_t strides[3] = {rows_move ? cuuint64_t(x.stride_row) * 2 : kAnyStride,
+                                   t.step_h ? cuuint64_t(x.stride_h) * 2 : kAnyStride,
+                                   t.step_b ? cuuint64_t(x.stride_b) * 2 : kAnyStride};
     const cuuint32_t box[4] = {kAtomColumns, cuuint32_t(box_rows), 1, 1};
     const cuuint32_t elements[4] = {1, 1, 1, 1};
     const CUresult result = encode(
         &t.map,
         p.type == Type::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        4, const_cast<void*>(data), sizes, strides, box, elements, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        4, const_cast<void*>(x.data), sizes, strides, box, elements, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -75,19 +75,13 @@ inline cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const void* dat
 // Everything of a call; K and V come in tiles of `keys` rows.
 inline cudaError_t map_call(Params& params, const ForwardParams& p, int keys) {
     params.call = p;
-    const int64_t o_stride_l = static_cast<int64_t>(p.h) * p.d;
-    if (const cudaError_t error = map_tensor(params.q, p, p.q, p.q_stride_b, p.q_stride_l,
-                                             p.q_stride_h, p.l, kGroupRows)) {
-        return error;
-    }
-    if (const cudaError_t error =
-            map_tensor(params.o, p, p.o, p.l * o_stride_l, o_stride_l, p.d, p.l, kGroupRows)) {
-        return error;
-    }
-    if (const Shared& s = p.shared; s.o != nullptr) {
+    const int64_t o_stride = static_cast<int64_t>(p.h) * p.d;
+    const Matrix o{p.o, p.l * o_stride, o_stride, p.d};
+    if (const cudaError_t error = map_tensor(params.q, p, p.q, p.l, kGroupRows)) return error;
+    if (const cudaError_t error = map_tensor(params.o, p, o, p.l, kGroupRows)) return error;
+    if (is_joint(p)) {
         if (const cudaError_t error =
-                map_tensor(params.o_shared, p, s.o, s.o_stride_b, s.o_stride_l, s.o_stride_h, p.l,
-                           kGroupRows)) {
+                map_tensor(params.o_shared, p, p.shared.o, p.l, kGroupRows)) {
             return error;
         }
     }
@@ -95,22 +89,18 @@ inline cudaError_t map_call(Params& params, const ForwardParams& p, int keys) {
         const Prompt& prompt = p.prompt[side];
         if (prompt.n == 0) {
             // past the last row of any tensor there are zeros
-            if (const cudaError_t error =
-                    map_tensor(params.k[side], p, p.q, 0, p.q_stride_l, 0, p.l, keys)) {
+            const Matrix any{p.q.data, 0, p.q.stride_row, 0};
+            if (const cudaError_t error = map_tensor(params.k[side], p, any, p.l, keys)) {
                 return error;
             }
             params.k[side].first_row = p.l;
             params.v[side] = params.k[side];
             continue;
         }
-        if (const cudaError_t error =
-                map_tensor(params.k[side], p, prompt.k, prompt.k_stride_b, prompt.k_stride_n,
-                           prompt.k_stride_h, prompt.n, keys)) {
+        if (const cudaError_t error = map_tensor(params.k[side], p, prompt.k, prompt.n, keys)) {
             return error;
         }
-        if (const cudaError_t error =
-                map_tensor(params.v[side], p, prompt.v, prompt.v_stride_b, prompt.v_stride_n,
-                           prompt.v_stride_h, prompt.n, keys)) {
+        if (const cudaError_t error = map_tensor(params.v[side], p, prompt.v, prompt.n, keys)) {
             return error;
         }
     }

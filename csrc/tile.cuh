@@ -28,15 +28,17 @@ struct Rows {
     bool aligned;
 };
 
-__device__ __forceinline__ Rows rows_of(const void* data, int64_t offset, int64_t stride, int d,
-                                        bool aligned) {
-    return {static_cast<const uint16_t*>(data) + offset, stride, d, aligned};
+__device__ __forceinline__ Rows rows_of(const Matrix& x, int b, int h, const ForwardParams& call) {
+    return {static_cast<const uint16_t*>(x.data) + b * x.stride_b + h * x.stride_h, x.stride_row,
+            call.d, call.aligned};
 }
 
-// Start the copy of rows [first, first + kRows), kColumns wide from column `column`, to a tile.
+// Start the copy of rows [first, first + kRows), kColumns wide from column `column`, to a tile whose
+// rows lie kPitch bytes apart.
 // `thread` is one of kCopiers. Rows that are not present(row), and columns past d, become zeros.
 // Rows at any address are copied element by element, at once.
-template <int kColumns, int kRows, int kCopiers, typename Present>
+template <int kColumns, int kRows, int kCopiers, int kPitch = Tile<kColumns>::kPitch,
+          typename Present>
 __device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows, int first,
                                           int column, int thread, Present present) {
     if (!rows.aligned) {
@@ -46,7 +48,7 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows,
             const int row = i / kColumns;
             const int c = i % kColumns;
             const bool valid = column + c < rows.d && present(first + row);
-            target[row * (Tile<kColumns>::kPitch / 2) + c] =
+            target[row * (kPitch / 2) + c] =
                 valid ? rows.data[(first + row) * rows.stride + column + c] : 0;
         }
         return;
@@ -58,7 +60,7 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows,
         const int row = i / kChunks;
         const int c = i % kChunks * 8;
         const bool valid = column + c < rows.d && present(first + row);
-        ptx::cp_async_16(base + row * Tile<kColumns>::kPitch + 2 * c,
+        ptx::cp_async_16(base + row * kPitch + 2 * c,
                          rows.data + (valid ? (first + row) * rows.stride + column + c : 0), valid);
     }
 }
@@ -201,7 +203,7 @@ __device__ __forceinline__ void fetch(float (&c)[4], const unsigned char* tile, 
 
 // Write `count` rows of a warp's staged tile, kColumns wide, to rows of `stride` elements in global
 // memory; `d` columns of them exist.
-template <int kColumns, int kRows = kWarpRows>
+template <int kColumns, int kRows = kWarpRows, int kPitch = Tile<kColumns>::kPitch>
 __device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
                                            const unsigned char* tile, int count, int d,
                                            bool aligned) {
@@ -213,7 +215,7 @@ __device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
             const int row = i / kColumns;
             const int c = i % kColumns;
             if (row < count && c < d) {
-                target[row * stride + c] = source[row * (Tile<kColumns>::kPitch / 2) + c];
+                target[row * stride + c] = source[row * (kPitch / 2) + c];
             }
         }
         return;
@@ -224,7 +226,7 @@ __device__ __forceinline__ void store_rows(uint16_t* target, int64_t stride,
         const int c = i % kChunks * 8;
         if (row < count && c < d) {
             *reinterpret_cast<uint4*>(target + row * stride + c) =
-                *reinterpret_cast<const uint4*>(tile + row * Tile<kColumns>::kPitch + 2 * c);
+                *reinterpret_cast<const uint4*>(tile + row * kPitch + 2 * c);
         }
     }
 }

@@ -81,7 +81,7 @@ def prepare(
         q, scale = _check_scale(function, q, scale)
     text_pos, text_neg = 0, 0
     if text_queries is not None:
-        text_pos, text_neg = _check_text_queries(function, q, text_queries)
+        text_pos, text_neg = check_text_queries(function, q, text_queries)
 
     differentiable = torch.is_grad_enabled() and (
         q.requires_grad
@@ -98,6 +98,28 @@ def prepare(
         q, keys_values, mask_pos, mask_neg, alpha_map, alpha_number, scale, text_pos, text_neg,
         differentiable, backend, under_autocast,
     )  # fmt: skip
+
+
+def expanded(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
+    mask_pos: Tensor | None, mask_neg: Tensor | None, alpha_map: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The operands of an operator that was called with what the user gave, expanded to the sizes of
+    q as views. An error is worded by the public function, which knows its own name.
+    """
+    function = "nasa_kernels"
+    _check_queries(function, q)
+    k_pos, v_pos = _check_prompt(function, q, k_pos, v_pos, "_pos")
+    k_neg, v_neg = _check_prompt(function, q, k_neg, v_neg, "_neg")
+    if mask_pos is not None:
+        mask_pos = _check_mask(function, q, k_pos, mask_pos, "mask_pos")
+    if mask_neg is not None:
+        mask_neg = _check_mask(function, q, k_neg, mask_neg, "mask_neg")
+    if alpha_map is not None:
+        if alpha_map.dtype != torch.float32 or alpha_map.device != q.device:
+            raise ValueError(f"{function}: alpha_map must be fp32, on the device of q")
+        alpha_map, _ = check_alpha(function, q, alpha_map)
+    return k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
 
 
 def check_rule(function: str, rule: str, rules: Sequence[str]) -> None:
@@ -248,7 +270,7 @@ def _check_scale(function: str, q: Tensor, scale: float) -> tuple[Tensor, float]
     return (-q, -float(scale)) if scale < 0 else (q, float(scale))
 
 
-def _check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
+def check_text_queries(function: str, q: Tensor, text_queries: tuple[int, int]) -> tuple[int, int]:
     are_two = isinstance(text_queries, (tuple, list)) and len(text_queries) == 2
     text_pos, text_neg = map(whole, text_queries) if are_two else (None, None)
     if text_pos is None or text_neg is None:

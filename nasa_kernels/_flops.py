@@ -7,8 +7,13 @@ every rule has the FLOPs of "nasa", whether one operator serves it or several ar
 from collections.abc import Sequence
 
 
-def forward(q, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **kwargs) -> int:
-    """Q K^T and P V of both prompts."""
+def forward(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, *args, out_shape=None,
+    **kwargs,
+) -> int:  # fmt: skip
+    """Q K^T and P V of both prompts; of the positive one where alpha is the number 0."""
+    if alpha_map is None and alpha == 0:
+        return 2 * _product(q, k_pos)
     return 2 * _product(q, k_pos, k_neg)
 
 

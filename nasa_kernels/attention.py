@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from nasa_kernels import _projected, ops
+from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
+from nasa_kernels._quick import REFUSALS, quick, remember
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import CROSS_RULES, RULES, nasa_attention_reference
 
@@ -64,9 +65,9 @@ def nasa_attention(
             fp32 or in the dtype of `q` (0, -inf, or any finite bias). A masked key counts as
             absent whatever its row holds, NaN included; a prompt without keys contributes 0.
         scale: Softmax scale. `None` means `d ** -0.5`.
-        backend: `"cuda"`, `"triton"`, `"cpu"` or `"reference"`. `None` takes the first that runs:
-            on a GPU of `"triton"`, `"cuda"`, `"reference"`, on a CPU `"cpu"` (fp64: the
-            reference). A back end named here is never replaced by another.
+        backend: `"cuda"`, `"triton"`, `"cpu"`, `"sdpa"` or `"reference"`. `None` takes the first
+            that runs: on a GPU of `"triton"`, `"cuda"`, `"sdpa"`, on a CPU `"cpu"`, elsewhere
+            `"sdpa"` (fp64: the reference). A back end named here is never replaced by another.
 
     Returns:
         `[b, l, h, d]`, contiguous, in the dtype of `q`: `o.flatten(2)` feeds `to_out` as it is.
@@ -78,6 +79,18 @@ def nasa_attention(
             than a first reverse-mode derivative was asked of a fused back end: second
             derivatives, forward mode and `torch.func.grad` are for `backend="reference"`.
     """
+    asked = (_NAME, backend, rule)
+    plain = quick(asked, q, (k_pos, v_pos, k_neg, v_neg), mask_pos, mask_neg, alpha, scale)
+    if plain is not None:
+        known, alpha_map, number, factor = plain
+        try:
+            return known.operator(
+                q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, factor,
+                *known.rest,
+            )  # fmt: skip
+        except REFUSALS:
+            # the checks say what is wrong
+            pass
     check_rule(_NAME, rule, CROSS_RULES)
     call = prepare(
         _NAME,
@@ -87,26 +100,47 @@ def nasa_attention(
         scale,
         backend,
     )
+    remember_plain(asked, call, rule)
     return outside_autocast(attend, call, rule)
+
+
+def remember_plain(asked: tuple, call: Call, rule: str = "nasa") -> None:
+    """The next call like this one goes to the operator at once."""
+    if RECORDS[call.backend].fuses(rule, differentiable=False):
+        remember(asked, call, ops.FORWARD.get(call.backend), _rule(call.backend, rule))
+
+
+def _rule(backend: str, rule: str) -> tuple[int, ...]:
+    """The last argument of an operator, where it takes one."""
+    return (RULES.index(rule),) if RECORDS[backend].takes_rule else ()
 
 
 def attend(call: Call, rule: str = "nasa") -> Tensor:
     """`nasa_attention` of a call that was checked."""
+    k_pos, v_pos, k_neg, v_neg = call.keys_values
     if call.backend == "reference":
-        k_pos, v_pos, k_neg, v_neg = call.keys_values
         return nasa_attention_reference(
             call.q, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
             rule=rule, mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
         )  # fmt: skip
+    if call.alpha_map is None and call.alpha == 0:
+        # nothing of the negative prompt is read
+        k_neg, v_neg = k_neg[:, :0], v_neg[:, :0]
+        call = call._replace(keys_values=(k_pos, v_pos, k_neg, v_neg), mask_neg=None)
     record = RECORDS[call.backend]
     if not record.fuses(rule, call.differentiable):
         return _project(call)
+    if call.backend == "sdpa":
+        return _sdpa.cross(
+            call.q, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
+            mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
+        )  # fmt: skip
     operator = (ops.ATTENTION if call.differentiable else ops.FORWARD)[call.backend]
-    number = (RULES.index(rule),) if record.takes_rule else ()
     result = operator(
         call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.alpha_map, call.alpha,
-        call.scale, *number,
+        call.scale, *_rule(call.backend, rule),
     )  # fmt: skip
     # O alone, or followed by what is saved for the backward pass
     return result[0] if isinstance(result, tuple) else result
@@ -126,10 +160,7 @@ def attend_neg(call: Call) -> Tensor:
 
 def _alone(call: Call, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
     """A call of one prompt."""
-    return call._replace(
-        keys_values=(k, v, k[:, :0], v[:, :0]), mask_pos=mask, mask_neg=None,
-        alpha_map=None, alpha=0.0,
-    )  # fmt: skip
+    return call._replace(keys_values=(k, v, k, v), mask_pos=mask, alpha_map=None, alpha=0.0)
 
 
 def _project(call: Call) -> Tensor:

@@ -3,6 +3,7 @@
     cuda       CUDA C++ kernels        NVIDIA GPUs, fp16 and bf16
     triton     Triton kernels          NVIDIA GPUs of compute capability 8.0 and up
     cpu        C++ kernels             CPU tensors; without a compiler PyTorch's attention
+    sdpa       PyTorch's attention     any device, twice: for GPUs that are not NVIDIA's
     reference  plain PyTorch           everything, fp64 included
 
 `RECORDS` says all that differs between them; `ops.py` registers operators by it. A back end named
@@ -11,8 +12,10 @@ by the caller is never replaced by another; `None` takes the first that runs, in
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -20,9 +23,11 @@ from torch import Tensor
 
 from nasa_kernels import _cpu
 from nasa_kernels._cuda import extension
-from nasa_kernels.reference import RULES
+from nasa_kernels.reference import CROSS_RULES, RULES
 
 _HALVES = (torch.float16, torch.bfloat16)
+# the oldest Triton that the kernels are tested on
+_TRITON = (3, 6)
 
 
 # of joint attention, which every back end's operators take
@@ -51,6 +56,11 @@ class Backend(NamedTuple):
     backward_rules: tuple[str, ...] = ("nasa",)
     joint_rules: tuple[str, ...] = JOINT_RULES
     joint_backward_rules: tuple[str, ...] = JOINT_RULES
+    # whether its forward operators refuse what they cannot take, and broadcast keys, values, masks
+    # and alpha by themselves: `_quick.py`
+    checks: bool = False
+    # whether one operator serves NAG, where no gradient is recorded
+    has_nag: bool = False
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
     has_pair: bool = False
     # saved for the backward pass beside the inputs. Kernels rebuild what they need on chip;
@@ -75,9 +85,22 @@ class Backend(NamedTuple):
         )
 
 
-def _without_cpu_kernels(module: str) -> Modules | None:
-    """What implements the operators of `cpu` where its library is not there."""
-    return None if _cpu.load() is None else Modules(module, module)
+def _cpu_record() -> Backend:
+    record = Backend(
+        "cpu",
+        devices=("cpu",),
+        dtypes=(*_HALVES, torch.float32),
+        has_pair=True,
+        keeps=("z_pos", "lse_pos", "z_neg", "lse_neg"),
+        shared_dtype=torch.float32,
+    )
+    if _cpu.load() is None:
+        return record._replace(
+            rules=CROSS_RULES, backward_rules=CROSS_RULES,
+            joint_rules=RULES, joint_backward_rules=RULES, has_nag=True,
+        )  # fmt: skip
+    cross, joint = "nasa_kernels._cpu.attention", "nasa_kernels._cpu.joint"
+    return record._replace(cross=Modules(cross, cross), joint=Modules(joint, joint))
 
 
 RECORDS = {
@@ -88,6 +111,9 @@ RECORDS = {
             devices=("cuda",),
             dtypes=_HALVES,
             joint=Modules("nasa_kernels._cuda.joint", "nasa_kernels._cuda.joint"),
+            rules=("nasa", "projected"),
+            joint_rules=RULES,
+            checks=True,
         ),
         Backend(
             "triton",
@@ -95,41 +121,39 @@ RECORDS = {
             dtypes=(*_HALVES, torch.float32),
             cross=Modules("nasa_kernels._triton.forward", "nasa_kernels._triton.backward"),
             joint=Modules("nasa_kernels._triton.joint", "nasa_kernels._triton.joint_backward"),
+            checks=True,
+            rules=CROSS_RULES,
+            backward_rules=CROSS_RULES,
+            joint_rules=RULES,
             has_pair=True,
         ),
-        Backend(
-            "cpu",
-            devices=("cpu",),
-            dtypes=(*_HALVES, torch.float32),
-            cross=_without_cpu_kernels("nasa_kernels._cpu.attention"),
-            joint=_without_cpu_kernels("nasa_kernels._cpu.joint"),
-            has_pair=True,
-            keeps=("z_pos", "lse_pos", "z_neg", "lse_neg"),
-            shared_dtype=torch.float32,
-        ),
+        _cpu_record(),
+        Backend("sdpa", devices=(), dtypes=(*_HALVES, torch.float32)),
         Backend(
             "reference", devices=("cuda", "cpu"), dtypes=(*_HALVES, torch.float32, torch.float64)
         ),
     )
 }
 NAMES = tuple(RECORDS)
-# those with operators
-FUSED = tuple(name for name in NAMES if name != "reference")
+# those made of PyTorch's own operators, and those with operators of ours
+PLAIN = ("sdpa", "reference")
+FUSED = tuple(name for name in NAMES if name not in PLAIN)
 MAX_HEAD_DIM = max(record.max_head_dim for record in RECORDS.values())
 
 # What `None` takes, by device. The CUDA C++ kernels come before Triton when a benchmark row shows
 # that they win. On meta tensors nothing runs: a fused operator gives shape and FLOPs.
 _PREFERENCE = {
-    "cuda": ("triton", "cuda", "reference"),
+    "cuda": ("triton", "cuda", "sdpa", "reference"),
     "cpu": ("cpu", "reference"),
     "meta": ("triton", "cpu"),
 }
+_ELSEWHERE = ("sdpa", "reference")
 
 
 @functools.cache
 def why_not(name: str, device: torch.device) -> str | None:
     """None when back end `name` runs on tensors of `device`, otherwise one sentence why not."""
-    if name == "reference":
+    if name in PLAIN:
         return None
     if name == "cpu":
         return None if device.type in ("cpu", "meta") else "it runs on CPU tensors only"
@@ -137,9 +161,11 @@ def why_not(name: str, device: torch.device) -> str | None:
         return None
     if name == "cuda":
         return extension.why_not(device)
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install 'triton>=3.6'"
+    if (reason := _why_not_triton()) is not None:
+        return reason
     if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "its kernels were never run on an AMD GPU"
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"
@@ -150,6 +176,21 @@ def why_not(name: str, device: torch.device) -> str | None:
         f"Triton runs on NVIDIA GPUs, not on {device.type} tensors "
         "(TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
     )
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'triton>=3.6'"
+    for package in ("triton", "triton-windows", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        major, minor = re.findall(r"\d+", version)[:2]
+        if (int(major), int(minor)) < _TRITON:
+            return f"its kernels need Triton 3.6 or newer, {package} {version} is installed"
+        return None
+    return None
 
 
 def why_not_head_dim(
@@ -184,7 +225,7 @@ def _candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     if found is None:
         found = _running[device, dtype] = tuple(
             name
-            for name in _PREFERENCE.get(device.type, ())
+            for name in _PREFERENCE.get(device.type, _ELSEWHERE)
             if dtype in RECORDS[name].dtypes and why_not(name, device) is None
         )
     return found

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nasa_kernels import _projected, ops
+from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
+from nasa_kernels._quick import REFUSALS, are_two, like, quick, remember
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
 
@@ -84,6 +85,21 @@ def nasa_joint_attention(
     Raises:
         ValueError, RuntimeError: As `nasa_attention` does.
     """
+    asked = (_NAME, backend, rule)
+    keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
+    plain = quick(asked, q, keys_values, mask_pos, mask_neg, alpha, scale)
+    if plain is not None and are_two(text_queries) and like(q, k, v):
+        known, alpha_map, number, factor = plain
+        # of alpha 0 there is less to do
+        if alpha_map is not None or number != 0 or rule == "vsf":
+            try:
+                return known.operator(
+                    q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
+                    *text_queries,
+                )  # fmt: skip
+            except REFUSALS:
+                # the checks say what is wrong
+                pass
     check_rule(_NAME, rule, RULES)
     call = prepare(
         _NAME,
@@ -94,6 +110,8 @@ def nasa_joint_attention(
         backend,
         text_queries,
     )
+    if RECORDS[call.backend].fuses_joint(rule, differentiable=False):
+        remember(asked, call, ops.JOINT_FORWARD.get(call.backend), (RULES.index(rule),))
     return outside_autocast(attend, call, rule)
 
 
@@ -105,11 +123,10 @@ def attend(call: Call, rule: str) -> Tensor:
         if call.text_neg:
             image, text_pos = attend_pos(call, rule)
             return Apart(image, text_pos, image, attend_text_neg(call)).joined(image)
-        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
-        nothing = (k_neg[:, :0], v_neg[:, :0])
-        call = call._replace(keys_values=(k, v, k_pos, v_pos, *nothing), mask_neg=None)
+        *others, k_neg, v_neg = call.keys_values
+        call = call._replace(keys_values=(*others, k_neg[:, :0], v_neg[:, :0]), mask_neg=None)
+    k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
     if call.backend == "reference":
-        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
         return nasa_joint_attention_reference(
             call.q, k, v, k_pos, v_pos, k_neg, v_neg,
             call.alpha if call.alpha_map is None else call.alpha_map,
@@ -118,6 +135,14 @@ def attend(call: Call, rule: str) -> Tensor:
         )  # fmt: skip
     if not RECORDS[call.backend].fuses_joint(rule, call.differentiable):
         return _project(call)
+    if call.backend == "sdpa":
+        k, v, k_pos, v_pos, k_neg, v_neg = call.keys_values
+        return _sdpa.joint(
+            call.q, k, v, k_pos, v_pos, k_neg, v_neg,
+            call.alpha if call.alpha_map is None else call.alpha_map,
+            rule=rule, text_queries=(call.text_pos, call.text_neg),
+            mask_pos=call.mask_pos, mask_neg=call.mask_neg, scale=call.scale,
+        )  # fmt: skip
     arguments = (
         call.q, *call.keys_values, call.mask_pos, call.mask_neg, call.alpha_map, call.alpha,
         call.scale, RULES.index(rule), call.text_pos, call.text_neg,

@@ -7,8 +7,9 @@
 The norm is the sum of magnitudes, as the paper has it and the published code for most models; the
 published code for FLUX takes the root of the sum of squares (`nag_norm=2`).
 
-The norms need a query's whole row, and the attention kernels give every head to another program:
-so Z+ and Z- are two calls of the attention operator, and one small kernel does the rest. In joint
+The norms need a query's whole row. The CPU kernels, whose tasks may be all heads of some rows, do
+it in one operator. On a GPU every head is another program's: so Z+ and Z- are two calls of the
+attention operator, and one small kernel does the rest, as where a gradient is recorded. In joint
 attention Z+ is over [image; positive text] and Z- over [image; negative text], as in the published
 code. One operator gives both and reads the image's keys once; where a gradient is recorded, or a
 back end has no such operator, each of the two is a call that reads them.
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
-from nasa_kernels._checks import as_number, outside_autocast, prepare
+from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
+from nasa_kernels._quick import REFUSALS, quick
 from nasa_kernels.scalars import real, whole
 
 
@@ -48,8 +50,9 @@ def nag_attention(
         O = nag_alpha G min(1, nag_tau |Z+| / |G|) + (1 - nag_alpha) Z+
 
     Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
-    one query. Z+ and Z- are rounded to the dtype of `q`; what follows is
-    computed in fp32 and rounded once. Deterministic, and differentiable in all tensors.
+    one query. `"cpu"` is one operator that rounds once, where no gradient is recorded; elsewhere
+    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded.
+    Deterministic, and differentiable in all tensors.
 
     Args:
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
@@ -72,6 +75,24 @@ def nag_attention(
     """
     function = "nag_attention"
     settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
+    asked = (function, backend)
+    plain = quick(asked, q, (k_pos, v_pos, k_neg, v_neg), mask_pos, mask_neg, 0.0, scale)
+    if plain is not None:
+        known, *numbers = plain
+
+        def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return known.operator(q, k, v, k, v, mask, None, *numbers, *known.rest)
+
+        try:
+            alpha_map, alpha = _check_alpha(function, q, nag_alpha)
+            z_pos = attend(k_pos, v_pos, mask_pos)
+            if alpha_map is None and alpha == 0:
+                return z_pos
+            z_neg = attend(k_neg, v_neg, mask_neg)
+            return _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
+        except REFUSALS:
+            # the checks say what is wrong
+            pass
     call = prepare(
         function,
         q,
@@ -81,6 +102,11 @@ def nag_attention(
         backend,
     )
     alpha_map, alpha = _check_alpha(function, call.q, nag_alpha)
+    if _is_one_operator(call, alpha_map, alpha):
+        k_pos, v_pos = call.keys_values[:2]
+        call = call._replace(keys_values=(k_pos[:, :0], v_pos[:, :0], *call.keys_values))
+        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
+    attention.remember_plain(asked, call)
     z_pos = outside_autocast(attention.attend_pos, call)
     if alpha_map is None and alpha == 0:
         return z_pos
@@ -141,10 +167,27 @@ def nag_joint_attention(
     alpha_map, alpha = _check_alpha(function, call.q[:, :image], nag_alpha)
     if alpha_map is None and alpha == 0:
         return outside_autocast(joint_attention.attend, call, "nasa-cross")
+    if _is_one_operator(call, alpha_map, alpha):
+        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
     apart = outside_autocast(joint_attention.attend_apart, call)
     return apart.joined(
         _blend_on(call.backend, apart.z_pos, apart.z_neg, alpha_map, alpha, settings)
     )
+
+
+def _is_one_operator(call: Call, alpha_map: Tensor | None, alpha: float) -> bool:
+    if call.backend not in ops.NAG or call.differentiable or (alpha_map is None and alpha == 0):
+        return False
+    return alpha_map is None or not (alpha_map.requires_grad and torch.is_grad_enabled())
+
+
+def _attend_guided(
+    call: Call, alpha_map: Tensor | None, alpha: float, settings: tuple[float, float, int]
+) -> Tensor:
+    return ops.NAG[call.backend](
+        call.q, *call.keys_values, call.mask_pos, call.mask_neg, alpha_map, alpha, call.scale,
+        *settings, call.text_pos, call.text_neg,
+    )  # fmt: skip
 
 
 def pair_backend(backend: str | None, *tensors: Tensor) -> str | None:

@@ -5,8 +5,9 @@
                      returns what is saved for backward_NAME
     backward_NAME    the gradients that are asked for
 
-and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`, and
-`joint_pair_NAME`, which leaves the attention over [shared; pos] and that over [shared; neg] apart.
+and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`,
+`joint_pair_NAME`, which leaves the attention over [shared; pos] and that over [shared; neg] apart,
+and `joint_nag_NAME`, normalised attention guidance, also of cross-attention.
 Inference has an operator of its own because a registered gradient costs microseconds of host time
 in every call, used or not.
 
@@ -46,6 +47,10 @@ _JOINT_INPUTS = (
 _PAIR_INPUTS = (
     f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, Tensor? mask_pos, Tensor? mask_neg, float scale,"
     " int text_pos, int text_neg"
+)
+_NAG_INPUTS = (
+    f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_REST}, float nag_scale, float nag_tau,"
+    " int nag_norm, int text_pos, int text_neg"
 )
 
 
@@ -341,6 +346,12 @@ JOINT_PAIR = {
     if backend.has_pair
 }
 
+# normalised attention guidance, whole; without shared keys it is cross-attention
+NAG = {
+    backend.name: _register_joint(backend, "nag", _NAG_INPUTS, "Tensor", _forward_fake)
+    for backend in _FUSED
+    if backend.has_nag
+}
 # the end of normalised attention guidance: `nag.py` has its formula
 BLEND = _define(
     "nag_blend_triton",

@@ -158,7 +158,7 @@ def joint(
         o = attend(q, *kept, scale)
     if isinstance(alpha, Tensor):
         # [b, l, h] -> [b, image, h, 1]
-        alpha = alpha.to(q.dtype).expand(b, l, h)[:, :image].unsqueeze(-1)
+        alpha = alpha.expand(b, l, h)[:, :image].unsqueeze(-1)
     if isinstance(alpha, Tensor) or alpha != 0:
         o = combine(o, attend(q, *taken, scale), alpha, rule)
     return torch.cat((o, attend(q_pos, *with_pos, scale), attend(q_neg, *with_neg, scale)), dim=1)

@@ -63,7 +63,7 @@ def short_name(mangled: str) -> str:
 
 def listed_architectures() -> tuple[set[str], set[str]]:
     """What cmake/cuda.cmake lists: machine code for these, PTX for those."""
-    text = (ROOT / "cmake/cuda.cmake").read_text()
+    text = (ROOT / "cmake/cuda.cmake").read_text(encoding="utf-8")
     archs = re.search(r'set\(NASA_CUDA_ARCHS "([^"]+)"', text)[1].split(";")
     names = {arch: "sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in archs}
     return set(names.values()), {name for arch, name in names.items() if arch.endswith("+PTX")}

@@ -2,6 +2,9 @@
 
     python tools/triton_aot.py 90           one JSON line per kernel of the models, for sm_90
     python tools/triton_aot.py 89 memory    shared memory alone, of every head_dim as well
+    python tools/triton_aot.py 90 counts 64,77 ...
+                                            for `python -m bench statics`: what is on a tile's way,
+                                            by head_dim and keys
 
 The launchers themselves run, on small CPU tensors of each model's sizes, with kernels that compile
 for a given GPU instead of launching. So what is measured here is what a GPU would be given.
@@ -23,7 +26,15 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 
-from nasa_kernels._triton import backward, configs, forward, joint, joint_backward
+from nasa_kernels._triton import (
+    backward,
+    configs,
+    forward,
+    joint,
+    joint_backward,
+    projected_backward,
+)
+from nasa_kernels.reference import RULES
 from nasa_kernels.testing import MODEL_SHAPES
 
 MODELS = ("sd15-64", "sd15-32", "sd15-16", "sdxl-64", "pixart-1024", "sana-1.6b", "wan-1.3b")
@@ -58,21 +69,19 @@ class CompileOnly:
     def __init__(self, kernel):
         self.kernel = kernel
         self.compiled = None
+        self.options: dict = {}
 
     def __getitem__(self, grid):
         def compile_it(*args, **options):
             self.compiled = self.kernel.warmup(*args, grid=grid, **options)
+            self.options = options
 
         return compile_it
 
 
 def statistics(compiled) -> dict:
-    """Registers and stack from the binary, instructions from its disassembly."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = run("cuobjdump", "-res-usage", file.name)
-        sass = run("nvdisasm", "-c", file.name)
+    """Registers, bytes, and instructions of the whole kernel."""
+    sass, usage = disassemble(compiled)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     count = {
         op.lower(): len(re.findall(rf"\b{re.escape(op)}\b", sass))
@@ -84,6 +93,14 @@ def statistics(compiled) -> dict:
         "shared": compiled.metadata.shared,
         **count,
     }
+
+
+def disassemble(compiled) -> tuple[str, str]:
+    """Machine code and resources, as cuobjdump prints them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return run("cuobjdump", "-sass", file.name), run("cuobjdump", "-res-usage", file.name)
 
 
 def run(tool: str, *args: str) -> str:
@@ -101,6 +118,7 @@ def compile_for(arch: int) -> dict[str, CompileOnly]:
         "forward": (forward, "forward_kernel"),
         "queries": (backward, "query_kernel"),
         "keys": (backward, "key_kernel"),
+        "row-gradients": (projected_backward, "row_gradients_kernel"),
         "joint": (joint, "joint_kernel"),
         "joint-statistics": (joint_backward, "statistics_kernel"),
         "joint-queries": (joint_backward, "query_kernel"),
@@ -118,39 +136,65 @@ def empty(b: int, n: int, h: int, d: int, dtype: torch.dtype = torch.bfloat16) -
 
 def cross_attention(
     b: int, h: int, d: int, n_pos: int, n_neg: int, *,
-    dtype: torch.dtype = torch.bfloat16, has_backward: bool = True,
+    dtype: torch.dtype = torch.bfloat16, has_backward: bool = True, rule: str = "nasa",
 ) -> None:  # fmt: skip
     q, k_pos, k_neg = (empty(b, n, h, d, dtype) for n in (64, n_pos, n_neg))
-    rest = (None, None, None, 0.5, d**-0.5)
-    forward.forward(q, k_pos, k_pos, k_neg, k_neg, *rest)
+    inputs = (q, k_pos, k_pos, k_neg, k_neg, None, None, None, 0.5, d**-0.5)
+    forward.forward(*inputs, RULES.index(rule))
     if has_backward:
-        backward.backward(q, q, k_pos, k_pos, k_neg, k_neg, *rest, [True] * 6)
+        # dK and dV of one prompt: those of the other differ in a sign
+        needs = [True, False, False, True, True, True]
+        backward.backward(q, *inputs, RULES.index(rule), needs)
 
 
-def joint_attention(d: int, image: int, text: int) -> None:
+def row_gradients(b: int, h: int, d: int, n_pos: int, n_neg: int) -> None:
+    q, k_pos, k_neg = (empty(b, n, h, d) for n in (64, n_pos, n_neg))
+    cuts = (configs.resident_cut(n, d, q) for n in (n_pos, n_neg))
+    projected_backward.row_gradients(
+        q, q, k_pos, k_pos, k_neg, k_neg, None, None, None, 0.5, d**-0.5, *cuts, False
+    )
+
+
+def joint_attention(d: int, image: int, text: int, rule: str = "nasa-cross") -> None:
     q, k, prompt = (empty(1, n, 24, d) for n in (64, image, text))
-    arguments = (q, k, k, *(prompt,) * 4, None, None, None, 0.5, d**-0.5, 0, 32, 32)
+    arguments = (
+        q, k, k, *(prompt,) * 4, None, None, None, 0.5, d**-0.5, RULES.index(rule), 32, 32
+    )  # fmt: skip
     _, *kept = joint.attention(*arguments)
-    joint_backward.backward(q, *kept, *arguments, [True] * 8)
+    if rule != "projected":
+        needs = [True, True, True, False, False, False, False, True]
+        joint_backward.backward(q, *kept, *arguments, needs)
+
+
+def report(compilers: dict[str, CompileOnly], facts) -> None:
+    """A line for each kernel that was compiled since the last report."""
+    for name, kernel in compilers.items():
+        if kernel.compiled is not None:
+            print(json.dumps({"kernel": name} | facts(kernel)), flush=True)
+            kernel.compiled = None
 
 
 def of_the_models(arch: int) -> None:
     compilers = compile_for(arch)
 
-    def report(model: str) -> None:
-        for name, kernel in compilers.items():
-            if kernel.compiled is not None:
-                row = {"kernel": name, "model": model, "triton": triton.__version__}
-                print(json.dumps(row | statistics(kernel.compiled)), flush=True)
-                kernel.compiled = None
+    def report_model(model: str, rule: str) -> None:
+        about = {"model": model, "rule": rule, "triton": triton.__version__}
+        report(compilers, lambda kernel: about | statistics(kernel.compiled))
 
     for shape in MODEL_SHAPES:
-        if shape.name in MODELS:
-            cross_attention(16, shape.h, shape.d, shape.n_pos, shape.n_neg)
-            report(shape.name)
-    for model, (d, image, text) in JOINT_MODELS.items():
-        joint_attention(d, image, text)
-        report(model)
+        if shape.name not in MODELS:
+            continue
+        sizes = (16, shape.h, shape.d, shape.n_pos, shape.n_neg)
+        cross_attention(*sizes)
+        report_model(shape.name, "nasa")
+        # of the backward pass one kernel is new; in dQ each prompt has its own dO
+        cross_attention(*sizes, rule="projected", has_backward=shape.name == "sdxl-64")
+        row_gradients(*sizes)
+        report_model(shape.name, "projected")
+    for model, sizes in JOINT_MODELS.items():
+        for rule in ("nasa-cross", "projected"):
+            joint_attention(*sizes, rule=rule)
+            report_model(model, rule)
 
 
 def memory_of_all(arch: int) -> None:
@@ -174,12 +218,11 @@ def memory_of_all(arch: int) -> None:
     CUDABackend.make_cubin = lambda *rest: b""
     compilers = compile_for(arch)
 
-    def report(case: str) -> None:
-        for name, kernel in compilers.items():
-            if kernel.compiled is not None:
-                row = {"kernel": name, "case": case, "shared": kernel.compiled.metadata.shared}
-                print(json.dumps(row), flush=True)
-                kernel.compiled = None
+    def report_case(case: str) -> None:
+        report(
+            compilers,
+            lambda kernel: {"case": case, "shared": kernel.compiled.metadata.shared},
+        )
 
     def longest_resident(d: int) -> int:
         q = empty(1, 1, 1, d)
@@ -195,14 +238,46 @@ def memory_of_all(arch: int) -> None:
         # dK and dV do not depend on what stays on chip, and dQ keeps less of it there
         has_backward = (d, n_pos, n_neg) in models or d in (64, 128, 256)
         cross_attention(16, 8, d, n_pos, n_neg, has_backward=has_backward)
-        report(f"d{d}-n{n_pos}+{n_neg}")
+        if has_backward:
+            row_gradients(16, 8, d, n_pos, n_neg)
+        report_case(f"d{d}-n{n_pos}+{n_neg}")
     cross_attention(1, 8, 256, 77, 512, dtype=torch.float32)
-    report("d256-n77+512-fp32")
+    report_case("d256-n77+512-fp32")
     for model, (d, image, text) in JOINT_MODELS.items():
         joint_attention(d, image, text)
-        report(model)
+        report_case(model)
+
+
+def counts_of(arch: int, *sizes: str) -> None:
+    """What the tables of `bench/triton_statics.py` are made of."""
+    from bench import triton_statics
+
+    compilers = compile_for(arch)
+
+    def report_counts(d: int, n: int, rule: str) -> None:
+        report(compilers, lambda kernel: {"rule": rule, "d": d, "n": n} | counts(kernel))
+
+    def counts(kernel: CompileOnly) -> dict:
+        sass, usage = disassemble(kernel.compiled)
+        return {
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "shared": kernel.compiled.metadata.shared, "warps": kernel.options["num_warps"],
+            "rows": kernel.options["BLOCK_L"],
+            "keys": kernel.options.get("BLOCK_N", kernel.options.get("KEYS")),
+            "counts": triton_statics.count(sass),
+        }  # fmt: skip
+
+    for d, n in (map(int, size.split(",")) for size in sizes):
+        cross_attention(16, 8, d, n, n)
+        report_counts(d, n, "nasa")
+        cross_attention(16, 8, d, n, n, rule="projected", has_backward=False)
+        row_gradients(16, 8, d, n, n)
+        report_counts(d, n, "projected")
 
 
 if __name__ == "__main__":
-    architecture = int(sys.argv[1])
-    memory_of_all(architecture) if sys.argv[2:] == ["memory"] else of_the_models(architecture)
+    modes = {"models": of_the_models, "memory": memory_of_all, "counts": counts_of}
+    architecture, mode, *arguments = (
+        (*sys.argv[1:], "models") if len(sys.argv) == 2 else sys.argv[1:]
+    )
+    modes[mode](int(architecture), *arguments)

@@ -8,8 +8,10 @@
 //     dK   [n, d]   += dS^T  [n, rows] . Q  [rows, d]
 //
 // c and dlse need u of all segments, and u needs all keys. S and dP of some thousand keys are held
-// until then; of more they are made twice, so that the scratch has a bound.
-#include "rules.h"
+// until then; of more they are made twice, so that the scratch has a bound. Under the projected rule
+// Z+ and Z- are made as well, and of them a dO for each segment (projected.h).
+#include "gradients.h"
+#include "projected.h"
 
 namespace nasa {
 namespace cpu {
@@ -28,6 +30,36 @@ int64_t keys_in_all(const Call& p, const Blocks& blocks) {
     return n;
 }
 
+bool is_projected(const Blocks& blocks) {
+    const Section& image = blocks.section[0];
+    return image.rows > 0 && image.target[0].rule == Rule::kProjected;
+}
+
+// What the projected rule needs beside it: Z of each segment; G, dZ+ and dZ-; then dO of each
+// segment, in both layouts
+template <class Math>
+struct ProjectedScratch {
+    float *z[kSegments], *g, *dz_pos, *dz_neg;  // [d, rows]
+    float* got[kSegments];                      // [d / kPack, rows]
+    float* go[kSegments];                       // [rows / kPack, width]
+    Bfloat16* pairs;                            // [rows, d], where kPack is 2
+
+    ProjectedScratch(const Call& p, const Blocks& blocks, int64_t width, Arena& arena) {
+        const bool is_used = is_projected(blocks);
+        const int64_t size = is_used ? p.d * kRows : 0;
+        g = arena.take<float>(size);
+        dz_pos = arena.take<float>(size);
+        dz_neg = arena.take<float>(size);
+        pairs = arena.take<Bfloat16>(Math::kPack == 2 ? size : 0);
+        for (int i = 0; i < kSegments; ++i) {
+            const bool has_keys = blocks.uses[i] && p.segment[i].n > 0;
+            z[i] = arena.take<float>(has_keys ? size : 0);
+            got[i] = arena.take<float>(has_keys ? size : 0);
+            go[i] = arena.take<float>(has_keys && is_used ? width * kRows / Math::kPack : 0);
+        }
+    }
+};
+
 // Of one thread
 template <class Math>
 struct Scratch {
@@ -37,9 +69,11 @@ struct Scratch {
     float* ds_along_n;              // [n / kPack, rows]: dS, to meet K
     float *p_along_l, *ds_along_l;  // [n, rows / kPack]: c P and dS, to meet dO and Q
     float* dqt;                     // [d, rows]
+    ProjectedScratch<Math> projected;
     bool is_held;
 
-    Scratch(const Call& p, const Blocks& blocks, int64_t width, Arena& arena) {
+    Scratch(const Call& p, const Blocks& blocks, int64_t width, Arena& arena)
+        : projected(p, blocks, width, arena) {
         constexpr int kPack = Math::kPack;
         const int64_t n = keys_in_all(p, blocks);
         is_held = n <= kHeldKeys;
@@ -60,140 +94,46 @@ struct Scratch {
     }
 };
 
-// x [count, d] with rows `stride` apart, as [R * kLanes / kPack, width]: columns padded with zeros.
-// Behind the last row it is repeated.
-template <class T, class Math, int R>
-void load_rows(const T* x, int64_t stride, int64_t count, int64_t d, int64_t width, float* to) {
-    for (int64_t i = 0; i < R * kLanes; i += Math::kPack) {
-        const T* const from = x + smaller(i, count - 1) * stride;
-        const T* const next = x + smaller(i + 1, count - 1) * stride;
-        float* const out = to + i / Math::kPack * width;
-        for (int64_t c = d / kLanes * kLanes; c < width; ++c) out[c] = 0.f;
-        if (d < kLanes) {
-            for (int64_t c = 0; c < d; ++c) {
-                if constexpr (Math::kPack == 1) {
-                    out[c] = to_float(from[c]);
-                } else {
-                    out[c] = bit_cast<float>(uint32_t{next[c].bits} << 16 | from[c].bits);
-                }
-            }
-            continue;
-        }
-        for (int64_t first = 0; first < d; first += kLanes) {
-            // the last vector may overlap the one before it
-            const int64_t c = smaller(first, d - kLanes);
-            if constexpr (Math::kPack == 1) {
-                store(out + c, load(from + c));
-            } else {
-                store(out + c, Math::pack(from + c, next + c));
-            }
-        }
-    }
-}
-
-// g [keys, rows] = V dO^T, and u += rowsum(e * g) with the weights e [keys, rows]
-template <class Math, int R>
-void weight_gradients(const float* got, const float* v, int64_t keys, int64_t d, const float* e,
-                      float* g, Vec (&u)[R], Ahead& ahead) {
-    constexpr int kWidth = R * kLanes;
-    const int64_t steps = divide_up(d, Math::kPack);
-    for_tiles<kTile>(keys, [&](auto tile, int64_t j) __attribute__((always_inline)) {
-        constexpr int kT = decltype(tile)::value;
-        ahead.fetch();
-        Vec c[kT][R] = {}, part[R] = {};
-        product_along_d<Math>(c, steps, v + j * steps, got);
-#pragma GCC unroll 8
-        for (int t = 0; t < kT; ++t) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const int64_t at = (j + t) * kWidth + r * kLanes;
-                part[r] = fma(c[t][r], load(e + at), part[r]);
-                store(g + at, c[t][r]);
-            }
-        }
-        for (int r = 0; r < R; ++r) u[r] += part[r];
-    });
-}
-
-// to [d, rows] += K^T dS^T, or = it; some keys at a time, which keeps the rounding errors small
-template <class Math, int R>
-void query_gradients(const float* k, int64_t keys, int64_t d, const float* ds, bool add,
-                     float* to) {
-    constexpr int kWidth = R * kLanes;
-    const int64_t steps = divide_up(keys, Math::kPack);
-    for (int64_t first = 0; first < steps; first += kBlockKeys, add = true) {
-        const int64_t some = smaller(kBlockKeys, steps - first);
-        for_tiles<kTile>(d, [&](auto tile, int64_t column) __attribute__((always_inline)) {
-            constexpr int kT = decltype(tile)::value;
-            Vec c[kT][R] = {};
-            product<Math>(c, some, k + first * d + column, 1, d, ds + first * kWidth, kWidth);
-#pragma GCC unroll 8
-            for (int t = 0; t < kT; ++t) {
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    float* const at = to + (column + t) * kWidth + r * kLanes;
-                    store(at, add ? load(at) + c[t][r] : c[t][r]);
-                }
-            }
-        });
-    }
-}
-
-// sum [n, width] += weights^T [n, steps] . rows [steps, width]. Here lanes are columns.
-template <class Math>
-void key_gradients(const float* weights, int64_t steps, const float* rows, int64_t n, int64_t width,
-                   float* sum) {
-    for (int64_t column = 0; column < width;) {
-        // 4 vectors are better two and two than three and one
-        const int64_t left = (width - column) / kLanes;
-        const int64_t vectors = left == 4 && kPanels == 3 ? 2 : smaller(left, kPanels);
-        with_tile<kPanels>(vectors, [&](auto panels) __attribute__((always_inline)) {
-            constexpr int kR = decltype(panels)::value;
-            for_tiles<kTile>(n, [&](auto tile, int64_t j) __attribute__((always_inline)) {
-                constexpr int kT = decltype(tile)::value;
-                float* const at = sum + j * width + column;
-                Vec c[kT][kR] = {};
-                product<Math>(c, steps, weights + j * steps, steps, 1, rows + column, width);
-#pragma GCC unroll 8
-                for (int t = 0; t < kT; ++t) {
-#pragma GCC unroll 8
-                    for (int r = 0; r < kR; ++r) {
-                        float* const to = at + t * width + r * kLanes;
-                        store(to, load(to) + c[t][r]);
-                    }
-                }
-            });
-        });
-        column += vectors * kLanes;
-    }
-}
-
 // A segment as a block of rows sees it. s and g: its own where they are held, else those that all
 // chunks share.
 template <int R>
 struct Side {
     const Keys* keys = nullptr;
     float *s, *g;
+    const float *got, *go;  // dO
     Statistics<R> rows;
     Vec u[R] = {};
 
-    // Weights and dP of some keys; row sums of all keys so far
+    // Weights of some keys, and their sums over all keys so far. Returns in `rescale` what sums so
+    // far are to be multiplied with.
     template <class Math>
-    void examine(const float* qt, const float* got, const Scaling& how, int64_t d, int64_t first,
-                 int64_t count, Ahead& ahead) {
-        Vec before[R], sum[R] = {}, new_u[R] = {};
+    void weigh(const float* qt, const Scaling& how, int64_t d, int64_t first, int64_t count,
+               Vec (&rescale)[R], Ahead& ahead) {
+        Vec before[R], sum[R] = {};
         for (int r = 0; r < R; ++r) before[r] = rows.largest[r];
-        const int64_t steps = divide_up(d, Math::kPack);
         scores<Math, R>(qt, *keys, first, count, d, how, s, rows.largest, ahead);
         weights<Single, typename Math::Exponential>(s, count, how, rows.largest, sum);
-        weight_gradients<Math, R>(got, keys->v_along_d + first * steps, count, d, s, g, new_u,
-                                  ahead);
         const Exact exponential(how.base);
         for (int r = 0; r < R; ++r) {
-            const Vec rescale = exponential(before[r], rows.largest[r]);
-            rows.sum[r] = fma(rows.sum[r], rescale, sum[r]);
-            u[r] = fma(u[r], rescale, new_u[r]);
+            rescale[r] = exponential(before[r], rows.largest[r]);
+            rows.sum[r] = fma(rows.sum[r], rescale[r], sum[r]);
         }
+    }
+    // dP of some keys, whose weights are there, and u
+    template <class Math>
+    void differentiate(int64_t d, int64_t first, int64_t count, const Vec (&rescale)[R],
+                       Ahead& ahead) {
+        Vec new_u[R] = {};
+        const float* const v = keys->v_along_d + first * divide_up(d, Math::kPack);
+        weight_gradients<Math, R>(got, v, count, d, s, g, new_u, ahead);
+        for (int r = 0; r < R; ++r) u[r] = fma(u[r], rescale[r], new_u[r]);
+    }
+    template <class Math>
+    void examine(const float* qt, const Scaling& how, int64_t d, int64_t first, int64_t count,
+                 Ahead& ahead) {
+        Vec rescale[R];
+        weigh<Math>(qt, how, d, first, count, rescale, ahead);
+        differentiate<Math>(d, first, count, rescale, ahead);
     }
 };
 
@@ -238,6 +178,118 @@ struct KeySums {
     float *dk[kSegments], *dv[kSegments];  // [n, width]
 };
 
+// What a rule makes of the statistics of a block of rows
+template <int R>
+struct Outcome {
+    Three c[R], dlse[R];
+    Vec dalpha[R];
+};
+
+// dO of the image's queries for each segment, and what the rule makes of the segments' statistics,
+// of which u is not needed. Weights are left where they are held.
+template <class T, int R>
+Outcome<R> project_block(const Call& p, const Gradients& to, const Block& block, int64_t b,
+                          int64_t h, int64_t width, const Scratch<typename MathOf<T>::type>& x,
+                          const Vec (&minus_alpha)[R], Side<R> (&sides)[kSegments], Ahead& ahead) {
+    using Math = typename MathOf<T>::type;
+    constexpr int kWidth = R * kLanes;
+    const ProjectedScratch<Math>& own = x.projected;
+    const T* const go = row<T>(to.grad_o, b, block.first, h);
+    load_transposed<T, Single, R>(go, to.grad_o.stride_n, block.count, p.d, own.g);
+
+    Attended<R> seen;
+    for (int i = 0; i < kSegments; ++i) {
+        Side<R>& side = sides[i];
+        for (int r = 0; r < R; ++r) seen.rows[i][r] = {broadcast(kLowest), Vec{}};
+        seen.keys[i] = side.keys;
+        seen.z[i] = own.z[i];
+        if (side.keys == nullptr) continue;
+        const Scaling how(*side.keys, p.scale);
+        const int64_t chunk = x.is_held ? side.keys->n : kChunkKeys;
+        for (int64_t j = 0; j < side.keys->n; j += chunk) {
+            const int64_t keys = smaller(chunk, side.keys->n - j);
+            Vec rescale[R];
+            side.template weigh<Math>(x.qt, how, p.d, j, keys, rescale, ahead);
+            const float* const v = side.keys->v_along_n + j / Math::kPack * p.d;
+            add_values<Math, R>(side.s, v, keys, p.d, j == 0, rescale, x.ds_along_n, own.z[i],
+                                ahead);
+        }
+        for (int r = 0; r < R; ++r) seen.rows[i][r] = found(side.rows, how, r);
+    }
+
+    Outcome<R> result;
+    const Combination<R> pos(Rule::kPositive, seen, minus_alpha);
+    const Combination<R> neg(Rule::kNegative, seen, minus_alpha);
+    projected_gradients<R>(pos, neg, own.g, minus_alpha, p.d, own.dz_pos, own.dz_neg,
+                           result.dalpha);
+
+    // shares of the segments in Z+ and in Z-
+    Three a[R], c[R];
+    for (int r = 0; r < R; ++r) {
+        const Found rows[kSegments] = {seen.rows[0][r], seen.rows[1][r], seen.rows[2][r]};
+        a[r] = coefficients(Rule::kPositive, rows, minus_alpha[r]);
+        c[r] = coefficients(Rule::kNegative, rows, minus_alpha[r]);
+        result.c[r] = {{broadcast(1.f), a[r].of[kPos], c[r].of[kNeg]}};
+        result.dlse[r] = {};
+    }
+    if (sides[kShared].keys != nullptr) {
+        // <dZ, O_shared> - <dZ, O_text>
+        Vec of_pos[R] = {}, of_neg[R] = {}, inverse[kSegments][R];
+        for (int i = 0; i < kSegments; ++i) {
+            for (int r = 0; r < R; ++r) {
+                const Vec sum = seen.rows[i][r].sum;
+                inverse[i][r] = where(sum != 0, broadcast(1.f) / sum);
+            }
+        }
+        for (int64_t column = 0; column < p.d; ++column) {
+            for (int r = 0; r < R; ++r) {
+                const int64_t at = column * kWidth + r * kLanes;
+                const auto o = [&](int i) {
+                    return seen.keys[i] == nullptr ? Vec{} : load(own.z[i] + at) * inverse[i][r];
+                };
+                const Vec shared = o(kShared);
+                of_pos[r] = fma(load(own.dz_pos + at), shared - o(kPos), of_pos[r]);
+                of_neg[r] = fma(load(own.dz_neg + at), shared - o(kNeg), of_neg[r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const Vec by_pos = a[r].of[kShared] * a[r].of[kPos] * of_pos[r];
+            const Vec by_neg = c[r].of[kShared] * c[r].of[kNeg] * of_neg[r];
+            result.dlse[r] = {{by_pos + by_neg, -by_pos, -by_neg}};
+        }
+    }
+
+    for (int i = 0; i < kSegments; ++i) {
+        Side<R>& side = sides[i];
+        if (side.keys == nullptr) continue;
+        const auto dz = [&](int64_t column, int r) __attribute__((always_inline)) {
+            const int64_t at = column * kWidth + r * kLanes;
+            if (i == kPos) return load(own.dz_pos + at);
+            if (i == kNeg) return load(own.dz_neg + at);
+            return a[r].of[kShared] * load(own.dz_pos + at) +
+                   c[r].of[kShared] * load(own.dz_neg + at);
+        };
+        side.got = own.got[i];
+        side.go = own.go[i];
+        if constexpr (Math::kPack == 2) {
+            store_transposed<Bfloat16, R>(dz, p.d, own.pairs, p.d, kWidth);
+            load_transposed<Bfloat16, Math, R>(own.pairs, p.d, kWidth, p.d, own.got[i]);
+            load_rows<Bfloat16, Math, R>(own.pairs, p.d, kWidth, p.d, width, own.go[i]);
+        } else {
+            for (int64_t column = 0; column < p.d; ++column) {
+                for (int r = 0; r < R; ++r) {
+                    store(own.got[i] + column * kWidth + r * kLanes, dz(column, r));
+                }
+            }
+            store_transposed<float, R>(dz, p.d, own.go[i], width, kWidth);
+            for (int64_t row = 0; row < kWidth; ++row) {
+                for (int64_t at = p.d; at < width; ++at) own.go[i][row * width + at] = 0.f;
+            }
+        }
+    }
+    return result;
+}
+
 template <class T, int R>
 void backward_block(const Call& p, const Gradients& to, const Block& block, const AllKeys& all,
                     int64_t b, int64_t h, int64_t width,
@@ -261,6 +313,8 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
         sides[i].keys = &keys;
         sides[i].s = x.s + place * kRows;
         sides[i].g = x.g + place * kRows;
+        sides[i].got = x.got;
+        sides[i].go = x.go;
         if (x.is_held) place += keys.n;
         tiles += 2 * divide_up(keys.n, kTile);
     }
@@ -276,6 +330,14 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
     }
     ahead.spread(tiles);
 
+    Vec minus_alpha[R];
+    negative_alpha<R>(p, block, b, h, minus_alpha);
+    const Rule rule = section.target[0].rule;
+    Outcome<R> made;
+    if (rule == Rule::kProjected) {
+        made = project_block<T, R>(p, to, block, b, h, width, x, minus_alpha, sides, ahead);
+    }
+
     // weights, dP and their sums
     Found rows[kSegments][R] = {};
     Three u[R] = {};
@@ -287,7 +349,17 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
         const int64_t chunk = x.is_held ? side.keys->n : kChunkKeys;
         for (int64_t j = 0; j < side.keys->n; j += chunk) {
             const int64_t keys = smaller(chunk, side.keys->n - j);
-            side.template examine<Math>(x.qt, x.got, how, p.d, j, keys, ahead);
+            if (rule != Rule::kProjected) {
+                side.template examine<Math>(x.qt, how, p.d, j, keys, ahead);
+                continue;
+            }
+            // the sums are there, and where they are held the weights
+            const Statistics<R> known = side.rows;
+            Vec one[R];
+            if (!x.is_held) side.template weigh<Math>(x.qt, how, p.d, j, keys, one, ahead);
+            side.rows = known;
+            for (int r = 0; r < R; ++r) one[r] = broadcast(1.f);
+            side.template differentiate<Math>(p.d, j, keys, one, ahead);
         }
         for (int r = 0; r < R; ++r) {
             rows[i][r] = found(side.rows, how, r);
@@ -297,18 +369,17 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
     }
 
     // the rule
-    Vec minus_alpha[R];
-    negative_alpha<R>(p, b, h, first, count, minus_alpha);
-    const Rule rule = section.target[0].rule;
-    Three c[R], dlse[R];
     float dalpha[kWidth], exists[kWidth];
     for (int64_t i = 0; i < kWidth; ++i) exists[i] = i < count ? 1.f : 0.f;
     for (int r = 0; r < R; ++r) {
-        const Found of_row[kSegments] = {rows[0][r], rows[1][r], rows[2][r]};
-        c[r] = coefficients(rule, of_row, minus_alpha[r]);
-        const RuleGradients g = gradients(rule, of_row, minus_alpha[r], u[r]);
-        for (int i = 0; i < kSegments; ++i) dlse[r].of[i] = g.of_lse[i];
-        store(dalpha + r * kLanes, g.of_alpha);
+        if (rule != Rule::kProjected) {
+            const Found of_row[kSegments] = {rows[0][r], rows[1][r], rows[2][r]};
+            made.c[r] = coefficients(rule, of_row, minus_alpha[r]);
+            const RuleGradients g = gradients(rule, of_row, minus_alpha[r], u[r]);
+            for (int i = 0; i < kSegments; ++i) made.dlse[r].of[i] = g.of_lse[i];
+            made.dalpha[r] = g.of_alpha;
+        }
+        store(dalpha + r * kLanes, made.dalpha[r]);
     }
     if (to.dalpha != nullptr) {
         float* const out = to.dalpha + (b * p.l + first) * p.h + h;
@@ -325,15 +396,15 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
         for (int r = 0; r < R; ++r) {
             // no weight behind the last row
             f.inverse[r] = load(exists + r * kLanes) / side.rows.sum[r];
-            f.c[r] = c[r].of[i];
+            f.c[r] = made.c[r].of[i];
             f.u[r] = u[r].of[i];
-            f.dlse[r] = dlse[r].of[i];
+            f.dlse[r] = made.dlse[r].of[i];
         }
         const Scaling how(keys, p.scale);
         for (int64_t j = 0; j < keys.n; j += kChunkKeys) {
             const int64_t some = smaller(kChunkKeys, keys.n - j);
             const int64_t at = x.is_held ? j * kWidth : 0;
-            if (!x.is_held) side.template examine<Math>(x.qt, x.got, how, p.d, j, some, ahead);
+            if (!x.is_held) side.template examine<Math>(x.qt, how, p.d, j, some, ahead);
             score_gradients<Math, R>(side.s + at, side.g + at, some, f, x);
             const float* const ds_along_n = kPack == 1 ? side.g + at : x.ds_along_n;
             const float* const p_along_l = kPack == 1 ? side.s + at : x.p_along_l;
@@ -345,7 +416,7 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
                 add = true;
             }
             if (sums.dv[i] != nullptr) {
-                key_gradients<Math>(p_along_l, kSteps, x.go, some, width,
+                key_gradients<Math>(p_along_l, kSteps, side.go, some, width,
                                     sums.dv[i] + j * width);
             }
             if (sums.dk[i] != nullptr) {
@@ -389,7 +460,8 @@ template <class T>
 bool backward_of(const Call& p, const Gradients& to, const Threads& threads) {
     using Math = typename MathOf<T>::type;
     const Blocks blocks(p, {});
-    const AllKeys all = AllKeys::of<T, Math>(p, blocks.uses, Pass::kBackward, threads);
+    const Pass pass = is_projected(blocks) ? Pass::kBackwardOfZ : Pass::kBackward;
+    const AllKeys all = AllKeys::of<T, Math>(p, blocks.uses, pass, threads);
 
     // where the sums of a part of a head lie. One width for dK and dV: whole vectors
     const int64_t width = divide_up(p.d, kLanes) * kLanes, heads = p.b * p.h;

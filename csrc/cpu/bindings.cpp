@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../arguments.h"
 #include "nasa_cpu.h"
 
 namespace nasa {
@@ -45,28 +46,10 @@ Rows rows_of(const Tensor& x, const char* name, const Tensor& q) {
     return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Mask mask_of(const Optional& mask, const Tensor& k) {
-    if (!mask.has_value()) return {nullptr, 0, 0, MaskType::kNone};
-    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(1),
-                    "nasa_kernels: a mask must be [b, n]");
-    const auto type = [&] {
-        switch (mask->scalar_type()) {
-            case ScalarType::Bool: return MaskType::kBool;
-            case ScalarType::Float: return MaskType::kFloat;
-            case ScalarType::Half: return MaskType::kHalf;
-            case ScalarType::BFloat16: return MaskType::kBfloat16;
-            default:
-                STD_TORCH_CHECK(false, "nasa_kernels: a mask must be bool, fp32, fp16 or bf16");
-        }
-        return MaskType::kNone;
-    }();
-    return {mask->const_data_ptr(), mask->stride(0), mask->stride(1), type};
-}
-
 Segment segment_of(const Tensor& k, const Tensor& v, const Optional& mask, const Tensor& q) {
     STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.size(1) == v.size(1),
                     "nasa_kernels: k and v must have 4 dimensions and the same number of keys");
-    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of(mask, k), k.size(1)};
+    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of<Mask>(mask, k, q), k.size(1)};
 }
 
 Type type_of(const Tensor& q) {
@@ -79,10 +62,10 @@ Type type_of(const Tensor& q) {
     return Type::kFloat;
 }
 
-// Cross-attention to both prompts: no shared keys, and every segment under its own softmax.
+// Both prompts without shared keys; alpha and the rule are set by others
 Call call_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos, const Tensor& k_neg,
              const Tensor& v_neg, const Optional& mask_pos, const Optional& mask_neg,
-             const Optional& alpha_map, double alpha, double scale) {
+             double scale) {
     STD_TORCH_CHECK(q.dim() == 4 && q.size(3) >= 1 && q.size(3) <= kMaxHeadDim,
                     "nasa_kernels: q must be [b, l, h, d] with d from 1 to ", kMaxHeadDim);
     Call p{};
@@ -93,32 +76,31 @@ Call call_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos, const Te
     p.l = q.size(1);
     p.h = q.size(2);
     p.d = q.size(3);
-    p.alpha = static_cast<float>(alpha);
     p.scale = static_cast<float>(scale);
-    p.rule = Rule::kSum;
     p.type = type_of(q);
-    if (alpha_map.has_value()) {
-        STD_TORCH_CHECK(alpha_map->dim() == 3 && alpha_map->size(0) == p.b &&
-                            alpha_map->size(1) == p.l && alpha_map->size(2) == p.h &&
-                            alpha_map->scalar_type() == ScalarType::Float,
-                        "nasa_kernels: alpha_map must be fp32 [b, l, h]");
-        p.alpha_map = static_cast<const float*>(alpha_map->const_data_ptr());
-        p.alpha_stride_b = alpha_map->stride(0);
-        p.alpha_stride_l = alpha_map->stride(1);
-        p.alpha_stride_h = alpha_map->stride(2);
-    }
     return p;
 }
 
-void set_joint(Call& p, const Tensor& q, const Tensor& k, const Tensor& v, int64_t rule,
-               int64_t text_pos, int64_t text_neg) {
-    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kSum),
-                    "nasa_kernels: rule must be 0 to 4, got ", rule);
+// By the number of a rule of cross-attention, without shared keys
+Rule cross_rule(int64_t rule) {
+    if (rule == static_cast<int>(Rule::kProjected)) return Rule::kProjected;
+    STD_TORCH_CHECK(rule == static_cast<int>(Rule::kNasa),
+                    "nasa_kernels: rule must be 0 or 5, got ", rule);
+    return Rule::kSum;
+}
+
+Rule joint_rule(int64_t rule) {
+    STD_TORCH_CHECK(rule >= 0 && rule <= static_cast<int>(Rule::kProjected),
+                    "nasa_kernels: rule must be 0 to 5, got ", rule);
+    return static_cast<Rule>(rule);
+}
+
+void set_joint(Call& p, const Tensor& q, const Tensor& k, const Tensor& v, int64_t text_pos,
+               int64_t text_neg) {
     STD_TORCH_CHECK(text_pos >= 0 && text_neg >= 0 && text_pos + text_neg <= p.l,
                     "nasa_kernels: text_pos and text_neg must be numbers of the ", p.l,
                     " rows of q, got ", text_pos, " and ", text_neg);
     p.segment[kShared] = segment_of(k, v, std::nullopt, q);
-    p.rule = static_cast<Rule>(rule);
     p.text_pos = text_pos;
     p.text_neg = text_neg;
 }
@@ -143,8 +125,8 @@ Tensor empty(const Tensor& q, const Sizes& sizes, ScalarType type) {
     return torch::stable::new_empty(q, sizes, std::make_optional(type));
 }
 
-// A tensor of the dtype of q. A large one comes from the system, page by page: in large pages that
-// costs a fraction.
+// A tensor of the dtype of q. Its memory often comes from the system, page by page, also where glibc
+// gave back what the call before had: in large pages that costs a tenth.
 Tensor result(const Tensor& q, const Sizes& sizes) {
     const Tensor x = empty(q, sizes, q.scalar_type());
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -153,8 +135,7 @@ Tensor result(const Tensor& q, const Sizes& sizes) {
     const uintptr_t bytes = x.numel() * (q.scalar_type() == ScalarType::Float ? 4 : 2);
     const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
     const uintptr_t end = (begin + bytes) / kPage * kPage;
-    // what is smaller comes from memory that was used before
-    if (bytes >= 16 * kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+    if (bytes >= 2 * kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
     return x;
 }
@@ -208,17 +189,19 @@ Tensor nothing(const Tensor& q, ScalarType type, size_t dimensions) {
 
 Tensor forward_cpu(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
                    const Tensor v_neg, const Optional mask_pos, const Optional mask_neg,
-                   const Optional alpha_map, double alpha, double scale) {
-    return forward_of(
-        call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale), q);
+                   const Optional alpha_map, double alpha, double scale, int64_t rule) {
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    p.rule = cross_rule(rule);
+    set_alpha(p, alpha_map, alpha, p.l, p.h);
+    return forward_of(p, q);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_cpu(
     const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg, const Tensor v_neg,
     const Optional mask_pos, const Optional mask_neg, const Optional alpha_map, double alpha,
-    double scale) {
+    double scale, int64_t rule) {
     const Tensor o = forward_cpu(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
-                                 alpha, scale);
+                                 alpha, scale, rule);
     const auto z = [&] { return nothing(q, q.scalar_type(), 4); };
     const auto lse = [&] { return nothing(q, ScalarType::Float, 3); };
     return {o, z(), lse(), z(), lse()};
@@ -228,9 +211,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const Tensor grad_o, const Tensor, const Tensor, const Tensor, const Tensor, const Tensor q,
     const Tensor k_pos, const Tensor v_pos, const Tensor k_neg, const Tensor v_neg,
     const Optional mask_pos, const Optional mask_neg, const Optional alpha_map, double alpha,
-    double scale, const std::vector<bool> needs) {
-    const Call p =
-        call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    double scale, int64_t rule, const std::vector<bool> needs) {
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    p.rule = cross_rule(rule);
+    set_alpha(p, alpha_map, alpha, p.l, p.h);
     const auto g = backward_of(p, grad_o, {q, k_pos, v_pos, k_neg, v_neg}, kPos, needs);
     return {g[0], g[1], g[2], g[3], g[4], g[5]};
 }
@@ -242,8 +226,10 @@ Tensor joint_forward_cpu(const Tensor q, const Tensor k, const Tensor v, const T
                          const Optional mask_pos, const Optional mask_neg,
                          const Optional alpha_map, double alpha, double scale, int64_t rule,
                          int64_t text_pos, int64_t text_neg) {
-    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    set_joint(p, q, k, v, rule, text_pos, text_neg);
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    set_joint(p, q, k, v, text_pos, text_neg);
+    p.rule = joint_rule(rule);
+    set_alpha(p, alpha_map, alpha, p.l, p.h);
     return forward_of(p, q);
 }
 
@@ -263,8 +249,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> joint
     const Optional mask_pos, const Optional mask_neg, const Optional alpha_map, double alpha,
     double scale, int64_t rule, int64_t text_pos, int64_t text_neg,
     const std::vector<bool> needs) {
-    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    set_joint(p, q, k, v, rule, text_pos, text_neg);
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    set_joint(p, q, k, v, text_pos, text_neg);
+    p.rule = joint_rule(rule);
+    set_alpha(p, alpha_map, alpha, p.l, p.h);
     const auto g = backward_of(p, grad_o, {q, k, v, k_pos, v_pos, k_neg, v_neg}, kShared, needs);
     return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
 }
@@ -275,8 +263,9 @@ std::tuple<Tensor, Tensor> joint_pair_cpu(const Tensor q, const Tensor k, const 
                                           const Tensor k_neg, const Tensor v_neg,
                                           const Optional mask_pos, const Optional mask_neg,
                                           double scale, int64_t text_pos, int64_t text_neg) {
-    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, std::nullopt, 1., scale);
-    set_joint(p, q, k, v, 0, text_pos, text_neg);
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    set_joint(p, q, k, v, text_pos, text_neg);
+    p.alpha = 1;
     const Tensor z_pos = result(q, {p.b, p.l - text_neg, p.h, p.d});
     const Tensor z_neg = result(q, {p.b, p.l - text_pos, p.h, p.d});
     if (q.numel() > 0) {
@@ -284,6 +273,24 @@ std::tuple<Tensor, Tensor> joint_pair_cpu(const Tensor q, const Tensor k, const 
                              threads()));
     }
     return {z_pos, z_neg};
+}
+
+// Normalised attention guidance in cross-attention (no k and v) and in joint attention. alpha_map
+// [b, image queries, 1]
+Tensor joint_nag_cpu(const Tensor q, const Tensor k, const Tensor v, const Tensor k_pos,
+                     const Tensor v_pos, const Tensor k_neg, const Tensor v_neg,
+                     const Optional mask_pos, const Optional mask_neg, const Optional alpha_map,
+                     double alpha, double scale, double nag_scale, double nag_tau, int64_t nag_norm,
+                     int64_t text_pos, int64_t text_neg) {
+    STD_TORCH_CHECK(nag_norm == 1 || nag_norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
+                    nag_norm);
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    set_joint(p, q, k, v, text_pos, text_neg);
+    set_alpha(p, alpha_map, alpha, p.l - text_pos - text_neg, 1);
+    p.rule = Rule::kNag;
+    p.nag = {static_cast<float>(nag_scale), static_cast<float>(nag_tau),
+             static_cast<int>(nag_norm)};
+    return forward_of(p, q);
 }
 
 }  // namespace
@@ -298,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CPU, m) {
     m.impl("joint_attention_cpu", TORCH_BOX(&nasa::cpu::joint_attention_cpu));
     m.impl("joint_backward_cpu", TORCH_BOX(&nasa::cpu::joint_backward_cpu));
     m.impl("joint_pair_cpu", TORCH_BOX(&nasa::cpu::joint_pair_cpu));
+    m.impl("joint_nag_cpu", TORCH_BOX(&nasa::cpu::joint_nag_cpu));
 }
 
 // For nasa_kernels/_cpu/library.py: the instruction set that the calls take; empty where

@@ -9,7 +9,8 @@ namespace cpu {
 namespace NASA_ISA {
 namespace {
 
-enum class Pass { kForward, kBackward };
+// The last one multiplies V with weights of keys as well, as a forward pass does.
+enum class Pass { kForward, kBackward, kBackwardOfZ };
 
 // The keys of one head: paired along d, [n, d / kPack], to meet Q or dO, and along n,
 // [n / kPack, d], to meet weights of keys. With kPack 1 these are one. What a pass has no use for
@@ -88,6 +89,7 @@ Keys places(Pass pass, int64_t n, int64_t d, Arena& arena) {
     } else {
         x.k_along_n = Math::kPack == 1 ? x.k_along_d : along_n();
         x.v_along_d = along_d();
+        if (pass == Pass::kBackwardOfZ) x.v_along_n = Math::kPack == 1 ? x.v_along_d : along_n();
     }
     x.bias = arena.take<float>(n);
     return x;
@@ -108,6 +110,9 @@ Keys pack(Pass pass, const Segment& from, int64_t b, int64_t h, int64_t d, Arena
         } else {
             if (x.k_along_n != x.k_along_d) pack_along_n<T, Math>(k, d, x.n, x.k_along_n);
             pack_along_d<T, Math>(v, d, x.n, x.v_along_d);
+            if (pass == Pass::kBackwardOfZ && x.v_along_n != x.v_along_d) {
+                pack_along_n<T, Math>(v, d, x.n, x.v_along_n);
+            }
         }
         has_bias |= bias != 0;
         x.bias[x.n++] = bias;

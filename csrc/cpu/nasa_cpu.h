@@ -3,7 +3,8 @@
 //     O = c_s O_s + c_p O_p + c_n O_n        O_i = softmax(Q K_i^T * scale + bias_i) V_i
 //
 // over up to three segments of keys: shared by both prompts (joint attention), positive, negative.
-// A rule makes the coefficients, per query, of alpha and of the log-sum-exps of the segments.
+// A rule makes the coefficients, per query, of alpha and of the log-sum-exps of the segments. Two
+// rules make O of Z+ over [shared; positive] and of Z- over [shared; negative]: projected.h, nag.h.
 //
 // Names: b batch, h heads, l queries, n keys, d head_dim. Strides are in elements, and d is
 // contiguous; a stride of 0 reads one row for many.
@@ -40,9 +41,16 @@ struct Segment {
 enum { kShared, kPos, kNeg, kSegments };
 
 // In the order of RULES in nasa_kernels/reference.py; joint.py has the table. Without shared keys
-// kSum is NASA in cross-attention. Then what queries of the texts get, whatever the rule:
-// attention over [shared; positive], over [shared; negative].
-enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum, kPositive, kNegative };
+// kSum is NASA in cross-attention. Then normalised attention guidance, forward only, and what
+// queries of the texts get, whatever the rule: attention over [shared; positive], over [shared;
+// negative].
+enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum, kProjected, kNag, kPositive, kNegative };
+
+// Settings of kNag: nasa_kernels/nag.py has their names and the formula.
+struct Nag {
+    float scale, tau;
+    int norm;  // 1: the sum of magnitudes, 2: the root of the sum of squares
+};
 
 struct Call {
     Rows q;
@@ -54,6 +62,7 @@ struct Call {
     float alpha;
     float scale;
     Rule rule;
+    Nag nag;
     Type type;
 };
 
@@ -69,6 +78,8 @@ struct Result {
 //     u_i = rowsum(P_i * (dO V_i^T)) = dO . O_i, the gradient of c_i
 //     dS_i = P_i * (c_i (dO V_i^T - u_i) + dlse_i)       dlse_i from the rule, u and alpha
 //     dQ = scale * sum of dS_i K_i       dK_i = scale * dS_i^T Q       dV_i = (c_i P_i)^T dO
+//
+// Under kProjected each of Z+ and Z- has a dO of its own, dZ+ and dZ- (projected.h).
 //
 // A null pointer is a gradient that nobody asked for. All are contiguous.
 struct Gradients {

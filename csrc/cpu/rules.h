@@ -1,5 +1,6 @@
-// The rules, lane by lane: coefficients of O_shared, O_pos, O_neg, and their gradients.
-// nasa_kernels/rules.py has the same in PyTorch, joint.py the table.
+// The rules, lane by lane: coefficients of O_shared, O_pos, O_neg, their sum, and the gradients of
+// the coefficients. nasa_kernels/_joint/rules.py has the same in PyTorch, joint_attention.py the
+// table.
 #pragma once
 
 #include "softmax.h"
@@ -63,6 +64,48 @@ NASA_INLINE Three coefficients(Rule rule, const Found (&x)[kSegments], Vec minus
         default: return {{a.of[0], a.of[1], zero}};
     }
 }
+
+// What a block of rows found in all segments. A segment without a key: null.
+template <int R>
+struct Attended {
+    const Keys* keys[kSegments] = {};
+    float* z[kSegments];  // [d, rows], not yet over the row sums
+    Found rows[kSegments][R];
+};
+
+// The results of the segments with their factors, and their sum. Products, then sums: equal
+// prompts cancel to 0 at alpha 1.
+template <int R>
+struct Combination {
+    int count = 0;
+    const float* z[kSegments];
+    Vec factor[kSegments][R];
+
+    // of those segments that a rule has a coefficient for
+    Combination(Rule rule, const Attended<R>& x, const Vec (&minus_alpha)[R]) {
+        Three c[R];
+        for (int r = 0; r < R; ++r) {
+            c[r] = coefficients(rule, {x.rows[0][r], x.rows[1][r], x.rows[2][r]}, minus_alpha[r]);
+        }
+        for (int i = 0; i < kSegments; ++i) {
+            if (x.keys[i] == nullptr || (rule == Rule::kPositive && i == kNeg) ||
+                (rule == Rule::kNegative && i == kPos)) {
+                continue;
+            }
+            z[count] = x.z[i];
+            for (int r = 0; r < R; ++r) factor[count][r] = c[r].of[i] / x.rows[i][r].sum;
+            ++count;
+        }
+    }
+    NASA_INLINE Vec operator()(int64_t column, int r) const {
+        const int64_t at = column * (R * kLanes) + r * kLanes;
+        Vec o = {};
+        if (count > 0) o = load(z[0] + at) * factor[0][r];
+        if (count > 1) o += load(z[1] + at) * factor[1][r];
+        if (count > 2) o += load(z[2] + at) * factor[2][r];
+        return o;
+    }
+};
 
 struct RuleGradients {
     Vec of_lse[kSegments], of_alpha;

@@ -90,6 +90,26 @@ NASA_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+NASA_INLINE Vec sqrt(Vec x) {
+#if defined(__AVX512F__)
+    return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+    return _mm256_sqrt_ps(x);
+#elif defined(__aarch64__)
+    return vsqrtq_f32(x);
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
+NASA_INLINE Vec magnitude(Vec x) {
+    return bit_cast<Vec>(bit_cast<Unsigned>(x) & 0x7fffffffu);
+}
+
+// x where `mask` (-1 or 0 in each lane, as comparisons give it) is set, else 0, also for NaN
+NASA_INLINE Vec where(Int mask, Vec x) { return bit_cast<Vec>(bit_cast<Int>(x) & mask); }
+
 // Keeps x in a register where the compiler would rather load it again for each use.
 NASA_INLINE void keep(Vec& x) {
 #if defined(__x86_64__)

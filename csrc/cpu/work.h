@@ -137,6 +137,8 @@ struct Blocks {
             section[2] = {first_neg, p.text_neg, 0, 1, {{Rule::kNegative, to.o, p.l, first_neg}}, {}};
         }
         const bool has_alpha = p.alpha_map != nullptr || p.alpha != 0;
+        Rule& rule = section[0].target[0].rule;
+        if (!has_alpha && (rule == Rule::kProjected || rule == Rule::kNag)) rule = Rule::kPositive;
         for (Section& x : section) {
             x.first_block = count;
             count += divide_up(divide_up(x.rows, kLanes), kPanels);
@@ -176,10 +178,12 @@ T* row_of(void* x, int64_t rows, const Call& p, int64_t b, int64_t i, int64_t h)
     return static_cast<T*>(x) + ((b * rows + i) * p.h + h) * p.d;
 }
 
-// -1 times alpha of the rows of a block, 0 behind the last one
+// -1 times alpha of the rows of a block, 0 behind the last one and for rules without alpha
 template <int R>
-void negative_alpha(const Call& p, int64_t b, int64_t h, int64_t first, int64_t count,
-                    Vec (&weight)[R]) {
+void negative_alpha(const Call& p, const Block& block, int64_t b, int64_t h, Vec (&weight)[R]) {
+    const Rule rule = block.section->target[0].rule;
+    const int64_t first = block.first;
+    const int64_t count = rule == Rule::kPositive || rule == Rule::kNegative ? 0 : block.count;
     float alpha[R * kLanes];
     for (int64_t i = 0; i < R * kLanes; ++i) {
         alpha[i] = i >= count ? 0.f : -p.alpha;

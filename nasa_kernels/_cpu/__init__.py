@@ -14,12 +14,12 @@ import functools
 import os
 from pathlib import Path
 
-import torch
+from nasa_kernels._library import open_library
 
 LIBRARY = Path(__file__).parents[1] / "_cpu_C.so"
 NOT_BUILT = (
-    "this install was built without the CPU kernels; install again where a C++ compiler is, with "
-    "NASA_KERNELS_CPU=1 to make a failing build an error"
+    "this install was built without the CPU kernels; install again with --no-build-isolation where "
+    "torch and a C++ compiler are, and NASA_KERNELS_CPU=1 to make a failing build an error"
 )
 
 
@@ -31,10 +31,9 @@ def load() -> str | None:
         return "NASA_CPU_ISA=none leaves the CPU kernels out"
     if not LIBRARY.is_file():
         return NOT_BUILT
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return f"{LIBRARY.name} does not load under torch {torch.__version__}: {error}"
+    library = open_library(LIBRARY, "nasa_cpu_isa")
+    if isinstance(library, str):
+        return library
     if not _isa_of(library):
         raise RuntimeError(
             "NASA_CPU_ISA must be none or an instruction set that this CPU has and that was "

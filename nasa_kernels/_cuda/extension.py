@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from nasa_kernels._library import open_library
+
 LIBRARY = Path(__file__).parents[1] / "_C.so"
 NOT_BUILT = (
-    "this install was built without the CUDA C++ kernels; install again where nvcc is, with "
-    "NASA_KERNELS_CUDA=1 to make a missing nvcc an error"
+    "this install was built without the CUDA C++ kernels; install again with --no-build-isolation "
+    "where torch and nvcc are, and NASA_KERNELS_CUDA=1 to make what is missing an error"
 )
 
 
@@ -24,13 +26,8 @@ def load() -> str | None:
     """Register the kernels. None when they are there, otherwise one sentence why not."""
     if not LIBRARY.is_file():
         return NOT_BUILT
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"{LIBRARY.name} does not load under torch {torch.__version__}: {error}"
-    if not hasattr(ctypes.CDLL(str(LIBRARY)), "nasa_kernels_architectures"):
-        return f"{LIBRARY.name} is of an older version of this package; install it again"
-    return None
+    library = open_library(LIBRARY, "nasa_kernels_rules")
+    return library if isinstance(library, str) else None
 
 
 @functools.cache

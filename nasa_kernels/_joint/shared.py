@@ -2,11 +2,15 @@
 log-sum-exp, which lets the keys of the prompts be added afterwards.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
+# calls that cuDNN refused, by what it could see of them; another library takes the next one at once
+_refused: set[tuple] = set()
 
 
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -23,31 +27,57 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     # [b, h, l, d]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o, lse = _attend(q, k, v, scale)
+    if lse.shape != (b, h, l):
+        # some pad it to whole tiles of queries, or give it a dimension more
+        lse = lse.reshape(b, h, -1)[..., :l]
+    o = o.transpose(1, 2)
+    return (o[..., :d] if padding else o).contiguous(), lse.contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
-        o, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    elif q.dtype == torch.float32:
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    if q.dtype == torch.float32:
         o, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             q, k, v, None, compute_log_sumexp=True, scale=scale
         )
-    elif _cudnn_takes(q, k, v):
-        o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, compute_log_sumexp=True, scale=scale
-        )
-    else:
-        o, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-    # some pad lse to whole tiles of queries, or give it a dimension more
-    lse = lse.reshape(b, h, -1)[..., :l].contiguous()
-    return o.transpose(1, 2)[..., :d].contiguous(), lse
+        return o, lse
+    seen = (q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride())
+    if _cudnn_takes(q, k, v) and seen not in _refused:
+        try:
+            o, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, compute_log_sumexp=True, scale=scale
+            )
+            return o, lse
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # a version of it that has no plan for these sizes
+            _refused.add(seen)
+    o, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return o, lse
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """cuDNN's attention is the faster one on Hopper and later, up to a head_dim of 128."""
+    """cuDNN's attention is the faster one on Hopper and later, up to a head_dim of 128. This calls
+    it past torch's own checks, which keep a lone query or key from it.
+    """
     return (
-        q.device.type == "cuda"
-        and q.shape[3] <= 128
+        q.shape[3] <= 128
+        and q.shape[2] > 1
+        and k.shape[2] > 1
         # untested with a stride of 0, that of prompts which are broadcast
         and 0 not in (*k.stride(), *v.stride())
         and torch.backends.cuda.cudnn_sdp_enabled()
+        and _has_cudnn(q.device)
+    )
+
+
+@functools.cache
+def _has_cudnn(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
         and torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and torch.cuda.get_device_capability(device) >= (9, 0)
     )

@@ -14,6 +14,9 @@ attentions save, mixes the two prompts and cannot give u+ and u-.
 In joint attention (`joint_backward.py`) w is a function of the log-sum-exps, which then have a
 gradient of their own: dS = P * (w (dP - u) + dlse).
 
+Under the projected rule `projected_backward.py` turns dO into dZ+ and dZ-, and each prompt's part
+is that of plain attention under its own dO.
+
 Names as in `forward.py`. lse is base 2, of unscaled scores: 2^(s c - lse) = P, c = scale log2(e);
 never -inf, which would make NaN of the scores of keys that are not there.
 """
@@ -41,13 +44,13 @@ from nasa_kernels._triton.launch import (
     on_device,
     strides_or_zeros,
 )
+from nasa_kernels._triton.projected_backward import row_gradients
+from nasa_kernels._triton.prompt import load_keys, load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
     cut,
     dot,
-    load_keys,
-    load_prompt,
     load_rows,
     of_head,
     scale_rows,
@@ -56,16 +59,17 @@ from nasa_kernels._triton.tiles import (
     transposed,
     zeros,
 )
+from nasa_kernels.reference import RULES
 
 
 @triton.jit
 def queries_resident(
-    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, w, qk_scale,
+    dq, q, do, prompt, w, qk_scale,
     N_CUT: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale plus one prompt's part of it, and lse and u of its rows."""
-    k, v = load_prompt(K, V, MASK, stride_kn, stride_vn, stride_mn, n, N_CUT, D, D_CUT, ALIGN)
-    scores = scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT)
+    k, v = load_prompt(prompt, N_CUT, D, D_CUT, ALIGN)
+    scores = scores_resident(q, k, prompt, qk_scale, N_CUT)
     shift = row_max(scores) * qk_scale
     l = tl.zeros_like(shift)
     u = tl.zeros_like(shift)
@@ -88,20 +92,17 @@ def queries_resident(
 
 @triton.jit
 def statistics_streamed(
-    q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, qk_scale,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    q, do, prompt, qk_scale, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """lse and u of each row over keys that pass in blocks; -inf and 0 where it has none."""
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)
     u = tl.zeros([BLOCK_L], tl.float32)
-    for start in range(0, n, BLOCK_N):
-        k, v = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
-        )
+    for start in range(0, prompt.n, BLOCK_N):
+        k, v = load_keys(prompt, start, True, BLOCK_N, D, D_CUT, ALIGN)
         key = start + tl.arange(0, BLOCK_N)
-        s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
+        s = mask_scores(dot(q, k), prompt, key, qk_scale, RAGGED=True)
         p, m, decay = online_step(s, m, qk_scale)
         l = l * decay + tl.sum(p, 1)
         u = u * decay + tl.sum(p * dot(do, transposed(v)), 1)
@@ -110,21 +111,36 @@ def statistics_streamed(
 
 @triton.jit
 def add_streamed(
-    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, lse, u, w, dlse, qk_scale,
+    dq, q, do, prompt, lse, u, w, dlse, qk_scale,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale plus the part of keys that pass in blocks."""
-    for start in range(0, n, BLOCK_N):
-        k, v = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
-        )
+    for start in range(0, prompt.n, BLOCK_N):
+        k, v = load_keys(prompt, start, True, BLOCK_N, D, D_CUT, ALIGN)
         key = start + tl.arange(0, BLOCK_N)
-        s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
+        s = mask_scores(dot(q, k), prompt, key, qk_scale, RAGGED=True)
         p = tl.exp2(s * qk_scale - lse[:, None])
         dp = dot(do, transposed(v))
         ds = gradient_of_scores(p, p * w[:, None], dp, u[:, None], dlse)
         dq = add_dot(dq, ds, transposed(k))
     return dq
+
+
+@triton.jit
+def queries_of_prompt(
+    dq, q, do, prompt, w, qk_scale, N_CUT: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """dQ / scale plus one prompt's part of it, and lse and u of its rows: 0 of a void prompt."""
+    if N_CUT is None:
+        lse, u = tl.zeros([BLOCK_L], tl.float32), tl.zeros([BLOCK_L], tl.float32)
+    elif len(N_CUT) > 0:
+        dq, lse, u = queries_resident(dq, q, do, prompt, w, qk_scale, N_CUT, D, D_CUT, ALIGN)
+    else:
+        lse, u = statistics_streamed(q, do, prompt, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
+        lse = finite(lse)
+        dq = add_streamed(dq, q, do, prompt, lse, u, w, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN)
+    return dq, lse, u
 
 
 @triton.jit
@@ -138,7 +154,7 @@ def gradient_of_scores(p, weighted, dp, u, dlse):
 
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg"])
 def query_kernel(
-    DO, Q, K_pos, V_pos, K_neg, V_neg, MASK_pos, MASK_neg, ALPHA,
+    DO, DO_neg, Q, K_pos, V_pos, K_neg, V_neg, MASK_pos, MASK_neg, ALPHA,
     DQ, LSE_pos, LSE_neg, U_pos, U_neg,
     stride_db, stride_dl, stride_dh, stride_qb, stride_ql, stride_qh,
     stride_kpb, stride_kpn, stride_kph, stride_vpb, stride_vpn, stride_vph,
@@ -153,53 +169,35 @@ def query_kernel(
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
-    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
-    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
+    pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+    )  # fmt: skip
+    neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+    )  # fmt: skip
 
     row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
-    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     ones = tl.full([BLOCK_L], 1.0, tl.float32)
+    if DO_neg is None:
+        do_neg = do
+        w_neg = -load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
+    else:
+        DO_neg = of_head(DO_neg, b, h, stride_db, stride_dh, ALIGN)
+        do_neg = load_rows(DO_neg, row, row < L, stride_dl, D, D_CUT, ALIGN)
+        w_neg = ones
 
     dq = zeros(BLOCK_L, D_CUT)
-    if len(NEG_CUT) > 0:
-        dq, lse_neg, u_neg = queries_resident(
-            dq, q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            -alpha_row, qk_scale, NEG_CUT, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    else:
-        lse_neg, u_neg = statistics_streamed(
-            q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-        lse_neg = finite(lse_neg)
-        dq = add_streamed(
-            dq, q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-            lse_neg, u_neg, -alpha_row, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    if len(POS_CUT) > 0:
-        dq, lse_pos, u_pos = queries_resident(
-            dq, q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            ones, qk_scale, POS_CUT, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    else:
-        lse_pos, u_pos = statistics_streamed(
-            q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-        lse_pos = finite(lse_pos)
-        dq = add_streamed(
-            dq, q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-            lse_pos, u_pos, ones, None, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
+    dq, lse_neg, u_neg = queries_of_prompt(
+        dq, q, do_neg, neg, w_neg, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
+    dq, lse_pos, u_pos = queries_of_prompt(
+        dq, q, do, pos, ones, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
 
     if DQ is not None:
         DQ += (b * L * H + h) * D
@@ -235,10 +233,10 @@ def key_kernel(
     first = block * KEYS
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K = of_head(K, b, h, stride_kb, stride_kh, ALIGN)
-    V = of_head(V, b, h, stride_vb, stride_vh, ALIGN)
-    if MASK is not None:
-        MASK += b * stride_mb
+    prompt = prompt_of_head(
+        K, V, MASK, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+        stride_mb, stride_mn, n, b, h, ALIGN,
+    )  # fmt: skip
     statistics = bh * L
 
     k, v = (), ()
@@ -246,9 +244,7 @@ def key_kernel(
     start = first
     for j in tl.static_range(len(N_CUT)):
         # [d, n_j], [n_j, d]
-        k_j, v_j = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, N_CUT[j], D, D_CUT, ALIGN
-        )
+        k_j, v_j = load_keys(prompt, start, True, N_CUT[j], D, D_CUT, ALIGN)
         k, v = k + (transposed(k_j),), v + (v_j,)
         dk, dv = dk + (zeros(N_CUT[j], D_CUT),), dv + (zeros(N_CUT[j], D_CUT),)
         start += N_CUT[j]
@@ -274,7 +270,7 @@ def key_kernel(
         if DLSE is not None:
             dlse = tl.load(DLSE + statistics + row, mask=row < L, other=0.0)[None, :]
         dk, dv = add_gradients(
-            dk, dv, q, do, k, v, lse, u, w_row, dlse, MASK, stride_mn, first, n, qk_scale, N_CUT
+            dk, dv, q, do, k, v, lse, u, w_row, dlse, prompt, first, qk_scale, N_CUT
         )
 
     part = ((split.to(tl.int64) * B + b) * n * H + h) * D
@@ -288,8 +284,7 @@ def key_kernel(
 
 @triton.jit
 def add_gradients(
-    dk, dv, q, do, k, v, lse, u, w, dlse, MASK, stride_mn, first, n, qk_scale,
-    N_CUT: tl.constexpr,
+    dk, dv, q, do, k, v, lse, u, w, dlse, prompt, first, qk_scale, N_CUT: tl.constexpr
 ):  # fmt: skip
     """dK / scale and dV plus what one tile of queries adds. Scores stand keys by queries."""
     dk_sum, dv_sum = (), ()
@@ -298,7 +293,7 @@ def add_gradients(
         key = start + tl.arange(0, N_CUT[j])
         # [n_j, BLOCK_L]
         s = dot(k[j], transposed(q))
-        s = tl.trans(mask_scores(tl.trans(s), MASK, stride_mn, key, n, qk_scale, RAGGED=True))
+        s = tl.trans(mask_scores(tl.trans(s), prompt, key, qk_scale, RAGGED=True))
         p = tl.exp2(s * qk_scale - lse[None, :])
         weighted = p * w[None, :]
         dp = dot(v[j], transposed(do))
@@ -320,24 +315,37 @@ def store_gradients(
     store_rows(DV, dv, key, key < n, stride, D, D_CUT)
 
 
-def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, needs):
+def backward(
+    do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, rule, needs
+):  # fmt: skip
     """The gradients that `needs` asks for, of q, k_pos, v_pos, k_neg, v_neg and the alpha map."""
     b, l, h, d = q.shape
     if do.stride(-1) != 1:
         do = do.contiguous()
+    widest = 128 if architecture(q.device) >= 90 else 64
+    pos_cut, neg_cut = (resident_cut(k.shape[1], d, q, widest) for k in (k_pos, k_neg))
+    if alpha_map is None and alpha == 0:
+        # no query looks at the negative prompt
+        neg_cut, rule = None, 0
+    # each prompt's own dO under the projected rule
+    do_pos, do_neg = do, None
+    dalpha = None
+    if rule == RULES.index("projected"):
+        do_pos, do_neg, dalpha = row_gradients(
+            do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+            pos_cut, neg_cut, needs[5],
+        )  # fmt: skip
     # [b, h, l]
     lse_pos, lse_neg, u_pos, u_neg = torch.empty((4, b, h, l), dtype=torch.float32, device=q.device)
     dq = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device) if needs[0] else None
-    align = alignment(do, q, k_pos, v_pos, k_neg, v_neg)
+    align = alignment(do_pos, q, k_pos, v_pos, k_neg, v_neg)
     if q.numel() > 0:
-        widest = 128 if architecture(q.device) >= 90 else 64
-        pos_cut, neg_cut = (resident_cut(k.shape[1], d, q, widest) for k in (k_pos, k_neg))
         config = backward_queries_config(d, q.dtype)
         with on_device(q):
             query_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](
-                do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+                do_pos, do_neg, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
                 dq, lse_pos, lse_neg, u_pos, u_neg,
-                *do.stride()[:3], *q.stride()[:3],
+                *do_pos.stride()[:3], *q.stride()[:3],
                 *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
                 *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
                 *strides_or_zeros(alpha_map, 3),
@@ -348,14 +356,24 @@ def backward(do, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, a
             )  # fmt: skip
 
     dk_pos, dv_pos = key_gradients(
-        do, q, k_pos, v_pos, mask_pos, Rows(lse_pos, u_pos), scale, align, needs[1:3]
+        do_pos, q, k_pos, v_pos, mask_pos, Rows(lse_pos, u_pos), scale, align, needs[1:3]
     )
-    negative = Rows(lse_neg, u_neg, alpha_map, alpha, sign=-1)
-    dk_neg, dv_neg = key_gradients(
-        do, q, k_neg, v_neg, mask_neg, negative, scale, align, needs[3:5]
-    )
-    # [b, h, l] -> [b, l, h]
-    dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else u_neg.new_empty(0)
+    if do_neg is None:
+        do_neg, negative = do, Rows(lse_neg, u_neg, alpha_map, alpha, sign=-1)
+    else:
+        negative = Rows(lse_neg, u_neg)
+    if neg_cut is None:
+        dk_neg, dv_neg = (
+            x.new_zeros(x.shape if needed else (0,))
+            for x, needed in zip((k_neg, v_neg), needs[3:5], strict=True)
+        )
+    else:
+        dk_neg, dv_neg = key_gradients(
+            do_neg, q, k_neg, v_neg, mask_neg, negative, scale, align, needs[3:5]
+        )
+    if dalpha is None:
+        # [b, h, l] -> [b, l, h]
+        dalpha = -u_neg.transpose(1, 2).contiguous() if needs[5] else u_neg.new_empty(0)
     return q.new_empty(0) if dq is None else dq, dk_pos, dv_pos, dk_neg, dv_neg, dalpha
 
 

@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 from nasa_kernels._triton.tiles import cut
 
@@ -24,59 +23,81 @@ class Config(NamedTuple):
     BLOCK_N: int  # keys of a block, where a prompt is streamed
     num_warps: int
     num_stages: int
-    occupancy: int  # programs that share a multiprocessor
 
 
-def forward_config(d: int, dtype: torch.dtype, pos_cut: tuple[int, ...], limit: int) -> Config:
+def forward_config(
+    d: int, dtype: torch.dtype, pos_cut: tuple[int, ...] | None, device: torch.device
+) -> Config:
     """By head_dim, and by whether the positive prompt stays on chip: it alone decides, so that
-    the bits of Z+ do not depend on the negative prompt. `limit`: bytes of shared memory.
+    the bits of Z+ do not depend on the negative prompt.
     """
     if dtype == torch.float32:
-        return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
-    if pos_cut:
+        return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1)
+    if pos_cut != ():
         # a second tile of queries is on its way where there is room for it
-        stages = 2 if d <= 80 and resident_bytes(d, pos_cut, dtype, stages=2) <= limit else 1
-        return Config(RESIDENT_BLOCK_L, BLOCK_N=32, num_warps=4, num_stages=stages, occupancy=3)
+        fits = resident_bytes(d, pos_cut or (), dtype, stages=2) <= shared_memory(device)
+        stages = 2 if d <= 80 and fits else 1
+        return Config(RESIDENT_BLOCK_L, BLOCK_N=32, num_warps=4, num_stages=stages)
+    # Hopper's products have 64 rows for 4 warps: with 64 rows, 8 warps do all scores twice
+    wide = 90 <= architecture(device) <= 103
     if d <= 64:
-        return Config(BLOCK_L=64, BLOCK_N=64, num_warps=4, num_stages=2, occupancy=2)
+        return Config(BLOCK_L=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    if d <= 128 and wide:
+        return Config(BLOCK_L=128, BLOCK_N=64, num_warps=8, num_stages=2)
     if d <= 80:
-        return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4, num_stages=2, occupancy=2)
-    if head_cut(d) == (128,):
-        return Config(BLOCK_L=64, BLOCK_N=64, num_warps=8, num_stages=2, occupancy=1)
-    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=8, num_stages=1, occupancy=1)
+        return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4, num_stages=2)
+    if d <= 128:
+        return Config(BLOCK_L=128, BLOCK_N=32, num_warps=8, num_stages=2)
+    rows = 128 if d <= 160 and architecture(device) == 90 else 64
+    return Config(BLOCK_L=rows, BLOCK_N=32, num_warps=8, num_stages=1)
 
 
 def backward_queries_config(d: int, dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
-        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
-    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4 if d <= 128 else 8, num_stages=1, occupancy=1)
+        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4 if d <= 128 else 8, num_stages=1)
+
+
+def gradients_config(d: int, dtype: torch.dtype) -> Config:
+    """Of the kernel that rebuilds Z+ and Z- of the projected rule, and has dO beside them."""
+    if dtype == torch.float32:
+        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    return Config(BLOCK_L=64, BLOCK_N=32, num_warps=4 if d <= 80 else 8, num_stages=1)
 
 
 def backward_keys_config(d: int, dtype: torch.dtype) -> Config:
     """BLOCK_N is the most keys that one program owns."""
     if dtype == torch.float32:
-        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
-    if d <= 64:
-        return Config(BLOCK_L=32, BLOCK_N=128, num_warps=8, num_stages=1, occupancy=1)
+        return Config(BLOCK_L=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    # on Hopper 8 warps would make every product of these blocks twice
     if d <= 128:
-        return Config(BLOCK_L=32, BLOCK_N=64, num_warps=8, num_stages=1, occupancy=1)
-    return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1, occupancy=2)
+        return Config(BLOCK_L=32, BLOCK_N=128 if d <= 64 else 64, num_warps=4, num_stages=1)
+    return Config(BLOCK_L=32, BLOCK_N=16, num_warps=4, num_stages=1)
 
 
-def head_cut(d: int) -> tuple[int, ...]:
-    """Widths of the head_dim: one accumulator of 160 or 256 columns would not fit registers."""
+def head_cut(d: int, streamed: bool = False) -> tuple[int, ...]:
+    """Widths of the head_dim: one accumulator of 160 or 256 columns would not fit registers.
+
+    Where keys are streamed one block of 128 takes fewer instructions than three for 112.
+    """
+    if streamed and 96 < d <= 128:
+        return (128,)
     return cut(d, widest=64 if d > 128 else 128)
 
 
-def resident_cut(n: int, d: int, q: torch.Tensor, widest: int = 160) -> tuple[int, ...]:
-    """Widths of a prompt of n keys that stays on chip; () where it is streamed."""
+def resident_cut(n: int, d: int, q: torch.Tensor, widest: int = 160) -> tuple[int, ...] | None:
+    """Widths of a prompt of n keys that stays on chip; () where it is streamed, None where it has
+    no key.
+    """
+    if n == 0:
+        return None
     # fp32 multiplies in registers, which a whole prompt does not fit
     if q.dtype == torch.float32 or n > 128 or d > widest:
         return ()
     # Triton 3.6 compiles wider ones to nothing on Blackwell: they overrun its tensor memory
     if d > 128 and architecture(q.device) >= 100:
         return ()
-    widths = cut(max(n, 1))
+    widths = cut(n)
     fits = resident_bytes(d, widths, q.dtype, stages=1) <= shared_memory(q.device)
     return widths if fits else ()
 
@@ -89,16 +110,6 @@ def resident_bytes(d: int, widths: tuple[int, ...], dtype: torch.dtype, stages: 
     row = sum(head_cut(d)) * dtype.itemsize
     keys_and_values = 2 * 2 * sum(widths) * row
     return keys_and_values + stages * RESIDENT_BLOCK_L * row + SCRATCH
-
-
-def programs_per_head(
-    l: int, heads: int, config: Config, device: torch.device, persistent: bool
-) -> int:
-    """Programs that share the query tiles of one head: one each, or as many as fill the GPU."""
-    tiles = triton.cdiv(l, config.BLOCK_L)
-    if not persistent:
-        return tiles
-    return min(tiles, triton.cdiv(multiprocessors(device) * config.occupancy, heads))
 
 
 # On a CPU the kernels run in Triton's interpreter, as on a Hopper GPU with one multiprocessor.

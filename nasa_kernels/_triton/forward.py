@@ -22,55 +22,57 @@ import torch
 import triton
 import triton.language as tl
 
+from nasa_kernels._checks import expanded
 from nasa_kernels._triton.configs import (
     forward_config,
     head_cut,
-    programs_per_head,
     resident_cut,
-    shared_memory,
 )
+from nasa_kernels._triton.grid import Grid, grid_of
 from nasa_kernels._triton.launch import (
     LOG2E,
+    Launch,
     alignment,
     compiler_options,
-    on_device,
+    launch,
     strides_or_zeros,
 )
+from nasa_kernels._triton.projected import PROJECTED, project, removed
+from nasa_kernels._triton.prompt import load_keys, load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
 from nasa_kernels._triton.tiles import (
     add_dot,
     dot,
-    load_keys,
-    load_prompt,
     load_rows,
     of_head,
     scale_rows,
+    share_of_tiles,
     store_block,
-    tile_of_head,
+    store_rows,
     zeros,
 )
 
 
 @triton.jit
-def scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT: tl.constexpr):
+def scores_resident(q, k, prompt, qk_scale, N_CUT: tl.constexpr):
     """Scores of a tile of queries over a prompt on chip: a tuple over N_CUT of [BLOCK_L, n_j]."""
     scores = ()
     start = 0
     for j in tl.static_range(len(N_CUT)):
         key = start + tl.arange(0, N_CUT[j])
         # only the last block can reach past the end
-        s = mask_scores(dot(q, k[j]), MASK, stride_mn, key, n, qk_scale, RAGGED=j == len(N_CUT) - 1)
+        s = mask_scores(dot(q, k[j]), prompt, key, qk_scale, RAGGED=j == len(N_CUT) - 1)
         scores = scores + (s,)
         start += N_CUT[j]
     return scores
 
 
 @triton.jit
-def weigh_resident(q, k, MASK, stride_mn, n, qk_scale, BLOCK_L: tl.constexpr, N_CUT: tl.constexpr):
+def weigh_resident(q, k, prompt, qk_scale, BLOCK_L: tl.constexpr, N_CUT: tl.constexpr):
     """Weights p, rounded to the type of q, their sums l before rounding, and the largest score, to
     which both are relative, in base 2.
     """
-    scores = scores_resident(q, k, MASK, stride_mn, n, qk_scale, N_CUT)
+    scores = scores_resident(q, k, prompt, qk_scale, N_CUT)
     shift = row_max(scores) * qk_scale
     l = tl.zeros([BLOCK_L], tl.float32)
     weights = ()
@@ -91,10 +93,23 @@ def column(weights, v, i: tl.constexpr):
 
 
 @triton.jit
+def attend_block(
+    q, z, l, m, prompt, start, qk_scale, RAGGED: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    k, v = load_keys(prompt, start, RAGGED, BLOCK_N, D, D_CUT, ALIGN)
+    key = start + tl.arange(0, BLOCK_N)
+    # [BLOCK_L, BLOCK_N]
+    s = mask_scores(dot(q, k), prompt, key, qk_scale, RAGGED)
+    p, m, decay = online_step(s, m, qk_scale)
+    l = l * decay + tl.sum(p, 1)
+    return add_dot(scale_rows(z, decay), p, v), l, m
+
+
+@triton.jit
 def attend_streamed(
-    q, K, V, MASK, stride_kn, stride_vn, stride_mn, n, qk_scale,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
-    ALIGN: tl.constexpr,
+    q, prompt, qk_scale, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """z = p V (not normalised) and l = rowsum(p) over keys that pass in blocks.
 
@@ -103,17 +118,63 @@ def attend_streamed(
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)
     z = zeros(BLOCK_L, D_CUT)
-    for start in range(0, n, BLOCK_N):
-        k, v = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, BLOCK_N, D, D_CUT, ALIGN
-        )
-        key = start + tl.arange(0, BLOCK_N)
-        # [BLOCK_L, BLOCK_N]
-        s = mask_scores(dot(q, k), MASK, stride_mn, key, n, qk_scale, RAGGED=True)
-        p, m, decay = online_step(s, m, qk_scale)
-        l = l * decay + tl.sum(p, 1)
-        z = add_dot(scale_rows(z, decay), p, v)
+    if len(prompt.mask) == 0:
+        # whole blocks need no look at where the prompt ends
+        whole = prompt.n // BLOCK_N * BLOCK_N
+        for start in range(0, whole, BLOCK_N):
+            z, l, m = attend_block(
+                q, z, l, m, prompt, start, qk_scale, False, BLOCK_N, D, D_CUT, ALIGN
+            )
+        for start in tl.range(whole, prompt.n, BLOCK_N, num_stages=1):
+            z, l, m = attend_block(
+                q, z, l, m, prompt, start, qk_scale, True, BLOCK_N, D, D_CUT, ALIGN
+            )
+    else:
+        for start in range(0, prompt.n, BLOCK_N):
+            z, l, m = attend_block(
+                q, z, l, m, prompt, start, qk_scale, True, BLOCK_N, D, D_CUT, ALIGN
+            )
     return z, l, finite(m) * qk_scale
+
+
+@triton.jit
+def attend(
+    q, k, prompt, qk_scale, N_CUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """What is known of one prompt before Z is: the weights of one on chip, z of one that is
+    streamed, nothing of a void one; and l and the largest score.
+    """
+    if N_CUT is None:
+        found, l, shift = (), tl.zeros([BLOCK_L], tl.float32), tl.zeros([BLOCK_L], tl.float32)
+    elif len(N_CUT) > 0:
+        found, l, shift = weigh_resident(q, k, prompt, qk_scale, BLOCK_L, N_CUT)
+    else:
+        found, l, shift = attend_streamed(q, prompt, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
+    return found, l, shift
+
+
+@triton.jit
+def block_of_z(
+    found, v, i: tl.constexpr, N_CUT: tl.constexpr, BLOCK_L: tl.constexpr, D_CUT: tl.constexpr
+):
+    """Block i of the head_dim of z, of what `attend` found: [BLOCK_L, d_i]."""
+    if N_CUT is None:
+        z = tl.zeros([BLOCK_L, D_CUT[i]], tl.float32)
+    elif len(N_CUT) > 0:
+        z = column(found, v, i)
+    else:
+        z = found[i]
+    return z
+
+
+@triton.jit
+def blocks_of_z(found, v, N_CUT: tl.constexpr, BLOCK_L: tl.constexpr, D_CUT: tl.constexpr):
+    """All of z [BLOCK_L, d], a tuple over D_CUT."""
+    z = ()
+    for i in tl.static_range(len(D_CUT)):
+        z = z + (block_of_z(found, v, i, N_CUT, BLOCK_L, D_CUT),)
+    return z
 
 
 @triton.jit
@@ -127,7 +188,55 @@ def load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, valid):
     return value
 
 
-@triton.jit(do_not_specialize=["L", "programs", "n_pos", "n_neg"])
+@triton.jit
+def forward_tile(
+    Q, O, ALPHA, pos, neg, k_pos, v_pos, k_neg, v_neg, tile, b, h,
+    stride_ql, stride_ab, stride_al, stride_ah, H, L, alpha, qk_scale,
+    RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
+    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """O of one tile of queries of a head, whose matrices Q and O are."""
+    row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    # [BLOCK_L, d]
+    q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
+    found_neg, l_neg, _ = attend(
+        q, k_neg, neg, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
+    found_pos, l_pos, _ = attend(
+        q, k_pos, pos, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
+
+    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
+    l_pos, l_neg = nonzero(l_pos), nonzero(l_neg)
+    # div_rn: exactly 1 where the sums are equal, which `/` does not promise
+    c = alpha_row * tl.div_rn(l_pos, l_neg)
+    normalise = 1.0 / l_pos
+    if RULE == PROJECTED and NEG_CUT is not None:
+        z_pos = blocks_of_z(found_pos, v_pos, POS_CUT, BLOCK_L, D_CUT)
+        z_neg = blocks_of_z(found_neg, v_neg, NEG_CUT, BLOCK_L, D_CUT)
+        apart, c, r = project(z_pos, z_neg, c)
+        store_rows(
+            O,
+            removed(z_pos, apart, c, r * normalise, ALPHA is not None),
+            row,
+            row < L,
+            H * D,
+            D,
+            D_CUT,
+        )
+    else:
+        start = 0
+        for i in tl.static_range(len(D_CUT)):
+            # [BLOCK_L, d_i]; prompts on chip keep no wider accumulator than this
+            z_neg_i = block_of_z(found_neg, v_neg, i, NEG_CUT, BLOCK_L, D_CUT)
+            z_pos_i = block_of_z(found_pos, v_pos, i, POS_CUT, BLOCK_L, D_CUT)
+            o = (z_pos_i - c[:, None] * z_neg_i) * normalise[:, None]
+            store_block(O, o, row, row < L, H * D, start, D, D_CUT[i])
+            start += D_CUT[i]
+
+
+@triton.jit(do_not_specialize=["HEADS", "L", "per_multiprocessor", "n_pos", "n_neg"])
 def forward_kernel(
     Q, K_pos, V_pos, K_neg, V_neg, O, MASK_pos, MASK_neg, ALPHA,
     stride_qb, stride_ql, stride_qh,
@@ -135,93 +244,98 @@ def forward_kernel(
     stride_knb, stride_knn, stride_knh, stride_vnb, stride_vnn, stride_vnh,
     stride_mpb, stride_mpn, stride_mnb, stride_mnn,
     stride_ab, stride_al, stride_ah,
-    H, L, programs, n_pos, n_neg, alpha, qk_scale,
-    D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    HEADS, H, L, per_multiprocessor, n_pos, n_neg, alpha, qk_scale,
+    RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
+    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
+    SINGLE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    first_tile, bh = tile_of_head(programs)
-    b, h = bh // H, bh % H
-    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
-    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
-    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
-    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
-    O += (b * L * H + h) * D
-
-    # empty tuples where a prompt is streamed
-    k_neg, v_neg = load_prompt(
-        K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, NEG_CUT, D, D_CUT, ALIGN
-    )
-    k_pos, v_pos = load_prompt(
-        K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, POS_CUT, D, D_CUT, ALIGN
-    )
-
-    for tile in range(first_tile, tl.cdiv(L, BLOCK_L), programs):
-        row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-        # [BLOCK_L, d]
-        q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
-        alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
-
-        if len(NEG_CUT) > 0:
-            p_neg, l_neg, _ = weigh_resident(
-                q, k_neg, MASK_neg, stride_mnn, n_neg, qk_scale, BLOCK_L, NEG_CUT
-            )
-        else:
-            z_neg, l_neg, _ = attend_streamed(
-                q, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, qk_scale,
-                BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-            )  # fmt: skip
-        if len(POS_CUT) > 0:
-            p_pos, l_pos, _ = weigh_resident(
-                q, k_pos, MASK_pos, stride_mpn, n_pos, qk_scale, BLOCK_L, POS_CUT
-            )
-        else:
-            z_pos, l_pos, _ = attend_streamed(
-                q, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, qk_scale,
-                BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-            )  # fmt: skip
-
-        l_pos, l_neg = nonzero(l_pos), nonzero(l_neg)
-        # div_rn: exactly 1 where the sums are equal, which `/` does not promise
-        c = (alpha_row * tl.div_rn(l_pos, l_neg))[:, None]
-        normalise = (1.0 / l_pos)[:, None]
-        start = 0
-        for i in tl.static_range(len(D_CUT)):
-            # [BLOCK_L, d_i]; resident prompts keep no wider accumulator than this
-            z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
-            z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
-            o = (z_pos_i - c * z_neg_i) * normalise
-            store_block(O, o, row, row < L, H * D, start, D, D_CUT[i])
-            start += D_CUT[i]
-
-
-def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
-    """Launch the forward kernel. The public function checked shapes, dtypes and layouts."""
-    b, l, h, d = q.shape
-    o = torch.empty((b, l, h, d), dtype=q.dtype, device=q.device)
-    if o.numel() == 0:
-        return o
-    # alpha 0 reads no negative prompt; the tiling stays, so O keeps its bits
-    n_pos, n_neg = k_pos.shape[1], 0 if alpha_map is None and alpha == 0 else k_neg.shape[1]
-    pos_cut, neg_cut = (resident_cut(k.shape[1], d, q) for k in (k_pos, k_neg))
-    config = forward_config(d, q.dtype, pos_cut, shared_memory(q.device))
-    streamed = not (pos_cut and neg_cut)
-    programs = programs_per_head(l, b * h, config, q.device, persistent=not streamed)
-    with on_device(q):
-        forward_kernel[(programs * b * h,)](
-            q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map,
-            *q.stride()[:3],
-            *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
-            *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
-            *strides_or_zeros(alpha_map, 3),
-            h, l, programs, n_pos, n_neg, alpha, scale * LOG2E,
-            D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
-            BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
-            ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            **compiler_options(config),
+    """A program has some tiles in a row, of one head or of several: HEADS is b H. SINGLE: it has
+    one, and no loop holds in registers what a next one would need.
+    """
+    tiles = tl.cdiv(L, BLOCK_L)
+    first, last = share_of_tiles(HEADS.to(tl.int64) * tiles, per_multiprocessor)
+    first_head, last_head = first // tiles, tl.cdiv(last, tiles)
+    if SINGLE:
+        last_head = first_head + 1
+    for bh in range(first_head, last_head):
+        b, h = bh // H, bh % H
+        pos = prompt_of_head(
+            K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
+            stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
         )  # fmt: skip
+        neg = prompt_of_head(
+            K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
+            stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        )  # fmt: skip
+        Q_bh = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
+        O_bh = O + (b * L * H + h) * D
+        # empty tuples where a prompt is streamed or void
+        k_neg, v_neg = load_prompt(neg, NEG_CUT, D, D_CUT, ALIGN)
+        k_pos, v_pos = load_prompt(pos, POS_CUT, D, D_CUT, ALIGN)
+        first_tile = tl.maximum(first - bh * tiles, 0).to(tl.int32)
+        last_tile = tl.minimum(last - bh * tiles, tiles).to(tl.int32)
+        if SINGLE:
+            last_tile = first_tile + 1
+        for tile in range(first_tile, last_tile):
+            forward_tile(
+                Q_bh, O_bh, ALPHA, pos, neg, k_pos, v_pos, k_neg, v_neg, tile, b, h,
+                stride_ql, stride_ab, stride_al, stride_ah, H, L, alpha, qk_scale,
+                RULE, D, D_CUT, POS_CUT, NEG_CUT, BLOCK_L, BLOCK_N, ALIGN,
+            )  # fmt: skip
+
+
+def forward(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale, rule
+):  # fmt: skip
+    """Launch the forward kernel."""
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    launch(
+        plan,
+        (q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map),
+        (alpha_map is None and alpha == 0, rule),
+        (q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map),
+        (alpha, scale * LOG2E),
+    )
     return o
+
+
+def plan(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void, rule) -> Launch:
+    """The launch of the forward kernel. `is_void`: alpha is 0, and no negative prompt is read."""
+    k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map = expanded(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
+    )
+    b, l, h, d = q.shape
+    pos_cut, neg_cut = (resident_cut(k.shape[1], d, q) for k in (k_pos, k_neg))
+    if is_void:
+        neg_cut = None
+    single = () in (pos_cut, neg_cut)
+    config = forward_config(d, q.dtype, pos_cut, q.device)
+    tiles = b * h * triton.cdiv(l, config.BLOCK_L)
+    strides = (
+        *q.stride()[:3],
+        *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
+        *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
+        *strides_or_zeros(alpha_map, 3),
+    )  # fmt: skip
+    lengths = (k_pos.shape[1], k_neg.shape[1])
+    constants = {
+        "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
+        "NEG_CUT": neg_cut, "SINGLE": single, "BLOCK_L": config.BLOCK_L,
+        "BLOCK_N": config.BLOCK_N, "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+    }  # fmt: skip
+    options = compiler_options(config)
+    grid = Grid(tiles, 1)
+    if not single:
+        # O is as Q is, and any numbers do
+        arguments = (
+            q, k_pos, v_pos, k_neg, v_neg, q, mask_pos, mask_neg, alpha_map, *strides,
+            b * h, h, l, 1, *lengths, 1.0, 1.0,
+        )  # fmt: skip
+        grid = grid_of(forward_kernel, arguments, constants | options, tiles, q.device)
+    return Launch(
+        forward_kernel,
+        (grid.programs,),
+        (*strides, b * h, h, l, grid.per_multiprocessor, *lengths),
+        constants,
+        options,
+    )

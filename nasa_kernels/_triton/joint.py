@@ -14,18 +14,22 @@ import torch
 import triton
 import triton.language as tl
 
+from nasa_kernels._checks import check_text_queries, expanded
 from nasa_kernels._joint.shared import attend_shared
-from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut, shared_memory
-from nasa_kernels._triton.forward import attend_streamed, column, load_alpha, weigh_resident
+from nasa_kernels._triton.configs import forward_config, head_cut, resident_cut
+from nasa_kernels._triton.forward import attend, block_of_z, load_alpha
 from nasa_kernels._triton.launch import (
     LOG2E,
+    Launch,
     alignment,
     compiler_options,
-    on_device,
+    launch,
     strides_or_zeros,
 )
+from nasa_kernels._triton.projected import PROJECTED, project, removed
+from nasa_kernels._triton.prompt import load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, nonzero
-from nasa_kernels._triton.tiles import load_prompt, load_rows, of_head, store_block, tile_of_head
+from nasa_kernels._triton.tiles import load_rows, of_head, store_block, store_rows, tile_of_head
 from nasa_kernels.reference import RULES
 
 _NASA = tl.constexpr(RULES.index("nasa"))
@@ -75,6 +79,60 @@ def visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L: tl.constexpr
     return tl.where(first_row >= first_neg, 0, n_pos), tl.where(all_pos, 0, n_neg)
 
 
+@triton.jit
+def with_shared(o_shared, c_s, found, v, c, N_CUT: tl.constexpr, BLOCK_L, D_CUT: tl.constexpr):
+    """c_s O_s + c z, the attention over [shared; prompt]: a tuple over D_CUT of [BLOCK_L, d_i]."""
+    blocks = ()
+    for i in tl.static_range(len(D_CUT)):
+        z = block_of_z(found, v, i, N_CUT, BLOCK_L, D_CUT)
+        blocks = blocks + (c_s[:, None] * o_shared[i].to(tl.float32) + c[:, None] * z,)
+    return blocks
+
+
+@triton.jit
+def store_projected(
+    O, o_shared, s, p, n, l_pos, l_neg, found_pos, v_pos, found_neg, v_neg,
+    alpha, row, first_pos, first_neg, H, L, D: tl.constexpr, D_CUT: tl.constexpr,
+    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr, BLOCK_L: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """Rows of the negative text have zeros for Z+ and -1 for c: 0 + Z-."""
+    a_s, a_p = share(s, p)
+    b_s, b_n = share(s, n)
+    is_neg = row >= first_neg
+    a_s, a_p = tl.where(is_neg, 0.0, a_s), tl.where(is_neg, 0.0, a_p / nonzero(l_pos))
+    pos = with_shared(o_shared, a_s, found_pos, v_pos, a_p, POS_CUT, BLOCK_L, D_CUT)
+    neg = with_shared(
+        o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT
+    )
+    apart, c, r = project(pos, neg, tl.where(row >= first_pos, 0.0, alpha))
+    c = tl.where(is_neg, -1.0, c)
+    store_rows(O, removed(pos, apart, c, r, HIDES), row, row < L, H * D, D, D_CUT)
+
+
+@triton.jit
+def store_pair(
+    O, O_neg, o_shared, s, p, n, l_pos, l_neg, found_pos, v_pos, found_neg, v_neg,
+    b, h, row, first_pos, first_neg, H, L, D: tl.constexpr, D_CUT: tl.constexpr,
+    POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Z+ and Z-, each contiguous, without the rows of the other text."""
+    a_s, a_p = share(s, p)
+    b_s, b_n = share(s, n)
+    text_pos = first_neg - first_pos
+    O += (b * first_neg * H + h) * D
+    O_neg += (b * (L - text_pos) * H + h) * D
+    row_neg = tl.where(row < first_neg, row, row - text_pos)
+    is_neg = (row < first_pos) | ((row >= first_neg) & (row < L))
+    pos = with_shared(
+        o_shared, a_s, found_pos, v_pos, a_p / nonzero(l_pos), POS_CUT, BLOCK_L, D_CUT
+    )
+    neg = with_shared(
+        o_shared, b_s, found_neg, v_neg, b_n / nonzero(l_neg), NEG_CUT, BLOCK_L, D_CUT
+    )
+    store_rows(O, pos, row, row < first_neg, H * D, D, D_CUT)
+    store_rows(O_neg, neg, row_neg, is_neg, H * D, D, D_CUT)
+
+
 @triton.jit(do_not_specialize=["L", "n_pos", "n_neg", "first_pos", "first_neg"])
 def joint_kernel(
     Q, K_pos, V_pos, K_neg, V_neg, O_shared, LSE_shared, O, O_neg, MASK_pos, MASK_neg, ALPHA,
@@ -90,56 +148,48 @@ def joint_kernel(
 ):  # fmt: skip
     tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
-    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
-    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
-    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
-    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
-
     first_row = tile * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
+    pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+    )  # fmt: skip
+    neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+    )  # fmt: skip
     # [BLOCK_L, d]
+    Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
-    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
-    if len(NEG_CUT) > 0:
-        k_neg, v_neg = load_prompt(
-            K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, NEG_CUT, D, D_CUT,
-            ALIGN,
-        )  # fmt: skip
-        p_neg, l_neg, m_neg = weigh_resident(
-            q, k_neg, MASK_neg, stride_mnn, n_neg, qk_scale, BLOCK_L, NEG_CUT
-        )
-    else:
-        z_neg, l_neg, m_neg = attend_streamed(
-            q, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, qk_scale,
-            BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
-    if len(POS_CUT) > 0:
-        k_pos, v_pos = load_prompt(
-            K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, POS_CUT, D, D_CUT,
-            ALIGN,
-        )  # fmt: skip
-        p_pos, l_pos, m_pos = weigh_resident(
-            q, k_pos, MASK_pos, stride_mpn, n_pos, qk_scale, BLOCK_L, POS_CUT
-        )
-    else:
-        z_pos, l_pos, m_pos = attend_streamed(
-            q, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, qk_scale,
-            BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-        )  # fmt: skip
+    k_neg, v_neg = load_prompt(neg, NEG_CUT, D, D_CUT, ALIGN)
+    found_neg, l_neg, m_neg = attend(
+        q, k_neg, neg, qk_scale, NEG_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
+    k_pos, v_pos = load_prompt(pos, POS_CUT, D, D_CUT, ALIGN)
+    found_pos, l_pos, m_pos = attend(
+        q, k_pos, pos, qk_scale, POS_CUT, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN
+    )
 
+    alpha_row = load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, row < L)
     # log2(0) = -inf: a prompt without keys
     s = tl.load(LSE_shared + bh * L + row, mask=row < L, other=0.0) * _LOG2E
     p, n = m_pos + tl.log2(l_pos), m_neg + tl.log2(l_neg)
     # O_shared and O are [b, l, h, d], contiguous
     first = (b * L * H + h) * D
     o_shared = load_rows(O_shared + first, row, row < L, H * D, D, D_CUT, 1)
-    if O_neg is None:
+    if O_neg is not None:
+        store_pair(
+            O, O_neg, o_shared, s, p, n, l_pos, l_neg, found_pos, v_pos, found_neg, v_neg,
+            b, h, row, first_pos, first_neg, H, L, D, D_CUT, POS_CUT, NEG_CUT, BLOCK_L,
+        )  # fmt: skip
+    elif RULE == PROJECTED:
+        store_projected(
+            O + first, o_shared, s, p, n, l_pos, l_neg, found_pos, v_pos, found_neg, v_neg,
+            alpha_row, row, first_pos, first_neg, H, L, D, D_CUT, POS_CUT, NEG_CUT, BLOCK_L,
+            ALPHA is not None,
+        )  # fmt: skip
+    else:
         c_s, c_p, c_n = coefficients(
             s, p, n, alpha_row, (row >= first_pos) & (row < first_neg), row >= first_neg, RULE
         )
@@ -147,29 +197,10 @@ def joint_kernel(
         c_p, c_n = (c_p / nonzero(l_pos))[:, None], (c_n / nonzero(l_neg))[:, None]
         start = 0
         for i in tl.static_range(len(D_CUT)):
-            z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
-            z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
+            z_neg_i = block_of_z(found_neg, v_neg, i, NEG_CUT, BLOCK_L, D_CUT)
+            z_pos_i = block_of_z(found_pos, v_pos, i, POS_CUT, BLOCK_L, D_CUT)
             o = c_s * o_shared[i].to(tl.float32) + c_p * z_pos_i + c_n * z_neg_i
             store_block(O + first, o, row, row < L, H * D, start, D, D_CUT[i])
-            start += D_CUT[i]
-    else:
-        a_s, a_p = share(s, p)
-        b_s, b_n = share(s, n)
-        a_p, b_n = a_p / nonzero(l_pos), b_n / nonzero(l_neg)
-        # each contiguous, without the rows of the other text
-        text_pos = first_neg - first_pos
-        first_p, first_n = (b * first_neg * H + h) * D, (b * (L - text_pos) * H + h) * D
-        row_neg = tl.where(row < first_neg, row, row - text_pos)
-        is_neg = (row < first_pos) | ((row >= first_neg) & (row < L))
-        start = 0
-        for i in tl.static_range(len(D_CUT)):
-            z_neg_i = column(p_neg, v_neg, i) if len(NEG_CUT) > 0 else z_neg[i]
-            z_pos_i = column(p_pos, v_pos, i) if len(POS_CUT) > 0 else z_pos[i]
-            o_s = o_shared[i].to(tl.float32)
-            o = a_s[:, None] * o_s + a_p[:, None] * z_pos_i
-            store_block(O + first_p, o, row, row < first_neg, H * D, start, D, D_CUT[i])
-            o = b_s[:, None] * o_s + b_n[:, None] * z_neg_i
-            store_block(O_neg + first_n, o, row_neg, is_neg, H * D, start, D, D_CUT[i])
             start += D_CUT[i]
 
 
@@ -215,22 +246,49 @@ def _add_prompts(
     alpha_map, alpha, scale, rule, text_pos, text_neg,
 ):  # fmt: skip
     """The second launch; it writes `o`, and `o_neg` where that is not None."""
+    prompts = (k_pos, v_pos, k_neg, v_neg)
+    # of a rule under whose alpha 0 the negative text's keys do not count, no query reads them
+    is_void = (
+        alpha_map is None and alpha == 0 and o_neg is None and text_neg == 0 and rule != _VSF.value
+    )
+    launch(
+        plan,
+        (q, *prompts, mask_pos, mask_neg, alpha_map),
+        (rule, text_pos, text_neg, o_neg is not None, is_void),
+        (q, *prompts, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg, alpha_map),
+        (alpha, scale * LOG2E),
+    )
+
+
+def plan(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+    rule, text_pos, text_neg, is_pair, is_void,
+) -> Launch:  # fmt: skip
+    """`is_pair`: with a pointer for Z-, which decides what is compiled. `is_void`: no negative
+    prompt is read."""
+    check_text_queries("nasa_kernels", q, (text_pos, text_neg))
+    k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map = expanded(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
+    )
     b, l, h, d = q.shape
-    if q.numel() == 0:
-        return
     pos_cut, neg_cut = (resident_cut(x.shape[1], d, q) for x in (k_pos, k_neg))
-    config = forward_config(d, q.dtype, pos_cut, shared_memory(q.device))
-    with on_device(q):
-        joint_kernel[(triton.cdiv(l, config.BLOCK_L) * b * h,)](
-            q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, o_neg, mask_pos, mask_neg,
-            alpha_map, *q.stride()[:3],
+    if is_void:
+        neg_cut = None
+    config = forward_config(d, q.dtype, pos_cut, q.device)
+    return Launch(
+        joint_kernel,
+        (triton.cdiv(l, config.BLOCK_L) * b * h,),
+        (
+            *q.stride()[:3],
             *k_pos.stride()[:3], *v_pos.stride()[:3], *k_neg.stride()[:3], *v_neg.stride()[:3],
             *strides_or_zeros(mask_pos, 2), *strides_or_zeros(mask_neg, 2),
             *strides_or_zeros(alpha_map, 3),
             h, l, k_pos.shape[1], k_neg.shape[1], l - text_pos - text_neg, l - text_neg,
-            alpha, scale * LOG2E,
-            RULE=rule, D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
-            BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
-            ALIGN=alignment(q, k_pos, v_pos, k_neg, v_neg),
-            **compiler_options(config),
-        )  # fmt: skip
+        ),
+        {
+            "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
+            "NEG_CUT": neg_cut, "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
+            "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+        },
+        compiler_options(config),
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from nasa_kernels._triton.launch import (
     on_device,
     strides_or_zeros,
 )
+from nasa_kernels._triton.prompt import prompt_of_head
 from nasa_kernels._triton.tiles import (
     load_rows,
     of_head,
@@ -48,18 +49,17 @@ def statistics_kernel(
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
-    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
-    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
-
     first_row = tile * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
+    pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+    )  # fmt: skip
+    neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+    )  # fmt: skip
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
@@ -68,14 +68,8 @@ def statistics_kernel(
     u_shared = tl.zeros([BLOCK_L], tl.float32)
     for i in tl.static_range(len(D_CUT)):
         u_shared += tl.sum(do[i].to(tl.float32) * o_shared[i].to(tl.float32), 1)
-    lse_pos, u_pos = statistics_streamed(
-        q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos, qk_scale,
-        BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-    )  # fmt: skip
-    lse_neg, u_neg = statistics_streamed(
-        q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg, qk_scale,
-        BLOCK_L, BLOCK_N, D, D_CUT, ALIGN,
-    )  # fmt: skip
+    lse_pos, u_pos = statistics_streamed(q, do, pos, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
+    lse_neg, u_neg = statistics_streamed(q, do, neg, qk_scale, BLOCK_L, BLOCK_N, D, D_CUT, ALIGN)
 
     shared, segment = bh * L + row, (tl.num_programs(0) // tiles).to(tl.int64) * L
     tl.store(U + shared, u_shared, mask=row < L)
@@ -87,8 +81,8 @@ def statistics_kernel(
 
 @triton.jit
 def add_segment(
-    dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, LSE, U, C, DLSE, statistic, valid,
-    qk_scale, BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
+    dq, q, do, prompt, LSE, U, C, DLSE, statistic, valid, qk_scale,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale plus the part of one segment."""
     lse = tl.load(LSE + statistic, mask=valid, other=0.0)
@@ -96,9 +90,8 @@ def add_segment(
     c = tl.load(C + statistic, mask=valid, other=0.0)
     dlse = tl.load(DLSE + statistic, mask=valid, other=0.0)
     return add_streamed(
-        dq, q, do, K, V, MASK, stride_kn, stride_vn, stride_mn, n, lse, u, c, dlse[:, None],
-        qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-    )  # fmt: skip
+        dq, q, do, prompt, lse, u, c, dlse[:, None], qk_scale, BLOCK_N, D, D_CUT, ALIGN
+    )
 
 
 @triton.jit(do_not_specialize=["L", "n", "n_pos", "n_neg", "first_pos", "first_neg"])
@@ -119,37 +112,37 @@ def query_kernel(
     b, h = bh // H, bh % H
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
-    K = of_head(K, b, h, stride_kb, stride_kh, ALIGN)
-    V = of_head(V, b, h, stride_vb, stride_vh, ALIGN)
-    K_pos = of_head(K_pos, b, h, stride_kpb, stride_kph, ALIGN)
-    V_pos = of_head(V_pos, b, h, stride_vpb, stride_vph, ALIGN)
-    if MASK_pos is not None:
-        MASK_pos += b * stride_mpb
-    K_neg = of_head(K_neg, b, h, stride_knb, stride_knh, ALIGN)
-    V_neg = of_head(V_neg, b, h, stride_vnb, stride_vnh, ALIGN)
-    if MASK_neg is not None:
-        MASK_neg += b * stride_mnb
-
     first_row = tile * BLOCK_L
     row = first_row + tl.arange(0, BLOCK_L)
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
+    shared = prompt_of_head(
+        K, V, None, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+        0, 0, n, b, h, ALIGN,
+    )  # fmt: skip
+    pos = prompt_of_head(
+        K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+    )  # fmt: skip
+    neg = prompt_of_head(
+        K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+    )  # fmt: skip
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
     do = load_rows(DO, row, row < L, stride_dl, D, D_CUT, ALIGN)
-    shared, segment = bh * L + row, (tl.num_programs(0) // tiles).to(tl.int64) * L
+    statistic, segment = bh * L + row, (tl.num_programs(0) // tiles).to(tl.int64) * L
     dq = zeros(BLOCK_L, D_CUT)
     dq = add_segment(
-        dq, q, do, K, V, None, stride_kn, stride_vn, 0, n, LSE, U, C, DLSE,
-        shared, row < L, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-    )  # fmt: skip
+        dq, q, do, shared, LSE, U, C, DLSE, statistic, row < L, qk_scale, BLOCK_N, D, D_CUT, ALIGN
+    )
+    statistic += segment
     dq = add_segment(
-        dq, q, do, K_pos, V_pos, MASK_pos, stride_kpn, stride_vpn, stride_mpn, n_pos,
-        LSE, U, C, DLSE, segment + shared, row < L, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-    )  # fmt: skip
+        dq, q, do, pos, LSE, U, C, DLSE, statistic, row < L, qk_scale, BLOCK_N, D, D_CUT, ALIGN
+    )
+    statistic += segment
     dq = add_segment(
-        dq, q, do, K_neg, V_neg, MASK_neg, stride_knn, stride_vnn, stride_mnn, n_neg,
-        LSE, U, C, DLSE, 2 * segment + shared, row < L, qk_scale, BLOCK_N, D, D_CUT, ALIGN,
-    )  # fmt: skip
+        dq, q, do, neg, LSE, U, C, DLSE, statistic, row < L, qk_scale, BLOCK_N, D, D_CUT, ALIGN
+    )
     factor = tl.full([BLOCK_L], 1.0, tl.float32) * scale
     store_rows(DQ + (b * L * H + h) * D, scale_rows(dq, factor), row, row < L, H * D, D, D_CUT)
 

@@ -1,14 +1,93 @@
-"""What the launchers share: alignment of the operands, strides of optional ones, the device."""
+"""What the launchers share: alignment of the operands, strides of optional ones, the device; and
+launches that are remembered, because Triton's own way from a call to the GPU costs the host more
+than most of these kernels take.
+"""
 
 import contextlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from nasa_kernels._triton.configs import Config
 
 LOG2E = 1.4426950408889634
+# of the remembered launches; a program that comes by so many has shapes that never come again
+_MOST = 4096
+
+
+class Launch(NamedTuple):
+    """A launch, without its pointers and its numbers. The parameters of a kernel are pointers,
+    integers, numbers and constants, in this order."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    integers: tuple[int, ...]
+    constants: dict[str, Any]
+    # how it is compiled
+    options: dict[str, Any]
+
+
+class _Ready(NamedTuple):
+    run: Callable
+    integers: tuple[int, ...]
+    constants: tuple
+
+
+_ready: dict[tuple, _Ready] = {}
+
+
+def launch(
+    plan: Callable[..., Launch],
+    operands: Sequence[Tensor | None],
+    settings: tuple,
+    pointers: Sequence[Tensor | None],
+    numbers: tuple[float, ...],
+) -> None:
+    """Launch what `plan(*operands, *settings)` says, on pointers and numbers.
+
+    A plan may look at shapes, strides, dtypes, devices and alignment of its operands, and at the
+    settings: where these come again, so do the compiled kernel, its grid and its integers, and
+    nothing is planned or bound. Pointers are operands, and tensors that were made for this launch.
+    """
+    key = (
+        plan,
+        settings,
+        *[
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+            for x in operands
+        ],
+    )
+    ready = _ready.get(key)
+    first = operands[0]
+    assert first is not None
+    if ready is not None:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                ready.run(*pointers, *ready.integers, *numbers, *ready.constants)
+        else:
+            ready.run(*pointers, *ready.integers, *numbers, *ready.constants)
+        return
+    with on_device(first):
+        made = plan(*operands, *settings)
+        if 0 in made.grid:
+            return
+        compiled = made.kernel[made.grid](
+            *pointers, *made.integers, *numbers, **made.constants, **made.options
+        )
+        # not in the interpreter, which compiles nothing
+        if isinstance(compiled, CompiledKernel):
+            if len(_ready) >= _MOST:
+                _ready.clear()
+            # as bound: every parameter by its place
+            constants = [x for x in made.kernel.arg_names if x in made.constants]
+            _ready[key] = _Ready(
+                compiled[(*made.grid, 1, 1)[:3]],
+                made.integers,
+                tuple(made.constants[name] for name in constants),
+            )
 
 
 def alignment(*tensors: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nasa_kernels._triton.launch import on_device, strides_or_zeros
+from nasa_kernels._triton.launch import Launch, launch, strides_or_zeros
 from nasa_kernels._triton.tiles import cut
 
 
@@ -65,16 +65,25 @@ def blend_kernel(
 
 def blend(z_pos, z_neg, alpha_map, alpha, nag_scale, nag_tau, nag_norm=1):
     """Launch the kernel on Z+ and Z- [b, l, h, d]; alpha_map [b, l, 1], or None for `alpha`."""
-    b, l, h, d = z_pos.shape
     z_pos, z_neg = z_pos.contiguous(), z_neg.contiguous()
     o = torch.empty_like(z_pos)
-    if o.numel() == 0:
-        return o
-    with on_device(z_pos):
-        blend_kernel[(b * l,)](
-            z_pos, z_neg, o, alpha_map, *strides_or_zeros(alpha_map, 3)[:2],
-            l, alpha, nag_scale, nag_tau,
-            C=h * d, C_CUT=cut(h * d, widest=1024), P=nag_norm,
-            num_warps=4 if h * d <= 2048 else 8, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        plan,
+        (z_pos, z_neg, alpha_map),
+        (nag_norm,),
+        (z_pos, z_neg, o, alpha_map),
+        (alpha, nag_scale, nag_tau),
+    )
     return o
+
+
+def plan(z_pos, z_neg, alpha_map, nag_norm) -> Launch:
+    b, l, h, d = z_pos.shape
+    return Launch(
+        blend_kernel,
+        # without heads there is no row either
+        (b * l if h else 0,),
+        (*strides_or_zeros(alpha_map, 3)[:2], l),
+        {"C": h * d, "C_CUT": cut(h * d, widest=1024), "P": nag_norm},
+        {"num_warps": 4 if h * d <= 2048 else 8, "enable_fp_fusion": True},
+    )

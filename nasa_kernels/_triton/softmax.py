@@ -14,33 +14,37 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_bias(MASK, stride, key, n):
-    """Natural-log bias of keys `key`; -inf past the end. MASK is bool or floating point."""
-    value = tl.load(MASK + key.to(tl.int64) * stride, mask=key < n, other=0)
+def load_bias(prompt, key):
+    """Natural-log bias of keys `key`; -inf past the end. The mask is bool or floating point."""
+    inside = key < prompt.n
+    value = tl.load(prompt.mask[0] + key.to(tl.int64) * prompt.stride_mn, mask=inside, other=0)
     if value.dtype == tl.int1:
         bias = tl.where(value, 0.0, float("-inf"))
     else:
-        bias = tl.where(key < n, value.to(tl.float32), float("-inf"))
+        bias = tl.where(inside, value.to(tl.float32), float("-inf"))
     return bias
 
 
 @triton.jit
-def present(MASK, stride, key, n):
+def present(prompt, key):
     """Which of the keys `key` exist: not past the end, and not masked by -inf or False."""
-    if MASK is None:
-        exists = key < n
+    if len(prompt.mask) == 0:
+        exists = key < prompt.n
     else:
-        exists = load_bias(MASK, stride, key, n) > float("-inf")
+        exists = load_bias(prompt, key) > float("-inf")
     return exists
 
 
 @triton.jit
-def mask_scores(scores, MASK, stride, key, n, qk_scale, RAGGED: tl.constexpr):
-    """Add the bias of each key to scores [M, n_j], and remove the keys that do not exist."""
-    if MASK is not None:
-        scores += (load_bias(MASK, stride, key, n) * (LOG2E / qk_scale))[None, :]
+def mask_scores(scores, prompt, key, qk_scale, RAGGED: tl.constexpr):
+    """Add the bias of each key to scores [M, n_j], and remove the keys that do not exist.
+
+    Without RAGGED no key is past the end. A prompt is that of `prompt.py`.
+    """
+    if len(prompt.mask) > 0:
+        scores += (load_bias(prompt, key) * (LOG2E / qk_scale))[None, :]
     elif RAGGED:
-        scores = tl.where((key < n)[None, :], scores, float("-inf"))
+        scores = tl.where((key < prompt.n)[None, :], scores, float("-inf"))
     return scores
 
 

@@ -13,8 +13,6 @@ Only the last width of a side can be ragged. Loops over tuples are unrolled by t
 import triton
 import triton.language as tl
 
-from nasa_kernels._triton.softmax import present
-
 
 def cut(size: int, widest: int = 256) -> tuple[int, ...]:
     """Widths, powers of two from 16 up and falling, that cover `size`: 77 -> (64, 16).
@@ -47,6 +45,20 @@ def tile_of_head(tiles):
 
 
 @triton.jit
+def share_of_tiles(total, per_multiprocessor):
+    """The half-open range of `total` tiles that a program has, heads after heads, in int64.
+
+    Programs start one on each multiprocessor, then a second: so those `per_multiprocessor` of them
+    that share one have neighbouring ranges, and no multiprocessor has two tiles more than another.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    multiprocessors = programs // per_multiprocessor
+    place = program % multiprocessors * per_multiprocessor + program // multiprocessors
+    place = place.to(tl.int64)
+    return place * total // programs, (place + 1) * total // programs
+
+
+@triton.jit
 def of_head(X, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
     """X from sample b and head h on. Both are int64: b * stride_b passes 2^31 for video."""
     return X + tl.multiple_of(b * stride_b + h * stride_h, ALIGN)
@@ -54,7 +66,9 @@ def of_head(X, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_rows(X, rows, valid, stride, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows of a matrix [*, D] as a tuple of blocks; zeros past D and where `valid` is false."""
+    """Rows of a matrix [*, D] as a tuple of blocks; zeros past D and where `valid` is false (None:
+    it is true everywhere).
+    """
     # int64: a row index times its stride passes 2^31 elements for video
     offsets = tl.multiple_of(rows.to(tl.int64) * stride, ALIGN)
     blocks = ()
@@ -66,43 +80,21 @@ def load_rows(X, rows, valid, stride, D: tl.constexpr, D_CUT: tl.constexpr, ALIG
 
 
 @triton.jit
-def _load_block(X, offsets, valid, start, D: tl.constexpr, WIDTH: tl.constexpr):
+def _load_block(
+    X, offsets, valid, start: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     column = start + tl.arange(0, WIDTH)
-    inside = valid[:, None] & (column[None, :] < D)
-    return tl.load(X + offsets[:, None] + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def load_keys(
-    K, V, MASK, stride_kn, stride_vn, stride_mn, start, n,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Keys, transposed [d, BLOCK_N], and values [BLOCK_N, d] from token `start` on.
-
-    The rows of keys that are masked, or past the end, are zeros: a NaN in them must not count.
-    """
-    key = start + tl.arange(0, BLOCK_N)
-    exists = present(MASK, stride_mn, key, n)
-    k = load_rows(K, key, exists, stride_kn, D, D_CUT, ALIGN)
-    v = load_rows(V, key, exists, stride_vn, D, D_CUT, ALIGN)
-    return transposed(k), v
-
-
-@triton.jit
-def load_prompt(
-    K, V, MASK, stride_kn, stride_vn, stride_mn, n,
-    N_CUT: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """A whole prompt: keys and values, each a tuple over N_CUT of [n_j, d]."""
-    k, v = (), ()
-    start = 0
-    for j in tl.static_range(len(N_CUT)):
-        k_j, v_j = load_keys(
-            K, V, MASK, stride_kn, stride_vn, stride_mn, start, n, N_CUT[j], D, D_CUT, ALIGN
-        )
-        k, v = k + (k_j,), v + (v_j,)
-        start += N_CUT[j]
-    return k, v
+    places = X + offsets[:, None] + column[None, :]
+    if start + WIDTH > D:
+        inside = (column < D)[None, :]
+        if valid is not None:
+            inside = valid[:, None] & inside
+        block = tl.load(places, mask=inside, other=0.0)
+    elif valid is not None:
+        block = tl.load(places, mask=valid[:, None], other=0.0)
+    else:
+        block = tl.load(places)
+    return block
 
 
 @triton.jit

@@ -8,9 +8,17 @@ handle.method = NAG(scale=3)
 handle.disable()
 """
 
-from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
-from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
-from nasa_diffusers.report import Report
+try:
+    from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
+    from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
+    from nasa_diffusers.report import Report
+except ModuleNotFoundError as error:
+    if error.name not in ("diffusers", "transformers", "accelerate", "peft", "PIL", "tqdm"):
+        raise
+    raise ModuleNotFoundError(
+        f'nasa_diffusers needs {error.name}; pip install "nasa-kernels[diffusers]"',
+        name=error.name,
+    ) from error
 
 __all__ = [
     "NAG",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class LayerAlpha:
     resized: dict[int, Tensor] = field(default_factory=dict)
     guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
     targets: Targets | None = None  # None: all tokens
+    padding: int = 0  # tokens that follow those of a grid, which the region leaves alone
 
     @property
     def learns(self) -> bool:
@@ -64,9 +65,15 @@ class LayerAlpha:
             return [self] * chunks
         guided = [None] * chunks if self.guided is None else self.guided.chunk(chunks)
         return [
-            LayerAlpha(values, self.region, self.grids, guided=which, targets=self.targets)
+            replace(self, rows=values, guided=which, resized={})
             for values, which in zip(self.rows.chunk(chunks), guided, strict=True)
         ]
+
+    def repeated(self, times: int) -> LayerAlpha:
+        """For a batch that has each row so many times, one after the other."""
+        rows = self.rows.repeat_interleave(times, dim=0)
+        guided = None if self.guided is None else self.guided.repeat_interleave(times, dim=0)
+        return LayerAlpha(rows, self.region, self.grids, guided=guided, targets=self.targets)
 
     def to(self, *args, **kwargs) -> LayerAlpha:
         """The same alpha on another device."""
@@ -74,21 +81,24 @@ class LayerAlpha:
         guided = None if self.guided is None else self.guided.to(*args, **kwargs)
         targets = None if self.targets is None else self.targets.to(*args, **kwargs)
         rows = self.rows.to(*args, **kwargs)
-        return LayerAlpha(rows, region, self.grids, guided=guided, targets=targets)
+        return replace(self, rows=rows, region=region, guided=guided, targets=targets, resized={})
 
     def _place(self, queries: int) -> Tensor:
         if self.region is not None:
             return self._resize(self.region, queries)
         assert self.targets is not None
-        return self.targets.place(self.rows)
+        # a layer of other queries, as those of the sound beside a video, has no references
+        is_over = self.targets.are.shape[0] == queries
+        return self.targets.place(self.rows) if is_over else self.rows
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:
-            if frames * height * width == queries:
+            if frames * height * width + self.padding == queries:
                 # [1, 1, height, width]
                 region = F.adaptive_avg_pool2d(region[None, None], (height, width))
                 # [b, l, 1]: tokens are frame by frame, row by row
-                return self.rows * region.flatten(1).repeat(1, frames)[..., None]
+                values = self.rows * region.flatten(1).repeat(1, frames)[..., None]
+                return F.pad(values, (0, 0, 0, self.padding)) if self.padding else values
         raise ValueError(
             f"nasa_diffusers: a layer has {queries} image tokens, which is none of the grids "
             f"(frames, height, width) {self.grids} of this call; use one alpha per image"

@@ -35,7 +35,13 @@ WITHOUT_CFG = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 # they write prompts times images into `batch_size`
 COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 # where pipelines hold the text of the prompt, often beside that of other branches in one tensor
-PROMPTS = ("prompt_embeds", "text_embeddings", "text_embedding", "cond_embeddings")
+PROMPTS = (
+    "connector_prompt_embeds",
+    "prompt_embeds",
+    "text_embeddings",
+    "text_embedding",
+    "cond_embeddings",
+)
 # words in the names of texts that are not the prompt's
 OTHERS = {
     *("negative", "uncond", "unconditional", "null", "empty", "safety"),
@@ -164,6 +170,19 @@ def find_caller() -> Caller | None:
     return None
 
 
+def modular_caller() -> str | None:
+    """The modular pipeline in the call stack whose blocks `find_caller` does not know: its name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        for name in ("components", "self"):
+            if name in frame.f_code.co_varnames:
+                pipe = frame.f_locals.get(name)
+                if isinstance(pipe, ModularPipeline):
+                    return type(pipe).__name__
+        frame = frame.f_back
+    return None
+
+
 def _classic(frame: FrameType) -> Caller:
     """The caller whose innermost function is `frame`; functions it was called by come after."""
     pipe = frame.f_locals["self"]
@@ -183,7 +202,8 @@ def _functions_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 3
+    # Allegro has `[r, 1, n, c]`; Krea 2 holds its text layer by layer
+    return isinstance(value, Tensor) and value.dim() in (3, 4)
 
 
 def _texts(value: Any) -> list[Tensor]:

@@ -3,12 +3,14 @@
     python -m nasa_diffusers generate --model DIR_OR_ID --prompt "a cat" --negative blurry \\
         --steps 1 --seed 0 --sweep 0,0.25,0.5,1 --out images
     python -m nasa_diffusers flops
+    python -m nasa_diffusers pipelines
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -98,6 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
     flops.set_defaults(run=run_flops)
     flops.add_argument("--model", action="append", help="one of the models; default: all")
     flops.add_argument("--method", choices=METHODS, default="nasa", help="default: %(default)s")
+
+    walk = commands.add_parser("pipelines", help="which pipelines of diffusers can be guided")
+    walk.set_defaults(run=run_pipelines)
+    walk.add_argument("--json", action="store_true", help="for programs; default: Markdown")
     return parser
 
 
@@ -227,6 +233,13 @@ def run_flops(options: argparse.Namespace) -> None:
         raise ValueError(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
     with contextlib.closing(tqdm(names, unit="model", disable=not sys.stderr.isatty())) as bar:
         print(markdown([count(name, METHODS[options.method]()) for name in bar]))
+
+
+def run_pipelines(options: argparse.Namespace) -> None:
+    from nasa_diffusers.pipelines import as_json, as_markdown, rows
+
+    found = rows()
+    print(json.dumps(as_json(found), indent=1) if options.json else as_markdown(found), end="")
 
 
 def _negatives(given: list[list[str]]) -> str | list[tuple[str, float]]:

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from nasa_diffusers.weights import Fingerprint, Record
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# what makes other text of theirs before it reaches the denoiser
+CONNECTORS = ("connectors",)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 # given to every `encode_prompt` that takes them: one row per prompt, no guidance
 FIXED: dict[str, Any] = {
@@ -189,7 +191,7 @@ def have_loras(pipe: Any) -> bool:
 
 def _parts(pipe: Any) -> dict[str, Any]:
     """By name, without the wrapper of torch.compile."""
-    found = {name: getattr(pipe, name, None) for name in (*ENCODERS, *TOKENIZERS)}
+    found = {name: getattr(pipe, name, None) for name in (*ENCODERS, *CONNECTORS, *TOKENIZERS)}
     return {
         name: vars(part).get("_modules", {}).get("_orig_mod", part)
         if isinstance(part, nn.Module)

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+from nasa_diffusers import side
 from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha, Targets
 from nasa_diffusers.cache import TextCache, all_tokens
 from nasa_diffusers.caller import Caller, find_caller
@@ -21,6 +22,7 @@ from nasa_diffusers.encoding import call_defaults, reference
 from nasa_diffusers.families import Family
 from nasa_diffusers.guided_text import GuidedText, Images, Prepared
 from nasa_diffusers.layer import CrossAttentionHook, refuse_copy
+from nasa_diffusers.lists import find_listed_rows
 from nasa_diffusers.methods import Method
 from nasa_diffusers.negative import Encoded, Negative
 from nasa_diffusers.prompts import Term
@@ -54,6 +56,7 @@ class Batch(NamedTuple):
     device: torch.device
     grids: tuple[Grid, ...]  # for a map over the image
     targets: Targets | None  # where reference images stand beside it
+    padding: int = 0  # tokens that follow those of a grid
 
 
 class LastText(NamedTuple):
@@ -123,6 +126,8 @@ class Guidance:
             attach(module, hook)
         own = self.denoiser.register_forward_pre_hook(self, with_kwargs=True)
         self._handles = [own, *PipelineWatch(self).attach(self.pipe)]
+        if self.family.is_beside:
+            self._handles.append(self.denoiser.register_forward_hook(side.end, always_call=True))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -138,6 +143,8 @@ class Guidance:
     @torch.compiler.disable
     def __call__(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]):
         """Put a `GuidedText` in place of the text; None leaves the stock call as it is."""
+        if self.family.is_beside:
+            side.end()
         self.lost = None
         settings, caller = self.settings, find_caller()
         begins = self._begins(caller)
@@ -151,27 +158,24 @@ class Guidance:
         if not is_guided and not self.carries:
             return None
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
-        text, sample = kwargs["encoder_hidden_states"], kwargs[self.parameters[0]]
-        if not isinstance(text, Tensor):
-            why = "a deprecated IP-Adapter call passes images there, use ip_adapter_image_embeds"
-            if text is None:
-                why = "this denoiser is called without a text, so there is no prompt to guide"
-            raise ValueError(
-                "nasa_diffusers: encoder_hidden_states must be one tensor [b, n, c], got "
-                f"{type(text).__name__}; {why}"
-            )
-        rows = self.find_rows(text, sample, caller, settings.cfg)
+        given, samples = kwargs[self.family.text_argument], kwargs[self.parameters[0]]
+        text, sample = self.family.as_text(given), self.family.as_sample(samples)
+        if isinstance(given, Tensor):
+            rows = self.find_rows(given, sample, caller, settings.cfg)
+        else:
+            rows = find_listed_rows(given, samples, caller, settings.cfg)
         if not any(rows.guided):
             return None
         self.family.check_call(denoiser, kwargs)
-        terms, afresh = self._current_terms(settings, text, caller)
+        key = given if isinstance(given, Tensor) else given[0]
+        terms, afresh = self._current_terms(settings, key, caller)
         guided = self._guided_text(settings, terms, text, sample, kwargs, rows, afresh)
         if guided.prompts is not None:
             guided = replace(guided, images=self._images(kwargs, afresh))
             if self._is_compiled(caller) and self._can_prepare(kwargs):
                 guided = self._prepare(guided)
         kwargs |= self.family.carry(denoiser, guided, kwargs, is_guided)
-        self.watch.begin(denoiser, kwargs["encoder_hidden_states"], guided.reached)
+        self.watch.begin(denoiser, kwargs[self.family.text_argument], guided.reached)
         return as_called(self.parameters, args, kwargs)
 
     def _begins(self, caller: Caller | None) -> bool:
@@ -223,14 +227,15 @@ class Guidance:
         afresh: bool,
     ) -> GuidedText:
         placed = [term.rows(text, rows) for term in negatives]
+        channels = self.family.channels(text, inputs)
         for embeds, _ in placed:
-            if embeds.shape[2] != text.shape[2]:
+            if embeds.shape[2] != channels:
                 raise ValueError(
                     f"nasa_diffusers: the negative prompt has {embeds.shape[2]} channels, the "
-                    f"prompt has {text.shape[2]}; encode both with the encoders of this pipeline"
+                    f"prompt has {channels}; encode both with the encoders of this pipeline"
                 )
         prompts_seen = None
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or self.family.is_beside):
             prompts_seen = self.cache.recognise(
                 [text, *(embeds for embeds, _ in placed)],
                 [
@@ -240,12 +245,14 @@ class Guidance:
                 afresh=afresh,
             )
         grids: tuple[Grid, ...] = ()
+        padding = 0
         if settings.alpha.region is not None:
             grids = self.image_tokens.grids(sample, inputs)
+            padding = self.image_tokens.padding(sample, inputs)
         targets = self.image_tokens.targets(inputs)
         if targets is not None:
             settings.method.check_references()
-        batch = Batch(rows, sample.device, grids, targets)
+        batch = Batch(rows, sample.device, grids, targets, padding)
         alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negatives)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
@@ -253,12 +260,16 @@ class Guidance:
         return GuidedText(text, terms, settings.method, settings.backend, prompts_seen)
 
     def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
-        """The image prompts of an IP-Adapter, where the call brings some."""
+        """The image prompts of an IP-Adapter, or the images that go beside the text, where the
+        call brings some."""
         embeds = (kwargs.get("added_cond_kwargs") or {}).get("image_embeds")
         if embeds is None:
             options = kwargs.get("joint_attention_kwargs") or {}
             embeds = options.get("ip_adapter_image_embeds")
         projection = getattr(self.denoiser, "encoder_hid_proj", None)
+        beside = self.family.images_beside(self.denoiser, kwargs)
+        if beside is not None:
+            embeds, projection = beside
         if projection is None or not isinstance(embeds, list):
             return None
         if not embeds or not all(isinstance(x, Tensor) for x in embeds):
@@ -379,7 +390,9 @@ def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
     if alpha.region is None:
         return LayerAlpha(values, guided=guided, targets=batch.targets)
     region = alpha.region.to(batch.device)
-    return LayerAlpha(values, region, batch.grids, guided=guided, targets=batch.targets)
+    return LayerAlpha(
+        values, region, batch.grids, guided=guided, targets=batch.targets, padding=batch.padding
+    )
 
 
 def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

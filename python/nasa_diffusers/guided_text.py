@@ -53,6 +53,8 @@ class GuidedText:
     made_by: Fingerprint | None = None  # the text projections passed so far
     prepared: Prepared | None = None
     images: Images | None = None  # image prompts whose keys and values may be kept
+    # [b, n, c]: image tokens that layers attend to besides the text, and which are not guided
+    beside: Tensor | None = None
     # the layers that this call of the denoiser has come to
     reached: set[str] = field(default_factory=set)
 
@@ -76,6 +78,11 @@ class GuidedText:
         assert self.prepared is not None
         return replace(self, text=self.prepared.text)
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the positive text, whose rows and channels all prompts share."""
+        return self.text.shape
+
     def view(self, *shape: int) -> GuidedText:
         """PixArt and Sana fold the projected text to `[b, n, c]`, which it already is."""
         return replace(self, text=self.text.view(*shape))
@@ -95,10 +102,36 @@ class GuidedText:
         terms = zip(*map(part_of, self.terms), strict=True)
         # what is kept of a text, or made of it, is kept and made of all its rows
         alone = replace(self, prompts=None, prepared=None, images=None)
+        columns = (self.text.chunk(chunks), terms, parts(self.beside))
         return tuple(
-            replace(alone, text=text, terms=terms)
-            for text, terms in zip(self.text.chunk(chunks), terms, strict=True)
+            replace(alone, text=text, terms=terms, beside=beside)
+            for text, terms, beside in zip(*columns, strict=True)
         )
+
+    def repeat_interleave(self, times: int, dim: int = 0, **_: Any) -> GuidedText:
+        """Each row so many times: Latte makes rows of its frames."""
+        assert dim == 0
+        rows = self.text.shape[0]
+
+        def each(x: Any) -> Any:
+            is_shared = x is None or x.shape[0] == 1 or x.shape[0] != rows
+            return x if is_shared else x.repeat_interleave(times, dim=0)
+
+        text = self.text.repeat_interleave(times, dim=0)
+        if self.prepared is not None:
+            keys_values = {
+                name: [KeysValues(*map(each, prompt)) for prompt in prompts]
+                for name, prompts in self.prepared.keys_values.items()
+            }
+            # their texts are not looked at any more, so that they may have any length
+            terms = tuple(Term(text[:, :0], None, t.alpha.repeated(times)) for t in self.terms)
+            return replace(self, text=text, terms=terms, prepared=Prepared(text, keys_values))
+        terms = tuple(Term(each(t.text), each(t.mask), t.alpha.repeated(times)) for t in self.terms)
+        prompts = self.prompts
+        if prompts is not None and not all(prompts.are_uniform):
+            # what is kept has a row for each of the rows before
+            prompts = None
+        return replace(self, text=text, terms=terms, prompts=prompts)
 
     def to(self, *args, **kwargs) -> GuidedText:
         """Follows a model that offloading or sharding keeps on another device than its caller."""
@@ -110,7 +143,8 @@ class GuidedText:
             )
             for term in self.terms
         )
-        return replace(self, text=self.text.to(*args, **kwargs), terms=terms)
+        beside = None if self.beside is None else self.beside.to(*args, **kwargs)
+        return replace(self, text=self.text.to(*args, **kwargs), terms=terms, beside=beside)
 
     # Blocks of these families leave the text as it is. A cache around several blocks keeps what
     # they add to the text, which is 0 here, and adds it in a later step.

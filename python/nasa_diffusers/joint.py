@@ -197,13 +197,7 @@ class JointAttentionHook(Hook):
                 "enable_nasa prepared: its forward was replaced. Call disable_nasa(pipe), make "
                 "that change, then call enable_nasa again"
             )
-        for hook in skipping_hooks(attn):
-            if getattr(hook, "skip_attention_scores", False):
-                raise RuntimeError(
-                    f"nasa_diffusers: {type(hook).__name__} replaces the scores of layer "
-                    f"{self.name!r} inside PyTorch's attention, which NASA computes itself; take "
-                    "it off, or call disable_nasa(pipe)"
-                )
+        refuse_skipped_scores(self.name, attn)
 
     def attend(
         self,
@@ -265,6 +259,16 @@ class JointAttentionHook(Hook):
     def rotate(x: Tensor, rope: Rope) -> Any:
         # its annotation says that it returns two tensors; it returns one
         return apply_rotary_emb(x, rope, sequence_dim=1)
+
+
+def refuse_skipped_scores(name: str, attn: Any) -> None:
+    for hook in skipping_hooks(attn):
+        if getattr(hook, "skip_attention_scores", False):
+            raise RuntimeError(
+                f"nasa_diffusers: {type(hook).__name__} replaces the scores of layer {name!r} "
+                "inside PyTorch's attention, which NASA computes itself; take it off, or call "
+                "disable_nasa(pipe)"
+            )
 
 
 class PlainAttentionHook(Hook):

@@ -27,6 +27,8 @@ class LayerMaths(Protocol):
     def projections(self, attn: Any) -> tuple[nn.Module | None, ...]: ...
     def queries(self, attn: Any, hidden_states: Tensor) -> Tensor: ...
     def keys_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]: ...
+    def keys_values_beside(self, attn: Any, text: GuidedText) -> KeysValues: ...
+    def plain(self, text: GuidedText) -> Any: ...
     def output(self, attn: Any, o: Tensor) -> Tensor: ...
 
 
@@ -69,10 +71,11 @@ class CrossAttentionHook(Hook):
         if isinstance(text, tuple):
             text, images = text
         if not isinstance(text, GuidedText):
-            return self.stock(hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+            return self._stock(hidden_states, encoder_hidden_states, attention_mask, args, kwargs)
         if not self.guided:
-            text = text.text if images is None else (text.text, images)
-            return self.stock(hidden_states, text, attention_mask, *args, **kwargs)
+            plain = self.family.plain(text)
+            plain = plain if images is None else (plain, images)
+            return self._stock(hidden_states, plain, attention_mask, args, kwargs)
         self._check_processor(attn, images)
         if not torch.compiler.is_compiling():
             text.reached.add(self.name)
@@ -84,19 +87,33 @@ class CrossAttentionHook(Hook):
             sizes = [(x.shape[0], prompt.k.shape[1], x.shape[2]) for x, prompt in prompts]
             self.last_call = LayerCall(q.shape, sizes)
         if attention_mask is not None:
-            pos = pos._replace(mask=_key_mask(self.name, attention_mask, pos.k.shape[1]))
+            pos = pos._replace(mask=key_mask(self.name, attention_mask, pos.k.shape[1]))
         signed = [
             Signed(prompt, term.alpha) for prompt, term in zip(negatives, text.terms, strict=True)
         ]
         masks, beside = kwargs.get("ip_adapter_masks"), None
         if images is not None:
             beside = ip_adapter.image_beside(attn, images, masks, text, q.shape[0])
+        is_image_beside, own = beside is not None, None
+        if text.beside is not None:
+            own = self.family.keys_values_beside(attn, text)
+            if beside is None and text.method.adds_images:
+                beside, own = own, None
         o = text.method.cross(q, pos, signed, text.backend, beside)
-        if images is not None and beside is None:
+        if images is not None and not is_image_beside:
             for image, alpha in ip_adapter.image_terms(attn, q, images, masks, text):
                 o = o + subtract(q, nothing(image), image, alpha, text.backend)
+        if own is not None:
+            o = o + subtract(q, nothing(own), own, -1.0, text.backend)
         # [b, l, h, d] -> [b, l, h * d], a view
         return self.family.output(attn, o.flatten(2))
+
+    def _stock(self, hidden_states, text, attention_mask, args, kwargs) -> Tensor:
+        if args:
+            return self.stock(hidden_states, text, attention_mask, *args, **kwargs)
+        # AnyFlow's layers take nothing else by position
+        kwargs = {"encoder_hidden_states": text, "attention_mask": attention_mask} | kwargs
+        return self.stock(hidden_states, **kwargs)
 
     def _check_processor(self, attn: Any, images: Any) -> None:
         known = self.family.processors if images is None else ip_adapter.PROCESSORS
@@ -192,7 +209,7 @@ class LayerCall:
         return sum(4 * r * n * c * h * d for r, n, c in self.texts[1:])
 
 
-def _key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
+def key_mask(layer: str, mask: Tensor, keys: int) -> Tensor:
     """diffusers' additive mask `[b, 1, n]` as one bias per key, `[b, n]`."""
     if mask.dim() != 3 or mask.shape[1] != 1 or mask.shape[2] != keys:
         raise ValueError(

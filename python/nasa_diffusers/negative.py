@@ -143,6 +143,7 @@ class Negative:
         embeds: Tensor, mask: Tensor | None, family: Family, drops_padding: bool = False
     ) -> Negative:
         """The values as they are now; embeddings that learn are used as they are in each call."""
+        embeds, mask = family.read_embeds(embeds, mask)
         _check_embeds(embeds, mask)
         mask = None if mask is None else mask.bool()
         if not embeds.requires_grad:

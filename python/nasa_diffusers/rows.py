@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nasa_diffusers.caller import Caller, Texts
+from nasa_diffusers.caller import Caller, Texts, modular_caller
 from nasa_diffusers.layouts import WITHOUT_PROMPT, Layout, layout_of
 from nasa_diffusers.weights import version
 
@@ -100,9 +100,9 @@ class RowFinder:
         if caller is None:
             if cfg is None:
                 self._refuse_doubled(text, sample)
-            return _as_said(cfg or False, rows, None)
+            return as_said(cfg or False, rows, None)
         if isinstance(cfg, tuple):
-            return _as_said(cfg, rows, caller.prompts)
+            return as_said(cfg, rows, caller.prompts)
         texts, layout = caller.texts, layout_of(caller, self.is_doubled)
         key = (caller.name, layout, caller.prompts, caller.images_per_prompt, caller.uses_cfg)
         tensors = [text, *([] if texts.prompt is None else [texts.prompt]), *texts.others]
@@ -113,18 +113,20 @@ class RowFinder:
             except UnknownRows:
                 if cfg is None:
                     raise
-                known = _as_said(cfg, rows, caller.prompts)
+                known = as_said(cfg, rows, caller.prompts)
             self._remember(key, tensors, known)
-        if cfg is not None and known.guided != _as_said(cfg, rows, None).guided:
-            raise RuntimeError(
-                f"nasa_diffusers: cfg={cfg} says that {_which(_as_said(cfg, rows, None))} of the "
-                f"{rows} rows carry the prompt, but in this call of {caller.name} their texts say "
-                f"that {_which(known)} do; leave cfg out, or give one bool per row"
-            )
+        check_said(known, cfg, caller)
         return known
 
     def _refuse_doubled(self, text: Tensor, sample: Tensor) -> None:
-        """In a loop of one's own: an error for what may be a batch `[unconditional | prompt]`."""
+        """In a loop of one's own: an error for what may be a batch `[unconditional | prompt]`, and
+        for blocks of a modular pipeline, which may call for each of them."""
+        name = modular_caller()
+        if name is not None:
+            raise UnknownRows(
+                f"nasa_diffusers: a block of {name} calls the denoiser and does not say whether "
+                f"the rows carry the prompt; {HOW_TO_SAY}"
+            )
         if sample.shape[0] % 2 == 1 or self._recall((), [text]) is not None:
             return
         if sample.is_meta or torch.equal(*sample.chunk(2)):
@@ -162,7 +164,7 @@ class Known:
         )
 
 
-def _as_said(cfg: bool | tuple[bool, ...], rows: int, prompts: int | None) -> Rows:
+def as_said(cfg: bool | tuple[bool, ...], rows: int, prompts: int | None) -> Rows:
     """The rows that the user names."""
     if isinstance(cfg, tuple):
         if len(cfg) != rows:
@@ -183,6 +185,17 @@ def _as_said(cfg: bool | tuple[bool, ...], rows: int, prompts: int | None) -> Ro
     images = sum(guided)
     order = iter(range(images))
     return Rows(tuple(next(order) if is_on else OTHER for is_on in guided), images, prompts)
+
+
+def check_said(known: Rows, cfg: Cfg, caller: Caller) -> None:
+    """Raise if the user says something else than what is known."""
+    rows = len(known.image)
+    if cfg is not None and known.guided != as_said(cfg, rows, None).guided:
+        raise RuntimeError(
+            f"nasa_diffusers: cfg={cfg} says that {_which(as_said(cfg, rows, None))} of the "
+            f"{rows} rows carry the prompt, but in this call of {caller.name} their texts say "
+            f"that {_which(known)} do; leave cfg out, or give one bool per row"
+        )
 
 
 def _which(rows: Rows) -> str:

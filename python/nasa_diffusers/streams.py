@@ -26,6 +26,7 @@ class Streams(NamedTuple):
     terms: tuple[Term, ...]
     with_text: bool  # False: text tokens are keys only, and leave no rows
     backend: str | None
+    mask_pos: Tensor | None = None  # [b, n_pos], of the positive text
 
     @property
     def image_tokens(self) -> int:
@@ -68,7 +69,7 @@ def _attend(streams: Streams, rule: str | None, masks: Sequence[Tensor | None]) 
         return nasa_joint_attention(
             q, k_image, v_image, k_pos, v_pos, k_negatives[i], v_negatives[i],
             0.0 if rule is None else _image_alpha(terms[i], queries, sum(text)),
-            rule=rule or "nasa-cross", text_queries=text,
+            rule=rule or "nasa-cross", text_queries=text, mask_pos=streams.mask_pos,
             mask_neg=terms[i].mask if rule is None else masks[i], backend=streams.backend,
         )  # fmt: skip
 

@@ -65,8 +65,8 @@ def clip_tokenizer() -> CLIPTokenizer:
     ]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
-        (Path(folder) / "vocab.json").write_text(vocabulary)
-        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+        (Path(folder) / "vocab.json").write_text(vocabulary, encoding="utf-8")
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
         return CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=77)
 
 

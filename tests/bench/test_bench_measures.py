@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import baselines, flops, gate, launches, layer, model, op, session, timing
 from bench import row as rows_of
+from bench.kinds import KINDS
 from bench.providers import PROVIDERS, Case, Provider, two_calls
 from bench.roofline import Rates, _cpu_cases
 from bench.timing import GRAPH_SECONDS, HostTimer, Samples, calls_in_graph, measure, rotations
@@ -195,6 +196,49 @@ def test_right_results_get_rows(here, direction, dtype):
         assert r.error_against == "fp64" and 0 < r.l2_error < 0.05
         assert r.baseline == "algorithm-1" and r.baseline_us == rows[2].p50_us
         assert r.launches and r.peak_bytes and r.bytes and r.flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_call(here, kind, dtype):
+    shape = Shape("small", 1, 48, 2, 16, 40, 40)
+    case = Case(shape, dtype, CPU, kind=kind)
+    rows = op.run_case(here, case, PROVIDERS_HERE, ["warm"])
+    # "stacked" makes no such call
+    assert [r.provider for r in rows] == ["nasa-cpu", "stock", "algorithm-1"]
+    assert {r.case for r in rows} == {f"{kind}-{shape}"}
+    assert not here.left_out
+    ours, stock, in_two = rows
+    assert 0 < ours.l2_error < 0.05 and 0 < in_two.l2_error < 0.05
+    assert stock.flops < ours.flops == in_two.flops
+    if why_no_cpu_kernels() is None:
+        assert ours.launches == 1 < in_two.launches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_call_of_a_kind_gets_no_row(here, kind, monkeypatch):
+    """Its last row is that of a call without a negative prompt."""
+    of = KINDS[kind]
+
+    def wrong(x, alpha):
+        o = of.two_calls(x, alpha).clone()
+        last = of.stock(x).shape[1] - 1 if of.is_by_row else x["k"].shape[1] - 1
+        o[:, last] = of.stock(x)[:, last]
+        return o
+
+    monkeypatch.setitem(KINDS, kind, of._replace(two_calls=wrong))
+    case = Case(Shape("small", 1, 48, 2, 16, 40, 40), torch.float32, CPU, kind=kind)
+    assert op.run_case(here, case, [PROVIDERS["algorithm-1"]], ["warm"]) == []
+    assert next(iter(here.left_out.values())).startswith("its result is wrong")
+
+
+def test_names_of_cases():
+    made = op.cases(CPU, op.ALL_NAMES, [1], [torch.float32], ["forward", "backward"])
+    names = [str(case).split("-b1-")[0] for case in made]
+    # other kinds are measured forward alone
+    assert len(names) == 2 * (len(op.NAMES) + 1) + sum(map(len, op.KINDS_OF.values()))
+    assert set(names) == set(op.ALL_NAMES)
+    assert {name for name in names if op.is_whole_layer(f"{name}-b1-x")} == set(op.NAMES)
 
 
 def _wrong_sign(x, alpha):

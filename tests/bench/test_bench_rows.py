@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from support.bench_rows import row
 
 from bench import cli, compare, plot, readme
@@ -79,6 +80,26 @@ def test_the_newest_row_of_a_key_counts_and_counted_rows_are_replaced(tmp_path):
 
 
 # ---- compare -------------------------------------------------------------------------------------
+
+
+def test_rows_with_most_threads_of_their_device():
+    rows = [
+        row(device="A", threads=2), row(device="A", threads=1), row(device="B", threads=1),
+        row(device="C"),
+    ]  # fmt: skip
+    assert rows_of.with_most_threads(rows) == [rows[0], *rows[2:]]
+
+
+def test_threads_of_a_run(tmp_path, capsys):
+    before = torch.get_num_threads()
+    try:
+        out = ["--device", "cpu", "--out", str(tmp_path / "rows.csv")]
+        assert cli.main(["roofline", "--quick", "--threads", "1", *out]) == 0
+        assert {r.threads for r in rows_of.read(tmp_path / "rows.csv")} == {1}
+        assert cli.main(["roofline", "--threads", "0", *out]) == 2
+        assert "--threads must be at least 1, got 0" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
 
 
 def compared(tmp_path, before, after, *options):

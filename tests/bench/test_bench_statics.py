@@ -77,19 +77,49 @@ def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
     assert statics.PAGE.read_text() == statics.page(rows)
 
 
-# sm_100 and sm_120 compile the source of sm_80; their own machine code, a minute to take apart, has
-# no ceiling here
-HELD = [gpu for gpu in statics.GPUS if gpu.arch in ("sm_80", "sm_90a")]
+# sm_100 and sm_120 compile the source of sm_80, and their machine code is slow to take apart: three
+# layers of it stand for the others
+HELD = {gpu: statics.SHAPES for gpu in statics.GPUS if gpu.arch in ("sm_80", "sm_90a")}
+OTHERS = tuple(s for s in statics.SHAPES if s.name in ("sdxl-64", "pixart-1024", "wan-1.3b"))
 
 
 @built
-@pytest.mark.parametrize("gpu", HELD, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", statics.GPUS, ids=lambda gpu: gpu.name)
 def test_no_kernel_became_worse(gpu):
     """Registers may move within the blocks that fit; everything else has a ceiling of 2 %."""
     before = {(r.gpu, r.shape): r for r in statics.recorded()}
-    for now in statics.rows_of(LIBRARY, (gpu,)):
+    for now in statics.rows_of(LIBRARY, (gpu,), HELD.get(gpu, OTHERS)):
         old = before[now.gpu, now.shape]
         assert now.kernel == old.kernel and now.shared <= old.shared
         assert now.blocks_per_sm >= old.blocks_per_sm
         for pipe, cycles in now.cycles.items():
             assert cycles <= 1.02 * old.cycles[pipe], f"{now.kernel}: {pipe} {cycles}"
+        if old.projected_issue is not None:
+            assert now.projected_issue <= 1.02 * old.projected_issue
+
+
+def test_a_small_gpu_has_eight_warps_on_an_sm():
+    """With 99 KiB for a block one resides, and four warps would hide no latency."""
+    for gpu in statics.GPUS:
+        if gpu.shared_per_block > 101376:
+            continue
+        for shape in statics.SHAPES:
+            resident = next(
+                r for r in statics.recorded() if (r.gpu, r.shape) == (gpu.name, str(shape))
+            )
+            assert resident.blocks_per_sm * statics.plan(gpu, shape).threads >= 256, resident
+
+
+def test_the_projected_rule_costs_little():
+    """Three sums over d, and a combination of two: up to a fifth more, most at d 160."""
+    for r in statics.recorded():
+        if r.projected_issue is not None:
+            assert r.cycles["issue"] < r.projected_issue <= 1.21 * r.cycles["issue"], r
+        elif r.kernel.startswith("forward_sm90_short"):
+            raise AssertionError(f"{r.kernel} has no count of the rule")
+
+
+def test_a_public_kernel_stands_beside_ours():
+    theirs = statics.yardsticks()
+    assert {r.kind for r in theirs} == {"model"} and all("flash-attn" in r.kernel for r in theirs)
+    assert all(r.kernel in statics.PAGE.read_text() for r in theirs)

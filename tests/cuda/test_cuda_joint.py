@@ -5,6 +5,7 @@ log-sum-exp; the kernels here are launch 2. The oracle below is held to attentio
 keys, the kernels are held to the oracle.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from support.cuda_emulation import (
     forward_sm90,
     nvcc,
 )
+from support.formula import project
 from test_cuda_forward import NAN, Shape, make, strided
 from torch import Tensor
 
@@ -70,15 +72,26 @@ def oracle(inputs: dict, joint: Joint, alpha: float | Tensor, **masks: Tensor) -
         "nasa-cross": (share(s, p), share(p, s), -a * whole(n)),
         "vsf": (share(s, p, n), share(p, s, n), -a * share(n, s, p)),
         "sum": (whole(s), whole(p), -a * whole(n)),
+        "projected": (share(s, p), share(p, s), zero),
     }[joint.rule]
     kinds = (image, (share(s, p), share(p, s), zero), (share(s, n), zero, share(n, s)))
     sizes = (l - joint.text_pos - joint.text_neg, joint.text_pos, joint.text_neg)
     kind = torch.arange(3).repeat_interleave(torch.tensor(sizes))[None, :, None].expand(b, l, h)
-    o = torch.zeros_like(inputs["q"])
-    for i, segment in enumerate((joint, pos, neg)):
-        weight = torch.stack([row[i] for row in kinds]).gather(0, kind[None])[0]
-        o = o + weight[..., None].to(o.dtype) * segment.o.to(o.dtype)
-    return o
+
+    def mixed(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """The segments under the weights of each kind of rows."""
+        o = torch.zeros_like(inputs["q"])
+        for i, segment in enumerate((joint, pos, neg)):
+            weight = torch.stack([row[i] for row in rows]).gather(0, kind[None])[0]
+            o = o + weight[..., None].to(o.dtype) * segment.o.to(o.dtype)
+        return o
+
+    if joint.rule != "projected":
+        return mixed(kinds)
+    # Z- beside the Z+ of the image's rows; the texts' rows are what they are
+    z_neg = mixed(((share(s, n), zero, share(n, s)), *kinds[1:]))
+    strength = torch.where(kind == 0, a, 0)[..., None].to(z_neg.dtype)
+    return project(mixed(kinds), z_neg, strength)
 
 
 def make_joint(shape: Shape, dtype: torch.dtype, n_shared: int = 50, seed: int = 5, **how) -> Joint:
@@ -140,7 +153,7 @@ def test_tiles_of_one_kind_match_fp64(path):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rule", ["nasa", "nasa-cross"])
+@pytest.mark.parametrize("rule", ["nasa", "nasa-cross", "projected"])
 def test_shapes_match_fp64(shape, rule):
     joint = make_joint(shape, torch.bfloat16, rule=rule, text_pos=3, text_neg=5)
     check(shape, torch.bfloat16, joint, alpha=0.8)
@@ -164,7 +177,7 @@ def test_shapes_match_fp64_on_hopper(shape, path):
     check(shape, torch.bfloat16, joint, alpha=0.8, path=path)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "vsf"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("vsf", "projected")])
 @pytest.mark.parametrize("path", PATHS)
 def test_without_shared_keys_it_is_the_attention_of_the_two_prompts(path, rule):
     """Bit for bit, whatever O_s holds."""

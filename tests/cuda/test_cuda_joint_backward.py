@@ -21,7 +21,9 @@ from test_cuda_forward import NAN, strided
 
 from nasa_kernels._cuda import joint as cuda_joint
 from nasa_kernels._joint.shared import attend_shared
-from nasa_kernels.reference import RULES
+from nasa_kernels.backends import RECORDS
+
+RULES = RECORDS["cuda"].joint_backward_rules
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 

@@ -18,6 +18,7 @@ from support.cuda_emulation import (
     REPORTS,
     BackwardParams,
     ForwardParams,
+    Matrix,
     nvcc,
     path_of_sm90,
 )
@@ -153,16 +154,15 @@ class Share(ctypes.Structure):
 def plain_params(shape: statics.Shape) -> ForwardParams:
     """A call with contiguous tensors, which nobody reads here."""
     p = ForwardParams(b=shape.b, l=shape.l, h=shape.h, d=shape.d, scale=1.0, aligned=True, type=1)
-    p.q = p.o = 1 << 20
+    p.o = 1 << 20
 
-    def strides(rows: int) -> tuple[int, ...]:
-        return rows * shape.h * shape.d, shape.h * shape.d, shape.d
+    def matrix(rows: int) -> Matrix:
+        row = shape.h * shape.d
+        return Matrix(1 << 20, (ctypes.c_int64 * 3)(rows * row, row, shape.d))
 
-    p.q_strides[:] = strides(shape.l)
+    p.q = matrix(shape.l)
     for prompt, n in zip(p.prompt, (shape.n_pos, shape.n_neg), strict=True):
-        prompt.k = prompt.v = 1 << 20
-        prompt.k_strides[:] = prompt.v_strides[:] = strides(n)
-        prompt.n = n
+        prompt.k, prompt.v, prompt.n = matrix(n), matrix(n), n
     return p
 
 
@@ -259,6 +259,15 @@ def test_where_shared_memory_is_small_the_long_kernel_takes_the_call(recorder):
     assert "forward_long" in launches(recorder, RTX4090, params)[0].name
 
 
+def test_where_registers_are_few_the_long_kernel_projects(recorder):
+    cuda_emulation.forward(**make(SMALL, torch.bfloat16), rule="projected")
+    params = forward_params(REPORTS[-1])
+    (record,) = launches(recorder, A100, params)
+    assert "forward_long" in record.name and recorded(record) == emulated(REPORTS[-1])
+    params.d = 128
+    assert "forward_short" in launches(recorder, A100, params)[0].name
+
+
 def test_a_head_dim_that_does_not_fit_is_an_error_and_not_a_launch(recorder):
     cuda_emulation.forward(**make(EDGES[3], torch.bfloat16))
     params = forward_params(REPORTS[-1])
@@ -325,7 +334,7 @@ def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
     [
         ({"aligned": False}, "rows at any address"),
         ({"d": 48}, "no kernel for the head_dim"),
-        ({"q_strides": (0, 0, 0)}, "rows that do not move"),
+        ({"q": (0, 0, 0)}, "rows that do not move"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -336,7 +345,7 @@ def test_hopper_leaves_other_calls_to_the_other_kernels(recorder, change, reason
     assert "sm90" not in launches(recorder, A100, params)[0].name
     for name, value in change.items():
         if isinstance(value, tuple):
-            getattr(params, name)[:] = value
+            getattr(params, name).strides[:] = value
         else:
             setattr(params, name, value)
     assert "short" in launches(recorder, H200, params)[0].name
@@ -348,7 +357,7 @@ def test_hopper_leaves_a_shared_segment_that_does_not_move_to_the_other_kernels(
     cuda_emulation.forward(**make(shape, torch.bfloat16), joint=joint)
     params = forward_params(REPORTS[-1])
     assert "sm90" in launches(recorder, H200, params)[0].name
-    params.shared.o_strides[1] = 0
+    params.shared.o.strides[1] = 0
     (record,) = launches(recorder, H200, params)
     assert "short" in record.name
     assert bytes(record.arguments)[: ctypes.sizeof(params)] == bytes(params)

@@ -4,25 +4,52 @@ A class is built from the parts that its constructor names and called with what 
 names, so a class needs an entry of its own only where it wants something unusual.
 """
 
+import functools
+import importlib
 import inspect
 import re
+import sys
 from types import SimpleNamespace
 
 import diffusers
 import torch
+import video_parts
 from nasa_diffusers import testing
 from nasa_diffusers.families import FAMILIES
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-KNOWN = {name for family in FAMILIES for name in family.denoisers}
+KNOWN = {name for family in FAMILIES if not family.is_beside for name in family.denoisers}
 DENOISERS = ("unet", "transformer")
 SIZE = 16
 
 
+def kolors():
+    """Kolors' pipelines are not exported without the package of its tokenizer, which is not used
+    here."""
+    with_stand_in = "sentencepiece" not in sys.modules
+    if with_stand_in:
+        sys.modules["sentencepiece"] = SimpleNamespace(SentencePieceProcessor=object)
+    try:
+        folder = "diffusers.pipelines"
+        modules = {
+            "KolorsPipeline": "kolors.pipeline_kolors",
+            "KolorsImg2ImgPipeline": "kolors.pipeline_kolors_img2img",
+            "KolorsPAGPipeline": "pag.pipeline_pag_kolors",
+        }
+        return {
+            name: getattr(importlib.import_module(f"{folder}.{module}"), name)
+            for name, module in modules.items()
+        }
+    finally:
+        if with_stand_in:
+            del sys.modules["sentencepiece"]
+
+
+@functools.cache
 def classes():
     """By name, every exported pipeline whose `unet` or `transformer` may be of a known class."""
-    found = {}
+    found = kolors()
     for name in dir(diffusers):
         if "Pipeline" not in name:
             continue
@@ -113,6 +140,16 @@ UNETS = {
     "StableDiffusionXLInstructPix2PixPipeline": {"in_channels": 8},
     "StableDiffusionUpscalePipeline": {"in_channels": 7, "num_class_embeds": 400},
     "StableDiffusionDepth2ImgPipeline": {"in_channels": 5},
+    # its layers norm the text
+    "StableDiffusionLatentUpscalePipeline": {
+        "in_channels": 8, "out_channels": 5, "act_fn": "gelu", "norm_num_groups": None,
+        "attention_head_dim": 8, "block_out_channels": (32, 32, 64, 64), "conv_in_kernel": 1,
+        "conv_out_kernel": 1, "mid_block_type": None, "layers_per_block": 2,
+        "down_block_types": ("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3),
+        "up_block_types": (*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"),
+        "resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier",
+        "timestep_post_act": "gelu", "time_cond_proj_dim": 128 + 32,
+    },
     "StableDiffusionGLIGENPipeline": {"attention_type": "gated"},
     "StableDiffusionGLIGENTextImagePipeline": {"attention_type": "gated-text-image"},
     "StableUnCLIPPipeline": {
@@ -124,6 +161,7 @@ UNETS = {
     "LatentConsistencyModelPipeline": {"time_cond_proj_dim": 8},
     "LatentConsistencyModelImg2ImgPipeline": {"time_cond_proj_dim": 8},
     "PaintByExamplePipeline": {"in_channels": 9},
+    "PIAPipeline": {"in_channels": 9},
     "MarigoldDepthPipeline": {"in_channels": 8},
     "MarigoldNormalsPipeline": {"in_channels": 8},
     "MarigoldIntrinsicsPipeline": {"in_channels": 12, "out_channels": 8},
@@ -134,6 +172,14 @@ SCHEDULERS = {
     "LatentConsistencyModelPipeline": diffusers.LCMScheduler,
     "LatentConsistencyModelImg2ImgPipeline": diffusers.LCMScheduler,
     "StableDiffusionParadigmsPipeline": diffusers.DDPMParallelScheduler,
+    "StableDiffusionLatentUpscalePipeline": diffusers.EulerDiscreteScheduler,
+}
+
+
+PLAIN = {"clip_sample": False, "steps_offset": 1}
+SETTINGS = {
+    diffusers.DDPMParallelScheduler: {"clip_sample": False},
+    diffusers.EulerDiscreteScheduler: {},
 }
 
 
@@ -149,20 +195,29 @@ def sd_parts(name):
         "tokenizer": testing.clip_tokenizer(),
         "text_encoder_2": testing.CLIPTextModelWithProjection(testing.clip_config(32)),
         "tokenizer_2": testing.clip_tokenizer(),
-        "scheduler": scheduler(clip_sample=False, steps_offset=1)
-        if scheduler is not diffusers.DDPMParallelScheduler
-        else scheduler(clip_sample=False),
+        "scheduler": scheduler(
+            **SETTINGS.get(scheduler, {"clip_sample": False, "steps_offset": 1})
+        ),
         "inverse_scheduler": diffusers.DDIMInverseScheduler(clip_sample=False),
         "low_res_scheduler": diffusers.DDPMScheduler(),
         "feature_extractor": CLIPImageProcessor(size=16, crop_size=16),
         "image_encoder": vision() if name.startswith(with_vision) else None,
     }
-    if "Union" in name:
+    if "Sparse" in name:
+        parts["controlnet"] = diffusers.SparseControlNetModel(
+            block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            cross_attention_dim=32, attention_head_dim=2, motion_num_attention_heads=2,
+            conditioning_embedding_out_channels=(4, 8),
+        )  # fmt: skip
+    elif "Union" in name:
         parts["controlnet"] = controlnet_union(model)
     elif "ControlNet" in name:
         parts["controlnet"] = controlnet(model)
     if "Adapter" in name:
         parts["adapter"] = adapter()
+    if name.startswith(("AnimateDiff", "PIA")):
+        parts["motion_adapter"] = motion_adapter()
     if "UnCLIP" in name:
         normalizer = diffusers.pipelines.stable_diffusion.StableUnCLIPImageNormalizer
         parts |= {
@@ -247,6 +302,10 @@ def sana_parts(name):
 
 def wan_parts(name):
     parts = testing.wan_parts()
+    if name == "SkyReelsV2ImageToVideoPipeline":
+        config = testing.WAN_SIZE | video_parts.IMAGE_KEYS | {"in_channels": 36}
+        parts["transformer"] = diffusers.SkyReelsV2Transformer3DModel(**config)
+        return video_parts.with_images(parts)
     if "SkyReels" in name:
         parts["transformer"] = diffusers.SkyReelsV2Transformer3DModel(**testing.WAN_SIZE)
     else:
@@ -254,6 +313,43 @@ def wan_parts(name):
         config = testing.WAN_SIZE | {"in_channels": channels}
         parts["transformer"] = diffusers.WanTransformer3DModel(**config)
     return parts
+
+
+class LongText(torch.nn.Module):
+    """ChatGLM as Kolors sees it: hidden states with the tokens first, and of another width."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(len(testing.LETTERS) + 4, 24)
+
+    def forward(self, input_ids, **_):
+        states = self.words(input_ids).transpose(0, 1)
+        return SimpleNamespace(hidden_states=[states, states])
+
+
+class LongTokenizer:
+    """Its tokenizer, which numbers positions."""
+
+    def __init__(self):
+        self.letters = testing.letter_tokenizer()
+
+    def __call__(self, *args, **kwargs):
+        made = self.letters(*args, **kwargs)
+        made["position_ids"] = made["input_ids"]
+        return made
+
+
+def kolors_parts(name):
+    model = unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8, encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+    )  # fmt: skip
+    return sd_parts(name) | {
+        "unet": model, "text_encoder": LongText(), "tokenizer": LongTokenizer(),
+    }  # fmt: skip
 
 
 class SubjectText(torch.nn.Module):
@@ -302,8 +398,12 @@ def blip_parts(name):
 def parts_of(name, cls):
     if name.startswith("Blip"):
         return blip_parts(name)
-
+    if name.startswith("Kolors"):
+        return kolors_parts(name)
     annotation = str(inspect.signature(cls.__init__).parameters.get("transformer"))
+    for denoiser, make in video_parts.PARTS.items():
+        if re.search(rf"\b{denoiser}\b", annotation):
+            return make(name)
     for word, make in (
         ("Flux", flux_parts), ("SD3", sd3_parts), ("Sana", sana_parts),
         ("PixArt", lambda name: dict(testing.pixart(sigma=True).components)),
@@ -317,10 +417,10 @@ def parts_of(name, cls):
 def build(name):
     torch.manual_seed(0)
     cls = classes()[name]
-    parts = parts_of(name, cls) | {
+    parts = {
         "safety_checker": None, "requires_safety_checker": False, "add_watermarker": False,
         "watermarker": None,
-    }  # fmt: skip
+    } | parts_of(name, cls)  # fmt: skip
     wanted = dict(inspect.signature(cls.__init__).parameters)
     del wanted["self"]
     parts["pag_applied_layers"] = "mid" if "unet" in wanted else "blocks.1"
@@ -351,10 +451,39 @@ VIDEO = {"height": 16, "width": 32, "num_frames": 5}
 
 def of_class(name, n, guidance):
     """Arguments of one class only."""
-    if name.startswith(("Wan", "SkyReels", "Lucy")):
-        frames = [photo().resize((32, 16)) for _ in range(5)]
+    if name.startswith(("AnimateDiff", "PIA")):
+        two = [photo()] * 2
+        conditions = {"conditioning_frames": two, "controlnet_frame_indices": [0]}
+        own = {"num_frames": 2, "video": two, "generator": torch.Generator().manual_seed(0)}
+        return own | conditions | {"image": photo()}
+    frames = [photo().resize((32, 16)) for _ in range(5)]
+    if name.startswith("WanVACE"):
+        # one prompt, as a string
+        own = {"prompt": "a cat", "negative_prompt": "bad" if guidance > 1 else None}
+        return VIDEO | own | {"generator": torch.Generator().manual_seed(0)}
+    if name.startswith("WanAnimate"):
+        motion = {"pose_video": frames, "face_video": frames, "segment_frame_length": 5}
+        return VIDEO | motion | {"image": photo().resize((32, 16)), "max_sequence_length": 512}
+    if name.startswith(("Wan", "SkyReels", "Lucy", "ChronoEdit", "AnyFlow")):
         own = {"overlap_history": 1, "base_num_frames": 5}
-        return VIDEO | own | {"video": frames, "image": photo().resize((32, 16))}
+        beside_images = ("ChronoEdit", "SkyReelsV2Image")
+        own |= {"max_sequence_length": 512} if name.startswith(beside_images) else {}
+        video = {} if name.startswith("AnyFlow") else {"video": frames}
+        return VIDEO | own | video | {"image": photo().resize((32, 16))}
+    if name.startswith("LTX"):
+        own = {"height": 64, "width": 64, "num_frames": 9, "image": picture(n, size=64)}
+        # it leaves the last step out
+        return own | ({"num_inference_steps": 2} if "Long" in name else {})
+    if name.startswith("Cosmos"):
+        own = {"height": 32, "image": None if "2_5" in name else photo(), "video": None}
+        return VIDEO | own | {"generator": torch.Generator().manual_seed(0)}
+    if name.startswith("Helios"):
+        few = {"num_latent_frames_per_chunk": 2, "pyramid_num_inference_steps_list": [1, 1, 1]}
+        return VIDEO | few | {"image": None, "height": 64, "width": 64}
+    if name.startswith("Latte"):
+        return {"video_length": 2, "mask_feature": False}
+    if name.startswith(("SanaVideo", "SanaImage")):
+        return {"height": 32, "width": 32, "frames": 5, "image": picture(1, size=32)}
     if name.startswith("Sana"):
         own = {"intermediate_timesteps": None, "control_image": picture(n, size=32)}
         return own | {"height": 32, "width": 32, "image": picture(n, size=32)}
@@ -394,6 +523,7 @@ def of_class(name, n, guidance):
         },
         "StableDiffusion3ControlNetInpaintingPipeline": {"control_mask": right_half(n)},
         "StableDiffusionParadigmsPipeline": {"parallel": 1},
+        "StableDiffusionLatentUpscalePipeline": {"image": torch.rand(n, 4, SIZE, SIZE)},
         "StableDiffusionLDM3DPipeline": {"output_type": "np"},
         "TextToVideoZeroPipeline": zero,
         "TextToVideoZeroSDXLPipeline": zero,

@@ -28,15 +28,17 @@ def attend(q, k, v, mask=None):
     return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
 
 
-def image_attention(rule, alpha, image, pos, neg, mask):
+def image_attention(rule, alpha, image, pos, neg, mask, pos_mask=None):
     """Image queries over their own keys and both prompts, each a tuple (q, k, v); alpha is a
     number or, for a map, `[1, l, 1, 1]`."""
     (q, k, v), (_, k_pos, v_pos), (_, k_neg, v_neg) = image, pos, neg
     present = q.new_ones(q.shape[0], k.shape[1], dtype=torch.bool)
     if mask is None:
         mask = q.new_ones(q.shape[0], k_neg.shape[1], dtype=torch.bool)
-    with_neg = torch.cat([present, mask], 1)
-    z_pos = attend(q, torch.cat([k, k_pos], 1), torch.cat([v, v_pos], 1))
+    if pos_mask is None:
+        pos_mask = q.new_ones(q.shape[0], k_pos.shape[1], dtype=torch.bool)
+    with_pos, with_neg = torch.cat([present, pos_mask], 1), torch.cat([present, mask], 1)
+    z_pos = attend(q, torch.cat([k, k_pos], 1), torch.cat([v, v_pos], 1), with_pos)
     if rule in ("nasa", "projected") or isinstance(rule, Nag):
         taken = attend(q, torch.cat([k, k_neg], 1), torch.cat([v, v_neg], 1), with_neg)
     elif rule == "nasa-text":
@@ -46,8 +48,7 @@ def image_attention(rule, alpha, image, pos, neg, mask):
     elif rule == "nasa-cross":
         taken = attend(q, k_neg, v_neg, mask)
     elif rule == "vsf":
-        pos_present = torch.ones_like(k_pos[..., 0, 0], dtype=torch.bool)
-        everything = torch.cat([present, pos_present, mask], 1)
+        everything = torch.cat([with_pos, mask], 1)
         keys, nothing = torch.cat([k, k_pos, k_neg], 1), torch.zeros_like
         z_pos = attend(q, keys, torch.cat([v, v_pos, nothing(v_neg)], 1), everything)
         taken = attend(q, keys, torch.cat([nothing(v), nothing(v_pos), v_neg], 1), everything)
@@ -60,17 +61,20 @@ def image_attention(rule, alpha, image, pos, neg, mask):
     return z_pos - alpha * taken
 
 
-def joint_attention(rule, negatives, image, pos, negs):
+def joint_attention(rule, negatives, image, pos, negs, pos_mask=None):
     """All rows of a block: image, positive text, and a list of negative texts."""
     q, k, v = image
-    z_pos = attend(q, torch.cat([k, pos[1]], 1), torch.cat([v, pos[2]], 1))
+    with_pos = pos_mask
+    if pos_mask is not None:
+        with_pos = torch.cat([pos_mask.new_ones(pos_mask.shape[0], k.shape[1]), pos_mask], 1)
+    z_pos = attend(q, torch.cat([k, pos[1]], 1), torch.cat([v, pos[2]], 1), with_pos)
     o = z_pos
     for (_, alpha, mask), neg in zip(negatives, negs, strict=True):
         # each takes what it would take alone
-        o = o + image_attention(rule, alpha, image, pos, neg, mask) - z_pos
+        o = o + image_attention(rule, alpha, image, pos, neg, mask, pos_mask) - z_pos
     if rule == "projected" and negatives:
         o = plain_projected(z_pos, z_pos - o)
-    texts = [attend(pos[0], torch.cat([k, pos[1]], 1), torch.cat([v, pos[2]], 1))]
+    texts = [attend(pos[0], torch.cat([k, pos[1]], 1), torch.cat([v, pos[2]], 1), with_pos)]
     for (_, _, mask), neg in zip(negatives, negs, strict=True):
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], k.shape[1]), mask], 1)

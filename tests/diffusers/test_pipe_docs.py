@@ -14,7 +14,9 @@ def test_there_are_pages():
         "compared",
         "families",
         "joint",
+        "pipelines",
         "quick-start",
+        "side",
         "troubleshooting",
     ]
 

@@ -237,11 +237,3 @@ def test_sana_sprint_never_doubles_its_batch():
         pipe.transformer, [(*projected_negative(pipe, pipe.transformer, "blurry"), 0.5)]
     ):
         assert_same_image(both, draw(["a cat", "a dog"]))
-
-
-def test_image_to_video_is_refused():
-    pipe = testing.wan()
-    attn = pipe.transformer.blocks[0].attn2
-    attn.add_k_proj = torch.nn.Linear(24, 24)
-    with pytest.raises(ValueError, match="besides? the text.* is not supported"):
-        enable_nasa(pipe, negative_prompt_embeds=torch.zeros(1, 4, 32))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from drawing import assert_same_image, draw, negative_embeds, relative_error
 from nasa_diffusers import NAG, VSF, ProjectedNASA, enable_nasa, nasa, testing
-from oracle import Algorithm1, installed, published_nag
+from oracle import Algorithm1, installed, published_nag, rows
 
 FAMILIES = {
     "sd": testing.stable_diffusion,
@@ -39,8 +39,8 @@ class PlainNag(Algorithm1):
     def rows(self, q):
         mask = self.mask
         if mask is not None:
-            mask = mask[:, None, None, :].expand(len(q), 1, 1, -1)
-        return self.text.expand(len(q), -1, -1), mask
+            mask = rows(mask, len(q))[:, None, None, :]
+        return rows(self.text, len(q)), mask
 
 
 class PlainFlip(PlainNag):
@@ -54,7 +54,7 @@ class PlainFlip(PlainNag):
     def combine(self, attn, q, text, text_mask):
         negative, mask = self.rows(q)
         both = torch.cat([text, negative], dim=1)
-        k = self.heads(attn, self.norm(attn.norm_k, attn.to_k(both)))
+        k = self.normed(attn, attn.norm_k, attn.to_k(both))
         v = self.heads(attn, attn.to_v(both)).clone()
         v[:, :, text.shape[1] :] *= -self.alpha
         bias = torch.zeros(len(q), 1, 1, both.shape[1])

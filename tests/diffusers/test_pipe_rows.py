@@ -16,20 +16,20 @@ import pytest
 import streams
 import torch
 from drawing import assert_same_image, relative_error
-from nasa_diffusers import enable_nasa
+from nasa_diffusers import enable_nasa, pipelines
 from nasa_diffusers.families import skyreels
 from oracle import algorithm_1
 
 PROMPTS, NEGATIVES = ["a cat", "a big dog"], ["bad", "so bad"]
 ALPHA = 0.7
-WITH_FTFY = tuple(f"diffusers.pipelines.{name}." for name in ("wan", "skyreels_v2", "lucy"))
 
 
 @pytest.fixture(autouse=True)
 def without_ftfy(monkeypatch):
     """Pipelines of Wan clean their prompts with a package that need not be there."""
     for name, module in list(sys.modules.items()):
-        if name.startswith(WITH_FTFY) and not hasattr(module, "ftfy"):
+        cleans = name.startswith("diffusers.pipelines.") and hasattr(module, "prompt_clean")
+        if cleans and not hasattr(module, "ftfy"):
             monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
 
 
@@ -70,6 +70,10 @@ def projected(denoiser, text):
     """The negative text as the attention layers see it."""
     if hasattr(denoiser, "condition_embedder"):
         return denoiser.condition_embedder.text_embedder(text)
+    if getattr(denoiser, "encoder_hid_proj", None) is not None:
+        text = denoiser.encoder_hid_proj(text)
+    if getattr(denoiser, "crossattn_proj", None) is not None:
+        text = denoiser.crossattn_proj(text)
     if getattr(denoiser, "caption_projection", None) is not None:
         text = denoiser.caption_projection(text)
     if getattr(denoiser, "caption_norm", None) is not None:
@@ -123,7 +127,8 @@ def check_rows(pipe, prompts, guidance, extra, texts, **options):
                 is_reference = inputs["img_ids"][:, 0] == 1
                 rows = torch.where(is_reference.view(1, -1, 1, 1), 0.0, rows)
             eager = oracle(denoiser, inputs, negatives[[max(i, 0) for i in carried]], rows)
-            for i, prompt in enumerate(carried):
+            # AnimateDiff's text has a row for each frame
+            for i, prompt in enumerate(carried[:: len(carried) // len(ours)]):
                 assert_same_image(ours[i], eager[i] if prompt >= 0 else stock[i])
                 if prompt >= 0:
                     assert relative_error(eager[i], stock[i]) > 1e-3
@@ -149,40 +154,28 @@ def prompt_texts(name):
     calls = Calls(every_pipeline.denoiser_of(pipe))
     prompts = PROMPTS[:1] if name.startswith(ONE_PROMPT) else PROMPTS
     pipe(**every_pipeline.arguments(pipe, prompts, NEGATIVES, 1.0, 0.0))
-    return list(calls.seen[0]["encoder_hidden_states"])
+    texts = calls.seen[0]["encoder_hidden_states"]
+    # AnimateDiff's have a row for each frame
+    return list(texts[:: len(texts) // len(prompts)])
 
 
 # ---- classes in which no row is guided: one clear error ------------------------------------------
 
-# of a name's beginning: what is said when NASA is enabled
-REFUSED = {
-    "AnimateDiff": "no family knows the denoiser UNetMotionModel",
-    "PIA": "no family knows the denoiser UNetMotionModel",
-    "StableDiffusionControlNetXS": "no family knows the denoiser UNetControlNetXSModel",
-    "StableDiffusionXLControlNetXS": "no family knows the denoiser UNetControlNetXSModel",
-    "IF": "mixes its text tokens",
-    "Kandinsky": "mixes its text tokens",
-}
-# and what is said in the first call of the denoiser
-REFUSED_CALLS = {
-    "StableDiffusion3PAG": "PAG.*JointAttnProcessor2_0, whose computation NASA does not know",
-    "StableDiffusionPix2PixZero": "Pix2PixZeroAttnProcessor, whose computation NASA does not know",
-    "StableDiffusionAttendAndExcite": "AttendExciteAttnProcessor, whose computation NASA does not",
-    "TextToVideoZero": "CrossFrameAttnProcessor2_0, whose computation NASA does not know",
-    "StableDiffusionImageVariation": "it holds its prompt under no name that is known",
-    "PaintByExample": "it holds its prompt under no name that is known",
-    "Marigold": "it holds its prompt under no name that is known",
-    "LEditsPP": "no row carries a prompt of the image",
-    "AudioLDM": "called without a text",
-    "MusicLDM": "called without a text",
-}
-# what they denoise with is known, but not what they make of it; each has a test of its own
-ELSEWHERE = {
-    "StableDiffusionLatentUpscalePipeline": "its layers norm the text",
-    "SkyReelsV2ImageToVideoPipeline": "its layers attend to an image, as those of Wan 2.1 do",
+# as `python -m nasa_diffusers pipelines` tells it: by how names begin, why
+REFUSED = {start: each for start, each in pipelines.REFUSALS.items() if not each.in_call}
+REFUSED_CALLS = {start: each for start, each in pipelines.REFUSALS.items() if each.in_call}
+# these take no prompt, and are asked all the same: what is said in the first call
+NO_PROMPT = pipelines.Refusal("", "it holds its prompt under no name that is known")
+REFUSED_CALLS |= dict.fromkeys(
+    ("StableDiffusionImageVariation", "PaintByExample", "Marigold"), NO_PROMPT
+)
+# and what works with a condition: that it is one
+REFUSED_OTHERWISE = {
+    "StableDiffusion3PAG": "PAG.*JointAttnProcessor2_0, whose computation NASA does not know"
 }
 # two prompts are an error of these, or lose one
-ONE_PROMPT = ("CycleDiffusion", "LucyEdit", "VisualCloze")
+ONE_VIDEO = ("AnimateDiffControlNet", "AnimateDiffSparse", "AnimateDiffVideo")
+ONE_PROMPT = ("CycleDiffusion", "LucyEdit", "VisualCloze", "WanVACE", "LTXI2VLong", *ONE_VIDEO)
 CLASSES = every_pipeline.classes()
 
 
@@ -190,7 +183,7 @@ def of(table):
     return [name for name in CLASSES if name.startswith(tuple(table))]
 
 
-RUN = [name for name in CLASSES if name not in of(REFUSED | REFUSED_CALLS | ELSEWHERE)]
+RUN = [name for name in CLASSES if name not in of(REFUSED | REFUSED_CALLS)]
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -203,17 +196,20 @@ def test_rows_that_carry_the_prompt_are_guided_and_no_others(name):
         for prompts in (PROMPTS[:1], PROMPTS):
             if name.startswith(ONE_PROMPT) and len(prompts) > 1:
                 continue
-            counts = check_rows(pipe, prompts, guidance, float(len(prompts) - 1), texts)
+            extra = 0 if name.startswith(tuple(REFUSED_OTHERWISE)) else len(prompts) - 1
+            counts = check_rows(pipe, prompts, guidance, float(extra), texts)
             assert sum(counts) >= len(prompts)
+    # a prompt in words is encoded, or refused as the condition says
+    starts = [start for start, why in pipelines.CONDITIONS.items() if why == pipelines.EMBEDS]
+    if name.startswith(tuple(starts)):
+        with pytest.raises(ValueError, match="enable_nasa: .*pass negative_prompt_embeds"):
+            enable_nasa(pipe, "blurry")
+    else:
+        enable_nasa(pipe, "blurry").disable()
 
 
 def say(table, name):
     return next(message for start, message in table.items() if name.startswith(start))
-
-
-def motion_unet():
-    adapter = every_pipeline.motion_adapter()
-    return diffusers.UNetMotionModel.from_unet2d(every_pipeline.unet(), adapter)
 
 
 def controlnet_xs_unet():
@@ -229,28 +225,45 @@ def controlnet_xs_unet():
     )
 
 
-def mixing_unet():
-    return every_pipeline.unet(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")
+def pixel_unet():
+    """As DeepFloyd's: the text is pooled by an attention of its own."""
+    return every_pipeline.unet(
+        encoder_hid_dim=16, encoder_hid_dim_type="text_proj", addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+    )  # fmt: skip
+
+
+def image_unet():
+    """As Kandinsky's: images are among the tokens of its text."""
+    return every_pipeline.unet(encoder_hid_dim=16, encoder_hid_dim_type="image_proj")
+
+
+def image_context_transformer():
+    return diffusers.CosmosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=1, mlp_ratio=2,
+        text_embed_dim=32, adaln_lora_dim=4, max_size=(4, 32, 32), img_context_dim_in=8,
+        img_context_num_tokens=4, img_context_dim_out=32, concat_padding_mask=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", of(REFUSED))
 def test_a_denoiser_that_is_refused(name):
-    message = say(REFUSED, name)
-    unet = (
-        motion_unet if "Motion" in message
-        else controlnet_xs_unet if "XS" in message
-        else mixing_unet
-    )()  # fmt: skip
+    make = {
+        "IF": pixel_unet, "Kandinsky": image_unet, "UnCLIP": image_unet,
+        "StableDiffusion": controlnet_xs_unet, "Cosmos": image_context_transformer,
+    }  # fmt: skip
+    denoiser = say(make, name)()
     # not built: only its denoiser is looked at
     pipe = CLASSES[name].__new__(CLASSES[name])
-    pipe.unet = unet
-    with pytest.raises(ValueError, match=f"enable_nasa: .*{message}"):
+    setattr(pipe, "transformer" if name.startswith("Cosmos") else "unet", denoiser)
+    with pytest.raises(ValueError, match=f"enable_nasa: .*{say(REFUSED, name).raised}"):
         enable_nasa(pipe, negative_prompt_embeds=torch.randn(1, 5, 32))
+    assert not denoiser._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", of(REFUSED_CALLS))
 def test_a_call_that_is_refused(name):
-    message = f"nasa_diffusers: .*{say(REFUSED_CALLS, name)}"
+    message = f"nasa_diffusers: .*{say(REFUSED_CALLS, name).raised}"
     if name.startswith(("AudioLDM", "MusicLDM")):
         # their sound conditions the UNet as a class does
         sample = torch.randn(1, 4, 8, 8)
@@ -270,3 +283,12 @@ def test_a_call_that_is_refused(name):
         options = {"guidance_scale": 5.0} if name.startswith("TextToVideo") else {}
         arguments = every_pipeline.arguments(pipe, PROMPTS[:1], NEGATIVES[:1], 5.0)
         pipe(**arguments | options)
+
+
+@pytest.mark.parametrize("name", of(REFUSED_OTHERWISE))
+def test_a_condition_that_is_not_met(name):
+    pipe = every_pipeline.build(name)
+    channels = pipe.transformer.config["joint_attention_dim"]
+    enable_nasa(pipe, negative_prompt_embeds=torch.randn(1, 5, channels))
+    with pytest.raises(RuntimeError, match=f"nasa_diffusers: .*{say(REFUSED_OTHERWISE, name)}"):
+        pipe(**every_pipeline.arguments(pipe, PROMPTS[:1], NEGATIVES[:1], 5.0))

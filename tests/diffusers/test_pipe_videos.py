@@ -1,4 +1,4 @@
-"""The video pipelines beside text to video: which take a negative prompt, and which are refused."""
+"""The pipelines of Wan beside text to video."""
 
 import sys
 from types import SimpleNamespace
@@ -7,10 +7,12 @@ import diffusers
 import PIL.Image
 import pytest
 import torch
+import video_parts
 from diffusers import WanTransformer3DModel
 from drawing import assert_same_image, relative_error
 from nasa_diffusers import enable_nasa, nasa, testing
 from oracle import algorithm_1
+from transformers import CLIPImageProcessor
 
 TEXT = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))
 NEGATIVE = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
@@ -51,10 +53,10 @@ def lucy_edit():
     return build(diffusers.LucyEditPipeline, 32), {"video": [PICTURE] * 5}
 
 
-def draw(pipe, **options):
+def draw(pipe, text=TEXT, **options):
     torch.manual_seed(0)
     return pipe(
-        prompt=None, prompt_embeds=TEXT, num_inference_steps=2, guidance_scale=0.0,
+        prompt=None, prompt_embeds=text, num_inference_steps=2, guidance_scale=0.0,
         generator=torch.Generator().manual_seed(0), output_type="latent",
         height=16, width=32, **options,
     )[0]  # fmt: skip
@@ -83,9 +85,25 @@ def test_wan_beside_text_to_video(make, monkeypatch):
         assert handle.report().layers_guided == 2
 
 
-def test_image_to_video_of_wan_21_is_refused():
-    """Its layers attend to the image besides the text."""
-    config = {"image_dim": 8, "added_kv_proj_dim": 24}
-    pipe = build(diffusers.WanImageToVideoPipeline, 36, config=config)
-    with pytest.raises(ValueError, match="tokens beside the text .*image_dim=8"):
-        enable_nasa(pipe, negative_prompt_embeds=NEGATIVE)
+def test_image_to_video_of_wan_21():
+    """Its layers attend to the image besides the text, and the image is not guided."""
+    channels = 16 + 16 + MASK_CHANNELS
+    pipe = build(
+        diffusers.WanImageToVideoPipeline, channels, config=video_parts.IMAGE_KEYS,
+        image_processor=CLIPImageProcessor(size=16, crop_size=16),
+        image_encoder=video_parts.image_encoder(),
+    )  # fmt: skip
+    padded = torch.cat([TEXT, TEXT.new_zeros(1, 505, 32)], dim=1)
+    call = {"image": PICTURE, "num_frames": 5, "text": padded}
+    stock = draw(pipe, **call)
+    text = pipe.transformer.condition_embedder.text_embedder(NEGATIVE)
+    handle = enable_nasa(pipe, negative_prompt_embeds=NEGATIVE, alpha=0)
+    assert torch.equal(draw(pipe, **call), stock)
+    handle.alpha = 0.5
+    ours = draw(pipe, **call)
+    # the zeros of the text are one key, the image's keys are all of their own
+    assert handle.report().keys_pos == 8
+    handle.disable()
+    with algorithm_1(pipe.transformer, [(text, None, 0.5)]):
+        assert_same_image(ours, draw(pipe, **call))
+    assert relative_error(ours, stock) > 1e-4

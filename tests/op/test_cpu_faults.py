@@ -56,7 +56,7 @@ FAULTS = (
         "pair-rows", "work.h", "{{z_neg.rule, to.z_neg, z_neg.rows, image}}",
         "{{z_neg.rule, to.z_neg, z_neg.rows, first_neg}}", FORWARD,
     ),
-    Fault("u", "backward.cpp", "u[r] = fma(u[r], rescale, new_u[r]);", "", BACKWARD),
+    Fault("u", "backward.cpp", "u[r] = fma(u[r], rescale[r], new_u[r]);", ";", BACKWARD),
     Fault("dlse", "rules.h", "const Vec pos = a.of[0] * a.of[1] * by_a", "const Vec pos = by_a",
           BACKWARD),
     Fault(
@@ -70,6 +70,28 @@ FAULTS = (
         "reduce<T>(p, x, b, h, dk, parts, stride, width, 1.f,", BACKWARD,
     ),
     Fault("dalpha", "rules.h", "{{zero, zero, zero}, -u_n}", "{{zero, zero, zero}, u_n}", BACKWARD),
+    Fault(
+        "projection", "projected.h", "where(x.is_active[r], fma(-x.t[r], p(c, r), n(c, r)))",
+        "where(x.is_active[r], n(c, r))", FORWARD,
+    ),
+    Fault("length", "projected.h", "return one / sqrt(fma(minus_alpha * minus_alpha, s, one));",
+          "return one + 0.f * s;", FORWARD),
+    Fault("alpha-0", "projected.h", "exists[r] & (minus_alpha[r] != 0)", "exists[r]", FORWARD),
+    Fault("zero-rows", "projected.h", "exists[r] = pp[r] != 0;", "exists[r] = pp[r] == pp[r];",
+          FORWARD),
+    Fault("nag-norm", "nag.h", "for (int64_t i = 0; i < p.h; ++i) {",
+          "for (int64_t i = h; i <= h; ++i) {", FORWARD),
+    Fault("nag-share-0", "nag.h", "where(is_guided[r], load(g + at) * factor_g[r])",
+          "load(g + at) * factor_g[r]", FORWARD),
+    Fault("nag-place", "forward.cpp", "attend_head(i / p.h, i % p.h, worker, i / p.h);",
+          "attend_head(i / p.h, i % p.h, worker, 0);", FORWARD),
+    Fault("projected-dlse", "backward.cpp", "c[r].of[kNeg] * of_neg[r];", "of_neg[r];", BACKWARD),
+    Fault(
+        "projected-shared", "backward.cpp", "c[r].of[kShared] * load(own.dz_neg + at);",
+        "c[r].of[kNeg] * load(own.dz_neg + at);", BACKWARD,
+    ),
+    Fault("projected-ds", "projected.h", "neg[r].d = active(twice_ds * x.inverse_pp[r]);",
+          "neg[r].d = Vec{};", BACKWARD),
 )  # fmt: skip
 
 

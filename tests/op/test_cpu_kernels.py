@@ -11,25 +11,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cases import DTYPES, mask_of
+from support.cases import DTYPES, mask_of, with_rule
 from support.formula import exact_and_budget, exact_and_budget_of_joint
 from support.gradients import check_gradients, gradients
 from test_joint import make as make_joint
 
 from nasa_kernels import (
     _cpu,
+    nag_attention,
+    nag_joint_attention,
     nasa_attention,
     nasa_attention_reference,
     nasa_joint_attention,
     ops,
 )
-from nasa_kernels.reference import RULES
+from nasa_kernels.backends import RECORDS
+from nasa_kernels.reference import CROSS_RULES
 from nasa_kernels.testing import Shape, make_inputs
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 needs_kernels = pytest.mark.skipif(_cpu.load() is not None, reason=str(_cpu.load()))
+NAG = {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}
 BASIC = Shape("basic", 2, 70, 2, 64, 77, 50)
 
 
@@ -142,12 +146,22 @@ def everything(dtype):
     inputs = make_inputs(shape, dtype, "cpu")
     alpha = torch.linspace(0, 1, 700)[:, None]
     grad_o = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = [nasa_attention(**inputs, alpha=alpha, backend="cpu")]
-    found += gradients(nasa_attention, inputs, alpha, grad_o, backend="cpu").values()
+    found = []
+    for rule in CROSS_RULES:
+        options = {"rule": rule, "backend": "cpu"}
+        found.append(nasa_attention(**inputs, alpha=alpha, **options))
+        found += gradients(nasa_attention, inputs, alpha, grad_o, **options).values()
+    # under NAG a task has all heads of these rows, or with more threads one of them
+    some = inputs | {"q": inputs["q"][:, :400]}
+    found.append(nag_attention(**some, **NAG, backend="cpu"))
     inputs, text = make_joint("flux", dtype)
+    found.append(nag_joint_attention(**inputs, **NAG, text_queries=text, backend="cpu"))
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    o = nasa_joint_attention(**leaves, alpha=0.6, rule="nasa", text_queries=text, backend="cpu")
-    return [*found, o, *torch.autograd.grad(o.float().square().sum(), list(leaves.values()))]
+    for rule in ("nasa", "projected"):
+        o = nasa_joint_attention(**leaves, alpha=0.6, rule=rule, text_queries=text, backend="cpu")
+        loss = o.float().square().cumsum(-1).sum()
+        found += [o, *torch.autograd.grad(loss, list(leaves.values()))]
+    return found
 
 
 @needs_kernels
@@ -295,11 +309,12 @@ def test_a_wide_head_is_summed_in_two_parts():
 
 
 @needs_kernels
+@pytest.mark.parametrize("rule", CROSS_RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_more_keys_than_are_held(dtype):
+def test_gradients_of_more_keys_than_are_held(dtype, rule):
     """Then scores are made twice; key by key the same gradients."""
     shape = Shape("long", 1, 20, 1, 16, 8200, 33)
-    check_gradients("cpu", make_inputs(shape, dtype, "cpu"), 0.6)
+    check_gradients("cpu", make_inputs(shape, dtype, "cpu"), 0.6, rule=rule)
 
 
 @needs_kernels
@@ -315,7 +330,8 @@ k, v = (torch.randn(1, n, 1, d) for _ in range(2))
 none = torch.empty(0, 0, 0, 0), torch.empty(0, 0, 0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 torch.ops.nasa_kernels.backward_cpu(
-    go, *none, *none, q, k, v, k[:, :0], v[:, :0], None, None, None, 0.0, 0.3, [True] * 5 + [False])
+    go, *none, *none, q, k, v, k[:, :0], v[:, :0], None, None, None, 0.0, 0.3, 0,
+    [True] * 5 + [False])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     # K, V, their gradients and sums: 7 matrices [n, 16] of 4 bytes
@@ -329,7 +345,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @needs_kernels
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RECORDS["cpu"].joint_rules)
 def test_joint_attention_is_one_operator(rule):
     """Nothing of PyTorch's runs beside it."""
     inputs, text = make_joint("flux")
@@ -346,8 +362,46 @@ def test_joint_attention_is_one_operator(rule):
 
 
 @needs_kernels
+@pytest.mark.parametrize("function", ["cross", "joint", "cross-projected", "joint-projected"])
+def test_other_rules_are_one_operator(function):
+    """NAG, whose norms are those of all heads, and the projected rule."""
+    inputs, text = make_joint("flux")
+    if function.startswith("cross"):
+        inputs, text = make_inputs(BASIC, torch.float32, "cpu"), None
+    options = {"backend": "cpu"} | ({} if text is None else {"text_queries": text})
+    with torch.profiler.profile() as profile:
+        if function.endswith("projected"):
+            attend = nasa_attention if text is None else nasa_joint_attention
+            attend(**inputs, alpha=2.0, rule="projected", **options)
+        else:
+            attend = nag_attention if text is None else nag_joint_attention
+            attend(**inputs, **NAG, **options)
+    ours = [e.key for e in profile.key_averages() if e.key.startswith("nasa_kernels::")]
+    assert len(ours) == 1
+    names = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert names <= {
+        *("aten::new_empty", "aten::empty", "aten::fill_", "aten::slice"),
+        *("aten::expand", "aten::as_strided"),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [40, 700], ids=["few", "many"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nag_rounds_once(dtype, rows):
+    """So it loses less than what follows Z+ and Z- that were rounded before."""
+    inputs = make_inputs(Shape("nag", 2, rows, 3, 24, 77, 50), dtype, "cpu")
+    doubles = {name: x.double() for name, x in inputs.items()}
+    exact = nag_attention(**doubles, **NAG, backend="reference")
+    eager = nag_attention(**inputs, **NAG, backend="reference")
+    o = nag_attention(**inputs, **NAG, backend="cpu")
+    assert (o - exact).norm() <= 1.02 * (eager - exact).norm()
+
+
+@needs_kernels
 def test_nothing_is_kept_for_the_backward_pass():
     inputs = make_inputs(BASIC, torch.float32, "cpu")
-    arguments = (*inputs.values(), None, None, None, 0.6, 0.125)
-    _, *kept = ops.ATTENTION["cpu"](*arguments)
+    attention = ops.ATTENTION["cpu"]
+    arguments = with_rule(attention, (*inputs.values(), None, None, None, 0.6, 0.125))
+    _, *kept = attention(*arguments)
     assert sum(x.numel() for x in kept) == 0

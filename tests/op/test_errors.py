@@ -96,7 +96,8 @@ WRONG = {
     "scale-tensor": ({"scale": x(1)}, "scale must be a number, got Tensor"),
     "backend": (
         {"backend": "flash"},
-        "backend must be None or one of ('cuda', 'triton', 'cpu', 'reference'), got 'flash'",
+        "backend must be None or one of ('cuda', 'triton', 'cpu', 'sdpa', 'reference'), "
+        "got 'flash'",
     ),
 }
 
@@ -150,7 +151,7 @@ def test_fp64_is_for_the_reference(backend):
     assert nasa_attention(**inputs, alpha=0.5).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in backends.FUSED])
 def test_second_derivatives_are_refused(backend):
     inputs = {
         name: tensor.requires_grad_()
@@ -195,6 +196,35 @@ def test_triton_without_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = backends.why_not.__wrapped__("triton", torch.device("cuda"))
     assert reason == "the package triton is not installed; pip install 'triton>=3.6'"
+
+
+def test_triton_on_an_amd_gpu(monkeypatch):
+    """ROCm calls its devices cuda; nobody ran the kernels there, so `sdpa` takes the call."""
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 4))
+    device = torch.device("cuda", 63)
+    assert backends.why_not.__wrapped__("triton", device) == (
+        "its kernels were never run on an AMD GPU"
+    )
+    for name in ("why_not", "_running"):
+        fresh = backends.why_not.__wrapped__ if name == "why_not" else {}
+        monkeypatch.setattr(backends, name, fresh)
+    assert backends.choose(device, torch.float16) == "sdpa"
+    assert backends.choose(device, torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_device_without_kernels_gets_two_attentions(kind):
+    device = torch.device(kind)
+    assert backends.choose(device, torch.float16) == "sdpa"
+    assert backends.choose(device, torch.float64) == "reference"
+    assert backends.available(device) == ("sdpa", "reference")
+
+
+def test_an_old_triton(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.3.1")
+    reason = backends.why_not.__wrapped__("triton", torch.device("cuda"))
+    assert reason == "its kernels need Triton 3.6 or newer, triton 3.3.1 is installed"
 
 
 def test_triton_on_an_old_gpu(monkeypatch):

@@ -33,7 +33,8 @@ JOINT_BACKWARD = "test_joint_backward.py matches_fp64 and triton and small and v
 FAULTS = (
     Fault(
         "ragged-end", "_triton/softmax.py",
-        'scores = tl.where((key < n)[None, :], scores, float("-inf"))', "scores += 0.0", FORWARD,
+        'scores = tl.where((key < prompt.n)[None, :], scores, float("-inf"))', "scores += 0.0",
+        FORWARD,
     ),
     Fault(
         "bias-not-in-base-2", "_triton/softmax.py", "(LOG2E / qk_scale)", "(1.0 / qk_scale)", MASKS
@@ -44,24 +45,56 @@ FAULTS = (
     Fault("zero-over-zero", "_triton/softmax.py", "row_sum == 0.0", "row_sum == -1.0", ABSENT),
     Fault(
         "chained-rounding", "_triton/forward.py",
-        "o = (z_pos_i - c * z_neg_i) * normalise",
-        "o = (z_pos_i * normalise).to(tl.float16) - c * (z_neg_i * normalise * 1.0001)", EXACT,
+        "o = (z_pos_i - c[:, None] * z_neg_i)",
+        "o = (z_pos_i - c[:, None] * 1.0001 * z_neg_i)", EXACT,
     ),
-    Fault("sign", "_triton/forward.py", "z_pos_i - c * z_neg_i", "z_pos_i + c * z_neg_i", FORWARD),
+    Fault(
+        "sign", "_triton/forward.py", "z_pos_i - c[:, None] * z_neg_i",
+        "z_pos_i + c[:, None] * z_neg_i", FORWARD,
+    ),
     Fault("normaliser", "_triton/forward.py", "tl.div_rn(l_pos, l_neg)", "1.0", FORWARD),
     Fault(
         "decay", "_triton/forward.py", "l = l * decay + tl.sum(p, 1)", "l = l + tl.sum(p, 1)",
         STREAMED,
     ),
     Fault(
-        "negative-first-tile-only", "_triton/forward.py",
-        "BLOCK_L), programs):", "BLOCK_L), 1 << 20):",
+        "first-tile-only", "_triton/forward.py",
+        "range(first_tile, last_tile)", "range(first_tile, first_tile + 1)",
         "test_forward.py test_matches_fp64 and triton and float16 and tiles",
     ),
     Fault(
         "second-d-block", "_triton/tiles.py",
         "for i in tl.static_range(1, len(a)):", "for i in tl.static_range(1, 1):",
         "test_forward.py test_matches_fp64 and triton and float16 and sd15",
+    ),
+    Fault(
+        "first-head-only", "_triton/forward.py", "range(first_head, last_head)",
+        "range(first_head, first_head + 1)",
+        "test_triton_launch.py bits_do_not_depend and nasa",
+    ),
+    Fault(
+        "last-block-of-streamed-keys", "_triton/forward.py",
+        "whole = prompt.n // BLOCK_N * BLOCK_N", "whole = tl.cdiv(prompt.n, BLOCK_N) * BLOCK_N",
+        STREAMED,
+    ),
+    Fault(
+        "projection-of-one-block", "_triton/projected.py",
+        "for i in tl.static_range(len(a)):", "for i in tl.static_range(1):",
+        "test_forward.py projected and matches and triton and float16 and sd15",
+    ),
+    Fault(
+        "length-not-kept", "_triton/projected.py", "tl.rsqrt(1.0 + longer)", "1.0",
+        "test_projected.py length_is_that and triton and float32",
+    ),
+    Fault(
+        "own-gradient-of-a-prompt", "_triton/projected_backward.py",
+        "of_g = r * (1.0 + a * t)", "of_g = r",
+        "test_projected.py gradients_match and triton and float32",
+    ),
+    Fault(
+        "rows-of-the-negative-text", "_triton/joint.py", "c = tl.where(is_neg, -1.0, c)",
+        "c = tl.where(is_neg, 1.0, c)",
+        "test_joint.py matches_fp64 and triton and flux and float32",
     ),
     Fault("delta-of-flash", "_triton/backward.py", "u = u / l\n", "u = u / l * 0.5\n", BACKWARD),
     Fault(
@@ -81,8 +114,8 @@ FAULTS = (
         "test_backward.py test_split_queries",
     ),
     Fault(
-        "batch-stride-of-the-mask", "_triton/forward.py", "MASK_neg += b * stride_mnb",
-        "MASK_neg += 0", MASKS,
+        "batch-stride-of-the-mask", "_triton/prompt.py", "(MASK + b * stride_mb,)", "(MASK,)",
+        MASKS,
     ),
     Fault(
         "alignment-of-odd-strides", "_triton/launch.py", "return 1", "return 8 * 1",
@@ -104,6 +137,79 @@ FAULTS = (
     Fault(
         "nag-norm-per-head", "nag.py", ".sum((2, 3), keepdim=True)", ".sum(3, keepdim=True)",
         "test_nag.py published and cpu and basic",
+    ),
+    Fault(
+        "projection", "reference.py", "d = z_neg - (z_neg * z_pos)",
+        "d = z_neg - 0.99 * (z_neg * z_pos)",
+        "test_projected.py equal_prompts_give and cpu and small",
+    ),
+    Fault(
+        "length-not-kept", "reference.py", "(z_pos - alpha * d) / longer", "z_pos - alpha * d",
+        "test_projected.py the_length_is and reference",
+    ),
+    Fault(
+        "no-direction-of-zeros", "reference.py", "torch.where(exists, (z_pos",
+        "torch.where(exists | True, (z_pos",
+        "test_projected.py rows_of_zeros and cpu",
+    ),
+    Fault(
+        "nan-where-alpha-is-0", "reference.py", "z_neg = looked_at(z_neg, alpha)", "pass",
+        "test_projected.py alpha_zero_is_plain_attention and cpu and small",
+    ),
+    Fault(
+        "gradient-of-the-length", "_projected.py", "ds = -0.5 * a * a * dr", "ds = 0.0 * dr",
+        "test_projected.py gradient_of_the_blend",
+    ),
+    Fault(
+        "gradient-of-the-share", "_projected.py", "(along - 2 * t * ds)", "(along + 2 * t * ds)",
+        "test_projected.py gradient_of_the_blend and z_pos",
+    ),
+    Fault(
+        "gradient-of-alpha", "_projected.py", "dalpha = -r * g_d - a * s * dr", "dalpha = -r * g_d",
+        "test_projected.py gradient_of_the_blend and alpha",
+    ),
+    Fault(
+        "gradient-of-zeros", "_projected.py", "torch.where(exists, dz_neg, 0.0)", "dz_neg",
+        "test_projected.py gradient_of_the_blend and z_neg",
+    ),
+    Fault(
+        "kept-in-fp32", "_projected.py", "ctx.save_for_backward(z_pos, z_neg,",
+        "ctx.save_for_backward(z_pos.float(), z_neg,",
+        "test_projected.py the_backward_pass_keeps",
+    ),
+    Fault(
+        "second-negative-twice", "projected.py", "part if w is None else w + part", "part",
+        "test_projected.py several_negatives_match and cpu",
+    ),
+    Fault(
+        "strength-of-a-row-of-text", "joint_attention.py", "alpha_map[:, : apart.z_pos.shape[1]]",
+        "alpha_map[:, -apart.z_pos.shape[1] :]",
+        "test_projected.py test_joint_gradients and cpu",
+    ),
+    Fault(
+        "quick-beside-no-device", "_quick.py", "if x.is_meta:", "if False:",
+        "test_quick.py words_that_it_has and triton and k-device",
+    ),
+    Fault(
+        "quick-forgets-gradients", "_quick.py", "if q.requires_grad or", "if False and",
+        "test_quick.py would_lose and triton",
+    ),
+    Fault(
+        "launch-forgets-alignment", "_triton/launch.py", "x.data_ptr() & 15)", "0)",
+        "test_triton_remembered.py may_look_at and alignment",
+    ),
+    Fault(
+        "launch-in-another-order", "_triton/launch.py",
+        "[x for x in made.kernel.arg_names if x in made.constants]", "list(made.constants)",
+        "test_triton_remembered.py comes_again",
+    ),
+    Fault(
+        "refusal-forgotten", "_joint/shared.py", "_refused.add(seen)", "pass",
+        "test_joint.py cudnn_refuses",
+    ),
+    Fault(
+        "void-negative-at-full-price", "joint_attention.py", "if call.text_neg:", "if False:",
+        "test_joint.py alpha_0_costs and reference and cross",
     ),
     Fault(
         "flops", "_flops.py", "return 2 * _product(q, k_pos, k_neg)",

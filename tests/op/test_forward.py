@@ -9,6 +9,8 @@ from nasa_kernels import nasa_attention
 from nasa_kernels.testing import MODEL_SHAPES, Shape
 
 BASIC = Shape("basic", 2, 70, 2, 64, 77, 33)
+# the rule "projected": every way to hold a prompt, and what makes rows of zeros
+PROJECTED = tuple(shape for shape in (*MODELS, *EDGES) if shape.l <= 80 and shape.n_pos < 300)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -24,15 +26,30 @@ def test_matches_fp64(backend, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [(77, 33), (200, 77)], ids=["resident", "streamed"])
-@pytest.mark.parametrize("kind", ["bool", "bias", "huge"])
+@pytest.mark.parametrize("shape", PROJECTED, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masks(backend, kind, lengths, dtype):
+def test_projected_matches_fp64(backend, shape, dtype):
+    inputs = make_inputs(shape, dtype, DEVICE)
+    o = nasa_attention(**inputs, alpha=2.0, rule="projected", backend=backend)
+    assert o.dtype == dtype
+    assert o.is_contiguous()
+    exact, budget = exact_and_budget(inputs, 2.0, rule="projected")
+    budget.check(o, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(77, 33), (200, 77)], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [("bool", "nasa"), ("bias", "nasa"), ("huge", "nasa"), ("bias", "projected")],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks(backend, kind, rule, lengths, dtype):
     n_pos, n_neg = lengths
     inputs = make_inputs(BASIC._replace(n_pos=n_pos, n_neg=n_neg), dtype, DEVICE)
     masks = {"mask_pos": mask_of(kind, 2, n_pos), "mask_neg": mask_of(kind, 2, n_neg, seed=2)}
-    o = nasa_attention(**inputs, alpha=0.6, **masks, backend=backend)
-    exact, budget = exact_and_budget(inputs, 0.6, **masks)
+    o = nasa_attention(**inputs, alpha=0.6, rule=rule, **masks, backend=backend)
+    exact, budget = exact_and_budget(inputs, 0.6, rule=rule, **masks)
     budget.check(o, exact)
 
 
@@ -48,15 +65,22 @@ def test_bias_in_the_dtype_of_q(backend, dtype):
     )
 
 
-@pytest.mark.parametrize("size", [(), (2, 1, 1), (1, 70, 1), (2,), (2, 70, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "rule"),
+    [
+        *((size, "nasa") for size in [(), (2, 1, 1), (1, 70, 1), (2,), (2, 70, 2)]),
+        ((2, 70, 2), "projected"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_alpha_tensors(backend, size):
+def test_alpha_tensors(backend, size, rule):
     """All, per sample, per region, per head, per row. Any strides."""
     inputs = make_inputs(BASIC, torch.float16, DEVICE)
     generator = torch.Generator().manual_seed(3)
     alpha = torch.randn(size, generator=generator).to(DEVICE)
-    o = nasa_attention(**inputs, alpha=alpha, backend=backend)
-    exact, budget = exact_and_budget(inputs, alpha)
+    o = nasa_attention(**inputs, alpha=alpha, rule=rule, backend=backend)
+    exact, budget = exact_and_budget(inputs, alpha, rule=rule)
     budget.check(o, exact)
 
 
@@ -113,8 +137,8 @@ def test_large_scores_do_not_overflow(backend):
 def test_shared_tokens(backend):
     """Prompts that share most of their tokens, alpha 1: where eager's roundings cancel worst.
 
-    One rounding instead of four: at most 0.7 of eager's error is expected here, in bf16; of `cpu`,
-    which rounds each Z as well, no more than eager's.
+    One rounding instead of four: at most 0.7 of eager's error is expected here, in bf16; of `cpu`
+    and `sdpa`, which round each Z as well, no more than eager's.
     """
     inputs = make_inputs(BASIC._replace(n_neg=77), torch.bfloat16, DEVICE)
     for letter in "kv":
@@ -122,7 +146,7 @@ def test_shared_tokens(backend):
         inputs[f"{letter}_neg"][:, :10] *= -1
     o = nasa_attention(**inputs, alpha=1.0, backend=backend)
     exact, budget = exact_and_budget(inputs, 1.0)
-    share = 1.0 if backend == "cpu" else 0.7
+    share = 1.0 if backend in ("cpu", "sdpa") else 0.7
     budget._replace(l2=share * budget.l2).check(o, exact)
 
 

@@ -8,7 +8,7 @@ from support.formula import exact_and_budget
 from support.gradients import check_gradients, check_joint_gradients
 
 from nasa_kernels import nasa_attention
-from nasa_kernels.reference import RULES
+from nasa_kernels.reference import CROSS_RULES, RULES
 from nasa_kernels.testing import Shape
 
 EXAMPLES = 200 if DEVICE.type == "cuda" else 12
@@ -59,24 +59,26 @@ CALLS = {
     "dtype": st.sampled_from(DTYPES),
     "backend": st.sampled_from(BACKENDS),
 }
+cross_rules = st.sampled_from(CROSS_RULES)
 
 
 @settings(UNTIMED, max_examples=4 * EXAMPLES)
-@given(**CALLS)
-def test_forward(backend, **call):
+@given(**CALLS, rule=cross_rules)
+def test_forward(backend, rule, **call):
     inputs, alpha, options = build(**call)
+    options["rule"] = rule
     o = nasa_attention(**inputs, alpha=alpha, backend=backend, **options)
     exact, budget = exact_and_budget(inputs, alpha, **options)
     budget.check(o, exact)
 
 
 @settings(UNTIMED, max_examples=EXAMPLES)
-@given(**CALLS)
-def test_backward(backend, shape, shared, strides, **call):
+@given(**CALLS, rule=cross_rules)
+def test_backward(backend, rule, shape, shared, strides, **call):
     # leaves are contiguous and whole: views of them are other tests' business
     shape = shape._replace(l=min(shape.l, 9), b=1, h=1)
     inputs, alpha, options = build(shape, shared=False, strides=False, **call)
-    check_gradients(backend, inputs, alpha, **options)
+    check_gradients(backend, inputs, alpha, rule=rule, **options)
 
 
 @settings(UNTIMED, max_examples=2 * EXAMPLES)

@@ -1,6 +1,7 @@
 """Joint attention on every back end, against fp64 and against properties that hold exactly."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import backends, nasa_attention, nasa_joint_attention, ops
+from nasa_kernels._joint import shared
 from nasa_kernels.reference import RULES
 from nasa_kernels.testing import largest_score
 
@@ -225,3 +227,75 @@ def test_errors(name):
 def test_the_bound_on_scores_covers_the_shared_keys():
     inputs, _ = make()
     assert largest_score({**inputs, "k": inputs["k"] * 100}) > 10 * largest_score(inputs)
+
+
+# ---- the first launch on a GPU -------------------------------------------------------------------
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """PyTorch's attention on a GPU, written down: cuDNN's refuses lengths of 7, flash takes all."""
+    called = []
+
+    def attend(name, refuses=()):
+        def run(q, k, v, *args, **options):
+            called.append(name)
+            if k.shape[2] in refuses:
+                raise RuntimeError("cuDNN Frontend error: no valid execution plans built")
+            return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), None
+
+        return run
+
+    aten = SimpleNamespace(
+        _scaled_dot_product_cudnn_attention=attend("cudnn", (7,)),
+        _scaled_dot_product_flash_attention=attend("flash"),
+    )
+    monkeypatch.setattr(shared, "_aten", aten)
+    monkeypatch.setattr(shared, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(shared, "_refused", set())
+    return called
+
+
+def attend_shared(l, n, d=64):
+    q, k = (torch.empty(1, x, 2, d, dtype=torch.bfloat16, device="meta") for x in (l, n))
+    o, lse = shared.attend_shared(q, k, k, 0.125)
+    assert o.shape == q.shape and lse.shape == (1, 2, l)
+
+
+def test_where_cudnn_refuses_flash_takes_over_and_it_is_not_asked_again(libraries):
+    attend_shared(16, 7)
+    assert libraries == ["cudnn", "flash"]
+    attend_shared(16, 7)
+    assert libraries == ["cudnn", "flash", "flash"]
+    # other sizes are another question
+    attend_shared(16, 8)
+    attend_shared(17, 7)
+    assert libraries[3:] == ["cudnn", "cudnn", "flash"]
+
+
+@pytest.mark.parametrize(("l", "n", "d"), [(1, 8, 64), (8, 1, 64), (1, 1, 64), (8, 8, 136)])
+def test_cudnn_is_not_asked_for_a_single_query_or_key(libraries, l, n, d):
+    attend_shared(l, n, d)
+    assert libraries == ["flash"]
+
+
+def test_out_of_memory_is_no_refusal(libraries, monkeypatch):
+    def exhausted(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(shared._aten, "_scaled_dot_product_cudnn_attention", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        attend_shared(16, 8)
+    assert shared._refused == set() and libraries == []
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "vsf"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alpha_0_costs_no_attention_of_the_image_to_the_negative(backend, rule):
+    """Its own queries still see it, and nothing else does."""
+    inputs, text = make("flux")
+    inputs = {name: x.to("meta") for name, x in inputs.items()}
+    with FlopCounterMode(display=False) as counter:
+        nasa_joint_attention(**inputs, alpha=0.0, rule=rule, text_queries=text, backend=backend)
+    seen = (70 + 40) * (70 + 40) + 33 * (70 + 33)
+    assert counter.get_total_flops() == 4 * 2 * 128 * seen

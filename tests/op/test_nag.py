@@ -231,7 +231,7 @@ def test_opcheck(with_map):
 
 
 @pytest.mark.parametrize("device", [DEVICE, "meta"], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
 def test_flops_are_those_of_two_attentions(backend, device):
     """Whether the blend is a kernel or PyTorch's own operations."""
     inputs = {k: x.to(device) for k, x in make_inputs(BASIC, torch.float32, "cpu").items()}
@@ -416,7 +416,8 @@ def test_joint_with_a_mask_a_map_and_a_gradient(backend):
 @pytest.mark.parametrize("backend", ops.JOINT_PAIR)
 @pytest.mark.parametrize("which", TEXT_QUERIES)
 def test_joint_reads_the_image_once(backend, which):
-    """Without a gradient one operator of the back end gives Z+ and Z-; with one there are two."""
+    """Without a gradient one operator of the back end gives O, or Z+ and Z-; with one there are
+    two."""
     inputs, (text_pos, text_neg) = make_joint(which), TEXT_QUERIES[which]
     inputs = {name: x.to("meta") for name, x in inputs.items()}
     options = STRONG | {"text_queries": (text_pos, text_neg), "backend": backend}
@@ -428,7 +429,8 @@ def test_joint_reads_the_image_once(backend, which):
 
     l = inputs["q"].shape[1]
     flops, names = count()
-    assert names[0] == f"nasa_kernels.joint_pair_{backend}"
+    one = "nag" if backend in ops.NAG else "pair"
+    assert names[0] == f"nasa_kernels.joint_{one}_{backend}"
     assert flops == 4 * 2 * 3 * 16 * (l * 21 + (l - text_neg) * 5 + (l - text_pos) * 4)
     inputs["k"].requires_grad_()
     flops, names = count()
@@ -444,6 +446,20 @@ def test_opcheck_of_the_pair(backend):
     library.opcheck(
         ops.JOINT_PAIR[backend],
         (*inputs.values(), None, mask, 0.25, *text),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@pytest.mark.parametrize("share", ["number", "map"])
+@pytest.mark.parametrize("backend", [x for x in JOINT_BACKENDS if x in ops.NAG])
+def test_opcheck_of_the_whole(backend, share):
+    inputs, (text_pos, text_neg) = make_joint("both"), TEXT_QUERIES["both"]
+    mask = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
+    image = inputs["q"].shape[1] - text_pos - text_neg
+    alpha_map = torch.rand(2, image, 1, device=DEVICE) if share == "map" else None
+    library.opcheck(
+        ops.NAG[backend],
+        (*inputs.values(), None, mask, alpha_map, 0.3, 0.25, 5.0, 2.5, 1, text_pos, text_neg),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

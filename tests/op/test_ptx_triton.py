@@ -40,9 +40,11 @@ class Case(NamedTuple):
     masks: bool = False
     alpha_map: bool = False
     backward: bool = True
+    rule: str = "nasa"
 
     def __str__(self) -> str:
         extras = [n for n in ("masks", "alpha_map") if getattr(self, n)]
+        extras += [self.rule] if self.rule != "nasa" else []
         name = f"sm{self.arch}-{str(self.dtype)[6:]}-l{self.l}-n{self.n_pos}+{self.n_neg}-d{self.d}"
         return "-".join([name, *extras])
 
@@ -59,6 +61,10 @@ CASES = [
     Case(90, BF16, 64, n_pos=200, h=1, masks=True, backward=False),
     # one query and one key
     Case(80, FP16, 40, n_pos=1, n_neg=1, l=1, h=1, backward=False),
+    # the projected rule: sums of rows in one block of d, in two, and of what is streamed
+    Case(90, BF16, 64, h=1, n_pos=40, rule="projected"),
+    Case(80, FP16, 40, h=1, n_pos=40, alpha_map=True, rule="projected"),
+    Case(90, BF16, 128, n_pos=130, n_neg=150, h=1, l=20, backward=False, rule="projected"),
     # fp32 is multiplied in fp32
     Case(80, FP32, 40, n_pos=21, l=20, h=1, backward=False),
 ]
@@ -83,11 +89,11 @@ def make_inputs(case: Case):
     return [q, *prompts], (mask_pos, mask_neg), alpha_map, randn(1, case.l, case.h, case.d)
 
 
-def exact(tensors, masks, alpha, grad_o):
+def exact(tensors, masks, alpha, grad_o, rule="nasa"):
     """The result and the gradients of the inputs, in fp64."""
     leaves = [x.double().requires_grad_() for x in tensors]
     alpha = alpha.double().requires_grad_() if isinstance(alpha, torch.Tensor) else alpha
-    o = nasa_attention_reference(*leaves, alpha, mask_pos=masks[0], mask_neg=masks[1])
+    o = nasa_attention_reference(*leaves, alpha, rule=rule, mask_pos=masks[0], mask_neg=masks[1])
     wanted = [*leaves, alpha] if isinstance(alpha, torch.Tensor) else leaves
     return [o.detach(), *torch.autograd.grad(o, wanted, grad_o.double())]
 
@@ -109,8 +115,9 @@ def assert_close(name: str, actual, expected, dtype) -> None:
 def test_matches_fp64(case):
     tensors, masks, alpha_map, grad_o = make_inputs(case)
     alpha, scale = 0.7, case.d**-0.5
-    expected = exact(tensors, masks, alpha if alpha_map is None else alpha_map, grad_o)
-    arguments = (*tensors, *masks, alpha_map, alpha, scale)
+    given = alpha if alpha_map is None else alpha_map
+    expected = exact(tensors, masks, given, grad_o, case.rule)
+    arguments = (*tensors, *masks, alpha_map, alpha, scale, RULES.index(case.rule))
     with ptx.triton_on_cpu(case.arch, check_races=True, proxy_fences=FENCES) as reports:
         actual = [torch.ops.nasa_kernels.forward_triton(*arguments)]
         if case.backward:
@@ -160,17 +167,23 @@ def test_inputs_are_views():
     tensors = [q, k, v, k, v]
     expected = nasa_attention_reference(*(x.double() for x in tensors), 0.5)
     with ptx.triton_on_cpu(90, check_races=True, proxy_fences=FENCES):
-        o = torch.ops.nasa_kernels.forward_triton(*tensors, None, None, None, 0.5, 64**-0.5)
+        o = torch.ops.nasa_kernels.forward_triton(*tensors, None, None, None, 0.5, 64**-0.5, 0)
     assert_close("o", o, expected, FP16)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_equal_prompts_cancel_to_zero(arch):
+def test_equal_prompts_cancel_or_leave_z_pos(arch):
     case = Case(arch, BF16, 64, n_neg=77)
     (q, k, v, _, _), *_ = make_inputs(case)
-    with ptx.triton_on_cpu(arch):
-        o = torch.ops.nasa_kernels.forward_triton(q, k, v, k, v, None, None, None, 1.0, 0.125)
-    assert o.count_nonzero() == 0
+
+    def attend(alpha: float, rule: str):
+        with ptx.triton_on_cpu(arch):
+            return torch.ops.nasa_kernels.forward_triton(
+                q, k, v, k, v, None, None, None, alpha, 0.125, RULES.index(rule)
+            )
+
+    assert attend(1.0, "nasa").count_nonzero() == 0
+    assert torch.equal(attend(2.5, "projected"), attend(0.0, "nasa"))
 
 
 # what is lost from the forward kernel's PTX, and what finds it; None: the comparison with fp64
@@ -191,7 +204,7 @@ def test_planted_fault_is_found(fault):
     pattern, replacement, found = FAULTS[fault]
     case = Case(90, BF16, 64)
     tensors, masks, _, grad_o = make_inputs(case)
-    arguments = (*tensors, *masks, None, 0.7, 0.125)
+    arguments = (*tensors, *masks, None, 0.7, 0.125, 0)
 
     def edit(text: str) -> str:
         edited, count = re.subn(pattern, replacement, text)

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[2]
 OLDEST = os.environ.get("NASA_TEST_OLDEST")
 VERSIONS = {"installed": None, "oldest": OLDEST} if OLDEST else {"installed": None}
 
-# bytes of stack, spills included. The kernels of 77 keys at d 40 and 64 spill nothing (below).
-STACK = {80: 128, 90: 96, 100: 256}
+# bytes of stack, spills included. The kernels of 77 keys at d 40 and 64 spill nothing (below). Both
+# accumulators of the projected rule at d 160 do, and so do the three of its gradient.
+STACK = {80: 128, 90: 128, 100: 256}
+STACK_OF_BOTH = {80: 320, 90: 512, 100: 512}
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = {80: "hmma", 90: "hgmma", 100: "utchmma"}
 
@@ -42,34 +44,47 @@ def rows(version: str, arch: int, *mode: str) -> list[dict]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_registers_memory_and_instructions(version, arch):
     table = rows(version, arch)
-    # three kernels of cross-attention, four of joint attention
-    assert len(table) == 7 * 3 + 2 * 4
+    # of cross-attention three kernels, two more of the projected rule, and once its dQ, dK and dV;
+    # of joint attention four, and one more
+    assert len(table) == 7 * 5 + 2 + 2 * 5
     expected = "3.6.0" if version == "oldest" else importlib.metadata.version("triton")
     for row in table:
         where = f"{row} for sm_{arch}"
         assert row["triton"] == expected, where
-        assert row["stack"] <= STACK[arch], where
+        both = row["rule"] == "projected" and row["model"] not in ("sd15-64", "sdxl-64")
+        assert row["stack"] <= (STACK_OF_BOTH if both else STACK)[arch], where
         assert row["shared"] <= SHARED[arch], where
         # Triton 3.6 once compiled a kernel to nothing, without an error
         assert row["mufu.ex2"] > 0, where
         if row["kernel"].startswith(("forward", "joint")):
             assert row[TENSOR_CORE[arch]] > 0, where
-        if row["model"] in ("flux", "sd3"):
+        if row["kernel"] in ("joint-statistics", "joint-queries"):
             assert row["stack"] == row["ldl"] == row["stl"] == 0, where
+        if row["kernel"] == "joint" and arch == 90:
+            # a word, outside of the loops
+            assert row["stack"] <= 16 and max(row["ldl"], row["stl"]) <= 2, where
         if row["kernel"] == "forward" and row["model"] in ("sd15-64", "sdxl-64") and arch < 100:
             # 64 rows of 77 + 77 keys are 80 + 80 exponentials for 128 threads: no padding to 128
             assert row["mufu.ex2"] == 80, where
             assert row["stack"] == row["ldl"] == row["stl"] == 0, where
             if arch == 90:
-                # three programs of 128 threads share the 65,536 registers of a multiprocessor
-                assert row["registers"] <= 168, where
+                # of 128 threads, and 65,536 registers of a multiprocessor: three programs, or two
+                assert row["registers"] <= (168 if row["model"] == "sdxl-64" else 184), where
 
 
 @pytest.mark.parametrize("arch", [86, 89, 120], ids=lambda arch: f"sm_{arch}")
 def test_every_head_dim_fits_a_block_of_99_kib(arch):
     """Consumer GPUs: a kernel that needs more raises `OutOfResources` at its first call."""
     table = rows("installed", arch, "memory")
-    for kernel in ("forward", "queries", "keys", "joint", "joint-statistics", "joint-queries"):
+    for kernel in (
+        "forward",
+        "queries",
+        "keys",
+        "row-gradients",
+        "joint",
+        "joint-statistics",
+        "joint-queries",
+    ):
         assert any(row["kernel"] == kernel for row in table), kernel
     for row in table:
         assert 0 < row["shared"] <= 99 * 1024, row

@@ -4,16 +4,24 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from support.cases import DEVICE
 
-from nasa_kernels._triton import backward, configs, forward, joint, joint_backward, nag
-from nasa_kernels._triton.configs import (
-    forward_config,
-    programs_per_head,
-    resident_bytes,
-    resident_cut,
+from nasa_kernels._triton import (
+    backward,
+    configs,
+    forward,
+    grid,
+    joint,
+    joint_backward,
+    nag,
+    projected_backward,
 )
+from nasa_kernels._triton.configs import forward_config, resident_bytes, resident_cut
 from nasa_kernels._triton.launch import alignment
-from nasa_kernels._triton.tiles import cut
+from nasa_kernels._triton.tiles import cut, share_of_tiles
+from nasa_kernels.reference import CROSS_RULES, RULES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -43,7 +51,7 @@ def test_residency_does_not_depend_on_the_other_prompt():
     """Or the bits of Z+ would."""
     q = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16)
     assert resident_cut(77, 64, q) == (64, 16)
-    assert resident_cut(0, 64, q) == (16,)
+    assert resident_cut(0, 64, q) is None
     assert resident_cut(129, 64, q) == ()
     assert resident_cut(77, 64, q.float()) == ()
     assert resident_cut(77, 256, q) == ()
@@ -59,7 +67,7 @@ def test_what_stays_on_chip_fits_with_the_queries(d, kib, monkeypatch):
         widths = resident_cut(n, d, q, widest=256)
         if not widths:
             continue
-        config = forward_config(d, torch.bfloat16, widths, limit)
+        config = forward_config(d, torch.bfloat16, widths, q.device)
         # K and V of two prompts of this length, and each stage's tile of Q, 2 bytes an element
         held = 2 * padded * (2 * 2 * sum(widths) + config.num_stages * config.BLOCK_L)
         assert held < limit
@@ -73,7 +81,7 @@ def test_a_second_tile_of_queries_gives_way_to_the_prompts(monkeypatch):
         monkeypatch.setattr(configs, "shared_memory", lambda device, kib=kib: kib * 1024)
         widths = resident_cut(120, 72, q)
         assert sum(widths) == 128
-        assert forward_config(72, torch.bfloat16, widths, kib * 1024).num_stages == stages
+        assert forward_config(72, torch.bfloat16, widths, q.device).num_stages == stages
 
 
 class Launch(NamedTuple):
@@ -94,7 +102,7 @@ def launches(monkeypatch) -> list[Launch]:
         def __getitem__(self, grid):
             return lambda *args, **options: found.append(Launch(self.name, grid, options))
 
-    for module in (forward, backward, joint, joint_backward, nag):
+    for module in (forward, backward, projected_backward, joint, joint_backward, nag):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder(f"{module.__name__}.{name}"))
@@ -104,8 +112,9 @@ def launches(monkeypatch) -> list[Launch]:
 def launch_all(b: int, l: int, n: int = 1) -> None:
     q, k = (torch.zeros(b, rows, 1, 8, dtype=torch.bfloat16) for rows in (l, n))
     rest = (None, None, None, 0.5, 1.0)
-    forward.forward(q, k, k, k, k, *rest)
-    backward.backward(q, q, k, k, k, k, *rest, [True] * 6)
+    for rule in map(RULES.index, CROSS_RULES):
+        forward.forward(q, k, k, k, k, *rest, rule)
+        backward.backward(q, q, k, k, k, k, *rest, rule, [True] * 6)
     arguments = (q, *(k,) * 6, *rest, 0, 0, 0)
     _, *kept = joint.attention(*arguments)
     joint.pair(q, *(k,) * 6, None, None, 1.0, 0, 0)
@@ -118,7 +127,7 @@ def test_no_grid_is_larger_than_a_gpu_takes(launches, b, l):
     """b h is large in the temporal attention of video models, l in their spatial one."""
     launch_all(b, l)
     assert {launch.kernel.rsplit(".", 2)[-2] for launch in launches} == {
-        "forward", "backward", "joint", "joint_backward", "nag",
+        "forward", "backward", "projected_backward", "joint", "joint_backward", "nag",
     }  # fmt: skip
     for launch in launches:
         assert launch.grid[0] < 2**31, launch
@@ -128,14 +137,117 @@ def test_no_grid_is_larger_than_a_gpu_takes(launches, b, l):
 def test_every_launch_says_that_products_and_sums_are_fused(launches):
     """Triton's default is not the same in all versions, and bits would follow it."""
     launch_all(2, 3)
-    # forward; dQ, dK and dV twice; joint and its pair; statistics, dQ, three segments; NAG
-    assert len(launches) == 1 + 3 + 2 + 5 + 1
+    # forward; dQ, dK and dV twice; the same and dZ; joint and its pair; statistics, dQ, three
+    # segments; NAG
+    assert len(launches) == 1 + 3 + 1 + 4 + 2 + 5 + 1
     assert all(launch.options["enable_fp_fusion"] is True for launch in launches)
 
 
-def test_programs_share_the_tiles_of_a_head():
-    config = forward_config(64, torch.bfloat16, (64, 16), limit=227 * 1024)
-    device = torch.device("cpu")
-    assert programs_per_head(4096, 10, config, device, persistent=False) == 64
-    assert programs_per_head(4096, 1, config, device, persistent=True) == config.occupancy
-    assert programs_per_head(1, 10, config, device, persistent=True) == 1
+# ---- programs that walk over tiles ---------------------------------------------------------------
+
+
+@triton.jit
+def range_kernel(FIRST, LAST, total, per_multiprocessor):
+    first, last = share_of_tiles(total.to(tl.int64), per_multiprocessor)
+    tl.store(FIRST + tl.program_id(0), first)
+    tl.store(LAST + tl.program_id(0), last)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize("multiprocessors", [1, 5, 108, 132])
+def test_every_tile_has_one_program_and_no_multiprocessor_has_two_more(multiprocessors, resident):
+    """If programs start one on each multiprocessor, then a second."""
+    for tiles in (1, 7, multiprocessors * resident, 640):
+        how = grid.grid_for(tiles, multiprocessors, resident)
+        first, last = torch.zeros(2, how.programs, dtype=torch.int64, device=DEVICE)
+        range_kernel[(how.programs,)](first, last, tiles, how.per_multiprocessor)
+        done = sorted(t for a, b in zip(first, last, strict=True) for t in range(a, b))
+        assert done == list(range(tiles))
+        busy = [0] * multiprocessors
+        for program, count in enumerate((last - first).tolist()):
+            busy[program % multiprocessors] += count
+        assert max(busy) == -(-tiles // multiprocessors)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [
+        (168, 65536, 4, 3),  # H100, SDXL: three by registers and by memory
+        (176, 65536, 4, 2),  # 11 warps of each quarter's registers are 2 programs of 4, not 3
+        (32, 65536, 4, 3),  # memory
+        (32, 75776, 4, 3),
+        (32, 77312, 4, 2),  # three would fit if they did not reserve 1 KiB each
+        (255, 98304, 8, 1),
+        (64, 1024, 4, 8),
+        (16, 1024, 4, 16),  # threads
+    ],
+)
+def test_programs_of_a_multiprocessor(registers, shared, warps, expected):
+    hopper = grid.Gpu(132, 65536, 228 * 1024, 2048)
+    assert grid.resident_programs(hopper, registers, shared, warps) == expected
+
+
+@pytest.mark.parametrize("rule", CROSS_RULES)
+def test_bits_do_not_depend_on_who_computes_a_tile(monkeypatch, rule):
+    """Five tiles of four heads, in ranges that end within a head, at its end, and beyond it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, k_neg, v_neg = (
+        torch.randn(2, n, 2, 24, generator=generator).to(DEVICE, torch.float16)
+        for n in (300, 9, 9, 5, 5)
+    )
+
+    def run(how: grid.Grid):
+        monkeypatch.setattr(forward, "grid_of", lambda *args: how)
+        rest = (None, None, None, 0.7, 0.2, RULES.index(rule))
+        return forward.forward(q, k, v, k_neg, v_neg, *rest)
+
+    expected = run(grid.Grid(20, 1))
+    for how in (grid.Grid(1, 1), grid.Grid(3, 3), grid.Grid(6, 2), grid.Grid(4, 1)):
+        assert torch.equal(run(how), expected)
+
+
+# ---- void prompts --------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_no_query_looks_at_is_void(launches):
+    """Nothing is computed for it, and nothing about the other one changes."""
+    q, k, none = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16) for n in (64, 77, 0))
+
+    def cuts(call) -> tuple:
+        launches.clear()
+        call()
+        return tuple(launches[0].options[name] for name in ("POS_CUT", "NEG_CUT"))
+
+    zero = torch.zeros(1, 64, 1)
+    widths = (64, 16)
+    for rule in map(RULES.index, CROSS_RULES):
+
+        def attend(k_pos, k_neg, alpha, alpha_map=None, rule=rule):
+            rest = (None, None, alpha_map, alpha, 1.0, rule)
+            return cuts(lambda: forward.forward(q, k_pos, k_pos, k_neg, k_neg, *rest))
+
+        assert attend(k, k, 0.5) == (widths, widths)
+        assert attend(k, k, 0.0) == attend(k, none, 0.5) == (widths, None)
+        assert attend(none, k, 0.5) == (None, widths)
+        # what a tensor holds is not known here
+        assert attend(k, k, 0.0, zero) == (widths, widths)
+
+    def joint_of(rule: str, text_neg: int, alpha: float) -> tuple:
+        rest = (None, None, None, alpha, 1.0, RULES.index(rule), 0, text_neg)
+        return cuts(lambda: joint.attention(q, k, k, k, k, k, k, *rest))
+
+    assert joint_of("nasa", 0, 0.0) == joint_of("nasa-cross", 0, 0.0) == (widths, None)
+    # its own queries read it, and so does the softmax of this rule
+    assert joint_of("nasa", 8, 0.0) == joint_of("vsf", 0, 0.0) == (widths, widths)
+
+
+def test_the_gradient_of_a_void_prompt_is_zero_without_a_launch(launches):
+    q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16) for n in (64, 77))
+    *_, dk_neg, dv_neg, _ = backward.backward(
+        q, q, k, k, k, k, None, None, None, 0.0, 1.0, 0, [True] * 5 + [False]
+    )
+    assert dk_neg.shape == dv_neg.shape == k.shape
+    assert dk_neg.count_nonzero() == dv_neg.count_nonzero() == 0
+    assert [launch.kernel.rsplit(".", 1)[1] for launch in launches] == [
+        "query_kernel", "key_kernel",
+    ]  # fmt: skip

@@ -1,13 +1,16 @@
 """The cases that every back end has to pass, and small helpers to build them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nasa_kernels import backends
+from nasa_kernels.reference import RULES
 from nasa_kernels.testing import MODEL_SHAPES, Shape, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FUSED = tuple(name for name in backends.NAMES if name != "reference")
+FUSED = backends.FUSED
 # the fused back ends that run on this machine; Triton on a CPU is its interpreter
 BACKENDS = tuple(name for name in backends.NAMES if backends.why_not(name, DEVICE) is None)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +61,12 @@ def mask_of(kind: str, b: int, n: int, seed: int = 1) -> Tensor:
     return torch.where(keep, bias, float("-inf")).to(DEVICE)
 
 
+def with_rule(operator: Any, arguments: tuple, rule: str = "nasa") -> tuple:
+    """The inputs of an operator of cross-attention, with the rule where its back end takes one."""
+    takes_rule = "int rule" in str(operator._schema)
+    return (*arguments, RULES.index(rule)) if takes_rule else arguments
+
+
 def refuses_dtype(backend: str | None, error: ValueError) -> bool:
     """Whether a test of every back end met the one refusal there is to be: `cuda` has no fp32."""
     found = f"backend {backend!r} takes torch." in str(error) and "q of torch.float32" in str(error)
@@ -75,4 +84,5 @@ __all__ = [
     "mask_of",
     "refuses_dtype",
     "strided",
+    "with_rule",
 ]

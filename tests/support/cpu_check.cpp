@@ -169,6 +169,21 @@ void add_attention(const Case& c, const Inputs& in, int64_t row, const std::stri
     }
 }
 
+double dot(const Doubles& a, const Doubles& b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// What Z- has and Z+ has not is taken away, and the length of Z+ kept
+void project(const Doubles& pos, const Doubles& neg, double alpha, double* o) {
+    const double size = dot(pos, pos), t = size > 0 ? dot(neg, pos) / size : 0;
+    Doubles left = pos;
+    for (size_t i = 0; i < left.size(); ++i) left[i] -= alpha * (neg[i] - t * pos[i]);
+    const double length = size > 0 ? std::sqrt(size / dot(left, left)) : 1;
+    for (size_t i = 0; i < left.size(); ++i) o[i] = size > 0 ? length * left[i] : pos[i];
+}
+
 void add_row(const Case& c, const Inputs& in, int64_t row, Rule rule, double* o) {
     const double alpha = in.x[7][row];
     const auto add = [&](const char* seen, const char* kept, double weight) {
@@ -180,6 +195,14 @@ void add_row(const Case& c, const Inputs& in, int64_t row, Rule rule, double* o)
         case Rule::kNasaCross: add("sp", "sp", 1), add("n", "n", -alpha); break;
         case Rule::kVsf: add("spn", "sp", 1), add("spn", "n", -alpha); break;
         case Rule::kSum: add("s", "s", 1), add("p", "p", 1), add("n", "n", -alpha); break;
+        case Rule::kProjected: {
+            Doubles pos(c.d), neg(c.d);
+            add_attention(c, in, row, "sp", "sp", 1, pos.data());
+            add_attention(c, in, row, "sn", "sn", 1, neg.data());
+            project(pos, neg, alpha, o);
+            break;
+        }
+        case Rule::kNag:  // of all heads at once: `guided`
         case Rule::kPositive: add("sp", "sp", 1); break;
         case Rule::kNegative: add("sn", "sn", 1); break;
     }
@@ -199,10 +222,28 @@ Doubles definition(const Case& c, const Inputs& in) {
     return o;
 }
 
-double dot(const Doubles& a, const Doubles& b) {
-    double sum = 0;
-    for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-    return sum;
+// Under normalised attention guidance, in the place of Z+
+void guide(const Case& c, const Inputs& in, const Nag& nag, Doubles& o) {
+    for (int64_t i = 0; i < c.b * c.l; ++i) {
+        if (i % c.l >= c.l - c.text_pos - c.text_neg) continue;
+        double* const pos = &o[i * c.h * c.d];
+        Doubles guided(c.h * c.d);
+        double norms[2] = {};
+        for (int64_t h = 0; h < c.h; ++h) {
+            add_row(c, in, i * c.h + h, Rule::kNegative, &guided[h * c.d]);
+        }
+        for (size_t j = 0; j < guided.size(); ++j) {
+            guided[j] = nag.scale * pos[j] - (nag.scale - 1) * guided[j];
+            norms[0] += std::pow(std::fabs(pos[j]), nag.norm);
+            norms[1] += std::pow(std::fabs(guided[j]), nag.norm);
+        }
+        for (double& x : norms) x = std::pow(x, 1.0 / nag.norm);
+        const double shrink = std::fmin(1, norms[1] > 0 ? nag.tau * norms[0] / norms[1] : 1);
+        const double share = in.x[7][i * c.h];
+        for (size_t j = 0; j < guided.size(); ++j) {
+            pos[j] = share * shrink * guided[j] + (1 - share) * pos[j];
+        }
+    }
 }
 
 // ------------------------------------------------------------------------------------------ a case
@@ -222,17 +263,43 @@ double distance(const Tensor& found, const Doubles& exact) {
     return std::sqrt(size > 0 ? error / size : error);
 }
 
+Rows view(const Case& c, const Tensor& y, int64_t n) {
+    return {y.data(), n * c.h * c.d, c.h * c.d, c.d};
+}
+
+// q, then k and v of each segment
+std::vector<Tensor> normal_tensors(const Case& c, Type type, bool at_end, std::mt19937& random) {
+    std::vector<Tensor> x;
+    for (int i = 0; i < 7; ++i) {
+        x.emplace_back(type, c.b * (i == 0 ? c.l : c.n[(i - 1) / 2]) * c.h * c.d, at_end);
+        x.back().fill(random);
+    }
+    return x;
+}
+
+Call call_of(const Case& c, Type type, const std::vector<Tensor>& x) {
+    Call call{};
+    call.q = view(c, x[0], c.l);
+    for (int s = 0; s < kSegments; ++s) {
+        const Rows k = view(c, x[1 + 2 * s], c.n[s]), v = view(c, x[2 + 2 * s], c.n[s]);
+        call.segment[s] = {k, v, {}, c.n[s]};
+    }
+    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d;
+    call.text_pos = c.text_pos, call.text_neg = c.text_neg;
+    call.scale = 1 / std::sqrt(float(c.d)), call.rule = c.rule, call.type = type;
+    return call;
+}
+
+double unit_of(Type type) {
+    return type == Type::kFloat ? 3e-6 : type == Type::kHalf ? 1e-3 : 8e-3;
+}
+
 void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool with_mask,
            std::mt19937& random) {
     const int64_t rows = c.b * c.l * c.h;
     const auto make = [&](int64_t n) { return Tensor(type, c.b * n * c.h * c.d, at_end); };
-    std::vector<Tensor> x, gradients;
-    for (int i = 0; i < 7; ++i) {
-        const int64_t n = i == 0 ? c.l : c.n[(i - 1) / 2];
-        x.push_back(make(n));
-        gradients.push_back(make(n));
-        x.back().fill(random);
-    }
+    std::vector<Tensor> x = normal_tensors(c, type, at_end, random), gradients;
+    for (int i = 0; i < 7; ++i) gradients.push_back(make(i == 0 ? c.l : c.n[(i - 1) / 2]));
     Tensor o = make(c.l), grad_o = make(c.l);
     grad_o.fill(random);
     Tensor alpha(Type::kFloat, rows, at_end), dalpha(Type::kFloat, rows, at_end);
@@ -247,15 +314,8 @@ void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool w
         x[6].set(i, INFINITY);
     }
 
-    const auto view = [&](const Tensor& y, int64_t n) {
-        return Rows{y.data(), n * c.h * c.d, c.h * c.d, c.d};
-    };
-    Call call{};
-    call.q = view(x[0], c.l);
+    Call call = call_of(c, type, x);
     Inputs in;
-    for (int s = 0; s < kSegments; ++s) {
-        call.segment[s] = {view(x[1 + 2 * s], c.n[s]), view(x[2 + 2 * s], c.n[s]), {}, c.n[s]};
-    }
     for (int i = 0; i < 7; ++i) in.x[i] = x[i].values();
     in.x[7] = alpha.values();
     if (with_mask) {
@@ -264,14 +324,11 @@ void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool w
     }
     call.alpha_map = static_cast<const float*>(alpha.data());
     call.alpha_stride_b = c.l * c.h, call.alpha_stride_l = c.h, call.alpha_stride_h = 1;
-    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d;
-    call.text_pos = c.text_pos, call.text_neg = c.text_neg;
-    call.scale = 1 / std::sqrt(float(c.d)), call.rule = c.rule, call.type = type;
 
     const Threads threads{serial, 1};
     if (!kernels.forward(call, {o.data(), nullptr, nullptr}, threads)) exit(1);
     Gradients to{};
-    to.grad_o = view(grad_o, c.l);
+    to.grad_o = view(c, grad_o, c.l);
     to.dq = gradients[0].data();
     for (int s = 0; s < kSegments; ++s) {
         to.dk[s] = gradients[1 + 2 * s].data();
@@ -280,7 +337,7 @@ void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool w
     to.dalpha = static_cast<float*>(dalpha.data());
     if (!kernels.backward(call, to, threads)) exit(1);
 
-    const double unit = type == Type::kFloat ? 3e-6 : type == Type::kHalf ? 1e-3 : 8e-3;
+    const double unit = unit_of(type);
     const double of_o = distance(o, definition(c, in));
     require(of_o <= unit, "O", of_o, unit);
 
@@ -317,26 +374,12 @@ void check_pair(const Kernels& kernels, const Case& c, bool at_end, std::mt19937
     const auto make = [&](int64_t n) {
         return Tensor(Type::kFloat, c.b * n * c.h * c.d, at_end);
     };
-    std::vector<Tensor> x;
+    const std::vector<Tensor> x = normal_tensors(c, Type::kFloat, at_end, random);
     Inputs in;
-    for (int i = 0; i < 7; ++i) {
-        x.push_back(make(i == 0 ? c.l : c.n[(i - 1) / 2]));
-        x.back().fill(random);
-        in.x[i] = x.back().values();
-    }
+    for (int i = 0; i < 7; ++i) in.x[i] = x[i].values();
     in.x[7].resize(c.b * c.l * c.h);
-    Call call{};
-    const auto view = [&](const Tensor& y, int64_t n) {
-        return Rows{y.data(), n * c.h * c.d, c.h * c.d, c.d};
-    };
-    call.q = view(x[0], c.l);
-    for (int s = 0; s < kSegments; ++s) {
-        call.segment[s] = {view(x[1 + 2 * s], c.n[s]), view(x[2 + 2 * s], c.n[s]), {}, c.n[s]};
-    }
+    Call call = call_of(c, Type::kFloat, x);
     call.alpha = 1;
-    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d;
-    call.text_pos = c.text_pos, call.text_neg = c.text_neg;
-    call.scale = 1 / std::sqrt(float(c.d)), call.type = Type::kFloat;
     const Tensor z_pos = make(c.l - c.text_neg), z_neg = make(c.l - c.text_pos);
     if (!kernels.forward(call, {nullptr, z_pos.data(), z_neg.data()}, {serial, 1})) exit(1);
 
@@ -358,6 +401,60 @@ void check_pair(const Kernels& kernels, const Case& c, bool at_end, std::mt19937
     const double error = std::fmax(distance(z_pos, pos), distance(z_neg, neg));
     require(error <= 3e-6, "Z+ and Z-", error, 3e-6);
     printf("%s Z+ and Z- apart: %.1e\n", kernels.name, error);
+}
+
+// Normalised attention guidance: a share for each query, 0 for some
+void check_nag(const Kernels& kernels, const Case& c, Type type, int norm, bool at_end,
+               std::mt19937& random) {
+    const std::vector<Tensor> x = normal_tensors(c, type, at_end, random);
+    Tensor share(Type::kFloat, c.b * c.l, at_end), o(type, x[0].count, at_end);
+    for (size_t i = 0; i < share.count; ++i) share.set(i, i % 3 == 1 ? 0.f : 0.1f * (i % 7));
+    Call call = call_of(c, type, x);
+    call.alpha_map = static_cast<const float*>(share.data());
+    call.alpha_stride_b = c.l, call.alpha_stride_l = 1;
+    // of G that are not shortened there are as many as of those that are
+    call.nag = {3.f, norm == 1 ? 3.1f : 2.9f, norm};
+    Inputs in;
+    for (int i = 0; i < 7; ++i) in.x[i] = x[i].values();
+    for (int64_t i = 0; i < c.b * c.l * c.h; ++i) in.x[7].push_back(share.at(i / c.h));
+    Doubles exact = definition(c, in);
+    guide(c, in, call.nag, exact);
+    if (!kernels.forward(call, {o.data(), nullptr, nullptr}, {serial, 1})) exit(1);
+    const double error = distance(o, exact);
+    require(error <= unit_of(type), "NAG", error, unit_of(type));
+    printf("%s NAG l%d norm %d type %d: %.1e\n", kernels.name, int(c.l), norm, int(type), error);
+}
+
+// Rows that must be Z+ bit for bit: those with equal prompts, and those with alpha 0, where the
+// values of the negative prompt are NaN.
+void check_exact(const Kernels& kernels, Case c, Type type, std::mt19937& random) {
+    c.n[kNeg] = c.n[kPos];
+    std::vector<Tensor> x = normal_tensors(c, type, true, random);
+    Tensor alpha(Type::kFloat, c.l * c.h, true), o(type, x[0].count, true);
+    Tensor plain(type, x[0].count, true);
+    for (int is_equal = 0; is_equal < 2; ++is_equal) {
+        for (int i = 0; i < 2; ++i) {
+            const size_t bytes = x[3 + i].count * size_of(type);
+            memcpy(x[5 + i].data(), x[3 + i].data(), bytes);
+        }
+        alpha.fill(random, 3);
+        if (!is_equal) {
+            for (size_t i = 0; i < x[6].count; ++i) x[6].set(i, NAN);
+            for (size_t i = 0; i < alpha.count; ++i) alpha.set(i, 0);
+        }
+        Call call = call_of(c, type, x);
+        call.alpha_map = static_cast<const float*>(alpha.data());
+        call.alpha_stride_l = c.h, call.alpha_stride_h = 1;
+        call.nag = {3.f, 2.f, 1};
+        const Threads threads{serial, 1};
+        if (!kernels.forward(call, {o.data(), nullptr, nullptr}, threads)) exit(1);
+        call.rule = Rule::kPositive;
+        if (!kernels.forward(call, {plain.data(), nullptr, nullptr}, threads)) exit(1);
+        // NAG of equal prompts is a sum of two shares of them
+        if (c.rule == Rule::kNag && is_equal) continue;
+        const bool is_same = memcmp(o.data(), plain.data(), o.count * size_of(type)) == 0;
+        require(is_same, is_equal ? "equal prompts" : "alpha 0", distance(o, plain.values()), 0);
+    }
 }
 
 }  // namespace
@@ -382,11 +479,28 @@ int main(int argc, char** argv) {
         {2, 19, 1, 72, {20, 150, 16}, 0, 3, Rule::kNasaCross},
         {1, 50, 1, 128, {24, 12, 0}, 12, 8, Rule::kVsf},
         {1, 9, 1, 16, {24, 12, 8}, 5, 4, Rule::kSum},
+        {1, 65, 2, 64, {0, 77, 77}, 0, 0, Rule::kProjected},
+        {2, 33, 1, 40, {0, 200, 9}, 0, 0, Rule::kProjected},
+        {1, 5, 1, 3, {0, 1, 5}, 0, 0, Rule::kProjected},
+        {1, 11, 1, 19, {0, 0, 5}, 0, 0, Rule::kProjected},
+        {1, 37, 2, 33, {140, 12, 16}, 4, 3, Rule::kProjected},
+        {1, 9, 1, 18, {24, 0, 8}, 0, 4, Rule::kProjected},
     };
     for (const Case& c : cases) {
         for (Type type : {Type::kFloat, Type::kHalf, Type::kBfloat16}) {
             check(*found, c, type, true, false, random);
             check(*found, c, type, false, c.n[kNeg] > 0, random);
+        }
+    }
+    for (Type type : {Type::kFloat, Type::kHalf, Type::kBfloat16}) {
+        for (int norm : {1, 2}) {
+            // many blocks, each a task; and few, whose heads are tasks
+            check_nag(*found, {2, 130, 3, 24, {0, 17, 9}, 0, 0, Rule::kNag}, type, norm, true, random);
+            check_nag(*found, {1, 19, 2, 5, {13, 7, 9}, 3, 0, Rule::kNag}, type, norm, false, random);
+        }
+        for (Rule rule : {Rule::kProjected, Rule::kNag}) {
+            check_exact(*found, {1, 50, 2, 21, {0, 77, 77}, 0, 0, rule}, type, random);
+            check_exact(*found, {1, 50, 2, 21, {30, 12, 12}, 2, 0, rule}, type, random);
         }
     }
     check_pair(*found, cases[7], true, random);

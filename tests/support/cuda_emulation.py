@@ -20,15 +20,18 @@ import ptx
 import torch
 from torch import Tensor, library
 
+from support.formula import project
+
 ROOT = Path(__file__).parents[2]
 BUILD = Path(os.environ.get("NASA_PTX_BUILD", ROOT / "build" / "ptx"))
 LOG2E = 1.4426950408889634
 WARPS, WARP_ROWS, BLOCK_KEYS, CLIP_KEYS = 4, 16, 128, 80
 SHORT_WARPS = 8
+LONG_WARPS, LONG_STAGES = 8, 3
 BACKWARD_KEYS, BACKWARD_ROWS = 80, 64
 HEAD_DIMS = (32, 48, 64, 80, 96, 128, 160, 192, 256)
 POS, NEG = 0, 1
-RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum")
+RULES = ("nasa", "nasa-text", "nasa-cross", "vsf", "sum", "projected")
 # what the last launches did
 REPORTS: deque = deque(maxlen=4)
 
@@ -88,32 +91,33 @@ class Mask(ctypes.Structure):
     _fields_ = fields(data=ADDRESS, strides=INT64 * 2, type=INT)
 
 
+class Matrix(ctypes.Structure):
+    _fields_ = fields(data=ADDRESS, strides=INT64 * 3)
+
+
 class Prompt(ctypes.Structure):
-    _fields_ = fields(
-        k=ADDRESS, v=ADDRESS, k_strides=INT64 * 3, v_strides=INT64 * 3, mask=Mask, n=INT,
-    )  # fmt: skip
+    _fields_ = fields(k=Matrix, v=Matrix, mask=Mask, n=INT)
 
 
 class Shared(ctypes.Structure):
     _fields_ = fields(
-        o=ADDRESS, lse=ADDRESS, o_strides=INT64 * 3, lse_strides=INT64 * 3, rule=INT,
-        first_text_pos=INT, first_text_neg=INT,
+        o=Matrix, lse=ADDRESS, lse_strides=INT64 * 3, first_text_pos=INT, first_text_neg=INT,
     )  # fmt: skip
 
 
 class ForwardParams(ctypes.Structure):
     _fields_ = fields(
-        q=ADDRESS, o=ADDRESS, q_strides=INT64 * 3, prompt=Prompt * 2, alpha_map=ADDRESS,
-        alpha_strides=INT64 * 3, b=INT, l=INT, h=INT, d=INT, shared=Shared, alpha=FLOAT,
-        scale=FLOAT, aligned=ctypes.c_bool, type=INT,
+        q=Matrix, o=ADDRESS, prompt=Prompt * 2, alpha_map=ADDRESS, alpha_strides=INT64 * 3, b=INT,
+        l=INT, h=INT, d=INT, rule=INT, shared=Shared, alpha=FLOAT, scale=FLOAT,
+        aligned=ctypes.c_bool, type=INT,
     )  # fmt: skip
 
 
 class BackwardParams(ctypes.Structure):
     _fields_ = fields(
-        call=ForwardParams, image=Prompt, grad_o=ADDRESS, grad_strides=INT64 * 3, dq=ADDRESS,
-        dalpha=ADDRESS, dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS,
-        shift=ADDRESS, partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
+        call=ForwardParams, image=Prompt, grad_o=Matrix, dq=ADDRESS, dalpha=ADDRESS,
+        dk=ADDRESS * 2, dv=ADDRESS * 2, lse=ADDRESS, u=ADDRESS, weight=ADDRESS, shift=ADDRESS,
+        partial=ADDRESS, splits=INT, first_hidden=INT, hidden=INT,
     )  # fmt: skip
 
 
@@ -158,9 +162,13 @@ def long_columns(d: int) -> int:
     return d if d <= 128 else d // 2 if d <= 192 else d // 4
 
 
+def long_rows(d: int) -> int:
+    return WARP_ROWS * LONG_WARPS // (d // long_columns(d))
+
+
 def long_shared_bytes(d: int) -> int:
-    tiles = tile_bytes(BLOCK_KEYS, d) + tile_bytes(BLOCK_KEYS, long_columns(d))
-    return tiles + tile_bytes(WARPS * WARP_ROWS, d) + BLOCK_KEYS * 4
+    tiles = LONG_STAGES * tile_bytes(BLOCK_KEYS // 2, d)
+    return tiles + tile_bytes(long_rows(d), d) + BLOCK_KEYS * 4
 
 
 def backward_columns(d: int) -> int:
@@ -221,7 +229,7 @@ class Call:
     def __init__(self, q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale):
         self.memory = ptx.Memory()
         p = self.params = ForwardParams()
-        p.q, p.q_strides[:] = self.memory.upload(q, "q"), q.stride()[:3]
+        p.q = self.matrix(q, "q")
         self.o = torch.full(q.shape, float("nan"), dtype=q.dtype)
         p.o = self.memory.upload(self.o, "o")
         sides = ((k_pos, v_pos, mask_pos, "pos"), (k_neg, v_neg, mask_neg, "neg"))
@@ -236,9 +244,11 @@ class Call:
         p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
         p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
 
+    def matrix(self, x: Tensor, name: str) -> Matrix:
+        return Matrix(self.memory.upload(x, name), (INT64 * 3)(*x.stride()[:3]))
+
     def set_prompt(self, prompt: Prompt, k, v, mask, name: str) -> None:
-        prompt.k, prompt.k_strides[:] = self.memory.upload(k, f"k_{name}"), k.stride()[:3]
-        prompt.v, prompt.v_strides[:] = self.memory.upload(v, f"v_{name}"), v.stride()[:3]
+        prompt.k, prompt.v = self.matrix(k, f"k_{name}"), self.matrix(v, f"v_{name}")
         prompt.n = k.shape[1]
         if mask is not None:
             prompt.mask.data = self.memory.upload(mask, f"mask_{name}")
@@ -246,8 +256,7 @@ class Call:
             prompt.mask.type = MASK_TYPES[mask.dtype]
 
     def set_shared(self, o: Tensor) -> None:
-        shared = self.params.shared
-        shared.o, shared.o_strides[:] = self.memory.upload(o, "o_shared"), o.stride()[:3]
+        self.params.shared.o = self.matrix(o, "o_shared")
 
     def set_text_rows(self, text_pos: int, text_neg: int) -> None:
         p, shared = self.params, self.params.shared
@@ -259,7 +268,7 @@ class Call:
         self.set_shared(joint.o)
         shared.lse = self.memory.upload(joint.lse, "lse_shared")
         shared.lse_strides[:] = joint.lse.stride()
-        shared.rule = RULES.index(joint.rule)
+        p.rule = RULES.index(joint.rule)
         self.set_text_rows(joint.text_pos, joint.text_neg)
         p.aligned = is_aligned(*tensors, joint.o)
 
@@ -279,7 +288,7 @@ class Call:
         return self.memory.upload(host), host
 
 
-def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint) -> Call:
+def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule) -> Call:
     """A forward call as csrc/bindings.cpp hands it to the launchers."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     alpha_map = alpha if isinstance(alpha, Tensor) else None
@@ -289,6 +298,10 @@ def call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joi
         call.add(joint, (q, k_pos, v_pos, k_neg, v_neg))
         if joint.text_neg or joint.rule == "vsf":
             call.params.prompt[NEG].n = k_neg.shape[1]
+    else:
+        call.params.rule = RULES.index(rule)
+    if alpha_map is None and alpha == 0 and call.params.rule == RULES.index("projected"):
+        call.params.rule = RULES.index("nasa")
     return call
 
 
@@ -296,26 +309,32 @@ def forward(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
     scale: float | None = None, path: str | None = None, blocks: int | None = None,
-    joint: Joint | None = None,
+    joint: Joint | None = None, rule: str = "nasa",
 ) -> Tensor:  # fmt: skip
     """O `[b, l, h, d]` as the CUDA back end computes it on sm_80.
 
     path: "short" or "long" where both take the call; None is the launcher's choice. "sm90-short"
         and "sm90-long" are forward_sm90's.
     blocks: Blocks that share the rows of all heads in forward_short.
+    rule: "nasa" or "projected"; beside shared keys `joint` has one of its own.
     """
     if path is not None and path.startswith("sm90-"):
         return forward_sm90(
             q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos, mask_neg, scale,
-            path.removeprefix("sm90-"), blocks, joint,
+            path.removeprefix("sm90-"), blocks, joint, rule,
         )  # fmt: skip
     b, l, h, d = q.shape
-    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
+    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule)
     n_pos, n_neg = (call.params.prompt[side].n for side in (POS, NEG))
     if q.numel() == 0:
         return call.o
     size = padded(d)
-    if (path or path_of(d, n_pos, n_neg)) == "short":
+    if path is None:
+        path = path_of(d, n_pos, n_neg)
+        if call.params.rule == RULES.index("projected") and size > 128:
+            # its registers would not hold all columns, of which there are sums to take
+            path = "long"
+    if path == "short":
         keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
         plain = is_plain(call.params)
         loaded = kernel("forward_short", "forward_short_kernel", q.dtype, size, keys, plain)
@@ -324,9 +343,8 @@ def forward(
         call.launch(loaded, blocks, SHORT_WARPS * 32, shared, bytes(call.params), parts)
     else:
         loaded = kernel("forward_long", "forward_long_kernel", q.dtype, size)
-        tiles = -(-l // (WARPS * WARP_ROWS))
-        blocks = b * h * tiles * (size // long_columns(size))
-        call.launch(loaded, blocks, WARPS * 32, long_shared_bytes(size), bytes(call.params))
+        blocks = b * h * -(-l // long_rows(size))
+        call.launch(loaded, blocks, LONG_WARPS * 32, long_shared_bytes(size), bytes(call.params))
     return call.memory.download(call.params.o, like=call.o)
 
 
@@ -371,12 +389,11 @@ class Sm90Kernel(NamedTuple):
     shared: int
 
     @classmethod
-    def of(cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool) -> "Sm90Kernel":
+    def of(cls, path: str, d: int, n_pos: int, n_neg: int, plain: bool, sides: int) -> "Sm90Kernel":
         atoms = -(-d // 64)
         rows, barriers = QUERY_STAGES * atoms * GROUP_ROWS * ATOM_BYTES, QUERY_STAGES + 1
         if path == "short":
             keys = CLIP_KEYS if max(n_pos, n_neg) <= CLIP_KEYS else BLOCK_KEYS
-            sides = 2 if n_neg else 1
             groups = 3 if sides == 2 and d <= 80 and keys == CLIP_KEYS else 2
             tiles = 2 * sides * atoms * keys * ATOM_BYTES
             shared = tiles + groups * rows + sides * keys * 4 + 8 * (2 + groups * barriers)
@@ -394,7 +411,7 @@ def forward_sm90(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
     scale: float | None = None, path: str | None = None, blocks: int | None = None,
-    joint: Joint | None = None,
+    joint: Joint | None = None, rule: str = "nasa",
 ) -> Tensor:  # fmt: skip
     """O `[b, l, h, d]` as the CUDA back end computes it on sm_90a.
 
@@ -402,20 +419,23 @@ def forward_sm90(
     blocks: Blocks that share the rows of all heads.
     """
     b, l, h, d = q.shape
-    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint)
+    call = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha, scale, joint, rule)
     p = call.params
     n_pos, n_neg = (p.prompt[side].n for side in (POS, NEG))
     path = path or path_of_sm90(d, n_pos, n_neg)
-    how = Sm90Kernel.of(path, d, n_pos, n_neg, is_plain(p))
-    maps = [mapped(call, p.q, q, GROUP_ROWS), mapped(call, p.o, call.o, GROUP_ROWS)]
-    maps.append(mapped(call, p.shared.o, joint.o, GROUP_ROWS) if joint else bytes(MAPPED_BYTES))
+    projected = joint is not None and p.rule == RULES.index("projected")
+    how = Sm90Kernel.of(path, d, n_pos, n_neg, is_plain(p), 2 if n_neg or projected else 1)
+    maps = [mapped(call, p.q.data, q, GROUP_ROWS), mapped(call, p.o, call.o, GROUP_ROWS)]
+    shared = p.shared.o.data
+    maps.append(mapped(call, shared, joint.o, GROUP_ROWS) if joint else bytes(MAPPED_BYTES))
     for tensors, field in (((k_pos, k_neg), "k"), ((v_pos, v_neg), "v")):
         for side in (POS, NEG):
             prompt = p.prompt[side]
             if prompt.n:
-                maps.append(mapped(call, getattr(prompt, field), tensors[side], how.keys))
+                maps.append(mapped(call, getattr(prompt, field).data, tensors[side], how.keys))
             else:
-                maps.append(mapped(call, p.q, q[:1, :, :1].expand_as(q), how.keys, first_row=l))
+                void = q[:1, :, :1].expand_as(q)
+                maps.append(mapped(call, p.q.data, void, how.keys, first_row=l))
     params = b"".join(maps) + bytes(p)
     loaded = kernel(how.file, f"{how.file}_kernel", q.dtype, *how.sizes)
     params = params.ljust(-(-len(params) // 128) * 128, b"\0")
@@ -440,7 +460,7 @@ def backward(
     call.params.alpha = number
     call.params.aligned = is_aligned(grad_o, q, k_pos, v_pos, k_neg, v_neg)
     p = BackwardParams(call=call.params)
-    p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+    p.grad_o = call.matrix(grad_o, "grad_o")
     outputs = {}
     likes = {"q": q, "k_pos": k_pos, "v_pos": v_pos, "k_neg": k_neg, "v_neg": v_neg}
     likes["alpha"] = torch.empty(b, l, h)
@@ -492,7 +512,7 @@ class JointBackward:
         call.params.alpha = 0.0
         call.params.aligned = is_aligned(grad_o, *tensors, *others)
         p = BackwardParams()
-        p.grad_o, p.grad_strides[:] = call.memory.upload(grad_o, "grad_o"), grad_o.stride()[:3]
+        p.grad_o = call.matrix(grad_o, "grad_o")
         return call, p
 
     def statistics(
@@ -566,7 +586,9 @@ def joint_backward_operators() -> JointBackward:
 # ---- the accuracy rule ---------------------------------------------------------------------------
 
 
-def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, scale=None) -> Tensor:
+def eager(
+    q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, scale=None, rule="nasa"
+) -> Tensor:
     """Algorithm 1 in PyTorch, in the dtype of the inputs: each step of it rounds."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -580,7 +602,8 @@ def eager(q, k_pos, v_pos, k_neg, v_neg, alpha, mask_pos=None, mask_neg=None, sc
         return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
 
     weight = alpha[..., None].to(q.dtype) if isinstance(alpha, Tensor) else alpha
-    return attend(k_pos, v_pos, mask_pos) - weight * attend(k_neg, v_neg, mask_neg)
+    z_pos, z_neg = attend(k_pos, v_pos, mask_pos), attend(k_neg, v_neg, mask_neg)
+    return project(z_pos, z_neg, weight) if rule == "projected" else z_pos - weight * z_neg
 
 
 def assert_as_accurate_as_eager(actual: Tensor, exact: Tensor, low: Tensor) -> None:

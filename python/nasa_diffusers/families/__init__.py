@@ -3,32 +3,68 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
+from nasa_diffusers.families.cog import CogVideoX, CogView4
+from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
-from nasa_diffusers.families.pixart import PixArt
-from nasa_diffusers.families.sana import Sana
+from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.krea2 import Krea2
+from nasa_diffusers.families.ltx import LTXVideo
+from nasa_diffusers.families.ltx2 import LTX2
+from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
+from nasa_diffusers.families.qwen import QwenImage
+from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
-from nasa_diffusers.families.unet import UNet
+from nasa_diffusers.families.unet import AnimateDiff, UNet
+from nasa_diffusers.families.unsupported import REASONS
 from nasa_diffusers.families.wan import Wan
+from nasa_diffusers.families.wan_like import AnyFlow, ChronoEdit, Helios, WanAnimate
+from nasa_diffusers.families.z_image import ZImage
 
 FAMILIES: tuple[Family, ...] = (
     UNet(),
+    AnimateDiff(),
     PixArt(),
+    Allegro(),
+    Latte(),
     Sana(),
+    SanaVideo(),
+    LTXVideo(),
+    Cosmos(),
     Wan(),
+    WanAnimate(),
+    ChronoEdit(),
+    AnyFlow(),
+    Helios(),
     SkyReels(),
     Flux(),
     StableDiffusion3(),
+    QwenImage(),
+    ZImage(),
+    Flux2(),
+    Krea2(),
+    LTX2(),
+    CogVideoX(),
+    CogView4(),
 )
 
 
 def family_of(denoiser: nn.Module) -> Family:
     """The family of a denoiser, by its class or a base class of it."""
-    names = {cls.__name__ for cls in type(denoiser).__mro__}
-    for family in FAMILIES:
-        if names & set(family.denoisers):
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.denoisers)
+    for cls in type(denoiser).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.denoisers:
+                return family
+        if cls.__name__ in REASONS:
+            # though a family may know what it is made from
+            break
     raise ValueError(
-        f"enable_nasa: no family knows the denoiser {type(denoiser).__name__}; known are {known}"
+        f"enable_nasa: {not_known(type(denoiser).__name__)}; run it without NASA, "
+        "`python -m nasa_diffusers pipelines` lists what is supported"
     )
+
+
+def not_known(denoiser: str) -> str:
+    """What is said of a class of denoisers that no family knows."""
+    reason = f": {REASONS[denoiser]}" if denoiser in REASONS else ""
+    return f"no family knows the denoiser {denoiser}{reason}"

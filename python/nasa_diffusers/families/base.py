@@ -7,7 +7,7 @@ layers are its text cross-attention, and how such a layer makes Q, K and V.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusers.models import attention_processor as stock
@@ -19,6 +19,7 @@ from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.layer import CrossAttentionHook, Hook, TextHook
+from nasa_diffusers.prompts import KeysValues
 
 # duck-typed: diffusers' attention classes and denoisers share names, not a base class
 Layer = Any
@@ -35,6 +36,10 @@ class ImageTokens:
         """As the family says."""
         return self.family.grids(self.denoiser, sample, inputs)
 
+    def padding(self, sample: Tensor, inputs: dict[str, Any]) -> int:
+        """How many tokens follow those of a grid, which a map over the image leaves alone."""
+        return 0
+
     def targets(self, inputs: dict[str, Any]) -> Targets | None:
         """Where reference images stand beside the image that is made: its tokens. The same object
         for the same inputs."""
@@ -48,8 +53,14 @@ class Family:
     denoisers: tuple[str, ...]  # class names
     # of NASA, the default first
     rules: tuple[str, ...] = ("nasa",)
+    # why the installed diffusers cannot be guided, where it is too old
+    missing = ""
     # text and image share one attention
     is_joint = False
+    # negative prompts travel beside the text of a call, not in its place
+    is_beside = False
+    # the argument of the denoiser that holds the text
+    text_argument = "encoder_hidden_states"
     # attributes of the denoiser: modules whose first argument is the text
     text_modules: tuple[str, ...] = ()
     # options of the pipeline's `encode_prompt` that a call of the pipeline can bring
@@ -149,6 +160,40 @@ class Family:
         `is_guided`, the negative prompts are carried and change nothing."""
         return {"encoder_hidden_states": guided_text}
 
+    def images_beside(
+        self, denoiser: Denoiser, inputs: dict[str, Any]
+    ) -> tuple[Any, nn.Module | None] | None:
+        """The images whose tokens go beside the text in a call, and what projects them."""
+        return None
+
+    def plain(self, text: GuidedText) -> Any:
+        """What a layer that is not guided is given in place of `text`."""
+        return text.text
+
+    def read_embeds(self, embeds: Any, mask: Tensor | None) -> tuple[Any, Tensor | None]:
+        """`negative_prompt_embeds` as the pipeline has its own, as `[m, n, c]`, and their mask."""
+        return embeds, mask
+
+    def as_text(self, text: Any) -> Tensor:
+        """The text of a call as `[b, n, c]`."""
+        if isinstance(text, Tensor):
+            return text
+        why = "a deprecated IP-Adapter call passes images there, use ip_adapter_image_embeds"
+        if text is None:
+            why = "this denoiser is called without a text, so there is no prompt to guide"
+        raise ValueError(
+            f"nasa_diffusers: {self.text_argument} must be one tensor [b, n, c], got "
+            f"{type(text).__name__}; {why}"
+        )
+
+    def channels(self, text: Tensor, inputs: dict[str, Any]) -> int:
+        """Of a negative prompt that fits a call with this text, `[b, n, c]`."""
+        return text.shape[2]
+
+    def as_sample(self, sample: Any) -> Tensor:
+        """The latents of a call, `[b, ...]`."""
+        return sample
+
     def keeps_text(self, denoiser: Denoiser) -> bool:
         """Whether a cache on this denoiser keeps text from call to call, so that its length must
         stay: then the negative prompts are carried in every step, guided or not."""
@@ -210,6 +255,10 @@ class Family:
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
         return (attn.norm_k(k) if _has_norms(attn) else k), v
 
+    def keys_values_beside(self, attn: Layer, text: GuidedText) -> KeysValues:
+        """K and V of the image tokens that go beside a text."""
+        raise NotImplementedError
+
     def output(self, attn: Layer, o: Tensor) -> Tensor:
         """`[b, l, h * d]` through the output projection and its dropout."""
         return attn.to_out[1](attn.to_out[0](o))
@@ -236,10 +285,27 @@ def _uses_fused_projection(attn: Layer) -> bool:
     return attn.fused_projections and hasattr(attn, "to_kv")
 
 
+def nonzero_tokens(embeds: Tensor) -> Tensor | None:
+    """`[m, n]`: True up to the last token that is not zeros, and always for the first; None where
+    all are."""
+    if embeds.is_meta:
+        return None
+    mask = (embeds != 0).any(2).flip(1).long().cumsum(1).flip(1) > 0
+    mask[:, 0] = True
+    return None if mask.all() else mask
+
+
 def token_grid(sample: Tensor, patch: int) -> Grid:
     """The one grid of a transformer over `[b, c, height, width]` latents."""
     height, width = sample.shape[-2:]
     return 1, height // patch, width // patch
+
+
+def video_grid(sample: Tensor, patches: Sequence[int]) -> Grid:
+    """The one grid of a transformer over `[b, c, frames, height, width]` latents."""
+    size = zip(sample.shape[-3:], patches, strict=True)
+    frames, height, width = (latents // patch for latents, patch in size)
+    return frames, height, width
 
 
 def config(denoiser: Denoiser, name: str):

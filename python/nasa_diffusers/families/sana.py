@@ -1,4 +1,4 @@
-"""Sana and Sana-Sprint: Gemma text, masked, projected and normalised before the blocks.
+"""Sana, Sana-Sprint and Sana-Video: Gemma text, masked, projected and normalised before the blocks.
 
 Self-attention is linear there and stays as it is; `attn2` is ordinary cross-attention whose
 optional query and key norms act before the heads are split.
@@ -6,7 +6,13 @@ optional query and key norms act before the heads are split.
 
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 
-from nasa_diffusers.families.base import Family, project_keys_values, token_grid
+from nasa_diffusers.families.base import (
+    Family,
+    project_keys_values,
+    token_grid,
+    video_grid,
+)
+from nasa_diffusers.families.versions import stock_class
 
 
 class Sana(Family):
@@ -21,7 +27,7 @@ class Sana(Family):
         "complex_human_instruction",
     )
     masks_text = True
-    processors = (SanaAttnProcessor2_0,)
+    processors: tuple[type, ...] = (SanaAttnProcessor2_0,)
 
     def default_alpha(self, denoiser) -> float:
         """The paper has none: PixArt's, the model whose text path Sana's is built on."""
@@ -41,6 +47,15 @@ class Sana(Family):
     def keys_values(self, attn, text):
         k, v = project_keys_values(attn, text)
         return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
+
+
+class SanaVideo(Sana):
+    name = "Sana-Video"
+    denoisers = ("SanaVideoTransformer3DModel",)
+    processors = (stock_class("transformer_sana_video", "SanaAttnProcessor2_0"),)
+
+    def grids(self, denoiser, sample, inputs):
+        return (video_grid(sample, denoiser.config.patch_size),)
 
 
 def norm_then_heads(attn, norm, x):

@@ -1,4 +1,4 @@
-"""SkyReels-V2, text to video: Wan's text path under diffusion forcing.
+"""SkyReels-V2, to video from text, images or videos: Wan's text path under diffusion forcing.
 
 Frames are denoised in blocks that see only themselves and what came before; long videos are
 made piece by piece. The text is the same in every piece, so its keys and values are kept for all.
@@ -21,10 +21,9 @@ class SkyReels(Wan):
     )
     attention = ATTENTION or nn.Module
 
+    missing = "" if ATTENTION else "SkyReels-V2 is supported from diffusers 0.36 on"
+
     def check(self, denoiser):
-        if ATTENTION is None:
-            raise ValueError(
-                "enable_nasa: SkyReels-V2 is supported from diffusers 0.36 on; "
-                "pip install -U diffusers"
-            )
+        if self.missing:
+            raise ValueError(f"enable_nasa: {self.missing}; pip install -U diffusers")
         super().check(denoiser)

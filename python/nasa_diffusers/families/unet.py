@@ -1,13 +1,19 @@
-"""Stable Diffusion 1.5 and 2.1, and SDXL: every UNet2DConditionModel fed by CLIP text.
+"""Stable Diffusion 1.5 and 2.1, SDXL and Kolors, and AnimateDiff's UNet over their frames.
 
-Text reaches the `attn2` layers as it is. SDXL's pooled embedding stays the positive one: NASA
-acts on cross-attention only.
+CLIP text reaches the `attn2` layers as it is, Kolors's after one projection. SDXL's pooled
+embedding stays the positive one: NASA acts on cross-attention only.
 """
 
 from diffusers.models import attention_processor as stock
 
 from nasa_diffusers.encoding import takes
 from nasa_diffusers.families.base import Family, config
+from nasa_diffusers.layer import TextHook
+
+MIXES_TEXT = (
+    "this UNet mixes its text tokens before the blocks, so a negative prompt cannot travel beside "
+    "them; supported are the UNets of Stable Diffusion 1.5, 2.1, SDXL and Kolors"
+)
 
 
 class UNet(Family):
@@ -43,18 +49,21 @@ class UNet(Family):
             grids.append((1, height, width))
         return tuple(grids)
 
+    def text_hooks(self, denoiser, cache):
+        if config(denoiser, "encoder_hid_dim_type") == "text_proj":
+            projection = denoiser.encoder_hid_proj
+        else:
+            # its place where there is an IP-Adapter
+            projection = getattr(denoiser, "text_encoder_hid_proj", None)
+        return [] if projection is None else [(projection, TextHook(cache))]
+
     def check(self, denoiser):
-        mixes_text = (
-            config(denoiser, "encoder_hid_dim_type") not in (None, "ip_image_proj")
-            or config(denoiser, "addition_embed_type") not in (None, "text_time")
-            or getattr(denoiser, "text_encoder_hid_proj", None) is not None
-        )
+        of_text = (None, "text_proj", "ip_image_proj")
+        mixes_text = config(denoiser, "encoder_hid_dim_type") not in of_text or config(
+            denoiser, "addition_embed_type"
+        ) not in (None, "text_time")
         if mixes_text:
-            raise ValueError(
-                "enable_nasa: this UNet mixes its text tokens before the blocks, so a negative "
-                "prompt cannot travel beside them; supported are the UNets of Stable Diffusion "
-                "1.5, 2.1 and SDXL"
-            )
+            raise ValueError(f"enable_nasa: {MIXES_TEXT}")
         for name, module in denoiser.named_modules():
             is_text_layer = isinstance(module, stock.Attention) and module.is_cross_attention
             if is_text_layer and not name.endswith(".attn2"):
@@ -62,3 +71,19 @@ class UNet(Family):
                     f"enable_nasa: layer {name!r} of this UNet attends to the text as well, which "
                     "those of Stable Diffusion 1.5, 2.1 and SDXL do not; it is not supported"
                 )
+
+
+class AnimateDiff(UNet):
+    """The frames of a video are images, each with the text; motion modules attend over time."""
+
+    name = "AnimateDiff"
+    denoisers = ("UNetMotionModel",)
+
+    def layers(self, denoiser):
+        for name, module in super().layers(denoiser):
+            if ".motion_modules." not in name:
+                yield name, module
+
+    def grids(self, denoiser, sample, inputs):
+        # [b, c, frames, height, width], and the frames are rows
+        return super().grids(denoiser, sample[:, :, 0], inputs)

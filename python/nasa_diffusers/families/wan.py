@@ -1,22 +1,33 @@
-"""Wan 2.1 and 2.2, text to video: UMT5 text, zero-padded and not masked.
+"""Wan 2.1 and 2.2, to video from text, images or videos: UMT5 text, zero-padded and not masked.
 
 Classifier-free guidance is two calls a step; the one with the pipeline's own negative prompt is
 left alone. Wan 2.2 has two transformers, for early and for late steps: both are guided.
+
+Image to video of Wan 2.1 puts the tokens of an image encoder before the text, and each layer adds
+its attention to them. They are not guided: they travel beside the text to the layers.
 """
 
+from dataclasses import replace
+
+import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 
 from nasa_diffusers.cache import folded_length
-from nasa_diffusers.chain import check_own_forward
-from nasa_diffusers.families.base import Family, config, project_keys_values
+from nasa_diffusers.families.base import config, nonzero_tokens, video_grid
+from nasa_diffusers.families.dispatched import Dispatched
 from nasa_diffusers.families.sana import norm_then_heads
 from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.layer import TextHook
+from nasa_diffusers.prompts import KeysValues
+
+# the tokens of the text where images stand before it: the layers take all others for images
+TEXT_BESIDE_IMAGES = 512
 
 
-class Wan(Family):
+class Wan(Dispatched):
     name = "Wan"
-    denoisers = ("WanTransformer3DModel",)
+    # VACE has control blocks as well, whose layers attend to the same text
+    denoisers: tuple[str, ...] = ("WanTransformer3DModel", "WanVACETransformer3DModel")
     doubles_batch = False
     text_parts = ("text_encoder", "tokenizer")
     text_options = ("max_sequence_length",)
@@ -33,17 +44,10 @@ class Wan(Family):
 
     def own_tokens(self, embeds):
         """All but the zeros at the end: the pipelines pad with them what the encoder made."""
-        if embeds.is_meta:
-            return None
-        # [m, n]: True up to the last token that is not zeros, and always for the first
-        mask = (embeds != 0).any(2).flip(1).long().cumsum(1).flip(1) > 0
-        mask[:, 0] = True
-        return None if mask.all() else mask
+        return nonzero_tokens(embeds)
 
     def grids(self, denoiser, sample, inputs):
-        size = zip(sample.shape[-3:], denoiser.config.patch_size, strict=True)
-        frames, height, width = (tokens // patch for tokens, patch in size)
-        return ((frames, height, width),)
+        return (video_grid(sample, denoiser.config.patch_size),)
 
     def folded_length(self, text):
         """Padding is zeros here, and attended to: hundreds of equal keys that are one."""
@@ -52,51 +56,69 @@ class Wan(Family):
     def text_hooks(self, denoiser, cache):
         return [(denoiser.condition_embedder, WanTextHook(cache))]
 
-    def layers(self, denoiser):
-        for name, module in denoiser.named_modules():
-            if name.endswith(".attn2") and isinstance(module, self.attention):
-                yield name, module
+    def plain(self, text):
+        if text.beside is None:
+            return text.text
+        return torch.cat([text.beside, text.text], dim=1)
 
     def check(self, denoiser):
-        if denoiser.condition_embedder.image_embedder is not None:
+        embedder = getattr(denoiser.condition_embedder, "image_embedder", None)
+        if embedder is None:
+            return
+        if any(getattr(attn, "add_k_proj", None) is None for _, attn in self.layers(denoiser)):
             raise ValueError(
-                f"enable_nasa: this {type(denoiser).__name__} has an image encoder's tokens beside "
-                f"the text (image_dim={config(denoiser, 'image_dim')} in its config), which is not "
-                "supported; the image-to-video models of Wan 2.2, which have none, are"
+                f"enable_nasa: the image tokens of this {type(denoiser).__name__} (image_dim="
+                f"{config(denoiser, 'image_dim')} without added_kv_proj_dim in its config) are "
+                "among the keys of the text, which is not supported; the image-to-video models of "
+                "Wan, whose layers have keys of their own for them, are"
             )
 
-    def check_layer(self, name, attn):
-        check_own_forward(name, attn)
-        if attn.add_k_proj is not None:
-            raise ValueError(
-                f"enable_nasa: layer {name!r} attends to an image encoder's tokens besides the "
-                "text, which is not supported; leave it out with layers=..."
-            )
-        if getattr(attn.processor, "_parallel_config", None) is not None:
-            raise ValueError(
-                "enable_nasa: context parallelism is on for this transformer, and NASA does not "
-                "split its attention; load the model without enable_parallelism"
-            )
+    def images_beside(self, denoiser, inputs):
+        images = inputs.get("encoder_hidden_states_image")
+        return None if images is None else ([images], denoiser.condition_embedder.image_embedder)
 
-    def projections(self, attn):
-        return attn.to_k, attn.to_v, getattr(attn, "to_kv", None), attn.norm_k
+    def keys_values_beside(self, attn, text):
+        def project():
+            if attn.fused_projections:
+                k, v = attn.to_added_kv(text.beside).chunk(2, dim=-1)
+            else:
+                k, v = attn.add_k_proj(text.beside), attn.add_v_proj(text.beside)
+            k = norm_then_heads(attn, attn.norm_added_k, k)
+            return [(k, v.unflatten(2, (attn.heads, -1)))]
 
-    def queries(self, attn, hidden_states):
-        return norm_then_heads(attn, attn.norm_q, attn.to_q(hidden_states))
-
-    def keys_values(self, attn, text):
-        k, v = project_keys_values(attn, text)
-        return norm_then_heads(attn, attn.norm_k, k), v.unflatten(2, (attn.heads, -1))
+        seen = text.images
+        if seen is None or torch.compiler.is_compiling():
+            return KeysValues(*project()[0])
+        fused = getattr(attn, "to_added_kv", None)
+        modules = attn.add_k_proj, attn.add_v_proj, fused, attn.norm_added_k
+        made, _ = seen.cache.through(attn, modules, seen.made_by, seen.prompts, project)
+        return KeysValues(*made[0])
 
 
 class WanTextHook(TextHook):
-    """The condition embedder takes timestep and text together: only the text is doubled."""
+    """The condition embedder takes timesteps, text and images together: only the text is doubled,
+    and the images go with it."""
 
-    def new_forward(self, module, timestep, text, *args, **kwargs):  # type: ignore[override]
-        if not isinstance(text, GuidedText):
-            return self.stock(timestep, text, *args, **kwargs)
-        temb, timestep_proj, projected, images = self.stock(timestep, text.text, *args, **kwargs)
-        return temb, timestep_proj, self.project(module, text, projected), images
+    def new_forward(self, module, *args, **kwargs):
+        guided = next((x for x in args if isinstance(x, GuidedText)), None)
+        if guided is None:
+            return self.stock(*args, **kwargs)
+        args = tuple(guided.text if x is guided else x for x in args)
+        # where there is an image encoder, its tokens come last
+        temb, timestep_proj, projected, *images = self.stock(*args, **kwargs)
+        if projected is guided.text:
+            # asked for the embedding of a timestep only
+            return temb, timestep_proj, guided, *images
+        text = self.project(module, guided, projected)
+        if not images or images[0] is None:
+            return temb, timestep_proj, text, *images
+        if projected.shape[1] != TEXT_BESIDE_IMAGES:
+            raise ValueError(
+                f"nasa_diffusers: beside images the text of this model must have "
+                f"{TEXT_BESIDE_IMAGES} tokens, got {projected.shape[1]}: its layers take all "
+                "others for images; call with max_sequence_length=512"
+            )
+        return temb, timestep_proj, replace(text, beside=images[0]), None
 
     def project(self, module, text, positive=None):
         """`positive` is the positive text, where the module has projected it already."""

@@ -89,7 +89,8 @@ class NAG(Method):
         return nag_joint_attention(
             streams.first_queries(), k_image, v_image, k_pos, v_pos, k_neg, v_neg,
             **self._settings(), nag_alpha=term.alpha.at(streams.image_tokens),
-            text_queries=streams.text_queries(0), mask_neg=term.mask, backend=streams.backend,
+            text_queries=streams.text_queries(0), mask_pos=streams.mask_pos, mask_neg=term.mask,
+            backend=streams.backend,
         )  # fmt: skip
 
     def _settings(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class ProjectedNASA(Method):
         return projected_joint_attention(
             streams.q if streams.with_text else q_image, k_image, v_image, k_pos, v_pos,
             [Negative(k, v, x.alpha.at(streams.image_tokens), x.mask) for k, v, x in prompts],
-            text_queries=streams.lengths if streams.with_text else None, backend=streams.backend,
+            text_queries=streams.lengths if streams.with_text else None,
+            mask_pos=streams.mask_pos, backend=streams.backend,
         )  # fmt: skip
 
     def attends_image_twice(self, streams):

@@ -90,4 +90,4 @@ def score(pairs: Path, clip: Clip, scorer: Clip | None = None) -> dict[str, Any]
 
 def write(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

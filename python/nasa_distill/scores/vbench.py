@@ -111,7 +111,7 @@ def score(folder: Path, python: Path) -> dict[str, Any]:
                 + "".join(tail).rstrip()
             )
         rows, means = read(Path(out, f"{NAME}_eval_results.json"), videos)
-        versions = json.loads(Path(out, VERSIONS).read_text())
+        versions = json.loads(Path(out, VERSIONS).read_text(encoding="utf-8"))
     return {"videos": len(rows), **means, "versions": versions, "rows": rows}
 
 
@@ -125,7 +125,7 @@ def read(path: Path, videos: list[Path]) -> tuple[list[dict[str, Any]], dict[str
     means: dict[str, float] = {}
     for dimension, top in DIMENSIONS.items():
         try:
-            mean, scored = json.loads(path.read_text())[dimension]
+            mean, scored = json.loads(path.read_text(encoding="utf-8"))[dimension]
             pairs = [(Path(x["video_path"]).name, float(x["video_results"]) / top) for x in scored]
             mean = float(mean)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -75,18 +75,18 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
-            for line in path.read_text(errors="replace").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
                     if _step(json.loads(line), path) <= step:
                         kept.append(line)
         # beside it first: a full disk leaves what there was
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         partial.replace(path)
         self.path = path
 
     def write(self, step: int, **values: Any) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

@@ -189,7 +189,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Model:
 def absent(path: Path) -> dict[str, None]:
     """Parts that were saved as absent, as SD3's T5: loading needs a None for each of them."""
     index = path / "model_index.json"
-    parts = json.loads(index.read_text()) if index.exists() else {}
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     return {name: None for name, kind in parts.items() if kind == [None, None]}
 
 

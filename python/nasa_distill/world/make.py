@@ -166,5 +166,9 @@ def write_prompts(out: Path, count: int = 4000, seed: int = 0) -> None:
     captions = [draw_caption(scene, rng) for scene in drawn]
     values = [value for name in RATES for value in RATES[name]]
     pairs = [f"{a}, {b}" for a in values for b in values if a != b]
-    (out / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions))
-    (out / "negatives.txt").write_text("".join(f"{text}\n" for text in [*values, *pairs]))
+    (out / "prompts.txt").write_text(
+        "".join(f"{caption}\n" for caption in captions), encoding="utf-8"
+    )
+    (out / "negatives.txt").write_text(
+        "".join(f"{text}\n" for text in [*values, *pairs]), encoding="utf-8"
+    )

@@ -76,8 +76,12 @@ def make_tokenizer() -> CLIPTokenizer:
     merges = list(dict.fromkeys(merges))
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, rules = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        rules.write_text("#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+        vocabulary.write_text(
+            json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8"
+        )
+        rules.write_text(
+            "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
+        )
         return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=MAX_TOKENS)
 
 

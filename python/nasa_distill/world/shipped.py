@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +17,29 @@ from nasa_distill.train.networks import load
 
 LIMIT = 10_000_000  # bytes of safetensors
 FOLDER = Path(__file__).parents[1] / "models" / "few-step"
+# the models in an installation: a package of their own, models/pyproject.toml
+PACKAGE = "nasa_distill_models"
 
 
 def path() -> Path:
     """Folder of the pipeline, of one to four steps, for `StableDiffusionPipeline.from_pretrained`.
 
     Raises:
-        FileNotFoundError: It was left out of the installation.
+        FileNotFoundError: It is not installed.
     """
-    if not (FOLDER / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"shipped.path: {FOLDER} holds no model; install from the repository, or train one: "
-            "python -m nasa_distill world"
-        )
-    return FOLDER
+    package = importlib.util.find_spec(PACKAGE)
+    installed = [Path(folder) / FOLDER.name for folder in _folders(package)]
+    for folder in (FOLDER, *installed):
+        if (folder / "model_index.json").exists():
+            return folder
+    raise FileNotFoundError(
+        "shipped.path: the model is not installed; in a clone, pip install "
+        "./python/nasa_distill/models, or train one: python -m nasa_distill world"
+    )
+
+
+def _folders(package: ModuleSpec | None) -> Iterable[str]:
+    return (package and package.submodule_search_locations) or ()
 
 
 def pack(source: Path, target: Path) -> int:
@@ -65,9 +77,9 @@ def pack(source: Path, target: Path) -> int:
 
 def _forget_folder(config: Path) -> None:
     """diffusers writes where a model was loaded from, which is a folder of this machine."""
-    settings = json.loads(config.read_text())
+    settings = json.loads(config.read_text(encoding="utf-8"))
     if settings.pop("_name_or_path", None) is not None:
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _prefix(path: Path) -> None:

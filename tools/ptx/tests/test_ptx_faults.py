@@ -61,7 +61,7 @@ RUN = {"gemm_sm80": gemm_sm80, "gemm_sm90": gemm_sm90}
 
 
 def text_of(kernel: str) -> str:
-    return (FIXTURES / f"{kernel}.ptx").read_text()
+    return (FIXTURES / f"{kernel}.ptx").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kernel", RUN)
@@ -80,7 +80,7 @@ def test_fresh_ptx_passes(kernel, tmp_path):
     arch, target = ARCHITECTURES[kernel], tmp_path / "out.ptx"
     command = ["nvcc", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-std=c++17", "-ptx", "-o"]
     subprocess.run([*command, str(target), str(FIXTURES / f"{kernel}.cu")], check=True)
-    assert not RUN[kernel](target.read_text(), check_races=True)[0]
+    assert not RUN[kernel](target.read_text(encoding="utf-8"), check_races=True)[0]
 
 
 class Fault(NamedTuple):

@@ -38,7 +38,7 @@ def test_snippets_are_ptx(tmp_path):
         for i, c in enumerate(CASES)
     ]
     source = tmp_path / "snippets.ptx"
-    source.write_text(module(*entries))
+    source.write_text(module(*entries), encoding="utf-8")
     command = [ptxas(), "-arch=sm_90a", "-o", str(tmp_path / "out.cubin"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -107,6 +107,6 @@ def test_endless_loop_is_given_up():
 
 
 def test_the_example_of_the_readme_runs():
-    text = Path(ptx.__file__).with_name("README.md").read_text()
+    text = Path(ptx.__file__).with_name("README.md").read_text(encoding="utf-8")
     (example, _) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(example, {})

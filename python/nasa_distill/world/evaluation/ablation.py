@@ -72,8 +72,8 @@ def run(
                 row = {"variant": name, "seed": seed, "alpha": cell.method.strength}
                 # the seed of training, not that of the evaluation, which is always 0
                 rows.append(results.about | row | {key: shares[key].value for key in COLUMNS})
-    (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "ablation.md").write_text(page(rows))
+    (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / "ablation.md").write_text(page(rows), encoding="utf-8")
     return rows
 
 

@@ -274,8 +274,8 @@ def run(
     for model, number, guidance, name in qualities(steps, teacher is not None):
         seen[name] = Counts()
         for seed in seeds:
-            how = (models[model], number, count, seed, guidance)
-            seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *how))
+            drawn = (models[model], number, count, seed, guidance)
+            seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *drawn))
     jobs = [("student", number, method) for number in steps for method in methods]
     if teacher is not None:
         jobs += [("teacher", TEACHER_STEPS, method) for method in (NONE, CFG[1])]

@@ -197,7 +197,7 @@ prompt's is taken away, and the length is kept. Strength 0 leaves them as they a
 
 def write(found: dict[str, Any], out: Path, page_path: Path | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if page_path is not None:
         page_path.parent.mkdir(parents=True, exist_ok=True)
-        page_path.write_text(page(found))
+        page_path.write_text(page(found), encoding="utf-8")

@@ -27,8 +27,8 @@ class Made:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(json.dumps(about) + "\n")
-        first, *lines = map(json.loads, path.read_text().splitlines())
+            path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         if {name: value for name, value in first.items() if name not in free} != same:
             raise ValueError(
                 f"evaluate.run: {path} holds cells of another run, {first}; this one is {about}. "
@@ -43,7 +43,7 @@ class Made:
             self.known[key] = make(*how)
             if self.path is not None:
                 line = {"cell": key, "counts": [dataclasses.asdict(x) for x in self.known[key]]}
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
         return self.known[key]
 

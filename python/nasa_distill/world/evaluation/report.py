@@ -51,7 +51,9 @@ def write(
 ) -> None:
     """`results.json`, `results.csv` and plots in `out`, and the page if one is named."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(as_json(results), indent=1) + "\n")
+    (out / "results.json").write_text(
+        json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8"
+    )
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
     plot_frontier(results, out / "price.png")
@@ -59,7 +61,8 @@ def write(
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
-            markdown(results, [*(path for path in plots if path), *pictures], page.parent)
+            markdown(results, [*(path for path in plots if path), *pictures], page.parent),
+            encoding="utf-8",
         )
 
 
@@ -86,7 +89,7 @@ def as_json(results: Results) -> dict:
 
 def read(path: Path) -> Results:
     """What `write` wrote as JSON."""
-    given = json.loads(path.read_text())
+    given = json.loads(path.read_text(encoding="utf-8"))
     cells = [
         Cell(
             cell["model"],
@@ -102,7 +105,7 @@ def read(path: Path) -> Results:
 
 
 def write_csv(results: Results, path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         ends = [f"{name} {end}" for name in COLUMNS for end in ("", "low", "high")]
         header = ["model", "steps", "method", "strength", "tau", "alpha", "images"]

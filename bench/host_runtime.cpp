@@ -1,0 +1,111 @@
+// A CUDA runtime that launches nothing, and what torch's CUDA library adds to it: with csrc's own
+// launchers and bindings, on CPU tensors, all that a call costs the host is left, but for the
+// driver's own launch. bench/host.py times it; the target `host` of cmake/cuda.cmake builds it.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct {
+    dim3 grid, block;
+    size_t shared;
+    cudaStream_t stream;
+} configuration;
+
+CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    std::memset(map, 0, sizeof(*map));
+    return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+// ---- the runtime, of a GPU like H200 -------------------------------------------------------------
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+        case cudaDevAttrMultiProcessorCount: *value = 132; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 232448; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 233472; break;
+        default: return cudaErrorInvalidValue;
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
+                                                                   size_t, unsigned) {
+    *blocks = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "an error of a runtime that launches nothing"; }
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+    *function = reinterpret_cast<void*>(&encode);
+    *result = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
+    return cudaSuccess;
+}
+
+// What the compiler calls for <<<>>> and to register kernels
+cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* kernel) {
+    *handle = reinterpret_cast<cudaKernel_t>(const_cast<void*>(kernel));
+    return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+    return cudaSuccess;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+    configuration = {grid, block, shared, stream};
+    return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+    *grid = configuration.grid;
+    *block = configuration.block;
+    *shared = configuration.shared;
+    *static_cast<cudaStream_t*>(stream) = configuration.stream;
+    return cudaSuccess;
+}
+void** __cudaRegisterFatBinary(void*) {
+    static void* handle;
+    return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*,
+                            void*, int*) {}
+char __cudaInitModule(void**) { return 0; }
+
+// ---- torch's, for one device ---------------------------------------------------------------------
+
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+    *stream = nullptr;
+    return 0;
+}
+int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
+    *guard = nullptr;
+    return 0;
+}
+int32_t aoti_torch_delete_device_guard(void*) { return 0; }
+}

@@ -1,0 +1,134 @@
+"""Calls that need no words.
+
+A call like one that was checked before, but for the sizes, goes to its operator at once, where the
+operators check for themselves (`Backend.checks`): at batch 1 the checks of `_checks.py`, which find
+words for what is wrong, would cost the host more than the operator. One that refuses sends the call
+back to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nasa_kernels._checks import Call
+from nasa_kernels.backends import RECORDS
+
+# what an operator raises, or Python before it; not a compiler's errors, nor what stops a program
+REFUSALS = (RuntimeError, ValueError, TypeError)
+_INFINITY = float("inf")
+# of function, back end and rule as they were asked for, and of q's dtype, device and head_dim
+_known: dict[tuple, Known] = {}
+
+
+class Known(NamedTuple):
+    """What the checks found out for calls like this one."""
+
+    operator: Any
+    # the operator's arguments behind the scale
+    rest: tuple
+    backend: str
+    device_type: str
+    scale: float
+
+
+def quick(
+    asked: tuple,
+    q: Tensor,
+    others: tuple[Tensor, ...],
+    mask_pos: Tensor | None,
+    mask_neg: Tensor | None,
+    alpha: float | Tensor,
+    scale: float | None,
+) -> tuple[Known, Tensor | None, float, float] | None:
+    """Whether a call may go to its operator at once, and with which alpha map, alpha and scale.
+    None: check it first.
+
+    Not looked at are shapes and strides, and dtypes and devices of keys and values: the operator
+    refuses what it cannot take. Beside a tensor of no device it would compute nothing, and say so
+    to no one.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        known = _known.get((asked, q.dtype, q.device, q.shape[3]))
+        for x in others:
+            if x.is_meta:
+                return None
+    except (AttributeError, TypeError, IndexError):
+        return None
+    if (
+        known is None
+        or type(q) is not Tensor
+        or torch.is_autocast_enabled(known.device_type)
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    if torch.is_grad_enabled():
+        if q.requires_grad or isinstance(alpha, Tensor) and alpha.requires_grad:
+            return None
+        for x in others:
+            if x.requires_grad:
+                return None
+    if mask_pos is not None and not _is_mask(mask_pos, q):
+        return None
+    if mask_neg is not None and not _is_mask(mask_neg, q):
+        return None
+    if scale is None:
+        scale = known.scale
+    elif type(scale) is not float or not 0 < scale < _INFINITY:
+        return None
+    if type(alpha) is float or type(alpha) is int:
+        if -_INFINITY < alpha < _INFINITY:
+            return known, None, alpha, scale
+    elif type(alpha) is Tensor and alpha.dtype == torch.float32 and alpha.device == q.device:
+        return known, alpha, 0.0, scale
+    return None
+
+
+def _is_mask(mask: Tensor, q: Tensor) -> bool:
+    return (
+        mask.dtype in (torch.bool, torch.float32, q.dtype)
+        and mask.device == q.device
+        and not mask.requires_grad
+    )
+
+
+def remember(asked: tuple, call: Call, operator: Any, rest: tuple = ()) -> None:
+    """A checked call: the next one like it is quick."""
+    q = call.q
+    if (
+        RECORDS[call.backend].checks
+        and not (call.differentiable or call.under_autocast)
+        and not torch.compiler.is_compiling()
+        and type(q) is Tensor
+        and q.device.type != "meta"
+    ):
+        key = (asked, q.dtype, q.device, q.shape[3])
+        _known[key] = Known(operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5)
+
+
+def are_two(text_queries: Any) -> bool:
+    """Whether they are two numbers of queries; whether q has as many, the operators find out."""
+    return (
+        type(text_queries) is tuple
+        and len(text_queries) == 2
+        and type(text_queries[0]) is int
+        and type(text_queries[1]) is int
+    )
+
+
+def like(q: Tensor, *others: Tensor) -> bool:
+    """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
+    v in length: PyTorch's attention is called past its checks."""
+    if q.dim() != 4 or others[0].dim() != 4:
+        return False
+    b, _, h, d = q.shape
+    shape = (b, others[0].shape[1], h, d)
+    for x in others:
+        if x.shape != shape or x.dtype != q.dtype or x.device != q.device or x.stride(3) != 1:
+            return False
+    return q.stride(3) == 1

@@ -1,0 +1,194 @@
+"""LTX-2, 2.3 and 2.5: video and sound, with a text for each.
+
+Gemma's text passes two small transformers outside the denoiser, the connectors, which make one text
+for the video and one for the sound and fill up the padding. A negative prompt passes them, too, and
+goes against both: `layers="*.attn2"` guides the video alone, `"*.audio_attn2"` the sound. From 2.3
+on a block modulates its texts by the time, and a gate, made of the layer's input, multiplies what
+the attention gives.
+
+Classifier-free guidance is one doubled batch. The further calls of spatio-temporal guidance and of
+isolated modalities carry the prompt and are guided as well: what they are compared with is.
+"""
+
+import torch
+from torch import Tensor
+
+from nasa_diffusers import side as stream
+from nasa_diffusers.alpha import Targets
+from nasa_diffusers.chain import check_own_forward
+from nasa_diffusers.encoding import encode_prompt
+from nasa_diffusers.families.base import Family, ImageTokens
+from nasa_diffusers.side import Side
+from nasa_diffusers.side_cross import CrossBlockHook, SideCrossHook
+
+try:
+    from diffusers.models.transformers import transformer_ltx2 as ltx2
+except ImportError:  # before diffusers 0.37
+    PROCESSORS: tuple[type, ...] = ()
+else:
+    PROCESSORS = tuple(ltx2.LTX2Attention._available_processors)
+
+VIDEO, SOUND = "encoder_hidden_states", "audio_encoder_hidden_states"
+
+
+class LTX2Tokens(ImageTokens):
+    """The video that is made comes first; frames and references that are given may follow."""
+
+    def __init__(self, family, denoiser):
+        super().__init__(family, denoiser)
+        self._targets: dict[tuple, Targets] = {}
+
+    def _own(self, inputs):
+        sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+        return None if None in sizes else tuple(sizes)
+
+    def grids(self, sample, inputs):
+        own = self._own(inputs)
+        if own is None:
+            raise ValueError(
+                "nasa_diffusers: alpha is a map over the picture, and this call of the transformer "
+                "does not say num_frames, height and width; give them, or one alpha per video"
+            )
+        return (own,)
+
+    def padding(self, sample, inputs):
+        frames, height, width = self.grids(sample, inputs)[0]
+        return max(sample.shape[1] - frames * height * width, 0)
+
+    def targets(self, inputs):
+        sample, own = inputs["hidden_states"], self._own(inputs)
+        if own is None or sample.is_meta:
+            return None
+        frames, height, width = own
+        key = frames * height * width, sample.shape[1], sample.device
+        if key[0] >= key[1]:
+            return None
+        if key not in self._targets:
+            # another thread may do the same: both make the same
+            are = torch.arange(key[1], device=sample.device) < key[0]
+            self._targets = {key: Targets(are)}
+        return self._targets[key]
+
+
+class LTX2(Family):
+    name = "LTX-2"
+    denoisers = ("LTX2VideoTransformer3DModel",)
+    is_beside = True
+    masks_text = True
+    text_parts = ("text_encoder", "tokenizer", "connectors")
+    text_options = ("max_sequence_length",)
+    text_arguments: tuple[str, ...] = (VIDEO, SOUND)
+    processors = PROCESSORS
+
+    def default_alpha(self, denoiser):
+        """The paper has none for video: PixArt's, the transformer it does name."""
+        return 0.5
+
+    def default_nag(self, denoiser):
+        """Where users of a ComfyUI node for it begin: the published code's for Wan."""
+        return 11.0, 2.5, 0.25
+
+    # ---- text --------------------------------------------------------------------------------
+
+    def encode(self, pipe, prompts, **options):
+        embeds, mask, *_ = encode_prompt(pipe, prompts, options)
+        side = getattr(pipe.tokenizer, "padding_side", "left")
+        video, sound, mask = pipe.connectors(embeds, mask, padding_side=side)
+        return torch.cat([video, sound], dim=2), mask
+
+    def read_embeds(self, embeds, mask):
+        """Two texts as the connectors make them, `(video, sound)`, as one of all their channels."""
+        if not isinstance(embeds, (tuple, list)) or len(embeds) != 2:
+            what = f"{len(embeds)} of them" if isinstance(embeds, (tuple, list)) else "one"
+            raise ValueError(
+                "enable_nasa: LTX-2 has two texts, for video and for sound: negative_prompt_embeds "
+                f"must be both as pipe.connectors makes them, (video, sound), got {what}"
+            )
+        return torch.cat(list(embeds), dim=2), mask
+
+    def channels(self, text, inputs):
+        return text.shape[2] + inputs[SOUND].shape[2]
+
+    def token_limits(self, pipe, tokens, **options):
+        return {"tokenizer": options.get("max_sequence_length", tokens)}
+
+    def begin(self, denoiser, side: Side, inputs) -> dict[str, Tensor]:
+        """The negative prompts as a block takes them, by the argument they go into."""
+        rows, n, _ = inputs[VIDEO].shape
+        side.lengths = [n, *(term.text.shape[1] for term in side.text.terms)]
+        channels = side.text.text.shape[2]
+        texts = torch.cat([term.text.expand(rows, -1, -1) for term in side.text.terms], dim=1)
+        video, sound = texts[..., :channels], texts[..., channels:]
+        if getattr(denoiser, "caption_projection", None) is not None:
+            video, sound = (
+                denoiser.caption_projection(video),
+                denoiser.audio_caption_projection(sound),
+            )
+        side.terms = side.text.terms
+        return {VIDEO: video, SOUND: sound}
+
+    # ---- hooks -------------------------------------------------------------------------------
+
+    def image_tokens(self, denoiser):
+        return LTX2Tokens(self, denoiser)
+
+    def layers(self, denoiser):
+        for i, block in enumerate(denoiser.transformer_blocks):
+            yield f"transformer_blocks.{i}.attn2", block.attn2
+            yield f"transformer_blocks.{i}.audio_attn2", block.audio_attn2
+
+    def layer_hook(self, denoiser, name, cache, guided):
+        return SideCrossHook(name, self, guided)
+
+    def block_hooks(self, denoiser, guided):
+        return [
+            (block, CrossBlockHook(f"transformer_blocks.{i}", block, self, denoiser))
+            for i, block in enumerate(denoiser.transformer_blocks)
+        ]
+
+    def hooked_modules(self, denoiser):
+        blocks = denoiser.transformer_blocks
+        return {
+            name: (blocks[int(name.split(".")[1])], attn) for name, attn in self.layers(denoiser)
+        }
+
+    def carry(self, denoiser, guided_text, inputs, is_guided=True):
+        stream.CALL.side = Side(guided_text, is_guided, {})
+        return {}
+
+    def check_call(self, denoiser, inputs):
+        stream.refuse_checkpointing(denoiser)
+
+    # ---- one layer ---------------------------------------------------------------------------
+
+    def check_layer(self, name, attn):
+        check_own_forward(name, attn)
+        self.check_processor(name, attn)
+
+    def check_processor(self, name, attn):
+        if type(attn.processor) not in self.processors:
+            raise RuntimeError(
+                f"nasa_diffusers: layer {name!r} has the processor "
+                f"{type(attn.processor).__name__}, whose computation NASA does not know and would "
+                f"replace. Restore a stock one, set_attn_processor({self.processors[0].__name__}())"
+            )
+
+    def check_alpha(self, name, side):
+        if name.endswith("audio_attn2") and side.text.terms[0].alpha.region is not None:
+            raise ValueError(
+                f"nasa_diffusers: alpha is a map over the picture, and layer {name!r} hears the "
+                "sound; guide the video alone with layers='*.attn2', or give one alpha per video"
+            )
+
+    def queries(self, attn, hidden_states):
+        return attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+
+    def keys_values(self, attn, text):
+        k, v = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        return k.unflatten(2, (attn.heads, -1)), v.unflatten(2, (attn.heads, -1))
+
+    def finish(self, attn, o, hidden_states):
+        if attn.to_gate_logits is not None:
+            gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            o = (o.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
+        return attn.to_out[1](attn.to_out[0](o))

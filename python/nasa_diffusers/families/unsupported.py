@@ -1,0 +1,69 @@
+"""Denoisers of diffusers that no family knows, and why: what a family of them would need."""
+
+# reasons by the class of the denoiser
+REASONS: dict[str, str] = {}
+
+
+def _because(reason: str, *denoisers: str) -> None:
+    REASONS.update(dict.fromkeys(denoisers, reason))
+
+
+_because(
+    "text and image share its attention and the text changes from block to block, in an order "
+    "and with positions of its own",
+    "AuraFlowTransformer2DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel",
+    "ChromaTransformer2DModel", "CogView3PlusTransformer2DModel",
+    "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
+    "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
+    "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
+    "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
+    "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
+    "MiniMaxH3Transformer3DModel", "MochiTransformer3DModel", "MotifVideoTransformer3DModel",
+    "OvisImageTransformer2DModel", "Flux3Transformer2DModel",
+)  # fmt: skip
+_because(
+    "its text passes blocks that depend on the timestep before it meets the image, so a negative "
+    "prompt would have to pass them in every step",
+    "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
+    "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel",
+    "Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel",
+)  # fmt: skip
+_because(
+    "its text is read once for all steps, in the same attention as the image",
+    "NucleusMoEImageTransformer2DModel", "PRXTransformer2DModel", "QwenImage21Transformer2DModel",
+    "StableCascadeUNet",
+)  # fmt: skip
+_because(
+    "prompt and image are one sequence of a language model",
+    "Cosmos3OmniTransformer", "OmniGenTransformer2DModel",
+)  # fmt: skip
+_because(
+    "it draws an embedding for another model, and does not attend to a text",
+    "PriorTransformer", "WuerstchenPrior",
+)  # fmt: skip
+_because(
+    "two texts are joined inside it under one mask", "HunyuanDiT2DModel",
+)  # fmt: skip
+_because(
+    "keys and values have fewer heads than queries there",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "StableAudioDiTModel",
+)  # fmt: skip
+_because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
+_because(
+    "a layer attends to several texts", "AudioLDM2UNet2DConditionModel", "UniDiffuserModel",
+    "UNetFlatConditionModel",
+)  # fmt: skip
+_because(
+    "its text goes through a module that mixes tokens", "BriaFibo2Transformer2DModel",
+    "Kandinsky3UNet", "WuerstchenDiffNeXt", "I2VGenXLUNet",
+)  # fmt: skip
+_because(
+    "its text layers have other names and projections", "LongCatAudioDiTTransformer",
+    "SanaWMTransformer3DModel",
+)  # fmt: skip
+_because("it keeps keys of earlier chunks inside its layers", "AnyFlowFARTransformer3DModel")
+_because(
+    "its pipelines are deprecated in diffusers", "Transformer2DModel", "UNet3DConditionModel",
+    "UNetControlNetXSModel", "UVit2DModel",
+)  # fmt: skip

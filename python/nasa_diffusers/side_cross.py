@@ -1,0 +1,129 @@
+"""The side stream of text cross-attention: for blocks that calculate with their text before they
+attend to it, or that have several texts.
+
+As in `side.py`, the prompt stays in its argument. Each block's hook appends the negative prompts to
+the block's texts, so that the block modulates them as it does the prompt; the hook on the attention
+takes them apart again. These texts do not change from block to block.
+
+Names: b batch, l queries, n text tokens, m tokens of all negative prompts, h heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nasa_diffusers.chain import as_called
+from nasa_diffusers.layer import Hook, key_mask
+from nasa_diffusers.prompts import KeysValues, Signed
+from nasa_diffusers.side import CALL, Side
+
+
+class CrossMaths(Protocol):
+    """What a family says of its blocks and of their text cross-attention."""
+
+    text_arguments: tuple[str, ...]  # of a block
+
+    def begin(self, denoiser: Any, side: Side, inputs: dict[str, Any]) -> dict[str, Tensor]: ...
+    def check_processor(self, name: str, attn: Any) -> None: ...
+    def check_alpha(self, name: str, side: Side) -> None: ...
+    def queries(self, attn: Any, hidden_states: Tensor) -> Tensor: ...
+    def keys_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]: ...
+    def finish(self, attn: Any, o: Tensor, hidden_states: Tensor) -> Tensor: ...
+
+
+class CrossBlockHook(Hook):
+    """Runs a block with the negative prompts appended to its texts."""
+
+    def __init__(self, name: str, block: nn.Module, family: CrossMaths, denoiser: nn.Module):
+        super().__init__()
+        self.name, self.family, self.denoiser = name, family, denoiser
+        # of the class: another hook may hide the signature of the module's own forward
+        self.parameters = list(inspect.signature(type(block).forward).parameters)[1:]
+
+    def new_forward(self, block: nn.Module, *args, **kwargs) -> Any:
+        side = CALL.side
+        if side is None:
+            return self.stock(*args, **kwargs)
+        inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
+        if not side.texts:
+            side.texts = self.family.begin(self.denoiser, side, inputs)
+        both = {
+            name: torch.cat([inputs[name], side.texts[name]], dim=1)
+            for name in self.family.text_arguments
+        }
+        side.block = self.name
+        args, kwargs = as_called(self.parameters, args, inputs | both)
+        output = self.stock(*args, **kwargs)
+        side.block = None
+        return output
+
+
+class SideCrossHook(Hook):
+    """Guided attention to a text with the negative prompts behind it."""
+
+    def __init__(self, name: str, family: CrossMaths, guided: bool):
+        super().__init__()
+        self.name, self.family, self.guided = name, family, guided
+        self.last_call: CrossCall | None = None
+
+    def new_forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,  # [b, l, c]
+        encoder_hidden_states: Tensor | None = None,  # [b, n + m, c]
+        attention_mask: Tensor | None = None,  # additive [b, 1, n], over the positive text
+        **kwargs,
+    ) -> Tensor:
+        side = CALL.side
+        if side is None or side.block is None or encoder_hidden_states is None:
+            return self.stock(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        if not torch.compiler.is_compiling():
+            side.text.reached.add(self.name)
+        if not (self.guided and side.is_guided):
+            text = encoder_hidden_states[:, : side.lengths[0]]
+            return self.stock(hidden_states, text, attention_mask, **kwargs)
+        self.family.check_processor(self.name, attn)
+        self.family.check_alpha(self.name, side)
+        q = self.family.queries(attn, hidden_states)
+        k, v = self.family.keys_values(attn, encoder_hidden_states)
+        parts = zip(k.split(side.lengths, dim=1), v.split(side.lengths, dim=1), strict=True)
+        pos, *negatives = (KeysValues(*part) for part in parts)
+        if attention_mask is not None:
+            pos = pos._replace(mask=key_mask(self.name, attention_mask, side.lengths[0]))
+        if not torch.compiler.is_compiling():
+            self.last_call = CrossCall(q.shape, side.lengths, encoder_hidden_states.shape[2])
+        signed = [
+            Signed(prompt._replace(mask=term.mask), term.alpha)
+            for prompt, term in zip(negatives, side.terms, strict=True)
+        ]
+        o = side.text.method.cross(q, pos, signed, side.text.backend)
+        return self.family.finish(attn, o.flatten(2), hidden_states)
+
+
+@dataclass(frozen=True)
+class CrossCall:
+    """The sizes of a layer's last call, for the report. FLOPs count a multiply-add as 2."""
+
+    q: torch.Size  # [b, l, h, d]
+    lengths: list[int]  # n_pos, then n_neg of each negative prompt
+    channels: int
+
+    @property
+    def texts(self) -> list[tuple[int, int, int]]:
+        return [(self.q[0], n, self.channels) for n in self.lengths]
+
+    @property
+    def attention_flops(self) -> int:
+        """Q K-^T and P- V-, and to_k and to_v of the negative texts, in every call."""
+        b, queries, h, d = self.q
+        return sum(4 * b * n * h * d * (queries + self.channels) for n in self.lengths[1:])
+
+    @property
+    def projection_flops(self) -> int:
+        """Nothing is kept from call to call: the text may change with the time."""
+        return 0

@@ -1,0 +1,75 @@
+"""The counts of what Triton compiles: that they are what was asked, and that none becomes worse."""
+
+import pytest
+
+from bench import machine_code, statics, triton_statics
+from bench.triton_statics import ARCHES, SIZES
+
+HOPPER = next(gpu for gpu in statics.GPUS if gpu.name == "H100")
+compiles = pytest.mark.skipif(machine_code.tools() is None, reason="no cuobjdump and nvdisasm")
+
+
+def row(shape: str, kernel: str) -> statics.Row:
+    return next(
+        r
+        for r in triton_statics.recorded()
+        if r.gpu == "H100" and r.shape.startswith(shape) and r.kernel == kernel
+    )
+
+
+def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
+    rows = triton_statics.recorded()
+    assert {r.kind for r in rows} == {"model"}
+    # forward, dQ, and dK and dV; of the projected rule forward and dZ
+    assert len(rows) == len(ARCHES) * len(statics.SHAPES) * 5
+    text = triton_statics.PAGE.read_text(encoding="utf-8")
+    version = text.split("from what Triton ")[1].split(" compiles")[0]
+    assert text == triton_statics.page(rows, version)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "most"),
+    [
+        ("sdxl-64", "forward", 850),
+        ("sd15-64", "forward", 910),
+        ("pixart-1024", "forward", 1400),
+        # a block of 64 keys: no product is made by two groups of warps
+        ("wan-1.3b", "forward", 490),
+        ("wan-1.3b", "forward projected", 490),
+        ("sana-1.6b", "forward", 490),
+        ("wan-1.3b", "dK dV", 750),
+    ],
+)
+def test_hoppers_kernels_issue_no_more_than_was_asked(shape, kernel, most):
+    assert row(shape, kernel).cycles["issue"] <= most
+
+
+def test_three_programs_of_the_commonest_layer_share_a_multiprocessor():
+    assert row("sdxl-64", "forward").blocks_per_sm == 3
+    assert row("sdxl-64", "forward projected").blocks_per_sm == 3
+
+
+def test_layers_in_batches_fill_a_gpu():
+    """As far as whole tiles of 64 queries can: 1024 of them on 108 multiprocessors are 0.948."""
+    for r in triton_statics.recorded():
+        if r.kernel == "forward" and r.shape.startswith(
+            ("sdxl", "pixart", "sd15-64", "wan", "flux")
+        ):
+            assert r.grid["4"] >= 0.945 and r.grid["16"] >= 0.95, r
+
+
+def test_the_rows_cover_every_shape():
+    assert {(s.d, s.n_pos) for s in statics.SHAPES} == set(SIZES)
+
+
+@compiles
+def test_no_kernel_became_worse():
+    """Both ways to hold a prompt. Everything has a ceiling of 3 %."""
+    before = {(r.shape, r.kernel): r for r in triton_statics.recorded() if r.gpu == "H100"}
+    found = triton_statics.rows_of(HOPPER, triton_statics.compiled_for(90, ((64, 77), (128, 512))))
+    assert len(found) > 10
+    for now in found:
+        old = before[now.shape, now.kernel]
+        assert now.shared <= old.shared and now.blocks_per_sm >= old.blocks_per_sm, now
+        for pipe, cycles in now.cycles.items():
+            assert cycles <= 1.03 * old.cycles[pipe], f"{now.shape} {now.kernel}: {pipe} {cycles}"

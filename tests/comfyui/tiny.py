@@ -1,0 +1,232 @@
+"""Small models of ComfyUI's own classes with random weights, and calls of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.supported_models as supported
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+
+
+@dataclass
+class Tiny:
+    patcher: Any
+    channels: int  # of the text
+    latent: tuple[int, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def net(self) -> Any:
+        return self.patcher.model.diffusion_model
+
+    def text(self, n: int, seed: int) -> Tensor:
+        return torch.randn(1, n, self.channels, generator=torch.Generator().manual_seed(seed))
+
+    def conditioning(self, text: Tensor) -> list:
+        settings = dict(self.settings)
+        if "attention_mask" in settings:
+            settings["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64)
+        return [[text, settings]]
+
+
+def _patcher(kind: str, config: dict[str, Any]) -> Any:
+    settings = getattr(supported, kind)({**config, "dtype": F32})
+    settings.set_inference_dtype(F32, None)
+    model = settings.get_model({}, "", device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.diffusion_model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() > 1:
+                weight.copy_(noise * 2 / math.sqrt(max(1, weight[0].numel())))
+            else:
+                is_norm = "norm" in name and name.endswith(("weight", "scale"))
+                weight.copy_(noise * 0.05 + float(is_norm))
+        for buffer in model.diffusion_model.buffers():
+            if buffer.is_floating_point() and not torch.isfinite(buffer).all():
+                buffer.zero_()
+    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+
+
+_UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32,
+    "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "num_heads": 4,
+    "num_head_channels": -1, "use_spatial_transformer": True, "legacy": False, "context_dim": 64,
+    "use_linear_in_transformer": False, "use_temporal_attention": False, "adm_in_channels": None,
+}  # fmt: skip
+_SDXL = {
+    **_UNET, "model_channels": 64, "use_linear_in_transformer": True, "num_head_channels": 16,
+    "num_heads": -1, "num_classes": "sequential", "adm_in_channels": 2816,
+    "transformer_depth": [1, 2], "transformer_depth_output": [1, 1, 2, 2],
+    "transformer_depth_middle": 2,
+}  # fmt: skip
+_FLUX = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2,
+    "hidden_size": 128, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
+    "axes_dim": [16, 24, 24], "theta": 10000, "mlp_ratio": 4.0, "qkv_bias": True,
+    "context_in_dim": 64, "vec_in_dim": 32, "guidance_embed": False,
+}  # fmt: skip
+_FLUX2 = {
+    **_FLUX, "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1,
+    "axes_dim": [16, 16, 16, 16], "theta": 2000, "mlp_ratio": 3.0, "qkv_bias": False,
+    "ops_bias": False, "vec_in_dim": None, "global_modulation": True, "mlp_silu_act": True,
+}  # fmt: skip
+_CHROMA = {
+    **_FLUX, "image_model": "chroma", "in_channels": 64, "out_channels": 64, "in_dim": 64,
+    "out_dim": 128, "hidden_dim": 96, "n_layers": 2,
+}  # fmt: skip
+for _name in ("vec_in_dim", "guidance_embed"):
+    del _CHROMA[_name]
+_QWEN = {
+    "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2,
+    "attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 64,
+    "axes_dims_rope": (16, 24, 24),
+}  # fmt: skip
+_SD3 = {
+    "in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None,
+    "adm_in_channels": 32, "num_patches": 576, "pos_embed_max_size": 24,
+    "pos_embed_scaling_factor": None, "qk_norm": "rms", "x_block_self_attn_layers": [0],
+    "context_embedder_config": {
+        "target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128},
+    },
+}  # fmt: skip
+_WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 128, "ffn_dim": 256, "num_heads": 2,
+    "num_layers": 3, "patch_size": (1, 2, 2), "freq_dim": 64, "in_dim": 16, "out_dim": 16,
+    "text_dim": 64, "text_len": 512, "window_size": (-1, -1), "qk_norm": True,
+    "cross_attn_norm": True, "eps": 1e-6,
+}  # fmt: skip
+_LTXV = {
+    "image_model": "ltxv", "in_channels": 16, "cross_attention_dim": 128,
+    "attention_head_dim": 64, "num_attention_heads": 2, "caption_channels": 64, "num_layers": 2,
+}  # fmt: skip
+_PIXART = {
+    "image_model": "pixart_alpha", "num_heads": 2, "depth": 2, "hidden_size": 128,
+    "input_size": 512, "patch_size": 2, "in_channels": 4, "caption_channels": 64,
+    "model_max_length": 20, "pe_interpolation": 1.0, "micro_condition": False,
+}  # fmt: skip
+_HUNYUAN = {
+    "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2],
+    "context_in_dim": 64, "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2,
+    "depth_single_blocks": 2, "axes_dim": [16, 24, 24], "theta": 256, "qkv_bias": True,
+    "guidance_embed": False, "vec_in_dim": 32, "byt5": False, "meanflow": False,
+    "use_cond_type_embedding": False, "vision_in_dim": None,
+}  # fmt: skip
+_AURA = {
+    "max_seq": 1024, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "n_heads": 2,
+    "dim": 128,
+}  # fmt: skip
+_COSMOS = {
+    "image_model": "cosmos_predict2", "max_img_h": 32, "max_img_w": 32, "max_frames": 8,
+    "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1,
+    "model_channels": 128, "num_blocks": 2, "num_heads": 2, "concat_padding_mask": True,
+    "crossattn_emb_channels": 64, "pos_emb_cls": "rope3d", "pos_emb_learnable": False,
+    "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30, "use_adaln_lora": True,
+    "adaln_lora_dim": 32, "rope_h_extrapolation_ratio": 1.0, "rope_w_extrapolation_ratio": 1.0,
+    "rope_t_extrapolation_ratio": 1.0, "extra_per_block_abs_pos_emb": False,
+    "rope_enable_fps_modulation": False,
+}  # fmt: skip
+_LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128, "n_layers": 2,
+    "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "qk_norm": True, "cap_feat_dim": 64,
+    "axes_dims": [16, 24, 24], "axes_lens": [300, 512, 512], "norm_eps": 1e-5,
+}  # fmt: skip
+
+_POOLED = {"pooled_output": torch.linspace(-1, 1, 32)[None]}
+_SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
+    "sd15": ("SD15", _UNET, (1, 4, 16, 16), {}),
+    "sdxl": ("SDXL", _SDXL, (1, 4, 16, 16), {"pooled_output": torch.linspace(-1, 1, 1280)[None]}),
+    "wan": ("WAN21_T2V", _WAN, (1, 16, 2, 16, 16), {}),
+    "wan-i2v": ("WAN21_I2V", {**_WAN, "model_type": "i2v", "in_dim": 36}, (1, 16, 2, 16, 16), {}),
+    "ltxv": (
+        "LTXV", _LTXV, (1, 16, 2, 8, 8), {"attention_mask": None, "frame_rate": 25},
+    ),
+    "pixart": ("PixArtAlpha", _PIXART, (1, 4, 64, 64), {}),
+    "cosmos": ("CosmosT2IPredict2", _COSMOS, (1, 16, 1, 16, 16), {}),
+    "flux": ("FluxSchnell", _FLUX, (1, 16, 16, 16), _POOLED),
+    "flux2": ("Flux2", _FLUX2, (1, 128, 8, 8), _POOLED),
+    "chroma": ("Chroma", _CHROMA, (1, 16, 16, 16), _POOLED),
+    "qwen": ("QwenImage", _QWEN, (1, 16, 1, 16, 16), {}),
+    "sd3": ("SD3", _SD3, (1, 16, 16, 16), _POOLED),
+    "aura": ("AuraFlow", _AURA, (1, 4, 16, 16), {}),
+    "hunyuan": ("HunyuanVideo", _HUNYUAN, (1, 16, 2, 16, 16), _POOLED),
+    "lumina2": ("Lumina2", _LUMINA, (1, 16, 16, 16), {}),
+    "zimage": ("Lumina2", {**_LUMINA, "pad_tokens_multiple": 32}, (1, 16, 16, 16), {}),
+}  # fmt: skip
+# what only later trees ask for, and earlier ones do not take
+LATER: dict[str, dict[str, Any]] = {
+    "flux": {"txt_ids_dims": []},
+    "chroma": {"txt_ids_dims": [], "vec_in_dim": None},
+    "flux2": {"txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0},
+    "hunyuan": {"meanflow_sum": False},
+}
+
+
+@cache
+def tiny(name: str) -> Tiny:
+    kind, config, latent, settings = _SHAPES[name]
+    config = {**config, **LATER.get(name, {})}
+    while True:
+        try:
+            patcher = _patcher(kind, config)
+            break
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or config.pop(unknown[1], unknown) is unknown:
+                raise
+    return Tiny(patcher, 64, latent, settings)
+
+
+def noise(model: Tiny, rows: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn((rows, *model.latent[1:]), generator=generator)
+
+
+def predict(
+    model: Tiny, text: Tensor, patcher: Any = None, sigma: float = 0.7, rows: int = 1,
+    patched: bool = True, **options: Any,
+) -> Tensor:  # fmt: skip
+    """One call of the network on the positive text, as a sampler makes it."""
+    patcher = model.patcher if patcher is None else patcher
+    base, x = patcher.model, noise(model, rows)
+    ((_, settings),) = model.conditioning(text)
+    conds = base.extra_conds(
+        **settings, cross_attn=text, noise=x, device=CPU, width=x.shape[3] * 8,
+        height=x.shape[2] * 8,
+    )  # fmt: skip
+    inputs = {
+        key: cond.process_cond(batch_size=rows, area=None).cond for key, cond in conds.items()
+    }
+    given = dict(patcher.model_options["transformer_options"])
+    given = {**given, "wrappers": patcher.wrappers, "cond_or_uncond": [0], **options}
+    if patched:
+        patcher.patch_model()
+    try:
+        with torch.no_grad():
+            return base.apply_model(
+                x, torch.full((rows,), sigma), transformer_options=given, **inputs
+            )
+    finally:
+        if patched:
+            patcher.unpatch_model()
+
+
+def sample(model: Tiny, patcher: Any, positive: Tensor, negative: Tensor, cfg=1.0, steps=2):
+    """Latents of ComfyUI's own sampler."""
+    latent = torch.zeros(model.latent)
+    return comfy.sample.sample(
+        patcher, comfy.sample.prepare_noise(latent, 3), steps, cfg, "euler", "simple",
+        model.conditioning(positive), model.conditioning(negative), latent, disable_pbar=True,
+        seed=3,
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""The small pipelines of families with a side stream, and how each is called."""
+
+import diffusers
+import torch
+from nasa_diffusers import testing_side as testing
+
+# everything off that the pipeline switches on by itself
+DISTILLED = {
+    "guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0,
+    "modality_scale": 1.0, "audio_modality_scale": 1.0,
+}  # fmt: skip
+SMALL = {"height": 32, "width": 48}
+PIPES = {
+    "qwen-image": (testing.qwen_image, SMALL | {"true_cfg_scale": 1.0}),
+    "z-image": (testing.z_image, SMALL | {"guidance_scale": 0.0, "max_sequence_length": 16}),
+    "flux2": (testing.flux2, {"height": 16, "width": 24, "max_sequence_length": 16}),
+    "klein": (testing.klein, {"height": 16, "width": 24, "max_sequence_length": 16}),
+    "krea2": (testing.krea2, SMALL | {"guidance_scale": 0.0, "max_sequence_length": 16}),
+    "cogvideox": (
+        testing.cogvideox,
+        {
+            "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1.0,
+            "max_sequence_length": 16,
+        },
+    ),
+    "cogview4": (testing.cogview4, {"height": 16, "width": 32, "guidance_scale": 1.0}),
+    "ltx2": (
+        testing.ltx2,
+        {
+            "height": 32, "width": 32, "num_frames": 3, "frame_rate": 25.0,
+            "max_sequence_length": 16, **DISTILLED,
+        },
+    ),
+}  # fmt: skip
+# what switches on classifier-free guidance
+CFG = {
+    "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
+    "z-image": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "krea2": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "ltx2": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "cogvideox": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "cogview4": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+}
+NEEDS = {
+    "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
+    "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
+    "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline",
+}  # fmt: skip
+PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
+
+
+def draw(pipe, options, prompt="a cat", *, steps=2, seed=0, **others):
+    """The final latents of each image, `[images, ...]`; of LTX-2 those of video and sound."""
+    prompts = len(prompt) if isinstance(prompt, list) else 1
+    each = next((x for name, x in others.items() if name.startswith("num_") and "_per_" in name), 1)
+    made = pipe(
+        prompt=prompt, num_inference_steps=steps, output_type="latent", return_dict=False,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(prompts * each)],
+        **options | others,
+    )  # fmt: skip
+    return torch.cat([x.flatten(1) for x in made], 1)

@@ -1,0 +1,92 @@
+"""Launches that are remembered: what comes again is neither planned nor bound, all else is."""
+
+import pytest
+import torch
+
+from nasa_kernels._triton import launch as launching
+
+
+class Compiled:
+    """What Triton gives back for a launch that it compiled; launches of it are written down."""
+
+    def __init__(self, made: list):
+        self.made = made
+
+    def __getitem__(self, grid):
+        return lambda *args: self.made.append((grid, args))
+
+
+class Kernel:
+    arg_names = ("X", "stride", "factor", "WIDE", "CUT")
+
+    def __init__(self):
+        self.bound, self.made = 0, []
+
+    def __getitem__(self, grid):
+        def bind(*args, **options):
+            self.bound += 1
+            self.made.append((grid, args))
+            return Compiled(self.made)
+
+        return bind
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(launching, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launching, "_ready", {})
+    return Kernel()
+
+
+def launch_on(kernel, x, setting=0, factor=0.5):
+    def plan(x, setting):
+        # the constants in another order than the kernel's
+        constants = {"CUT": (64, 16), "WIDE": x.shape[0] + setting}
+        return launching.Launch(kernel, (x.shape[0],), (x.stride(0),), constants, {"num_warps": 4})
+
+    # one plan for all of a test
+    plan = kernel.__dict__.setdefault("plan", plan)
+    launching.launch(plan, (x,), (setting,), (x,), (factor,))
+
+
+def test_a_launch_that_comes_again_is_neither_planned_nor_bound(kernel):
+    x, y = (torch.zeros(4, 8, dtype=torch.bfloat16) for _ in range(2))
+    launch_on(kernel, x)
+    launch_on(kernel, y, factor=0.25)
+    assert kernel.bound == 1
+    assert kernel.made[0] == ((4,), (x, 8, 0.5))
+    grid, (where, *rest) = kernel.made[1]
+    # other pointers and numbers, and every parameter in the kernel's order
+    assert where is y and grid == (4, 1, 1) and rest == [8, 0.25, 4, (64, 16)]
+
+
+@pytest.mark.parametrize("change", ["shape", "stride", "dtype", "alignment", "setting"])
+def test_what_a_plan_may_look_at_is_another_launch(kernel, change):
+    buffer = torch.zeros(64, dtype=torch.bfloat16)
+    x, setting = buffer[:32].view(4, 8), 0
+    launch_on(kernel, x)
+    if change == "setting":
+        setting = 1
+    else:
+        x = {
+            "shape": buffer[:24].view(3, 8),
+            "stride": buffer.view(4, 16)[:, :8],
+            "dtype": buffer[:32].half().view(4, 8),
+            "alignment": buffer[1:33].view(4, 8),
+        }[change]
+    launch_on(kernel, x, setting)
+    assert kernel.bound == 2
+    launch_on(kernel, x, setting)
+    assert kernel.bound == 2
+
+
+def test_remembered_launches_are_not_without_end(kernel, monkeypatch):
+    monkeypatch.setattr(launching, "_MOST", 3)
+    for n in range(1, 6):
+        launch_on(kernel, torch.zeros(n, 8))
+    assert len(launching._ready) <= 3
+
+
+def test_nothing_is_launched_on_nothing(kernel):
+    launch_on(kernel, torch.zeros(0, 8))
+    assert kernel.made == []
