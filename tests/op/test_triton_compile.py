@@ -1,7 +1,8 @@
 """Every configuration of the Triton kernels, compiled for every generation of GPUs.
 
 With the installed Triton, and for Hopper with the oldest supported one where `make test` put it.
-Ceilings are what the compilers reach today, rounded up: a kernel that starts to spill, or to pad, fails.
+Ceilings are what the compilers reach today, rounded up: a kernel that starts to spill, or to pad,
+fails.
 """
 
 import importlib.metadata
