@@ -26,7 +26,8 @@ class Processor:
         self.tokenizer = side.chat_tokenizer()
 
     def __call__(self, text, images=None, **options):
-        return self.tokenizer(text, **options)
+        made = self.tokenizer(text, **options)
+        return type(made)(dict(made) | {"pixel_values": None, "image_grid_thw": None})
 
 
 def photo(width=48, height=32):
@@ -63,8 +64,8 @@ def qwen_control(**options):
 
 def z_control(channels=4):
     return diffusers.ZImageControlNetModel(
-        control_layers_places=[0, 1], control_in_dim=channels, dim=32, n_refiner_layers=1, n_heads=2,
-        n_kv_heads=2, all_patch_size=(2,), all_f_patch_size=(1,),
+        control_layers_places=[0, 1], control_in_dim=channels, dim=32, n_refiner_layers=1,
+        n_heads=2, n_kv_heads=2, all_patch_size=(2,), all_f_patch_size=(1,),
     )  # fmt: skip
 
 
