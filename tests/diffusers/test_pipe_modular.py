@@ -16,7 +16,7 @@ from nasa_diffusers import enable_nasa, nasa, pipelines, testing
 from nasa_diffusers import testing_side as side
 from PIL import Image
 from seen_calls import check, seen
-from test_side_walk import Processor
+from test_side_walk import Processor, reference
 
 PHOTO = Image.new("RGB", (48, 32), (200, 30, 90))
 SQUARE = PHOTO.resize((32, 32))
@@ -116,7 +116,9 @@ MODULAR = {
         lambda: side.krea2().components, KREA, text(5, 2, 32), False
     ),
     "LTX25ModularPipeline": (
-        lambda: side.ltx2("2.3").components, LTX2, LTX2_TEXT["2.3"], True
+        lambda: side.ltx2("2.3").components,
+        LTX2 | {"reference_conditions": reference("LTX2ReferenceCondition")}, LTX2_TEXT["2.3"],
+        True,
     ),
     "LTX2ModularPipeline": (lambda: side.ltx2().components, LTX2, LTX2_TEXT["2.0"], True),
     "LTXModularPipeline": (
