@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.providers import sdpa
+from bench.attention import sdpa
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 

@@ -23,8 +23,7 @@ from bench.row import Row
 from bench.session import Session
 from bench.timing import Samples
 from nasa_kernels import backends, nag_attention, nasa_attention, nasa_joint_attention
-from nasa_kernels._cuda import joint
-from nasa_kernels._joint.shared import attend_shared
+from nasa_kernels.testing import attend_shared, joint_forward_cuda
 
 LIBRARY = Path(__file__).parents[1] / "build" / "cuda" / "host.so"
 BACKENDS = ("cuda", "triton")
@@ -138,7 +137,7 @@ def _on_the_cpu(backend: str, library: Path) -> Iterator[None]:
     if backend == "cuda":
         torch.ops.load_library(library)
         if not _has_joint:
-            torch.library.impl("nasa_kernels::joint_forward_cuda", "CPU", joint.forward)
+            torch.library.impl("nasa_kernels::joint_forward_cuda", "CPU", joint_forward_cuda)
             _has_joint.append(True)
     else:
         from bench import host_driver

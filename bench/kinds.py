@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench import baselines
+from bench.attention import sdpa
 from bench.work import FORWARD_INSTRUCTIONS, Work, attention_work
 from nasa_kernels import nag_attention, nag_joint_attention, nasa_attention, nasa_joint_attention
 from nasa_kernels.testing import (
@@ -53,13 +53,6 @@ class Kind(NamedTuple):
 
 
 # ---- cross-attention -----------------------------------------------------------------------------
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[b, l, h, d] in and out, as views; a mask [b, n]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def _z(x: Inputs, prompt: str) -> Tensor:

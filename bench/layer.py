@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import baselines, gate, kinds
+from bench.attention import sdpa
 from bench.launches import count_launches, peak_bytes
 from bench.machine import clock_mhz
 from bench.op import ALPHA
-from bench.providers import sdpa
 from bench.roofline import BY_NAME, name_of
 from bench.row import Row
 from bench.session import Session

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import kinds
+from bench.attention import sdpa
 from bench.timing import Around
 from bench.work import Work, attention_work
 from nasa_kernels import backends, nasa_attention
@@ -125,12 +125,6 @@ def _needs_cpu_kernels(case: Case) -> str | None:
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[b, l, h, d] in and out, as views."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def stock(inputs: Inputs, alpha: float) -> Tensor:

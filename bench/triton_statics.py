@@ -22,14 +22,14 @@ from typing import NamedTuple
 from bench import machine_code, statics
 from bench.machine import ROOT
 from bench.statics import BATCHES, GPUS, GROUP_ROWS, SHAPES, Gpu, Row
-from nasa_kernels.testing import Shape
+from nasa_kernels.testing import Shape, triton_grid
 
 PAGE = ROOT / "docs" / "kernels" / "statics-triton.md"
 ROWS = ROOT / "docs" / "kernels" / "statics-triton.json"
 # head_dim and keys of each prompt, of all SHAPES
 SIZES = tuple(sorted({(shape.d, shape.n_pos) for shape in SHAPES}))
 # the GPUs of the page
-ARCHES = {"H100": 90}
+ARCHES = {"A100": 80, "H100": 90}
 PRODUCTS = (*machine_code.PRODUCTS, "UTCHMMA")
 
 
@@ -123,8 +123,6 @@ def rows_of(gpu: Gpu, kernels: list[Compiled]) -> list[Row]:
 
 
 def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
-    from nasa_kernels._triton import grid
-
     path, turns, unit = path_of(kernel)
     resident_keys = len(kernel.loops) == 1 and kernel.kernel == "forward"
     name = {"queries": "dQ", "keys": "dK dV", "row-gradients": "dZ"}.get(kernel.kernel, "forward")
@@ -132,8 +130,12 @@ def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
     # no bytes of memory are counted for a block of keys
     how = statics.Plan(name if resident_keys else "long", (), 0, 0, 0, 0, False)
     pipes = statics.cycles(gpu, how, shape.d, path, turns)
-    multiprocessor = grid.Gpu(gpu.sms, 65536, gpu.shared_per_sm, 2048 if gpu.major != 12 else 1536)
-    resident = grid.resident_programs(multiprocessor, kernel.registers, kernel.shared, kernel.warps)
+    multiprocessor = triton_grid.Gpu(
+        gpu.sms, 65536, gpu.shared_per_sm, 2048 if gpu.major != 12 else 1536
+    )
+    resident = triton_grid.resident_programs(
+        multiprocessor, kernel.registers, kernel.shared, kernel.warps
+    )
     tiles = shape.h * -(-shape.l // kernel.rows)
     efficiency = {}
     for b in BATCHES if kernel.kernel == "forward" else ():

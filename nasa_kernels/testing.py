@@ -14,6 +14,9 @@ from torch import Tensor
 from nasa_kernels import _cpu
 from nasa_kernels._cpu import attention
 from nasa_kernels._cuda import extension
+from nasa_kernels._cuda import joint as cuda_joint
+from nasa_kernels._joint import shared
+from nasa_kernels._triton import grid
 from nasa_kernels.reference import (
     additive_bias,
     combine,
@@ -27,6 +30,10 @@ cpu_composition = attention
 CPU_LIBRARY = _cpu.LIBRARY
 CUDA_LIBRARY = extension.LIBRARY
 why_no_cpu_kernels = _cpu.load
+# the two launches of joint attention on `cuda`, and the grids of Triton's resident kernels
+attend_shared = shared.attend_shared
+joint_forward_cuda = cuda_joint.forward
+triton_grid = grid
 
 
 class Shape(NamedTuple):

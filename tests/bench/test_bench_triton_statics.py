@@ -50,11 +50,12 @@ def test_three_programs_of_the_commonest_layer_share_a_multiprocessor():
 
 
 def test_layers_in_batches_fill_a_gpu():
+    """As far as whole tiles of 64 queries can: 1024 of them on 108 multiprocessors are 0.948."""
     for r in triton_statics.recorded():
         if r.kernel == "forward" and r.shape.startswith(
             ("sdxl", "pixart", "sd15-64", "wan", "flux")
         ):
-            assert r.grid["4"] >= 0.95 and r.grid["16"] >= 0.95, r
+            assert r.grid["4"] >= 0.945 and r.grid["16"] >= 0.95, r
 
 
 def test_the_rows_cover_every_shape():

@@ -197,6 +197,14 @@ def report_of_docs():
     return shipped.FOLDER.parents[3] / "docs" / "distill" / "results.json"
 
 
+def test_without_a_start_there_is_no_picture(tmp_path):
+    results = evaluate.Results([cell("nasa", 0.5, 800)], {"seeds": "7"})
+    with pytest.raises(ValueError, match="evaluate the method none as well"):
+        report.frontier(results)
+    report.write(results, tmp_path)
+    assert not (tmp_path / "price.png").exists()
+
+
 def test_equal_labels_have_equal_colours():
     here = (Share(1, 2), Share(1, 2))
     curves = [plot.Curve(label, [here[0]], [here[1]]) for label in ("a", "b")]

@@ -145,8 +145,12 @@ def test_what_a_quick_call_would_lose_is_checked(backend):
     nasa_attention(**inputs, alpha=0.5, backend=backend)
     alpha = torch.tensor(0.5, device=DEVICE, requires_grad=True)
     for changes in ({"alpha": alpha}, {"v_neg": inputs["v_neg"].clone().requires_grad_()}):
-        o = nasa_attention(**{**inputs, "alpha": 0.5, **changes}, backend=backend)
-        assert o.requires_grad
+        call, (leaf,) = {**inputs, "alpha": 0.5, **changes}, changes.values()
+        found, expected = (
+            torch.autograd.grad(nasa_attention(**call, backend=name).sum(), leaf)[0]
+            for name in (backend, "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert not nasa_attention(**inputs, alpha=alpha, backend=backend).requires_grad
     with torch.autocast(DEVICE.type, torch.bfloat16):

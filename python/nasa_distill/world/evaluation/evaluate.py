@@ -283,8 +283,8 @@ def run(
     # seed by seed: what was stopped early has all methods
     for seed, cell in tqdm([(seed, cell) for seed in seeds for cell in cells], "cells"):
         key = f"{cell.model}, {cell.steps} steps, {cell.method}, seed {seed}"
-        how = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
-        cell.add(seed, made.through(key, pair_by_pair, *how))
+        asked = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
+        cell.add(seed, made.through(key, pair_by_pair, *asked))
     return Results(cells, about, seen)
 
 

@@ -56,8 +56,9 @@ def write(
     )
     write_csv(results, out / "results.csv")
     plots = [plot_sweep(results, steps, out) for steps in student_steps(results)]
-    plot_frontier(results, out / "price.png")
-    plots.append(out / "price.png")
+    if has_start(results):
+        plot_frontier(results, out / "price.png")
+        plots.append(out / "price.png")
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
@@ -164,8 +165,23 @@ def plot_sweep(results: Results, steps: int, out: Path) -> Path | None:
     return path
 
 
+def has_start(results: Results) -> bool:
+    """Whether the student was also measured without a negative prompt, where curves begin."""
+    steps = [cell.steps for cell in results.cells if cell.method == NONE]
+    return set(student_steps(results)) <= set(steps)
+
+
 def frontier(results: Results) -> Figure:
-    """For each number of steps what each method removes, and what it leaves valid."""
+    """For each number of steps what each method removes, and what it leaves valid.
+
+    Raises:
+        ValueError: The student was not measured without a negative prompt.
+    """
+    if not has_start(results):
+        raise ValueError(
+            "report.frontier: there is no cell of the student without a negative prompt, where the "
+            "curves begin; evaluate the method none as well"
+        )
     panels = []
     for steps in student_steps(results):
         cells = student_cells(results, steps)
