@@ -55,6 +55,11 @@ def takes(pipe: Any, option: str) -> bool:
     return option in _own_encoding(pipe)[1]
 
 
+def check_encodes(pipe: Any) -> None:
+    """An error where the pipeline has no encoding of its own that could be called."""
+    _own_encoding(pipe)
+
+
 def call_defaults(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
     """The options `names` of a call of this pipeline that names none of them."""
     parameters = inspect.signature(type(pipe).__call__).parameters

@@ -14,6 +14,7 @@ from torch import Tensor
 from nasa_diffusers.encoding import (
     Encoders,
     call_defaults,
+    check_encodes,
     dropped_tokens,
     have_loras,
     takes,
@@ -125,6 +126,7 @@ class Negative:
             if pipe is not None:
                 which = f"{type(pipe).__name__} has no text encoder loaded"
             raise ValueError(f"enable_nasa: {which}; pass negative_prompt_embeds")
+        check_encodes(pipe)
         for name in family.text_parts:
             if getattr(pipe, name, None) is None:
                 raise ValueError(

@@ -20,6 +20,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from nasa_diffusers.families import FAMILIES, not_known
+from nasa_diffusers.families.ltx2 import MEMORY_FIRST
 from nasa_diffusers.families.unet import MIXES_TEXT
 from nasa_diffusers.watch import DENOISERS
 
@@ -110,6 +111,7 @@ CONDITIONS: dict[str, str] = {
     "StableDiffusion3PAG": "with pag_scale=0: perturbed attention has processors of its own there",
 }
 MODULAR = "give negative_prompt_embeds: its blocks encode prompts"
+MODULAR_CONDITIONS = {"Echo": f"{MODULAR}; without memory_images: it {MEMORY_FIRST}"}
 # what cannot be imported without a package that is not installed, and their denoisers
 BEHIND_PACKAGES = {
     "Kolors": "UNet2DConditionModel",
@@ -249,7 +251,7 @@ def _judged(
     elif known is None:
         status, sentence = REFUSED, not_known(denoiser) if denoiser else NO_DENOISER
     elif is_modular:
-        status, sentence = CONDITION, MODULAR
+        status, sentence = CONDITION, _by_beginning(MODULAR_CONDITIONS, name) or MODULAR
     elif (condition := _by_beginning(CONDITIONS, name)) is not None:
         status, sentence = CONDITION, condition
     return Row(name, denoiser, family, status, sentence, is_deprecated, is_modular)

@@ -208,6 +208,7 @@ class CrossRules:
         z = attend(q, *pos, self.mask)
         o = z
         for (alpha, own), neg in zip(self.negatives, negs, strict=True):
+            alpha = alpha(q.shape[1]) if callable(alpha) else alpha
             if self.rule == "vsf":
                 own = pos[0].new_ones(len(q), neg[0].shape[1], dtype=torch.bool)
                 present = pos[0].new_ones(len(q), pos[0].shape[1], dtype=torch.bool)

@@ -176,9 +176,10 @@ class ZImage(Case):
 
     def part(self, given):
         x, rope, mask = given["x"], given["freqs_cis"], given["attn_mask"]
+        at = self.image_tokens
         return SimpleNamespace(
-            image=x[:, :32], text=x[:, 32:], image_rope=rope[:, :32], text_rope=rope[:, 32:],
-            mask=None if mask is None else mask[:, 32:],
+            image=x[:, :at], text=x[:, at:], image_rope=rope[:, :at], text_rope=rope[:, at:],
+            mask=None if mask is None else mask[:, at:],
         )  # fmt: skip
 
     def returned(self, image, pos):

@@ -1,5 +1,5 @@
-"""Who calls a denoiser of a further family: modular pipelines, LoRAs that are swapped between
-calls, pipelines made of one another; and a denoiser that is refused stays what it was."""
+"""Who calls a denoiser of a further family: LoRAs that are swapped between calls, pipelines made of
+one another; and a denoiser that is refused stays what it was."""
 
 import sys
 from types import SimpleNamespace
@@ -8,107 +8,23 @@ import diffusers
 import every_pipeline
 import pytest
 import torch
-import video_parts
 from drawing import assert_same_image, relative_error
-from nasa_diffusers import enable_nasa, nasa, testing
+from nasa_diffusers import enable_nasa, nasa
 from nasa_diffusers.families import skyreels
 from oracle import algorithm_1
 from test_pipe_adapters import add_lora
-from test_pipe_rows import Calls, projected
+from test_pipe_rows import projected
 
 TEXT = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
-PROMPT = {"prompt": "a cat", "num_inference_steps": 1, "output": "latents"}
 
 
 @pytest.fixture(autouse=True)
 def without_ftfy(monkeypatch):
     """Wan's pipelines clean their prompts with a package that need not be there."""
-    if hasattr(diffusers, "modular_pipelines"):
-        hasattr(diffusers.modular_pipelines, "WanBlocks")  # which imports it
     for name, module in list(sys.modules.items()):
         cleans = name.startswith("diffusers.") and "prompt_clean" in vars(module)
         if cleans and not hasattr(module, "ftfy"):
             monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
-
-
-# ---- modular pipelines ---------------------------------------------------------------------------
-
-WAN = {"height": 16, "width": 32, "num_frames": 5}
-# the blocks, the parts, the arguments of a call, and whether a guider calls for each branch
-MODULAR = {
-    "FluxAutoBlocks": (
-        lambda: testing.flux().components,
-        {"height": 32, "width": 32, "max_sequence_length": 16},
-        False,
-    ),
-    "LTXAutoBlocks": (
-        lambda: video_parts.ltx("LTX"),
-        {"height": 64, "width": 64, "num_frames": 9},
-        True,
-    ),
-    "StableDiffusion3AutoBlocks": (
-        lambda: testing.stable_diffusion_3().components,
-        {"height": 32, "width": 32},
-        True,
-    ),
-    "WanBlocks": (lambda: testing.wan().components, WAN, True),
-    "Wan22Blocks": (lambda: testing.wan(two_transformers=True).components, WAN, True),
-}
-
-
-def modular(blocks):
-    kind = getattr(getattr(diffusers, "modular_pipelines", None), blocks, None)
-    if kind is None:
-        pytest.skip(f"this diffusers has no {blocks}")
-    make, options, has_guider = MODULAR[blocks]
-    try:
-        pipe = kind().init_pipeline()
-    except ValueError as error:
-        pytest.skip(f"this diffusers cannot make {blocks}: {error}")
-    pipe.register_components(
-        **{name: part for name, part in make().items() if name in pipe.component_names}
-    )
-    pipe.set_progress_bar_config(disable=True)
-    negative = {"negative_prompt": "bad"} if has_guider else {}
-    return pipe, PROMPT | options | negative, has_guider
-
-
-@pytest.mark.parametrize("blocks", MODULAR)
-def test_only_the_conditional_call_of_a_guider_is_guided(blocks):
-    """It calls first with the prompt and then with its own negative prompt."""
-    pipe, call, has_guider = modular(blocks)
-    with pytest.raises(ValueError, match="does not encode a prompt by itself.*negative_prompt_emb"):
-        enable_nasa(pipe, "blurry")
-    guided = []
-
-    @torch.no_grad()
-    def check(inputs, ours):
-        handle.alpha = 0
-        guided.append(not torch.equal(ours, pipe.transformer(**inputs)[0]))
-        handle.alpha = 0.5
-
-    calls = Calls(pipe.transformer, check)
-    handle = enable_nasa(pipe, negative_prompt_embeds=TEXT, alpha=0.5)
-    pipe(**call)
-    calls.end()
-    assert guided == ([True, False] if has_guider else [True])
-
-
-def test_a_modular_pipeline_that_does_not_say_what_it_calls():
-    pipe, _, _ = modular("WanBlocks")
-
-    def own_loop(components):
-        latents = torch.randn(1, 16, 2, 2, 4)
-        return components.transformer(latents, torch.tensor([500]), TEXT)[0]
-
-    with (
-        torch.no_grad(),
-        nasa(pipe, negative_prompt_embeds=TEXT, alpha=0.5) as handle,
-    ):
-        with pytest.raises(RuntimeError, match="WanModularPipeline.*carry the prompt.*cfg"):
-            own_loop(pipe)
-        handle.cfg = False
-        own_loop(pipe)
 
 
 # ---- what users do with Wan 2.2 ------------------------------------------------------------------

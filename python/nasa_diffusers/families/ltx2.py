@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nasa_diffusers import side as stream
 from nasa_diffusers.alpha import Targets
+from nasa_diffusers.caller import find_caller
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.families.base import Family, ImageTokens
@@ -28,6 +29,8 @@ except ImportError:  # before diffusers 0.37
 else:
     PROCESSORS = tuple(ltx2.LTX2Attention._available_processors)
 
+# of Echo, which runs this denoiser
+MEMORY_FIRST = "puts its memory_images before the video that is made, and would guide them instead"
 VIDEO, SOUND = "encoder_hidden_states", "audio_encoder_hidden_states"
 
 
@@ -158,6 +161,12 @@ class LTX2(Family):
 
     def check_call(self, denoiser, inputs):
         stream.refuse_checkpointing(denoiser)
+        caller = find_caller()
+        if caller is not None and caller.variables.get("memory_video_token_count"):
+            raise RuntimeError(
+                f"nasa_diffusers: {caller.name} {MEMORY_FIRST}; leave them out, or call "
+                "disable_nasa(pipe)"
+            )
 
     # ---- one layer ---------------------------------------------------------------------------
 
