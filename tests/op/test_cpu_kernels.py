@@ -128,11 +128,11 @@ def test_setup_without_a_compiler(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "without the CPU kernels: there is no C++ compiler" in done.stdout
     done = setup(NASA_KERNELS_CPU="1", **without)
-    assert "NASA_KERNELS_CPU=1 but there is no C++ compiler" in done.stderr
+    assert "there is no C++ compiler" in done.stderr
 
 
 def test_setup_modes():
-    assert "NASA_KERNELS_CPU=0: without the CPU kernels" in setup(NASA_KERNELS_CPU="0").stdout
+    assert "without the CPU kernels: NASA_KERNELS_CPU=0" in setup(NASA_KERNELS_CPU="0").stdout
     done = setup(NASA_KERNELS_CPU="maybe")
     assert "NASA_KERNELS_CPU must be auto, 0 or 1, got 'maybe'" in done.stderr
 
