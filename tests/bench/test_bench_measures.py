@@ -409,7 +409,7 @@ def test_rows_of_a_layer(here):
     shape = Shape("sd15-8", 1, 64, 8, 16, 13, 13)
     rows = layer.time_layer(here, shape, torch.float32, list(layer.METHODS))
     assert {r.provider: r.launches for r in rows if r.provider not in ("nag", "nag-ours")} == {
-        "stock": 5, "algorithm-1": 10, "nasa-first": 6, "nasa": 3, "cfg": 7,
+        "stock": 5, "algorithm-1": 10, "nasa-first": 6, "nasa": 3, "projected": 3, "cfg": 7,
     }  # fmt: skip
     assert not here.left_out
 

@@ -263,12 +263,13 @@ FAULTS = (
     ),
     Fault(
         "sign-of-the-reference", "reference.py",
-        "o = o - alpha * attend(q, k_neg", "o = o + alpha * attend(q, k_neg",
+        "else z_pos - alpha * z_neg", "else z_pos + alpha * z_neg",
         "test_forward.py test_matches_fp64 and reference and odd",
     ),
     Fault(
-        "sign-of-the-joint-reference", "reference.py", "o = o - alpha * attend(q, *taken",
-        "o = o + alpha * attend(q, *taken", "test_joint.py matches_fp64 and reference and vsf",
+        "sign-of-the-joint-reference", "reference.py",
+        "else z_pos - alpha * z_neg", "else z_pos + alpha * z_neg",
+        "test_joint.py matches_fp64 and reference and vsf",
     ),
     Fault(
         "mask-of-the-reference", "reference.py", "* scale + bias[:, None, None, :]", "* scale",

@@ -95,6 +95,9 @@ def test_joint_backward(backend, shape, shared, rule, n, text, **call):
         l=min(shape.l, 9) + sum(text), h=min(shape.h, 3 - shape.b), d=1 + shape.d % 80,
         n_pos=shape.n_pos % 50, n_neg=shape.n_neg % 50,
     )  # fmt: skip
+    if n == 1 and 0 in (shape.n_pos, shape.n_neg):
+        # under a softmax of one key dQ is 0, of which no error is a share
+        n = 2
     inputs, alpha, options = build(shape, shared=False, **call)
     image = make_inputs(shape._replace(n_pos=n), call["dtype"], DEVICE, seed=4)
     q = inputs.pop("q")
