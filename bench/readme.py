@@ -196,7 +196,13 @@ def _span(values: list[float]) -> str:
 
 
 def _device_name(row: Row) -> str:
-    return row.device + (f", {row.threads} threads" if row.threads else "")
+    return row.device + _threads(row)
+
+
+def _threads(row: Row) -> str:
+    if not row.threads:
+        return ""
+    return f", {row.threads} thread" + ("s" if row.threads > 1 else "")
 
 
 def _flops(rows: list[Row]) -> str:
@@ -263,7 +269,7 @@ def _device(rows: list[Row], results: Path) -> str:
     first = timed[0]
     versions = f"torch {first.torch}" + (f", Triton {first.triton}" if first.cuda else "")
     driver = f", driver {first.driver}" if first.driver else ""
-    threads = f", {first.threads} threads" if first.threads else ""
+    threads = _threads(first)
     commits = ", ".join(dict.fromkeys(r.commit for r in timed))
     text = [f"**{first.device}**{threads}{driver}, {versions}, commit {commits}:"]
     for bench, timings in (("op", ("cold",)), ("layer", ("warm",)), ("model", ("graph", "eager"))):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nasa_kernels.testing import (
     Budget,
-    algorithm_1,
     budget,
     eager_attention,
     largest_score,
@@ -46,8 +45,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 def nasa(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor, alpha: float | Tensor, *,
     mask_pos: Tensor | None = None, mask_neg: Tensor | None = None, scale: float | None = None,
-    rule: str = "nasa",
+    rule: str = "nasa", attend=attend,
 ) -> Tensor:  # fmt: skip
+    """`attend`: another attention over one set of keys, such as eager PyTorch's."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     z_pos = attend(q, k_pos, v_pos, mask_pos, scale)
     z_neg = attend(q, k_neg, v_neg, mask_neg, scale)
@@ -144,7 +144,8 @@ def exact_and_budget(
 ) -> tuple[Tensor, Budget]:
     """The fp64 result, and the error allowed to a back end on these inputs."""
     exact = nasa(**doubles(without_nan(inputs)), alpha=alpha, **options)
-    eager = algorithm_1(**without_nan(inputs), alpha=alpha, **options).nan_to_num(0.0)
+    clean = without_nan(inputs)
+    eager = nasa(**clean, alpha=alpha, **options, attend=eager_attention).nan_to_num(0.0)
     score = largest_score(inputs, options.get("scale"))
     # where the kernels do not know it, Z+ and Z- are rounded by themselves
     roundings = 4 if options.get("rule") == "projected" else 2
