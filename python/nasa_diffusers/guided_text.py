@@ -159,8 +159,17 @@ class GuidedText:
         return self if isinstance(difference, Tensor) else NotImplemented
 
     def __getattr__(self, name: str):
-        raise AttributeError(
-            f"nasa_diffusers: a module asked the guided text for {name!r}, so it is not one that "
-            "enable_nasa prepared: its forward was replaced, or it was added later. Call "
-            "disable_nasa(pipe), make that change, then call enable_nasa again."
-        )
+        raise AttributeError(_not_prepared(repr(name)))
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        """An operator of PyTorch was given the guided text in place of a tensor."""
+        raise AttributeError(_not_prepared(getattr(function, "__name__", repr(function))))
+
+
+def _not_prepared(what: str) -> str:
+    return (
+        f"nasa_diffusers: a module asked the guided text for {what}, so it is not one that "
+        "enable_nasa prepared: its forward was replaced, or it was added later. Call "
+        "disable_nasa(pipe), make that change, then call enable_nasa again."
+    )

@@ -186,6 +186,13 @@ PROCESSORS = {
         "FusedJointAttnProcessor2_0",
         "XFormersJointAttnProcessor",
     },
+    "QwenImage": {"QwenDoubleStreamAttnProcessor2_0"},
+    "ZImage": {"ZSingleStreamAttnProcessor"},
+    "Flux2": {"Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"},
+    "Krea2": {"Krea2AttnProcessor"},
+    "LTX2": {"LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"},
+    "CogVideoX": {"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"},
+    "CogView4": {"CogView4AttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}
 WITH_IMAGES = {

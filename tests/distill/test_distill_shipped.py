@@ -155,7 +155,7 @@ def test_the_ablation_page_is_made_of_its_numbers():
 def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     assert main(["demo", "--out", str(tmp_path)]) == 1
-    assert "holds no model; install from the repository" in capsys.readouterr().err
+    assert "the model is not installed; in a clone, pip install" in capsys.readouterr().err
 
 
 def test_the_demonstration(tmp_path, capsys, monkeypatch):

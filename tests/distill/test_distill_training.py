@@ -516,7 +516,7 @@ def test_a_full_disk_leaves_the_log(tmp_path, monkeypatch):
     checkpoint.Log(path).write(1, loss=0.5)
     before = path.read_text()
 
-    def full(self, text):
+    def full(self, text, **_):
         self.open("w").close()
         raise OSError(28, "No space left on device")
 
