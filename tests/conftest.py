@@ -51,7 +51,9 @@ def pytest_runtest_call(item):
 
 def pytest_terminal_summary(terminalreporter):
     if not GPU:
-        skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
+        skipped = terminalreporter.stats.get("skipped", [])
+        # a module that is skipped whole has no keywords
+        skipped = [r for r in skipped if "gpu" in getattr(r, "keywords", ())]
         terminalreporter.write_line(f"{len(skipped)} tests need a GPU and did not run here.")
 
 
