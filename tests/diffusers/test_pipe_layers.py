@@ -233,11 +233,16 @@ def processors():
     }
 
 
+def is_there(family):
+    """Whether this diffusers has the family's classes."""
+    return bool(family.processors) and NotThere not in family.processors
+
+
 def test_every_processor_is_in_a_table():
     assert processors().keys() <= {*LOOKED_AT, *WITH_IMAGES, *set().union(*PROCESSORS.values())}
     assert {cls.__name__ for cls in ip_adapter.PROCESSORS} == WITH_IMAGES
     for family in FAMILIES:
-        if NotThere in family.processors:
+        if not is_there(family):
             continue
         names = {
             cls.__name__.replace("AttnProcessor2_0", "AttnProcessor") for cls in family.processors
@@ -248,6 +253,8 @@ def test_every_processor_is_in_a_table():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
 def test_every_other_processor_is_refused(family):
+    if not is_there(family):
+        pytest.skip("a newer diffusers has it")
     for name, cls in processors().items():
         processor = object.__new__(cls)
         if type(processor) in family.processors:
