@@ -112,7 +112,7 @@ def start(
         where = torch.device("cuda", torch.cuda.current_device())
     machine = describe(where)
     session = Session(machine, where, out or machine.file, console(), minutes)
-    threads = f", {machine.threads} threads" if machine.threads else ""
+    threads = rows_of.in_threads(machine.threads)
     session.say(f"{machine.device}{threads}, torch {machine.torch}, commit {machine.commit}")
     return session
 

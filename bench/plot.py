@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.op import is_whole_layer
 from bench.providers import BASELINE
 from bench.roofline import rates_of
-from bench.row import Row, latest, with_most_threads
+from bench.row import Row, in_threads, latest, with_most_threads
 
 # one hue per provider in every picture, ours the strongest; distinguishable without colour vision
 COLOURS = {
@@ -108,7 +108,7 @@ def _devices(rows: Iterable[Row]) -> str:
 
 
 def _device(row: Row) -> str:
-    return row.device + (f", {row.threads} threads" if row.threads else "")
+    return row.device + in_threads(row.threads)
 
 
 @figure

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.machine import RESULTS, ROOT, slug
 from bench.op import HEADLINE, is_whole_layer
-from bench.row import Row, latest, read, with_most_threads
+from bench.row import Row, in_threads, latest, read, with_most_threads
 from bench.session import number
 from nasa_kernels import backends
 
@@ -196,13 +196,7 @@ def _span(values: list[float]) -> str:
 
 
 def _device_name(row: Row) -> str:
-    return row.device + _threads(row)
-
-
-def _threads(row: Row) -> str:
-    if not row.threads:
-        return ""
-    return f", {row.threads} thread" + ("s" if row.threads > 1 else "")
+    return row.device + in_threads(row.threads)
 
 
 def _flops(rows: list[Row]) -> str:
@@ -269,7 +263,7 @@ def _device(rows: list[Row], results: Path) -> str:
     first = timed[0]
     versions = f"torch {first.torch}" + (f", Triton {first.triton}" if first.cuda else "")
     driver = f", driver {first.driver}" if first.driver else ""
-    threads = _threads(first)
+    threads = in_threads(first.threads)
     commits = ", ".join(dict.fromkeys(r.commit for r in timed))
     text = [f"**{first.device}**{threads}{driver}, {versions}, commit {commits}:"]
     for bench, timings in (("op", ("cold",)), ("layer", ("warm",)), ("model", ("graph", "eager"))):

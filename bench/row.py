@@ -161,6 +161,13 @@ def latest(rows: Iterable[Row]) -> dict[tuple, Row]:
     return {row.key: row for row in rows}
 
 
+def in_threads(count: int | None) -> str:
+    """ ", 2 threads" behind the name of a device, or nothing."""
+    if not count:
+        return ""
+    return f", {count} thread" + ("s" if count > 1 else "")
+
+
 def with_most_threads(rows: Iterable[Row]) -> list[Row]:
     """Those of each device that had all of the threads which any of its rows had."""
     rows = list(rows)

@@ -40,10 +40,10 @@ struct Segment {
 };
 enum { kShared, kPos, kNeg, kSegments };
 
-// In the order of RULES in nasa_kernels/reference.py; joint.py has the table. Without shared keys
-// kSum is NASA in cross-attention. Then normalised attention guidance, forward only, and what
-// queries of the texts get, whatever the rule: attention over [shared; positive], over [shared;
-// negative].
+// In the order of RULES in nasa_kernels/reference.py; joint_attention.py has the table. Without
+// shared keys kSum is NASA in cross-attention. Then normalised attention guidance, forward only,
+// and what queries of the texts get, whatever the rule: attention over [shared; positive], over
+// [shared; negative].
 enum class Rule { kNasa, kNasaText, kNasaCross, kVsf, kSum, kProjected, kNag, kPositive, kNegative };
 
 // Settings of kNag: nasa_kernels/nag.py has their names and the formula.

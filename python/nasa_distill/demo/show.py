@@ -30,7 +30,9 @@ def show(out: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(width=120, highlight=False, soft_wrap=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    noun = "thread" if count == 1 else "threads"
+    threads = f", {count} {noun}" if device.type == "cpu" else ""
     console.print(f"nasa-kernels {__version__}, torch {torch.__version__}, {name}{threads}\n")
     sweep(out, device, console)
     layers.measure_layers(device, console)
