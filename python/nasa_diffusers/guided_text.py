@@ -162,8 +162,10 @@ class GuidedText:
         raise AttributeError(_not_prepared(repr(name)))
 
     @classmethod
-    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+    def __torch_function__(cls, function: Any, _: Any, args: tuple = (), *__: Any) -> Any:
         """An operator of PyTorch was given the guided text in place of a tensor."""
+        if function is Tensor.add and isinstance(args[-1], cls):
+            return args[-1].__radd__(args[0])
         raise AttributeError(_not_prepared(getattr(function, "__name__", repr(function))))
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers.models import attention_processor as stock
 from drawing import assert_same_image, negative_embeds, relative_error
-from nasa_diffusers import disable_nasa, enable_nasa, nasa, testing
+from nasa_diffusers import NASA, disable_nasa, enable_nasa, nasa, testing
+from nasa_diffusers.guided_text import GuidedText
 from oracle import algorithm_1
 
 
@@ -164,6 +165,15 @@ def test_a_replaced_forward_is_an_error(sd, draw):
     attn.forward = stock.Attention.forward.__get__(attn)
     with pytest.raises(AttributeError, match="not one that enable_nasa prepared"):
         draw(sd)
+
+
+def test_operators_that_are_given_the_guided_text():
+    """A cache around blocks adds to the text what they added, which is 0. No other may have it."""
+    text = GuidedText(torch.randn(1, 3, 4), (), NASA(0.5), backend=None, prompts=None)
+    assert torch.zeros(()) + text is text  # what `text - text` gives
+    for operator in (torch.cat, torch.relu):
+        with pytest.raises(AttributeError, match=f"for {operator.__name__}, so it is not one"):
+            operator([text] if operator is torch.cat else text)
 
 
 # ---- dtype and device ----------------------------------------------------------------------------
