@@ -6,7 +6,8 @@ enable_language(CUDA)
 set(NASA_CUDA_ARCHS "8.0;9.0a;10.0;12.0+PTX" CACHE STRING "architectures to compile for")
 # Sources of kernels for every architecture, and of those for 9.0a alone.
 set(NASA_KERNELS
-  csrc/forward_short.cu csrc/forward_long.cu csrc/backward_queries.cu csrc/backward_keys.cu)
+  csrc/forward_short.cu csrc/forward_long.cu csrc/backward_queries.cu csrc/backward_keys.cu
+  csrc/nag_blend.cu)
 set(NASA_KERNELS_SM90 csrc/forward_sm90_short.cu csrc/forward_sm90_long.cu)
 set(NASA_FLAGS -O3 -Xptxas=-warn-spills)
 
