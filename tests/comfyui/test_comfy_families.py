@@ -171,6 +171,18 @@ def test_cross_attention(pack, model, request):
     close(actual, some, stock)
 
 
+@pytest.mark.parametrize(
+    ("model", "lengths"), [("wan", (100, 28)), ("wan-i2v", (200, 57))],
+    indirect=["model"], ids=["as many keys as the image has", "as many as the image to start from"],
+)  # fmt: skip
+def test_a_text_as_long_as_another_attention(pack, model, lengths, request):
+    """Of 128 tokens of the image, or 257 of the one it starts from."""
+    name = request.node.callspec.params["model"]
+    positive, negative = (model.text(n, seed) for seed, n in enumerate(lengths))
+    expected = by_two_calls(name, model, positive, negative, [ALPHA] * 3)
+    close(predict(model, positive, node(pack, model, negative)), expected, predict(model, positive))
+
+
 # ---- joint attention: two stock networks side by side, which exchange the image's rows -----------
 
 
