@@ -7,6 +7,7 @@ The oracle of a family with a side stream is that of `side_cases.py`, of all oth
 from dataclasses import dataclass
 from typing import Any
 
+import flux_like_cases
 import side_cases
 import test_pipe_rows
 import torch
@@ -19,7 +20,7 @@ CASES = {
     case.cls: case
     for case in (
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
-        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2,
+        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
     )
 }  # fmt: skip
 
