@@ -137,7 +137,10 @@ def tokens_of(model, inputs):
         are_layers = getattr(model.config, "use_layer3d_rope", False)
         made = sum(f * h * w for f, h, w in (shapes[:-1] if are_layers else shapes[:1]))
     elif inputs.get("img_ids") is not None:
-        made = int((inputs["img_ids"].reshape(-1, tokens, 4)[0, :, 0] == 0).sum())
+        ids = inputs["img_ids"]
+        ids = ids[0] if ids.dim() == 3 else ids
+        # the first one is of the image that is made
+        made = int((ids[:, 0] == ids[0, 0]).sum())
     elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
         made = inputs["num_frames"] * inputs["height"] * inputs["width"]
     return tokens, made
