@@ -156,7 +156,7 @@ def nag_joint_attention(
     ):
         keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
         plain = quick(asked, q, keys_values, mask_pos, mask_neg, nag_alpha, scale)
-        if plain is not None and like(q, k, v):
+        if plain is not None and like(q, *keys_values):
             known, alpha_map, alpha, factor = plain
             # of alpha 0 there is less to do
             if alpha_map is not None or alpha != 0:
