@@ -79,7 +79,7 @@ endif()
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
 set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers
-  csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh
+  bench/launch_syntax.h csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh
   csrc/schedule.cuh csrc/share.h csrc/sm90.cuh csrc/softmax.cuh csrc/tensor_maps.h csrc/tile.cuh)
 list(TRANSFORM recorder_sources PREPEND ${CMAKE_SOURCE_DIR}/)
 add_custom_command(

@@ -7,12 +7,13 @@
 The norm is the sum of magnitudes, as the paper has it and the published code for most models; the
 published code for FLUX takes the root of the sum of squares (`nag_norm=2`).
 
-The norms need a query's whole row. On the CPU a task may be all heads of some rows, and one operator
-computes and rounds all at once. On a GPU every head is another program's: there one operator makes
-two or three launches, of the attention that leaves Z+ and Z- in memory, and of a small kernel that
-makes O of them. In joint attention Z+ is over [image; positive text] and Z- over [image; negative
-text], as in the published code, and the operator reads the image's keys once. Where a gradient is
-recorded, or a back end has no such operator, Z+ and Z- are calls, and the rest is plain PyTorch.
+The norms need a query's whole row. On the CPU a task may be all heads of some rows, and one
+operator computes and rounds all at once. On a GPU every head is another program's: there one
+operator makes two or three launches, of the attention, which leaves Z+ and Z- in memory, and of a
+small kernel that makes O of them. In joint attention Z+ is over [image; positive text] and Z- over
+[image; negative text], as in the published code, and the operator reads the image's keys once.
+Where a gradient is recorded, or a back end has no such operator, Z+ and Z- are calls, and the rest
+is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def nag_attention(
         if plain is not None:
             known, alpha_map, alpha, factor = plain
             try:
-                return known.operator(
+                return known.runs()(
                     q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, factor,
                     nag_scale, nag_tau, nag_norm,
                 )  # fmt: skip
@@ -100,7 +101,7 @@ def nag_attention(
     )
     alpha_map, alpha = _check_alpha(function, call.q, nag_alpha)
     if _is_one_operator(call, alpha_map):
-        remember(asked, call, ops.NAG[call.backend])
+        remember(asked, call, ops.NAG[call.backend], cross="nag")
     if alpha_map is None and alpha == 0:
         return outside_autocast(attention.attend_pos, call)
     if _is_one_operator(call, alpha_map):
@@ -150,10 +151,7 @@ def nag_joint_attention(
     """
     function = "nag_joint_attention"
     asked = (function, backend)
-    if (
-        _are_settings(nag_scale, nag_tau, nag_norm)
-        and are_two(text_queries)
-    ):
+    if _are_settings(nag_scale, nag_tau, nag_norm) and are_two(text_queries):
         keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
         plain = quick(asked, q, keys_values, mask_pos, mask_neg, nag_alpha, scale)
         if plain is not None and like(q, *keys_values):
@@ -161,7 +159,7 @@ def nag_joint_attention(
             # of alpha 0 there is less to do
             if alpha_map is not None or alpha != 0:
                 try:
-                    return known.operator(
+                    return known.runs()(
                         q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor, nag_scale,
                         nag_tau, nag_norm, *text_queries,
                     )  # fmt: skip
@@ -181,7 +179,7 @@ def nag_joint_attention(
     image = call.q.shape[1] - call.text_pos - call.text_neg
     alpha_map, alpha = _check_alpha(function, call.q[:, :image], nag_alpha)
     if _is_one_operator(call, alpha_map):
-        remember(asked, call, ops.JOINT_NAG[call.backend])
+        remember(asked, call, ops.JOINT_NAG[call.backend], joint="nag")
     if alpha_map is None and alpha == 0:
         return outside_autocast(joint_attention.attend, call, "nasa-cross")
     if _is_one_operator(call, alpha_map):

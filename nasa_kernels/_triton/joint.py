@@ -217,7 +217,8 @@ def attention(
     """Both launches: O, and O_s and s of the first one. The public function checked shapes, dtypes
     and layouts.
     """
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # not `empty`, which takes twice as long to ask
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     o_shared, lse_shared = attend_shared(q, k, v, scale)
     _add_prompts(
         q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, None, mask_pos, mask_neg,
@@ -251,7 +252,8 @@ def nag(
     z_pos, z_neg = pair(
         q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
     )
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # not `empty`, which takes twice as long to ask
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     return blend(
         z_pos, z_neg, o, alpha_map, alpha, nag_scale, nag_tau, nag_norm, text_pos, text_neg
     )

@@ -3,11 +3,10 @@
     G = s Z+ - (s - 1) Z-        O = a G min(1, tau |Z+| / |G|) + (1 - a) Z+
 
 One program per query: its row over all heads, [h * d] of each of Z+ and Z-, is read once, stays
-in registers for the two norms, and is written once, in joint attention also the texts' own queries. Widths are those of `tiles.cut`, so 1280
+in registers for the two norms, and is written once. Widths are those of `tiles.cut`, so 1280
 channels are 1024 and 256 and none are padded to 2048.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -41,8 +40,9 @@ def blend_kernel(
     Z_pos, Z_neg, O, ALPHA, stride_ab, stride_al, L, first_pos, first_neg,
     alpha, nag_scale, nag_tau, C: tl.constexpr, C_CUT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first_pos, first_neg) of O are those of Z+, rows [first_neg, L) those of Z-. Neither has
-    the rows of the other's text. O may be Z+."""
+    """Rows [first_pos, first_neg) of O are those of Z+, rows [first_neg, L) those of Z-. Neither
+    has the rows of the other's text. O may be Z+.
+    """
     row = tl.program_id(0).to(tl.int64)
     b, l = row // L, row % L
     is_pos, is_neg = (l >= first_pos) & (l < first_neg), l >= first_neg
@@ -52,9 +52,7 @@ def blend_kernel(
     # [C], fp32
     pos = load_row(Z_pos + (b * first_neg + l) * C, tl.where(is_neg, 0, C), C_CUT)
     l_neg = tl.where(is_neg, l - text_pos, l)
-    neg = load_row(
-        Z_neg + (b * (L - text_pos) + l_neg) * C, tl.where(is_pos, 0, C), C_CUT
-    )
+    neg = load_row(Z_neg + (b * (L - text_pos) + l_neg) * C, tl.where(is_pos, 0, C), C_CUT)
     guided = ()
     for i in tl.static_range(len(C_CUT)):
         guided = guided + (nag_scale * pos[i] - (nag_scale - 1) * neg[i],)
@@ -75,7 +73,8 @@ def blend(
     z_pos, z_neg, o, alpha_map, alpha, nag_scale, nag_tau, nag_norm, text_pos=0, text_neg=0
 ):  # fmt: skip
     """Launch the kernel on Z+ [b, l - text_neg, h, d] and Z- [b, l - text_pos, h, d], to O
-    [b, l, h, d], all contiguous; alpha_map broadcasts to [b, image queries, 1], or None for `alpha`.
+    [b, l, h, d], all contiguous; alpha_map broadcasts to [b, image queries, 1], or is None for
+    `alpha`.
     """
     launch(
         plan,
