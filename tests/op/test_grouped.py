@@ -1,7 +1,7 @@
 """Grouped queries: keys and values of fewer heads, of which head i of q looks at i // group.
 
-Judged by the formula in fp64 on keys that are repeated for each head; and by the same call on those,
-whose bits must be the same where the kernels are.
+Judged by the formula in fp64 on keys that are repeated for each head; and by the same call on
+those, whose bits must be the same where the kernels are.
 """
 
 import pytest
@@ -24,8 +24,8 @@ from nasa_kernels.testing import Shape, make_inputs
 BACKENDS = tuple(name for name in backends.NAMES if backends.why_not(name, DEVICE) is None)
 # PyTorch's own may take another kernel for repeated keys
 FUSED = tuple(name for name in BACKENDS if name in backends.FUSED)
-# 48 heads for 12 of the keys (Krea 2), 24 for 8 (Lumina 2), 16 for 8 (ACE-Step): as many to a group,
-# fewer of them, and for the interpreter fewest
+# 48 heads for 12 of the keys (Krea 2), 24 for 8 (Lumina 2), 16 for 8 (ACE-Step): as many to a
+# group, fewer of them, and for the interpreter fewest
 GROUPS = {4: 8, 3: 6, 2: 4}
 SMALL = Shape("small", 1, 9, 4, 16, 7, 5)
 STREAMED = Shape("streamed", 1, 17, 4, 40, 140, 20)
@@ -242,7 +242,9 @@ def test_heads_that_do_not_fit_are_refused(backend, function):
             b, n, _, d = few[name].shape
             bad[name] = torch.zeros(b, n, h, d, device=DEVICE)
         # where nothing but the prompt that comes first says how many there are
-        message = message if is_joint or "k_pos" not in heads else message.replace("2 or 1", "6 or 1")
+        message = (
+            message if is_joint or "k_pos" not in heads else message.replace("2 or 1", "6 or 1")
+        )
         with pytest.raises(ValueError) as caught:
             function(**bad, **options, backend=backend)
         assert message in str(caught.value) and function.__name__ in str(caught.value)
