@@ -105,7 +105,7 @@ def expanded(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     mask_pos: Tensor | None, mask_neg: Tensor | None, alpha_map: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The operands of an operator that was called with what the user gave, expanded as views: to the
+    """The operands of an operator that was called with what the user gave, expanded as views to the
     batch of q, and K and V to the heads that they have between them. An error is worded by the
     public function, which knows its own name.
     """
