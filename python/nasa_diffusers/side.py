@@ -238,14 +238,10 @@ class SideAttentionHook(Hook):
         **options,
     ) -> Any:
         self.family.check_attention(self.name, attn, None)
-        # each [b, l + n + m, h, d]
+        # each [b, l + n + m, h, d], k and v perhaps of fewer heads
         q, k, v, rest = self.family.project(attn, hidden_states, encoder_hidden_states)
         if side.rope is not None:
             q, k = (self.family.rotate(x, side.rope) for x in (q, k))
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1:
-            # several query heads for one of the keys; the stock processor repeats them as well
-            k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         text, is_guided = side.text, self.guided and side.is_guided
         mask = self.family.text_mask(side, options)
         streams = Streams(q, k, v, side.lengths, side.terms, True, text.backend, mask)

@@ -20,7 +20,7 @@ class Streams(NamedTuple):
     """Q, K and V of all tokens of a block, and whose they are."""
 
     q: Tensor  # [b, l + n, h, d]
-    k: Tensor
+    k: Tensor  # the same, or of fewer heads, of which each serves a group
     v: Tensor
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
     terms: tuple[Term, ...]
