@@ -111,7 +111,7 @@ def by_two_modulated_calls(model, positive, texts, alphas):
         return predict(model, positive)
 
 
-def by_two_calls(name, model, positive, negative, alphas):
+def by_two_calls(name, model, positive, negative, alphas, **call):
     """The stock network, each of whose text attentions is called again with the negative text."""
     with torch.no_grad():
         texts = prepared(name, model, negative)
@@ -146,7 +146,7 @@ def by_two_calls(name, model, positive, negative, alphas):
             module.register_forward_hook(hook(alpha, bias, text, module.forward), with_kwargs=True)
         )
     try:
-        return predict(model, positive)
+        return predict(model, positive, **call)
     finally:
         for handle in handles:
             handle.remove()
@@ -186,7 +186,7 @@ def test_a_text_as_long_as_another_attention(pack, model, lengths, request):
 # ---- joint attention: two stock networks side by side, which exchange the image's rows -----------
 
 
-def in_lockstep(model, positive, negative, alpha, rows_of):
+def in_lockstep(model, positive, negative, alpha, rows_of, **call):
     """The stock network on either text, in two threads. At each joint attention both get
     Z+ - alpha Z- for the image's queries, and keep what their text's queries found. Registers are
     those of the positive's network in both."""
@@ -210,7 +210,7 @@ def in_lockstep(model, positive, negative, alpha, rows_of):
 
         try:
             results[side] = predict(
-                model, text, patched=False, optimized_attention_override=override
+                model, text, patched=False, optimized_attention_override=override, **call
             )
         except BaseException as error:
             barrier.abort()

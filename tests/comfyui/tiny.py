@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import math
 import re
@@ -266,7 +267,7 @@ def noise(model: Tiny, rows: int = 1) -> Tensor:
 
 def predict(
     model: Tiny, text: Tensor, patcher: Any = None, sigma: float = 0.7, rows: int = 1,
-    patched: bool = True, **options: Any,
+    patched: bool = True, control: dict | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """One call of the network on the positive text, as a sampler makes it."""
     patcher = model.patcher if patcher is None else patcher
@@ -287,18 +288,25 @@ def predict(
     try:
         with torch.inference_mode():
             return base.apply_model(
-                x, torch.full((rows,), sigma), transformer_options=given, **inputs
+                x,
+                torch.full((rows,), sigma),
+                control=copy.deepcopy(control),
+                transformer_options=given,
+                **inputs,
             )
     finally:
         if patched:
             patcher.unpatch_model()
 
 
-def sample(model: Tiny, patcher: Any, positive: Tensor, negative: Tensor, cfg=1.0, steps=2):
-    """Latents of ComfyUI's own sampler."""
+def sample(
+    model: Tiny, patcher: Any, positive: Tensor | list, negative: Tensor, cfg=1.0, steps=2
+) -> Tensor:
+    """Latents of ComfyUI's own sampler; the positive may be a whole conditioning."""
     latent = torch.zeros(model.latent)
+    if isinstance(positive, Tensor):
+        positive = model.conditioning(positive)
     return comfy.sample.sample(
         patcher, comfy.sample.prepare_noise(latent, 3), steps, cfg, "euler", "simple",
-        model.conditioning(positive), model.conditioning(negative), latent, disable_pbar=True,
-        seed=3,
+        positive, model.conditioning(negative), latent, disable_pbar=True, seed=3,
     )  # fmt: skip

@@ -73,6 +73,12 @@ class Attn2(Slot):
 
             precision = extra_options.get("attn_precision")
             return optimized_attention(q, k, v, heads, attn_precision=precision)
+        if k.shape[1] != sum(guide.lengths):
+            raise ValueError(
+                f"NASA negative prompt: {guide.text_patch} changed the text from "
+                f"{sum(guide.lengths)} tokens to {k.shape[1]} before the attention, so that it is "
+                "not known which are whose; remove that node"
+            )
         by_head = [x.unflatten(-1, (heads, -1)) for x in (q, k, v)]
         if self.previous is None:
             return guide.cross(*by_head, None).flatten(2)
@@ -153,6 +159,9 @@ def apply_model(
             [_mask_like(mask, part) for mask, part in zip(masks, tokens, strict=True)], dim=1
         )
     guide = Guide(family, terms, lengths, None if guided is True else guided, x, conds)
+    # a block does not tell which patches were before the attention
+    if patches := options.get("patches", {}).get("attn2_patch"):
+        guide.text_patch = name_of(patches[-1])
     token = CURRENT.set(guide)
     try:
         o = executor(
@@ -214,16 +223,26 @@ def _mask_like(mask: Tensor | None, tokens: Tensor) -> Tensor:
 
 def check(guide: Guide, options: dict) -> None:
     """Raise unless every attention to text was guided, or another node answered for the network."""
-    layers = guide.layers
-    if guide.count == layers:
+    if guide.count == guide.layers:
         return
     holder = slot_holder(options, guide.family)
     if guide.count == 0 and holder is None and _may_be_cached(options):
         return
-    who = f"{holder} holds their place" if holder else "the network did not run as it is known"
+    if holder is not None:
+        why = f"{holder} holds their place; move that node before this one, which goes last"
+    elif guide.count < guide.layers:
+        why = (
+            "the others did not run; a node that leaves out blocks (a cache of blocks, skip-layer "
+            "guidance) does not go with this one: remove one of them"
+        )
+    else:
+        why = (
+            "more than the network has; a node that runs blocks again or adds some does not go "
+            "with this one: remove one of them"
+        )
     raise RuntimeError(
-        f"NASA negative prompt: {guide.count} of {layers} attentions to text were guided, {who}; "
-        "move that node before this one, which goes last"
+        f"NASA negative prompt: {guide.count} of {guide.layers} attentions to text were guided, "
+        f"{why}"
     )
 
 
