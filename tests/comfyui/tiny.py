@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import comfy.conds
 import comfy.model_patcher
 import comfy.sample
 import comfy.supported_models as supported
@@ -31,6 +32,10 @@ class Tiny:
     settings: dict[str, Any] = field(default_factory=dict)
     # what the sampler says beside the conditioning
     call: dict[str, Any] = field(default_factory=dict)
+    # tokens that the mask of a text does not hide; None is all
+    shown: int | None = None
+    # what a mask adds to the scores, in place of whether a token is there
+    is_added: bool = False
 
     @property
     def net(self) -> Any:
@@ -43,6 +48,10 @@ class Tiny:
         settings = dict(self.settings)
         if "attention_mask" in settings:
             settings["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64)
+            if self.shown is not None:
+                settings["attention_mask"][:, self.shown :] = 0
+            if self.is_added:
+                settings["attention_mask"] = (settings["attention_mask"] - 1.0) * 1e9
         if "t5xxl_ids" in settings:
             settings["t5xxl_ids"] = torch.arange(text.shape[1])
             settings["t5xxl_weights"] = torch.ones(text.shape[1])
@@ -150,6 +159,10 @@ _HUNYUAN = {
     "guidance_embed": False, "vec_in_dim": 32, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": False, "vision_in_dim": None,
 }  # fmt: skip
+_HUNYUAN15 = {
+    **_HUNYUAN, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None,
+    "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 1152,
+}  # fmt: skip
 _AURA = {
     "max_seq": 1024, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "n_heads": 2,
     "dim": 128,
@@ -212,6 +225,10 @@ _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
         {"clip_vision_output": _IMAGE},
     ),
     "vace": ("WAN21_Vace", _VACE, (1, 16, 2, 16, 16), {}),
+    "wan-camera": (
+        "WAN21_Camera", {**_WAN, "model_type": "camera", "in_dim": 32}, (1, 16, 2, 16, 16),
+        {"clip_vision_output": _IMAGE},
+    ),
     "ltx2": ("LTXAV", _LTX2, _PACKED, {}),
     "ltx2.3": ("LTXAV", _LTX23, _PACKED, {}),
     "cosmos1": ("CosmosT2V", _COSMOS1, (1, 16, 1, 16, 16), {}),
@@ -229,6 +246,7 @@ _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
     "sd3": ("SD3", _SD3, (1, 16, 16, 16), _POOLED),
     "aura": ("AuraFlow", _AURA, (1, 4, 16, 16), {}),
     "hunyuan": ("HunyuanVideo", _HUNYUAN, (1, 16, 2, 16, 16), _POOLED),
+    "hunyuan1.5": ("HunyuanVideo15", _HUNYUAN15, (1, 32, 2, 8, 8), _POOLED),
     "lumina2": ("Lumina2", _LUMINA, (1, 16, 16, 16), {}),
     "zimage": ("Lumina2", {**_LUMINA, "pad_tokens_multiple": 32}, (1, 16, 16, 16), {}),
 }  # fmt: skip
@@ -238,6 +256,7 @@ LATER: dict[str, dict[str, Any]] = {
     "chroma": {"txt_ids_dims": [], "vec_in_dim": None},
     "flux2": {"txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0},
     "hunyuan": {"meanflow_sum": False},
+    "hunyuan1.5": {"meanflow_sum": True},
 }
 
 
@@ -278,6 +297,8 @@ def predict(
         conds = base.extra_conds(
             **settings, **model.call, **size, cross_attn=text, noise=x, device=CPU
         )
+        if (concat := base.concat_cond(noise=x, device=CPU)) is not None:
+            conds["c_concat"] = comfy.conds.CONDNoiseShape(concat)
     inputs = {
         key: cond.process_cond(batch_size=rows, area=None).cond for key, cond in conds.items()
     }

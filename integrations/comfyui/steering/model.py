@@ -155,9 +155,7 @@ def apply_model(
         tokens[-1], lengths[-1] = tokens[-1].repeat(1, times, 1), times * last
         masks[-1] = None if masks[-1] is None else masks[-1].repeat(1, times)
     if any(mask is not None for mask in masks):
-        conds["attention_mask"] = torch.cat(
-            [_mask_like(mask, part) for mask, part in zip(masks, tokens, strict=True)], dim=1
-        )
+        conds["attention_mask"] = _one_mask(masks, tokens)
     guide = Guide(family, terms, lengths, None if guided is True else guided, x, conds)
     # a block does not tell which patches were before the attention
     if patches := options.get("patches", {}).get("attn2_patch"):
@@ -217,8 +215,17 @@ def encode(
     return tokens.to(positive).expand(x.shape[0], -1, -1), mask
 
 
-def _mask_like(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    return tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
+def _one_mask(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor:
+    """Of all prompts `[b, n]`: whether a token is there, in integers, or what is added to its
+    scores, where one of the masks has that. The networks tell them apart by their type."""
+    is_added = any(mask is not None and mask.is_floating_point() for mask in masks)
+    parts = []
+    for mask, text in zip(masks, tokens, strict=True):
+        mask = text.new_ones(text.shape[:2], dtype=torch.int64) if mask is None else mask
+        if is_added and not mask.is_floating_point():
+            mask = (mask.to(text.dtype) - 1) * torch.finfo(text.dtype).max
+        parts.append(mask.to(text.dtype if is_added else torch.int64))
+    return torch.cat(parts, dim=1)
 
 
 def check(guide: Guide, options: dict) -> None:
