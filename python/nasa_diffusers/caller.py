@@ -40,6 +40,7 @@ PROMPTS = (
     "prompt_embeds",
     "text_embeddings",
     "text_embedding",
+    "text_bth",
     "cond_embeddings",
 )
 # words in the names of texts that are not the prompt's
@@ -96,6 +97,9 @@ class Caller:
         index, timesteps = self.variables.get("i"), self.variables.get("timesteps")
         # under diffusion forcing a row of it holds the timesteps of all frames
         timesteps = self.variables.get("step_matrix", timesteps)
+        if timesteps is None and self.is_stock:
+            # some loop over those of the scheduler
+            timesteps = getattr(self.pipe.scheduler, "timesteps", None)
         if not isinstance(index, int) or timesteps is None:
             raise RuntimeError(
                 f"nasa_diffusers: start and stop need to know the step, and {self.name} has no "

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import T5Config, T5EncoderModel
 
 from nasa_diffusers.testing import HEADS, T5_SIZE, _ready, letter_tokenizer, vae
-from nasa_diffusers.testing_side import TEXT_SIZE, chat_tokenizer, qwen_vl
+from nasa_diffusers.testing_side import TEXT_SIZE, _flux2_vae, chat_tokenizer, qwen_vl
 
 FLUX_LIKE: dict[str, Any] = {
     "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 32,
@@ -113,4 +113,72 @@ def fibo(seed: int = 0):
         text_encoder=SmolLM3ForCausalLM(config),
         tokenizer=letter_tokenizer(),
     )  # fmt: skip
+    return _ready(pipe)
+
+
+def lumina2(seed: int = 0):
+    """Lumina-Image 2.0 in small: two blocks, and one of each refiner."""
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(seed)
+    transformer = Lumina2Transformer2DModel(
+        in_channels=4, hidden_size=64, num_layers=2, num_refiner_layers=1, num_attention_heads=4,
+        num_kv_heads=2, multiple_of=16, axes_dim_rope=(4, 6, 6), axes_lens=(300, 64, 64),
+        cap_feat_dim=32,
+    )  # fmt: skip
+    pipe: Any = Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1),
+        text_encoder=Gemma2Model(Gemma2Config(**TEXT_SIZE)),
+        tokenizer=letter_tokenizer(),
+    )
+    pipe.system_prompt = "a"
+    return _ready(pipe)
+
+
+def aura_flow(seed: int = 0):
+    """AuraFlow in small: two blocks of each kind."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(seed)
+    transformer: Any = AuraFlowTransformer2DModel(
+        sample_size=16, num_mmdit_layers=2, num_single_dit_layers=2, joint_attention_dim=32,
+        caption_projection_dim=32, pos_embed_max_size=64, **HEADS,
+    )  # fmt: skip
+    for name, weight in transformer.named_parameters():
+        if ".norm1" in name or "to_out" in name:
+            # what the attention gives is little of a block in the beginning
+            torch.nn.init.normal_(weight, std=0.5)
+    pipe = AuraFlowPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZE)),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    return _ready(pipe)
+
+
+def ernie(seed: int = 0):
+    """ERNIE-Image in small: two blocks."""
+    from diffusers import ErnieImagePipeline, ErnieImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(seed)
+    transformer: Any = ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16,
+        out_channels=16, text_in_dim=32, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    for part in (transformer.adaLN_modulation[-1], transformer.final_linear):
+        torch.nn.init.normal_(part.weight, std=0.2)
+    pipe = ErnieImagePipeline(
+        transformer=transformer,
+        vae=_flux2_vae(),
+        text_encoder=Qwen3Model(Qwen3Config(**TEXT_SIZE)),
+        tokenizer=letter_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
     return _ready(pipe)

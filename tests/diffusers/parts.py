@@ -178,7 +178,7 @@ def guided(case, rule, negatives, **changes):
                 i += 1
                 if text_name is None:
                     n = texts.shape[1]
-                    x = block(**own | {case.tokens: torch.cat([image, texts], 1)})
+                    x = case.run(block, own, torch.cat([image, texts], 1))
                     image, texts = x[:, : x.shape[1] - n], x[:, x.shape[1] - n :]
                 else:
                     both = block(**own | {case.tokens: image, text_name: texts})

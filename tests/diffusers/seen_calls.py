@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flux_like_cases
+import one_sequence_cases
 import side_cases
 import test_pipe_rows
 import torch
@@ -21,6 +22,7 @@ CASES = {
     for case in (
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
         side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
+        *one_sequence_cases.CASES.values(),
     )
 }  # fmt: skip
 

@@ -74,6 +74,10 @@ class Case:
         """The tokens of all prompts as the block of this number gets them."""
         return texts
 
+    def run(self, block, own, x):
+        """A block of one sequence with these tokens and what else it is called with."""
+        return block(**own | {self.tokens: x})
+
     @property
     def has_mask(self):
         """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""

@@ -41,9 +41,15 @@ PIPES |= {
     ),
     "bria": (testing_joint.bria, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 16}),
     "fibo": (testing_joint.fibo, {"height": 64, "width": 96, "guidance_scale": 1.0}),
+    "lumina2": (testing_joint.lumina2, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 40}),
+    "aura-flow": (
+        testing_joint.aura_flow,
+        {"height": 16, "width": 16, "guidance_scale": 1.0, "max_sequence_length": 16},
+    ),
+    "ernie": (testing_joint.ernie, {"height": 64, "width": 96, "guidance_scale": 1.0}),
 }  # fmt: skip
 # under guidance these put both branches into one batch, the pipeline's own negative prompt first
-DOUBLED = ("ltx2", "cogvideox", "bria", "fibo")
+DOUBLED = ("ltx2", "cogvideox", "bria", "fibo", "aura-flow", "ernie")
 # what switches on classifier-free guidance
 CFG = {
     "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
@@ -55,14 +61,17 @@ CFG = {
 }
 CFG |= {
     name: {"guidance_scale": 3.0, "negative_prompt": "dull"}
-    for name in ("chroma", "ovis", "longcat", "bria", "fibo")
+    for name in (
+        "chroma", "ovis", "longcat", "bria", "fibo", "lumina2", "aura-flow", "ernie",
+    )
 }
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
     "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
     "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline",
     "chroma": "ChromaPipeline", "ovis": "OvisImagePipeline", "longcat": "LongCatImagePipeline",
-    "bria": "BriaPipeline", "fibo": "BriaFiboPipeline",
+    "bria": "BriaPipeline", "fibo": "BriaFiboPipeline", "lumina2": "Lumina2Pipeline",
+    "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
 }  # fmt: skip
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 

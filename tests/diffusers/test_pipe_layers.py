@@ -197,6 +197,9 @@ PROCESSORS = {
     "Ovis": {"OvisImageAttnProcessor"},
     "LongCat": {"LongCatImageAttnProcessor"},
     "Bria": {"BriaAttnProcessor"},
+    "Lumina2": {"Lumina2AttnProcessor2_0"},
+    "AuraFlow": {"AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"},
+    "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

@@ -130,7 +130,7 @@ def test_a_loop_of_ones_own_has_to_say_what_is_doubled(pipe):
     keep = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    if pipe.short_name in ("z-image", "ltx2", "cogvideox"):
+    if pipe.short_name in ("z-image", *DOUBLED):
         pipe.draw(steps=1, **CFG[pipe.short_name])
     else:
         pipe.draw(["a cat", "a dog"], steps=1)

@@ -274,6 +274,7 @@ ALONE = (
     "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline",
     "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", "ChromaPipeline",
     "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
+    "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 
