@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     rope: str = "image_rotary_emb"  # the argument with their positions
     attention: str = "attn"  # the block's attention
     joins: bool = False  # it puts its two arguments one behind the other by itself
+    fixed: bool = False  # its text is keys only, and goes through the blocks as it is
 
 
 @dataclass(eq=False)
@@ -170,6 +171,8 @@ class SideBlockHook(Hook):
             changes = {text: inputs[self.layout.image], self.layout.image: both}
         args, kwargs = as_called(self.parameters, args, inputs | changes)
         output = self.stock(*args, **kwargs)
+        if self.layout.fixed:
+            return output, negatives
         if self.layout.joins:
             output = output[::-1]
         at = 0 if self.layout.text_first else 1
@@ -245,10 +248,11 @@ class SideAttentionHook(Hook):
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         text, is_guided = side.text, self.guided and side.is_guided
         mask = self.family.text_mask(side, options)
-        streams = Streams(q, k, v, side.lengths, side.terms, True, text.backend, mask)
+        with_text = not self.layout.fixed
+        streams = Streams(q, k, v, side.lengths, side.terms, with_text, text.backend, mask)
         if not torch.compiler.is_compiling():
             self.last_call = JointCall(
-                q.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text=True,
+                k.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text,
                 attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
         o = text.method.joint(streams) if is_guided else keep_apart(streams)

@@ -189,5 +189,75 @@ class Ernie(Case):
         return torch.cat([image, pos], 1).transpose(0, 1)
 
 
-CASES = {"lumina2": Lumina2, "aura-flow": AuraFlow, "ernie": Ernie}
+class KeysOnly(parts.Rules):
+    """Text that is keys and values, and no queries (PRX)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        heads = attn.heads
+        q, k, v = attn.img_qkv_proj(hidden_states).unflatten(-1, (3, heads, -1)).unbind(2)
+        texts = []
+        for text in encoder_hidden_states.split(self.lengths, 1):
+            text_k, text_v = attn.txt_kv_proj(text).unflatten(-1, (2, heads, -1)).unbind(2)
+            # its rows are thrown away
+            texts.append((text_k, attn.norm_added_k(text_k), text_v))
+        o, *_ = self.mix((attn.norm_q(q), attn.norm_k(k), v), texts)
+        return attn.to_out[0](o)
+
+
+class PRX(Case):
+    cls = "PRXTransformer2DModel"
+    config = {
+        "in_channels": 4, "context_in_dim": 32, "hidden_size": 32, "mlp_ratio": 2.0,
+        "num_heads": 2, "depth": 2, "axes_dim": [8, 8],
+    }  # fmt: skip
+    one_block = {"depth": 1}
+    attention = "attention"
+    has_mask = True
+    positions = ("image_rotary_emb", "attention_mask")
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for name, weight in self.model.named_parameters():
+            if "modulation.lin" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+
+    @staticmethod
+    def turn(x, rope):
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rope[:, 0, :, None, :, 0, 0], rope[:, 0, :, None, :, 1, 0]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    @property
+    def blocks(self):
+        return [(self.model.blocks, KeysOnly, "encoder_hidden_states")]
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 8, 12, seed=1), "timestep": torch.tensor([0.5, 0.5]),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "attention_mask": torch.arange(7) < torch.tensor([[7], [4]]),
+        }  # fmt: skip
+
+    def with_text(self, inputs, embeds, mask, rows):
+        mask = None if mask is None else mask.expand(rows, -1)
+        text = embeds.expand(rows, -1, -1)
+        return inputs | {"encoder_hidden_states": text, "attention_mask": mask}
+
+    def own_text(self):
+        return self.inputs[self.text], self.inputs["attention_mask"]
+
+    def part(self, given):
+        return SimpleNamespace(
+            image=given["hidden_states"], text=given["encoder_hidden_states"],
+            mask=given["attention_mask"], image_rope=given["image_rotary_emb"], text_rope=None,
+        )  # fmt: skip
+
+    def both(self, block, own, image, texts):
+        return texts, block(**own | {"hidden_states": image, "encoder_hidden_states": texts})
+
+    def last(self, image, pos):
+        return image
+
+
+CASES = {"prx": PRX, "lumina2": Lumina2, "aura-flow": AuraFlow, "ernie": Ernie}
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}

@@ -200,6 +200,7 @@ PROCESSORS = {
     "Lumina2": {"Lumina2AttnProcessor2_0"},
     "AuraFlow": {"AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"},
     "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
+    "PRX": {"PRXAttnProcessor2_0"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

@@ -15,6 +15,7 @@ from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
 from nasa_diffusers.families.lumina2 import Lumina2
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
+from nasa_diffusers.families.prx import PRX
 from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
@@ -58,6 +59,7 @@ FAMILIES: tuple[Family, ...] = (
     Lumina2(),
     AuraFlow(),
     ErnieImage(),
+    PRX(),
 )
 
 

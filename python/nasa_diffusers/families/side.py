@@ -168,6 +168,13 @@ def complex_rotation(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(3).type_as(x)
 
 
+def matrix_rotation(x: Tensor, turn: Tensor) -> Tensor:
+    """`[b, n, h, d]` turned pair by pair by matrices, `[b, n, 1, d / 2, 2, 2]`."""
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    turned = turn[..., 0] * pairs[..., 0] + turn[..., 1] * pairs[..., 1]
+    return turned.flatten(3).type_as(x)
+
+
 def linears(block: nn.Module, *without: str) -> tuple[str, ...]:
     """Names of the children of a block that every token passes."""
     return tuple(name for name, _ in block.named_children() if name not in without)
