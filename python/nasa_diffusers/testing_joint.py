@@ -182,3 +182,30 @@ def ernie(seed: int = 0):
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
     return _ready(pipe)
+
+
+def prx(seed: int = 0):
+    """PRX in small: two blocks."""
+    from diffusers import PRXPipeline, PRXTransformer2DModel
+    from transformers import T5GemmaConfig
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    torch.manual_seed(seed)
+    transformer: Any = PRXTransformer2DModel(
+        in_channels=4, context_in_dim=32, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2,
+        axes_dim=[8, 8],
+    )  # fmt: skip
+    for name, weight in transformer.named_parameters():
+        if "modulation.lin" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    config = T5GemmaConfig(encoder=TEXT_SIZE, decoder=TEXT_SIZE, vocab_size=TEXT_SIZE["vocab_size"])
+    tokenizer = letter_tokenizer()
+    tokenizer.model_max_length = 16
+    pipe = PRXPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=T5GemmaEncoder(config.encoder),
+        tokenizer=tokenizer,
+        vae=vae(shift_factor=0.1),
+    )
+    return _ready(pipe)

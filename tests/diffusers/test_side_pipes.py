@@ -103,6 +103,8 @@ def test_window(pipe):
 
 def test_a_speed_lora_at_guidance_1(pipe):
     """The negative prompt passes the adapter as the prompt does, at the scale that is set."""
+    if not hasattr(pipe.transformer, "add_adapter"):
+        pytest.skip("diffusers has no LoRA for it")
     names = ["to_q", "to_k", "add_k_proj", "to_qkv_mlp_proj"]
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False))
     try:

@@ -17,6 +17,7 @@ class PRX(SideStream):
     denoisers = ("PRXTransformer2DModel",)
     masks_text = True
     text_parts = ("text_encoder", "tokenizer")
+    text_options = ("tokenizer_max_length", "skip_text_cleaning")
     processors = (stock_class("transformer_prx", "PRXAttnProcessor2_0"),)
     block_lists = (
         ("blocks", Layout(text="encoder_hidden_states", attention="attention", fixed=True)),
