@@ -8,6 +8,7 @@ import parts
 import torch
 from joint_cases import random
 from side_cases import SIZE, Case, L
+from streams import joint_attention
 
 
 class Turned(parts.OneSequence):
@@ -259,5 +260,106 @@ class PRX(Case):
         return image
 
 
-CASES = {"prx": PRX, "lumina2": Lumina2, "aura-flow": AuraFlow, "ernie": Ernie}
+class Target:
+    """The attention of a block of Qwen-Image 2.1 with the negatives' keys beside the prompt's."""
+
+    def __init__(self, rule, negatives, kept, stock):
+        self.rule, self.negatives, self.kept, self.stock = rule, negatives, kept, stock
+
+    def __call__(self, attn, hidden_states, rotary_emb, segments, key_valid=None, **others):
+        o = self.stock(
+            attn, hidden_states, rotary_emb=rotary_emb, segments=segments, key_valid=key_valid,
+            **others,
+        )  # fmt: skip
+        n = segments[-1][1]
+        q, k, v = heads_of(attn, hidden_states, rotary_emb)
+        image, pos = (
+            [x[:, rows] for x in (q, k, v)] for rows in (slice(n, None), slice(0, n))
+        )
+        negs = [(ks[attn], ks[attn], vs[attn]) for ks, vs in self.kept]
+        negs = [[x.expand(len(q), -1, -1, -1) for x in each] for each in negs]
+        masks = [
+            (None, alpha, None if own is None else own.expand(len(q), -1))
+            for _, alpha, own in self.negatives
+        ]
+        valid = None if key_valid is None else key_valid[:, :n]
+        made, *_ = joint_attention(self.rule, masks, image, pos, negs, valid)
+        return torch.cat([o[:, :n], attn.to_out[0](made)], 1)
+
+
+def heads_of(attn, x, rope):
+    q, k, v = (y(x).unflatten(-1, (attn.heads, -1)) for y in (attn.to_q, attn.to_k, attn.to_v))
+    return *(parts.turn_complex(y, rope) for y in (attn.norm_q(q), attn.norm_k(k))), v
+
+
+class Qwen21(Case):
+    """With an image that is edited between two parts of the text, and a prompt with padding."""
+
+    cls = "QwenImage21Transformer2DModel"
+    config = {
+        "in_channels": 8, "out_channels": 8, "num_layers": 2, "context_in_dim": 32,
+        "axes_dims_rope": (4, 6, 6), **SIZE,
+    }  # fmt: skip
+    has_mask = True
+    edited = (1, 2, 2)
+
+    def inputs_image(self):
+        return 24
+
+    def first_inputs(self):
+        # a slot of the encoder for four tokens of an image
+        slots = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, *[1] * 6], dtype=torch.bool)
+        own = torch.arange(8) < torch.tensor([[8], [6]])
+        return {
+            "hidden_states": random(2, 28, 8, seed=1), "timestep": torch.tensor([0.5, 0.5]),
+            "encoder_hidden_states": random(2, 8, 32, seed=2),
+            "encoder_hidden_states_mask": own,
+            "img_shapes": [[self.edited, (1, *L)]] * 2, "img_mask": slots.expand(2, -1),
+        }  # fmt: skip
+
+    def out(self, output):
+        return output[0][:, -24:]
+
+    def own_text(self):
+        """Without an image that is edited: a negative prompt has none."""
+        self.inputs = self.first_inputs() | {
+            "hidden_states": random(2, 24, 8, seed=1), "img_shapes": [[(1, *L)]] * 2,
+            "img_mask": (torch.arange(8 + 6) >= 8).expand(2, -1),
+        }  # fmt: skip
+        return self.inputs[self.text], self.inputs["encoder_hidden_states_mask"]
+
+    def expected(self, rule, negatives, **changes):
+        model, inputs = self.model, self.inputs | changes
+        kept = []
+        for embeds, _, own in negatives:
+            rows = len(embeds) if own is None else len(own)
+            text = embeds.expand(rows, -1, -1)
+            kept.append(self.keys_values(inputs, text, own))
+        blocks = model.transformer_blocks
+        make = Target(rule, negatives, kept, blocks[0].attn.processor)
+        with parts.attention([block.attn for block in blocks], make):
+            return self.out(model(**inputs, return_dict=False))
+
+    def keys_values(self, inputs, text, own):
+        """Of the text as a prompt of its own, with an image after it."""
+        rows, m = text.shape[:2]
+        keys, values = {}, {}
+        stock = self.model.transformer_blocks[0].attn.processor
+
+        def keep(attn, x, rotary_emb=None, **others):
+            _, k, v = heads_of(attn, x, rotary_emb)
+            keys[attn], values[attn] = k[:, :m], v[:, :m]
+            return stock(attn, x, rotary_emb=rotary_emb, **others)
+
+        with parts.attention([block.attn for block in self.model.transformer_blocks], keep):
+            self.model(
+                hidden_states=random(rows, 4, 8, seed=9), encoder_hidden_states=text,
+                encoder_hidden_states_mask=own, timestep=inputs["timestep"][:1].expand(rows),
+                img_shapes=[[(1, 2, 2)]] * rows,
+                img_mask=(torch.arange(m + 1) >= m).expand(rows, -1),
+            )  # fmt: skip
+        return keys, values
+
+
+CASES = {"qwen21": Qwen21, "prx": PRX, "lumina2": Lumina2, "aura-flow": AuraFlow, "ernie": Ernie}
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}

@@ -201,6 +201,7 @@ PROCESSORS = {
     "AuraFlow": {"AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"},
     "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
     "PRX": {"PRXAttnProcessor2_0"},
+    "QwenImage21": {"QwenImage21AttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

@@ -17,6 +17,7 @@ from nasa_diffusers.families.lumina2 import Lumina2
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
 from nasa_diffusers.families.prx import PRX
 from nasa_diffusers.families.qwen import QwenImage
+from nasa_diffusers.families.qwen21 import QwenImage21
 from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
@@ -60,6 +61,7 @@ FAMILIES: tuple[Family, ...] = (
     AuraFlow(),
     ErnieImage(),
     PRX(),
+    QwenImage21(),
 )
 
 

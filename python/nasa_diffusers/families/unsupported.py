@@ -29,7 +29,7 @@ _because(
 )  # fmt: skip
 _because(
     "its text is read once for all steps, in the same attention as the image",
-    "NucleusMoEImageTransformer2DModel", "QwenImage21Transformer2DModel",
+    "NucleusMoEImageTransformer2DModel", 
     "StableCascadeUNet",
 )  # fmt: skip
 _because(
