@@ -147,7 +147,7 @@ class Caller:
         prompt = next((x for name in PROMPTS if _is_text(x := self.variables.get(name))), None)
         others = []
         for name, value in self.variables.items():
-            if "embed" not in name and "concept" not in name:
+            if not any(part in name for part in ("embed", "concept", "text_bth")):
                 continue
             if OTHERS & set(name.split("_")):
                 others += _texts(value)

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import T5Config, T5EncoderModel
 
 from nasa_diffusers.testing import HEADS, T5_SIZE, _ready, letter_tokenizer, vae
-from nasa_diffusers.testing_side import TEXT_SIZE, _flux2_vae, chat_tokenizer, qwen_vl
+from nasa_diffusers.testing_side import TEXT_SIZE, VISION, _flux2_vae, chat_tokenizer, qwen_vl
 
 FLUX_LIKE: dict[str, Any] = {
     "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 32,
@@ -208,4 +208,57 @@ def prx(seed: int = 0):
         tokenizer=tokenizer,
         vae=vae(shift_factor=0.1),
     )
+    return _ready(pipe)
+
+
+class ReadsText:
+    """The processor of a model of texts and images, of its texts alone."""
+
+    def __init__(self):
+        self.tokenizer = chat_tokenizer()
+        self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
+
+    def __call__(self, text: list[str], images: Any = None, **options: Any):
+        made = self.tokenizer(text, **options)
+        return type(made)({name: made[name] for name in ("input_ids", "attention_mask")})
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> list[list[int]]:
+        # the template of the pipeline begins with as many
+        return [[0, 0]]
+
+
+def qwen_image_21(seed: int = 0):
+    """Qwen-Image 2.1 in small: two blocks."""
+    from diffusers import (
+        AutoencoderKLQwenImage21,
+        QwenImage21Pipeline,
+        QwenImage21Transformer2DModel,
+    )
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = Qwen3VLConfig(
+        text_config=TEXT_SIZE
+        | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
+        vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False] * 4, latents_mean=[0.0] * 8, latents_std=[1.0] * 8,
+    )  # fmt: skip
+    pipe: Any = QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+        ),
+        vae=autoencoder,
+        text_encoder=Qwen3VLForConditionalGeneration(config),
+        processor=ReadsText(),
+        transformer=QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=2, context_in_dim=32,
+            axes_dims_rope=(4, 6, 6), **HEADS,
+        ),
+    )  # fmt: skip
+    # a letter is a token
+    pipe.prompt_template_t2i = "a {}."
     return _ready(pipe)

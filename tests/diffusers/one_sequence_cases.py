@@ -317,9 +317,6 @@ class Qwen21(Case):
             "img_shapes": [[self.edited, (1, *L)]] * 2, "img_mask": slots.expand(2, -1),
         }  # fmt: skip
 
-    def out(self, output):
-        return output[0][:, -24:]
-
     def own_text(self):
         """Without an image that is edited: a negative prompt has none."""
         self.inputs = self.first_inputs() | {

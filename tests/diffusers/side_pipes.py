@@ -50,6 +50,7 @@ PIPES |= {
         {"height": 16, "width": 16, "guidance_scale": 1.0, "max_sequence_length": 16},
     ),
     "ernie": (testing_joint.ernie, {"height": 64, "width": 96, "guidance_scale": 1.0}),
+    "qwen21": (testing_joint.qwen_image_21, {"height": 64, "width": 96}),
     "prx": (
         testing_joint.prx,
         {"height": 16, "width": 24, "guidance_scale": 1.0, "use_resolution_binning": False},
@@ -73,6 +74,7 @@ CFG |= {
         "prx",
     )
 }
+CFG["qwen21"] = {"true_cfg_scale": 3.0, "negative_prompt": "dull"}
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
     "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
@@ -80,7 +82,7 @@ NEEDS = {
     "chroma": "ChromaPipeline", "ovis": "OvisImagePipeline", "longcat": "LongCatImagePipeline",
     "bria": "BriaPipeline", "fibo": "BriaFiboPipeline", "lumina2": "Lumina2Pipeline",
     "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
-    "prx": "PRXPipeline",
+    "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
 }  # fmt: skip
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 

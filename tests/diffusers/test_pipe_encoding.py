@@ -128,7 +128,7 @@ def options_of(kind):
 IRRELEVANT = {"enable_edit_guidance", "enable_safety_guidance"}
 # a negative prompt is encoded without the images that are edited
 EDITED = {"image"}
-EDITING = ("QwenImageEdit", "LongCatImageEdit")
+EDITING = ("QwenImageEdit", "QwenImage21", "LongCatImageEdit")
 
 
 @pytest.mark.parametrize("name", PIPELINES)

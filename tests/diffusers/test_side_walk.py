@@ -280,6 +280,7 @@ ALONE = (
     "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", "ChromaPipeline",
     "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
     "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
+    "QwenImage21Pipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 
