@@ -74,6 +74,21 @@ class Case:
         """The tokens of all prompts as the block of this number gets them."""
         return texts
 
+    def run(self, block, own, x):
+        """A block of one sequence with these tokens and what else it is called with."""
+        return block(**own | {self.tokens: x})
+
+    def both(self, block, own, image, texts):
+        """Texts and image after a block of two streams."""
+        output = block(**own | {self.tokens: image, self.text_name: texts})
+        return output if self.text_first else output[::-1]
+
+    def last(self, image, pos):
+        """What the last block of two streams returns."""
+        return (pos, image) if self.text_first else (image, pos)
+
+    text_name = "encoder_hidden_states"
+
     @property
     def has_mask(self):
         """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""

@@ -5,15 +5,16 @@ import torch
 from joint_cases import STRONG, by_rule
 from nasa_diffusers import NAG, NASA, ProjectedNASA, nasa
 from flux_like_cases import CASES as FLUX_LIKE
+from one_sequence_cases import CASES as ONE_SEQUENCE
 from side_cases import CASES
 from streams import Nag
 from torch._dynamo.utils import counters
 
-CASES = CASES | FLUX_LIKE
+CASES = CASES | FLUX_LIKE | ONE_SEQUENCE
 RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-5}
 # of each kind of block one
-COMPILED = [name for name in ("z-image", "klein", "ltx2.3") if name in CASES]
+COMPILED = [name for name in ("z-image", "klein", "ltx2.3", "chroma", "ovis") if name in CASES]
 
 
 @pytest.fixture(scope="module", params=CASES)
