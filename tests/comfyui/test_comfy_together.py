@@ -197,6 +197,24 @@ def test_the_steps_between_start_and_end(pack, model, texts):
         assert torch.equal(outside, predict(model, positive, sigma=sigma))
 
 
+def test_the_steps_are_those_of_a_sampling_that_a_later_node_sets(pack, model, texts):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    from nasa_pack.nodes import NasaNegativePrompt
+
+    late = NasaNegativePrompt.execute(
+        model.patcher, model.conditioning(texts[1]), "NASA", ALPHA, "nasa", 0.5, 1.0, ""
+    ).args[0]
+    middle = float(model.patcher.get_model_object("model_sampling").percent_to_sigma(0.5))
+    # at a shift of 1 the middle of the steps is at a lower sigma than at the model's own 8
+    (shifted,) = ModelSamplingSD3().patch(late, 1.0, 1000)
+    sigma = (middle + 0.5) / 2
+    stock = predict(model, texts[0], sigma=sigma)
+    assert not torch.equal(predict(model, texts[0], late, sigma=sigma), stock)
+    (plain,) = ModelSamplingSD3().patch(model.patcher, 1.0, 1000)
+    expected = predict(model, texts[0], plain, sigma=sigma)
+    assert torch.equal(predict(model, texts[0], shifted, sigma=sigma), expected)
+
+
 # ---- other nodes ---------------------------------------------------------------------------------
 
 
