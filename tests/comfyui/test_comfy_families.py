@@ -14,8 +14,8 @@ CROSS = (
     "cosmos1", "cosmos", "anima",
 )  # fmt: skip
 JOINT = (
-    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "hunyuan1.5", "lumina2", "zimage",
-    "krea2",
+    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "hunyuan1.5", "hunyuan-image",
+    "lumina2", "zimage", "krea2",
 )  # fmt: skip
 ALPHA = 0.4
 
@@ -234,7 +234,7 @@ def in_lockstep(model, positive, negative, alpha, rows_of, **call):
 def rows_of(name, model, references=0):
     """Of a joint attention of this many queries, those of the image and those of registers; None
     for another attention."""
-    tokens = (128 if name.startswith("hunyuan") else 64) + references
+    tokens = (128 if name in ("hunyuan", "hunyuan1.5") else 64) + references
     registers = model.net.register_tokens.shape[1] if name == "aura" else 0
     # as it was until 2026
     is_image_first = name.startswith("hunyuan") and "(img, txt), 1)" in inspect.getsource(

@@ -163,6 +163,10 @@ _HUNYUAN15 = {
     **_HUNYUAN, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None,
     "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 1152,
 }  # fmt: skip
+_HUNYUAN_IMAGE = {
+    **_HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "axes_dim": [32, 32],
+    "vec_in_dim": None,
+}  # fmt: skip
 _AURA = {
     "max_seq": 1024, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "n_heads": 2,
     "dim": 128,
@@ -247,6 +251,7 @@ _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
     "aura": ("AuraFlow", _AURA, (1, 4, 16, 16), {}),
     "hunyuan": ("HunyuanVideo", _HUNYUAN, (1, 16, 2, 16, 16), _POOLED),
     "hunyuan1.5": ("HunyuanVideo15", _HUNYUAN15, (1, 32, 2, 8, 8), _POOLED),
+    "hunyuan-image": ("HunyuanImage21", _HUNYUAN_IMAGE, (1, 64, 8, 8), {}),
     "lumina2": ("Lumina2", _LUMINA, (1, 16, 16, 16), {}),
     "zimage": ("Lumina2", {**_LUMINA, "pad_tokens_multiple": 32}, (1, 16, 16, 16), {}),
 }  # fmt: skip
@@ -257,6 +262,7 @@ LATER: dict[str, dict[str, Any]] = {
     "flux2": {"txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0},
     "hunyuan": {"meanflow_sum": False},
     "hunyuan1.5": {"meanflow_sum": True},
+    "hunyuan-image": {"meanflow_sum": False},
 }
 
 

@@ -23,7 +23,7 @@ class Family:
 
     is_joint = False
     # where the text stands in a joint attention
-    is_text_first = True
+    is_text_first: bool | None = True
 
     def __init__(self, net: Any):
         self.net = net
@@ -217,6 +217,8 @@ class HunyuanVideo(Family):
     """The text is refined before the blocks, attending to itself: each prompt alone."""
 
     is_joint = True
+    # of this ComfyUI; not known before the first call
+    is_text_first = None
 
     def layers(self):
         return len(self.net.double_blocks) + len(self.net.single_blocks)
@@ -233,7 +235,7 @@ class HunyuanVideo(Family):
         the last one of an image is not."""
 
         def positions(ids: Tensor, *args, **kwargs):
-            if CURRENT.get() is not None:
+            if self.is_text_first is None:
                 self.is_text_first = bool(ids[0, -1].any())
             return forward(ids, *args, **kwargs)
 
