@@ -14,7 +14,6 @@ from support.launches import calls_of_python
 from test_errors import SHAPE, WRONG
 from test_joint import WRONG as WRONG_JOINT
 from test_joint import make as make_joint
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nasa_kernels import (
@@ -277,7 +276,7 @@ def test_a_quick_call_does_little_before_its_operator():
 
     with torch.no_grad():
         plain = count()
-        # the function, `quick`, three questions, a look-up, what to call and two questions, the call
+        # the function, `quick`, three questions, a look-up, two more of what to call, and the call
         assert plain <= 14
         assert count(mask_pos=mask) <= plain + 1
         assert count(alpha=alpha) <= plain
