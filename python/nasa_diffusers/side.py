@@ -242,17 +242,15 @@ class SideAttentionHook(Hook):
         q, k, v, rest = self.family.project(attn, hidden_states, encoder_hidden_states)
         if side.rope is not None:
             q, k = (self.family.rotate(x, side.rope) for x in (q, k))
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1:
-            # several query heads for one of the keys; the stock processor repeats them as well
-            k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         text, is_guided = side.text, self.guided and side.is_guided
         mask = self.family.text_mask(side, options)
         with_text = not self.layout.fixed
         streams = Streams(q, k, v, side.lengths, side.terms, with_text, text.backend, mask)
         if not torch.compiler.is_compiling():
+            b, _, h, d = q.shape
             self.last_call = JointCall(
-                k.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text,
+                torch.Size((b, k.shape[1], h, d)), side.lengths, hidden_states.shape[2],
+                self.token_flops, with_text,
                 attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
         o = text.method.joint(streams) if is_guided else keep_apart(streams)

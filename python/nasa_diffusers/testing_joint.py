@@ -198,7 +198,9 @@ def prx(seed: int = 0):
     for name, weight in transformer.named_parameters():
         if "modulation.lin" in name:
             torch.nn.init.normal_(weight, std=0.2)
-    config = T5GemmaConfig(encoder=TEXT_SIZE, decoder=TEXT_SIZE, vocab_size=TEXT_SIZE["vocab_size"])
+    config: Any = T5GemmaConfig(
+        encoder=TEXT_SIZE, decoder=TEXT_SIZE, vocab_size=TEXT_SIZE["vocab_size"]
+    )
     tokenizer = letter_tokenizer()
     tokenizer.model_max_length = 16
     pipe = PRXPipeline(

@@ -11,7 +11,6 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    
     "CogView3PlusTransformer2DModel",
     "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
     "GlmImageTransformer2DModel",
@@ -29,7 +28,7 @@ _because(
 )  # fmt: skip
 _because(
     "its text is read once for all steps, in the same attention as the image",
-    "NucleusMoEImageTransformer2DModel", 
+    "NucleusMoEImageTransformer2DModel",
     "StableCascadeUNet",
 )  # fmt: skip
 _because(
