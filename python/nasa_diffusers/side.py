@@ -238,7 +238,7 @@ class SideAttentionHook(Hook):
         **options,
     ) -> Any:
         self.family.check_attention(self.name, attn, None)
-        # each [b, l + n + m, h, d]
+        # each [b, l + n + m, h, d], k and v perhaps of fewer heads
         q, k, v, rest = self.family.project(attn, hidden_states, encoder_hidden_states)
         if side.rope is not None:
             q, k = (self.family.rotate(x, side.rope) for x in (q, k))

@@ -20,7 +20,7 @@ class Streams(NamedTuple):
     """Q, K and V of all tokens of a block, and whose they are."""
 
     q: Tensor  # [b, l + n, h, d], or [b, l, h, d] where text is keys only
-    k: Tensor  # [b, l + n, h, d]
+    k: Tensor  # [b, l + n, h, d], or of fewer heads, of which each serves a group
     v: Tensor
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
     terms: tuple[Term, ...]
