@@ -152,8 +152,10 @@ def aura_flow(seed: int = 0):
         if ".norm1" in name or "to_out" in name:
             # what the attention gives is little of a block in the beginning
             torch.nn.init.normal_(weight, std=0.5)
+    tokenizer = letter_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     pipe = AuraFlowPipeline(
-        tokenizer=letter_tokenizer(),
+        tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZE)),
         vae=vae(),
         transformer=transformer,
@@ -198,7 +200,9 @@ def prx(seed: int = 0):
     for name, weight in transformer.named_parameters():
         if "modulation.lin" in name:
             torch.nn.init.normal_(weight, std=0.2)
-    config = T5GemmaConfig(encoder=TEXT_SIZE, decoder=TEXT_SIZE, vocab_size=TEXT_SIZE["vocab_size"])
+    config: Any = T5GemmaConfig(
+        encoder=TEXT_SIZE, decoder=TEXT_SIZE, vocab_size=TEXT_SIZE["vocab_size"]
+    )
     tokenizer = letter_tokenizer()
     tokenizer.model_max_length = 16
     pipe = PRXPipeline(

@@ -86,10 +86,8 @@ class Lumina2(Case):
 
     def returned(self, image, pos):
         own = self.inputs["encoder_attention_mask"].sum(1).tolist()
-        rows = [
-            torch.cat([text[:k], row, text[k:]]) for row, text, k in zip(image, pos, own, strict=True)
-        ]
-        return torch.stack(rows)
+        each = zip(image, pos, own, strict=True)
+        return torch.stack([torch.cat([text[:k], row, text[k:]]) for row, text, k in each])
 
 
 class AuraFlow(Case):
@@ -273,9 +271,7 @@ class Target:
         )  # fmt: skip
         n = segments[-1][1]
         q, k, v = heads_of(attn, hidden_states, rotary_emb)
-        image, pos = (
-            [x[:, rows] for x in (q, k, v)] for rows in (slice(n, None), slice(0, n))
-        )
+        image, pos = ([x[:, rows] for x in (q, k, v)] for rows in (slice(n, None), slice(0, n)))
         negs = [(ks[attn], ks[attn], vs[attn]) for ks, vs in self.kept]
         negs = [[x.expand(len(q), -1, -1, -1) for x in each] for each in negs]
         masks = [

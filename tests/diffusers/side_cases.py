@@ -97,7 +97,9 @@ class Case:
 
     def own_text(self):
         """The text of the call as a negative prompt with its mask."""
-        masks = [x for name, x in self.inputs.items() if name.startswith("encoder") and "mask" in name]
+        masks = [
+            x for name, x in self.inputs.items() if name.startswith("encoder") and "mask" in name
+        ]
         return self.inputs[self.text], masks[0].bool() if masks and self.has_mask else None
 
     def too_narrow(self, text):

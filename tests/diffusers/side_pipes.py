@@ -70,7 +70,14 @@ CFG = {
 CFG |= {
     name: {"guidance_scale": 3.0, "negative_prompt": "dull"}
     for name in (
-        "chroma", "ovis", "longcat", "bria", "fibo", "lumina2", "aura-flow", "ernie",
+        "chroma",
+        "ovis",
+        "longcat",
+        "bria",
+        "fibo",
+        "lumina2",
+        "aura-flow",
+        "ernie",
         "prx",
     )
 }

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from flux_like_cases import CASES as FLUX_LIKE
 from joint_cases import STRONG, by_rule
 from nasa_diffusers import NAG, NASA, ProjectedNASA, nasa
-from flux_like_cases import CASES as FLUX_LIKE
 from one_sequence_cases import CASES as ONE_SEQUENCE
 from side_cases import CASES
 from streams import Nag

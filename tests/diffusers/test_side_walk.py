@@ -355,4 +355,6 @@ def test_each_call_is_what_the_oracle_makes_of_it(name):
 def test_every_one_that_works_is_here():
     rows = [row for row in pipelines.rows() if row.family in FAMILY_NAMES and not row.is_modular]
     works = {row.name for row in rows if row.status != pipelines.REFUSED}
+    # the name that Lumina2Pipeline had before diffusers 0.34, which no longer builds it
+    works.discard("Lumina2Text2ImgPipeline")
     assert works <= {*RUN, *ALONE}
