@@ -48,6 +48,7 @@ DIFFUSERS = [
 ]
 DISTILL = [*DIFFUSERS, "safetensors", "matplotlib>=3.8"]
 DEMO = ["rich>=13", "numpy"]
+APP = [*DIFFUSERS, "gradio>=6,<7"]
 # nvidia-ml-py: the clock of the GPU around a measurement
 BENCH = [*DEMO, "matplotlib>=3.8", "nvidia-ml-py"]
 TEST = [
@@ -235,6 +236,7 @@ setup(
         "diffusers": DIFFUSERS,
         "distill": DISTILL,
         "demo": [*DISTILL, *DEMO],
+        "app": APP,
         "bench": [*DIFFUSERS, *BENCH],
         "test": [*DISTILL, *DEMO, *BENCH, *TEST],
     },
