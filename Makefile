@@ -73,14 +73,15 @@ bench: $(VENV)/ready-bench
 	$(BENCH) plot
 	$(BENCH) readme
 
-# the system's glibc decides on the tag: Debian 12 gives manylinux_2_34
+# for glibc 2.28, as torch's own wheels, whatever this system's is: cmake/old_glibc.cmake
 wheel: $(VENV)/ready-wheel
 	rm -rf build/wheel
-	NASA_KERNELS_CUDA=1 NASA_KERNELS_CPU=1 \
+	NASA_KERNELS_CUDA=1 NASA_KERNELS_CPU=1 NASA_OLD_GLIBC=1 \
 	    $(PY) -m pip wheel . --no-build-isolation --no-deps -w build/wheel/plain
 	$(PY) -m zipfile -e build/wheel/plain/*.whl build/wheel/unpacked
 	$(PY) tools/sass.py build/wheel/unpacked/nasa_kernels/_C.so
 	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair -w dist \
+	    --only-plat --plat manylinux_2_28_x86_64 \
 	    --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/plain/*.whl
 
 site: $(VENV)/ready-site
