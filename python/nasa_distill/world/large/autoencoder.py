@@ -1,0 +1,128 @@
+"""The larger world's autoencoder: an `AutoencoderKL` of diffusers, trained on the world's images.
+
+It keeps an eighth of the width and 16 channels, as Stable Diffusion's keeps an eighth. Its latents
+have mean 0 and variance 1 in each channel over the world, so their scaling factor is 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+
+from nasa_distill.train.seeds import generator
+from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.large.scene import SIZE, WHOLES, Scene, rates, render, scenes
+
+CHANNELS = 16
+GRID = SIZE // 8
+# of the divergence from a normal distribution, a number of each latent. The noise that the latents
+# then have costs half of this in squared error, less than a bound of 41 dB
+KL = 3e-4
+ENCODED = 256  # images at once
+
+
+def make_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 64)) -> AutoencoderKL:
+    """1.0 M parameters, convolutions alone."""
+    levels = len(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
+
+
+def train(
+    settings: Settings, out: Path, channels: tuple[int, ...] = (16, 32, 64, 64)
+) -> AutoencoderKL:
+    """Train, or go on training; see `fit` for what it raises. Convolutions multiply in bf16."""
+    torch.manual_seed(settings.seed)
+
+    def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
+        rows = torch.multinomial(rates(), settings.batch, replacement=True, generator=random_)
+        images = render([scenes()[i] for i in rows.tolist()])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.encode(images).latent_dist
+            noise = torch.randn(found.mean.shape, generator=random_)
+            drawn = model.decode((found.mean + found.std * noise)).sample
+        # `kl` adds up the latents of an image
+        divergence = found.kl().mean() / found.mean[0].numel()
+        return F.mse_loss(drawn.float(), images) + KL * divergence.float()
+
+    def check(model: Any) -> dict[str, float]:
+        rows = torch.multinomial(rates(), 200, replacement=True, generator=generator(7, 0))
+        return quality(model, [scenes()[i] for i in rows.tolist()])
+
+    model = make_autoencoder(channels)
+    trained = fit(model, loss, settings, out, "autoencoder", check, channels_last=False)
+    return normalised(trained).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def quality(model: Any, drawn: list[Scene]) -> dict[str, float]:
+    """Peak signal-to-noise ratio in dB of what is encoded and decoded again.
+
+    `relevant` counts only the pixels at which an image differs from its bare ground: objects,
+    marks and frame, which decide whether the image is a valid one of its scene.
+    """
+    images = render(drawn)
+    back = reconstruct(model, images)
+    error = (back.clamp(-1, 1) - images).square()
+    relevant = (images != images[:, :, SIZE // 2 : SIZE // 2 + 1, 6:7]).any(1, keepdim=True)
+    relevant = relevant.expand_as(error)
+    worst = error.mean((1, 2, 3)).max()
+    return {
+        "psnr": _decibel(error.mean()),
+        "relevant": _decibel(error[relevant].mean()),
+        "worst image": _decibel(worst),
+    }
+
+
+def reconstruct(model: Any, images: Tensor) -> Tensor:
+    return torch.cat([model.decode(encode(model, x)).sample for x in images.split(ENCODED)])
+
+
+@torch.no_grad()
+def encode(model: Any, images: Tensor) -> Tensor:
+    """The mean of the latents `[b, 16, 8, 8]`."""
+    return model.encode(images).latent_dist.mean
+
+
+def _decibel(error: Tensor) -> float:
+    """Pixels run from -1 to 1."""
+    return float(10 * torch.log10(4 / error))
+
+
+def normalised(model: Any) -> Any:
+    """The same autoencoder, whose latents have mean 0 and variance 1 in each channel.
+
+    The convolutions of width 1 at the latents take it up; they are linear.
+    """
+    # every object and every choice for the whole image, each by its rate
+    generator_ = generator(8, 0)
+    rows = torch.multinomial(rates(), 16 * len(WHOLES), replacement=True, generator=generator_)
+    drawn = [scenes()[i] for i in rows.tolist()]
+    with torch.no_grad():
+        found = torch.cat([encode(model, render(drawn[i : i + ENCODED])) for i in range(0, len(drawn), ENCODED)])
+        mean, deviation = found.mean((0, 2, 3)), found.std((0, 2, 3))
+        into, out_of = model.quant_conv, model.post_quant_conv
+        shift = torch.cat([mean, 2 * deviation.log()])
+        scale = torch.cat([deviation, torch.ones(CHANNELS)])
+        into.weight.div_(scale[:, None, None, None])
+        into.bias.sub_(shift).div_(scale)
+        out_of.bias.add_(out_of.weight[:, :, 0, 0] @ mean)
+        out_of.weight.mul_(deviation[None, :, None, None])
+    return model
+
+
