@@ -31,8 +31,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from nasa_distill.world.captions import MAX_TOKENS, WORDS
 from nasa_distill.world.code import CHANNELS, GRID
+from nasa_distill.world.kinds import SMALL, World
 
 TEXT_WIDTH = 64
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -57,7 +57,7 @@ PATCHES: dict[str, Any] = {
 UNMODULATED = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer(world: World = SMALL) -> CLIPTokenizer:
     """CLIP's byte-pair encoding in which every word of the world is one token.
 
     Other words fall apart into letters, for which no model of the world was trained.
@@ -65,7 +65,7 @@ def make_tokenizer() -> CLIPTokenizer:
     letters = string.ascii_lowercase + string.digits + ",."
     tokens = [token for letter in letters for token in (letter, letter + "</w>")]
     merges = []
-    for word in sorted(WORDS):
+    for word in sorted(world.words):
         prefix = word[0]
         for i, letter in enumerate(word[1:], start=2):
             suffix = letter + ("</w>" if i == len(word) else "")
@@ -82,7 +82,7 @@ def make_tokenizer() -> CLIPTokenizer:
         rules.write_text(
             "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
         )
-        return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=MAX_TOKENS)
+        return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=world.max_tokens)
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -93,7 +93,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
