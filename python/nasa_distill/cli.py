@@ -47,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
     add("--student-steps", type=int, help="of each student's cycles, instead of the recipe's")
+    add("--size", type=int, choices=(32, 64), default=32, help="of the world's images")
+    add("--stage", help="the last stage to run, by the name of its folder; default: all")
     add(
         "--from-shipped",
         action="store_true",
@@ -161,9 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_world(options: argparse.Namespace) -> None:
-    from nasa_distill.world.make import Recipe, make, make_from_shipped
+    from nasa_distill.world.make import RECIPES, STAGES, make, make_from_shipped
 
-    recipe = Recipe()
+    recipe = RECIPES[options.size]
     names = ("student", "four_step", "joint", "words", "pixart")
     students = dict.fromkeys(names, options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
@@ -175,7 +177,18 @@ def run_world(options: argparse.Namespace) -> None:
         recipe = replace(recipe, pairs=options.pairs)
     if options.from_shipped and options.teacher_steps is not None:
         raise ValueError("world: --from-shipped trains no teacher; leave out --teacher-steps")
-    (make_from_shipped if options.from_shipped else make)(recipe, options.out)
+    stage = options.stage or STAGES[-1]
+    if stage not in STAGES:
+        raise ValueError(f"world: --stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if not options.from_shipped:
+        make(recipe, options.out, stage)
+    elif options.size != 32 or options.stage is not None:
+        raise ValueError(
+            "world: --from-shipped has one stage, and the shipped model draws 32x32 images; leave "
+            "out --size and --stage"
+        )
+    else:
+        make_from_shipped(recipe, options.out)
 
 
 def run_train(options: argparse.Namespace) -> None:

@@ -50,7 +50,9 @@ def test_the_world_is_made_stage_by_stage(world):
 
 def test_steps_of_the_command_are_those_of_every_student(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr("nasa_distill.world.make.make", lambda recipe, out: made.append(recipe))
+    monkeypatch.setattr(
+        "nasa_distill.world.make.make", lambda recipe, out, last: made.append(recipe)
+    )
     assert main(["world", "--out", str(tmp_path), "--student-steps", "7", "--pairs", "9"]) == 0
     (recipe,) = made
     for name in ("student", "four_step", "joint", "words", "pixart"):

@@ -65,6 +65,7 @@ def train_clip(
     learned late, so the end-of-text tokens must also predict what the caption named.
     """
     torch.manual_seed(settings.seed)
+
     def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
         rows = world.draw(settings.batch, random_)
         rng = random.Random(f"{settings.seed} {step}")

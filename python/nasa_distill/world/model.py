@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     LCMScheduler,
@@ -34,7 +35,9 @@ from transformers import (
 from nasa_distill.world.code import CHANNELS, GRID
 from nasa_distill.world.kinds import SMALL, World
 
+Autoencoder = AutoencoderTiny | AutoencoderKL
 TEXT_WIDTH = 64
+CHANNELS_OF_UNET = (64, 96)
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The noise of DDPM, which is more than Stable Diffusion's. An attribute of 8x8 latents can be seen
 # until the signal is a tenth of the noise; the prompt can only decide in steps beyond that. At the
@@ -104,8 +107,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(text_config(tokenizer))
 
 
-def make_unet(channels: tuple[int, ...] = (64, 96)) -> UNet2DConditionModel:
-    """2.8 M parameters, text cross-attention at 8x8 and 4x4."""
+def make_unet(channels: tuple[int, ...] = CHANNELS_OF_UNET) -> UNet2DConditionModel:
+    """2.8 M parameters where nothing else is said; text cross-attention at 8x8 and 4x4."""
     levels = len(channels)
     return UNet2DConditionModel(
         sample_size=GRID,
@@ -124,14 +127,15 @@ def make_unet(channels: tuple[int, ...] = (64, 96)) -> UNet2DConditionModel:
 def make_pipeline(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
-    vae: AutoencoderTiny,
+    vae: Autoencoder,
     few_step: bool = False,
+    world: World = SMALL,
 ) -> StableDiffusionPipeline:
     """A stock pipeline: DDIM for a teacher, LCM's scheduler for a one- or few-step student."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=make_tokenizer(),
+        tokenizer=make_tokenizer(world),
         unet=unet,
         scheduler=make_scheduler(few_step),
         safety_checker=None,
@@ -189,14 +193,15 @@ def make_pixart(heads: int, layers: int) -> PixArtTransformer2DModel:
 def make_joint_pipeline(
     transformer: SD3Transformer2DModel,
     text_encoder: CLIPTextModelWithProjection,
-    vae: AutoencoderTiny,
+    vae: Autoencoder,
+    world: World = SMALL,
 ) -> StableDiffusion3Pipeline:
     """A stock pipeline without a T5; both its CLIPs are the world's. For a few steps.
 
     The scheduler is that of the other students and not a rectified flow's: to predict a flow the
     network would have to reproduce every number of the noise.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=make_scheduler(few_step=True),
@@ -214,7 +219,7 @@ def make_pixart_pipeline(
     transformer: PixArtTransformer2DModel,
     text_encoder: T5EncoderModel,
     tokenizer: PreTrainedTokenizerBase,
-    vae: AutoencoderTiny,
+    vae: Autoencoder,
 ) -> PixArtAlphaPipeline:
     """A stock pipeline with a T5 of the world's. For a few steps."""
     return PixArtAlphaPipeline(
@@ -227,7 +232,7 @@ def make_pixart_pipeline(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
-    """`[b, 16]`, padded and cut as the pipeline does it."""
+    """`[b, max_tokens]`, padded and cut as the pipeline does it."""
     return tokenizer(
         captions,
         padding="max_length",
@@ -239,6 +244,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: list[str]) -> Tensor:
-    """`[b, 16, c]`."""
+    """`[b, max_tokens, c]`."""
     tokens = tokenize(tokenizer, captions).to(text_encoder.device)
     return text_encoder(tokens)[0]

@@ -81,10 +81,12 @@ def train(
     The last token must predict what the caption named; there is no loss on the others.
     """
     torch.manual_seed(settings.seed)
+    rates = world.rates().tolist()
 
     def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
         rng = random.Random(f"{settings.seed} {step}")
-        captions = world.captions(world.draw(settings.batch, random_), rng)
+        drawn = rng.choices(range(len(rates)), rates, k=settings.batch)
+        captions = [world.caption(scene, rng, 0.0) for scene in drawn]
         tokens = tokenize(tokenizer, captions)
         mask = tokens != tokenizer.pad_token_id
         hidden = model.encoder(tokens, attention_mask=mask).last_hidden_state

@@ -55,7 +55,7 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             found = model.encode(images).latent_dist
             noise = torch.randn(found.mean.shape, generator=random_)
-            drawn = model.decode((found.mean + found.std * noise)).sample
+            drawn = model.decode(found.mean + found.std * noise).sample
         # `kl` adds up the latents of an image
         divergence = found.kl().mean() / found.mean[0].numel()
         return F.mse_loss(drawn.float(), images) + KL * divergence.float()
@@ -77,7 +77,8 @@ def quality(model: Any, drawn: list[Scene]) -> dict[str, float]:
     marks and frame, which decide whether the image is a valid one of its scene.
     """
     images = render(drawn)
-    back = reconstruct(model, images)
+    code = TrainedCode(model)
+    back = code.decode(code.encode(images))
     error = (back.clamp(-1, 1) - images).square()
     relevant = (images != images[:, :, SIZE // 2 : SIZE // 2 + 1, 6:7]).any(1, keepdim=True)
     relevant = relevant.expand_as(error)
@@ -89,14 +90,24 @@ def quality(model: Any, drawn: list[Scene]) -> dict[str, float]:
     }
 
 
-def reconstruct(model: Any, images: Tensor) -> Tensor:
-    return torch.cat([model.decode(encode(model, x)).sample for x in images.split(ENCODED)])
-
-
 @torch.no_grad()
 def encode(model: Any, images: Tensor) -> Tensor:
     """The mean of the latents `[b, 16, 8, 8]`."""
     return model.encode(images).latent_dist.mean
+
+
+class TrainedCode:
+    """A trained autoencoder as a `Code`: means of latents, and images from them."""
+
+    def __init__(self, vae: Any):
+        self.vae = vae
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([encode(self.vae, x) for x in images.split(ENCODED)])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.cat([self.vae.decode(x).sample for x in codes.split(ENCODED)])
 
 
 def _decibel(error: Tensor) -> float:
@@ -112,9 +123,9 @@ def normalised(model: Any) -> Any:
     # every object and every choice for the whole image, each by its rate
     generator_ = generator(8, 0)
     rows = torch.multinomial(rates(), 16 * len(WHOLES), replacement=True, generator=generator_)
-    drawn = [scenes()[i] for i in rows.tolist()]
+    drawn = [[scenes()[i] for i in part.tolist()] for part in rows.split(ENCODED)]
     with torch.no_grad():
-        found = torch.cat([encode(model, render(drawn[i : i + ENCODED])) for i in range(0, len(drawn), ENCODED)])
+        found = torch.cat([encode(model, render(part)) for part in drawn])
         mean, deviation = found.mean((0, 2, 3)), found.std((0, 2, 3))
         into, out_of = model.quant_conv, model.post_quant_conv
         shift = torch.cat([mean, 2 * deviation.log()])
@@ -124,5 +135,3 @@ def normalised(model: Any) -> Any:
         out_of.bias.add_(out_of.weight[:, :, 0, 0] @ mean)
         out_of.weight.mul_(deviation[None, :, None, None])
     return model
-
-

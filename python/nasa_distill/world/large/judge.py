@@ -87,9 +87,7 @@ def judge(images: Tensor) -> Verdict:
     nearest = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
     if not len(nearest):
         return Verdict(nearest, torch.zeros(0))
-    renders = torch.cat(
-        [render([scenes()[i] for i in x.tolist()]) for x in nearest.split(CHUNK)]
-    )
+    renders = torch.cat([render([scenes()[i] for i in x.tolist()]) for x in nearest.split(CHUNK)])
     return Verdict(nearest, local_distance(pixels, renders))
 
 

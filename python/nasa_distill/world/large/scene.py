@@ -124,7 +124,12 @@ def render(drawn: Sequence[Scene]) -> Tensor:
         ("blurry", _blur),
         ("watermarked", lambda x: _over(x, _rgb("grey"), MARK * _lines())),
         ("text", lambda x: _over(x, _rgb("ink"), _word())),
-        ("framed", lambda x: _over(_over(x, _rgb("gilt"), _border(FRAME)), _rgb("wood"), _border(FRAME - LIP))),
+        (
+            "framed",
+            lambda x: _over(
+                _over(x, _rgb("gilt"), _border(FRAME)), _rgb("wood"), _border(FRAME - LIP)
+            ),
+        ),
     ):
         chosen = torch.tensor(rows[name])
         if chosen.any():
