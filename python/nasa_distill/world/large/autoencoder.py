@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
-from nasa_distill.world.large.scene import SIZE, WHOLES, Scene, rates, render, scenes
+from nasa_distill.world.large.scene import SIZE, Scene, rates, render, scenes
 
 CHANNELS = 16
 GRID = SIZE // 8
@@ -24,6 +24,7 @@ GRID = SIZE // 8
 # then have costs half of this in squared error, less than a bound of 41 dB
 KL = 3e-4
 ENCODED = 256  # images at once
+MEASURED = 512  # images, for the mean and variance of latents
 
 
 def make_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 64)) -> AutoencoderKL:
@@ -120,9 +121,7 @@ def normalised(model: Any) -> Any:
 
     The convolutions of width 1 at the latents take it up; they are linear.
     """
-    # every object and every choice for the whole image, each by its rate
-    generator_ = generator(8, 0)
-    rows = torch.multinomial(rates(), 16 * len(WHOLES), replacement=True, generator=generator_)
+    rows = torch.multinomial(rates(), MEASURED, replacement=True, generator=generator(8, 0))
     drawn = [[scenes()[i] for i in part.tolist()] for part in rows.split(ENCODED)]
     with torch.no_grad():
         found = torch.cat([encode(model, render(part)) for part in drawn])
