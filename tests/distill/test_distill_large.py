@@ -32,7 +32,7 @@ from nasa_distill.world.large.scene import (
     render,
     scenes,
 )
-from small_world import RECIPE, TINY
+from small_world import CYCLES, RECIPE
 
 PAIR = Scene(
     (Object("red", "circle"), Object("blue", "square")),
@@ -209,7 +209,7 @@ TINY_LARGE = replace(
         matches=lambda captions: LARGE.matches(captions)[:, :FEW],
         checks=(),
     ),
-    autoencoder=TINY,
+    autoencoder=CYCLES,
     unet=(16, 32),
     sharpen=0.5,
 )

@@ -43,7 +43,7 @@ class Recipe:
     """
 
     world: World = SMALL
-    autoencoder: Settings | None = None  # None: its weights are set by hand
+    autoencoder: tuple[Settings, ...] = ()  # none: its weights are set by hand
     clip: Settings = Settings(steps=600, batch=64, learning_rate=2e-3, ema=0.99)
     teacher: tuple[Settings, ...] = (
         Settings(steps=1800, batch=48, ema=0.996),
@@ -80,7 +80,7 @@ class Recipe:
 LARGE_RECIPE = Recipe(
     world=LARGE,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
-    autoencoder=Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),
+    autoencoder=(Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
@@ -224,7 +224,7 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1]) -> None:
 
 
 def make_code(recipe: Recipe, out: Path) -> Code:
-    if recipe.autoencoder is None:
+    if not recipe.autoencoder:
         return PatchCode()
     return autoencoder.TrainedCode(autoencoder.train(recipe.autoencoder, out))
 

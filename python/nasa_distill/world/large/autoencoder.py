@@ -6,6 +6,7 @@ have mean 0 and variance 1 in each channel over the world, so their scaling fact
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +46,45 @@ def make_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 64)) -> Autoencode
 
 
 def train(
-    settings: Settings, out: Path, channels: tuple[int, ...] = (16, 32, 64, 64)
+    cycles: Sequence[Settings], out: Path, channels: tuple[int, ...] = (16, 32, 64, 64)
 ) -> AutoencoderKL:
-    """Train, or go on training; see `fit` for what it raises. Convolutions multiply in bf16."""
-    torch.manual_seed(settings.seed)
+    """Train, or go on training; see `fit` for what it raises. Convolutions multiply in bf16.
 
-    def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
-        rows = torch.multinomial(rates(), settings.batch, replacement=True, generator=random_)
-        images = render([scenes()[i] for i in rows.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model.encode(images).latent_dist
-            noise = torch.randn(found.mean.shape, generator=random_)
-            drawn = model.decode(found.mean + found.std * noise).sample
-        # `kl` adds up the latents of an image
-        divergence = found.kl().mean() / found.mean[0].numel()
-        return F.mse_loss(drawn.float(), images) + KL * divergence.float()
+    Args:
+        cycles: As of `teacher.train`.
+    """
+    torch.manual_seed(cycles[0].seed)
+    model: Any = make_autoencoder(channels)
 
     def check(model: Any) -> dict[str, float]:
         rows = torch.multinomial(rates(), 200, replacement=True, generator=generator(7, 0))
         return quality(model, [scenes()[i] for i in rows.tolist()])
 
-    model = make_autoencoder(channels)
-    trained = fit(model, loss, settings, out, "autoencoder", check, channels_last=False)
-    return normalised(trained).eval().requires_grad_(False)
+    for number, settings in enumerate(cycles):
+
+        def loss(
+            model: Any, step: int, random_: torch.Generator, how: Settings = settings
+        ) -> Tensor:
+            rows = torch.multinomial(rates(), how.batch, replacement=True, generator=random_)
+            images = render([scenes()[i] for i in rows.tolist()])
+            with torch.autocast("cpu", torch.bfloat16):
+                found = model.encode(images).latent_dist
+                noise = torch.randn(found.mean.shape, generator=random_)
+                drawn = model.decode(found.mean + found.std * noise).sample
+            # `kl` adds up the latents of an image
+            divergence = found.kl().mean() / found.mean[0].numel()
+            return F.mse_loss(drawn.float(), images) + KL * divergence.float()
+
+        model = fit(
+            model.requires_grad_(True),
+            loss,
+            settings,
+            out / f"cycle-{number}",
+            "autoencoder",
+            check,
+            channels_last=False,
+        )
+    return normalised(model).eval().requires_grad_(False)
 
 
 @torch.no_grad()
