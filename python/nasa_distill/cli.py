@@ -196,16 +196,17 @@ def run_train(options: argparse.Namespace) -> None:
     from nasa_distill.train.clip import Clip
     from nasa_distill.train.nasa_t import Run
     from nasa_distill.train.networks import load
-    from nasa_distill.world.captions import read
+    from nasa_distill.world.kinds import world_of
 
     settings = PRESETS[options.preset].changed(**parse_settings(options.set))
     prompts = read_lines(options.data, "--data")
     negatives = read_lines(options.negatives, "--negatives") if options.negatives else []
-    if options.preset == "world":
-        for line in (*prompts, *negatives):
-            read(line)
     check_data(prompts, negatives, settings)
     teacher, student = load(options.teacher), load(options.student or options.teacher)
+    if options.preset == "world":
+        world = world_of(teacher)
+        for line in (*prompts, *negatives):
+            world.read(line)
     clip = Clip.load(options.clip) if options.clip else None
     identity = {
         "teacher": str(options.teacher),

@@ -18,7 +18,7 @@ from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world import students, teacher
 from nasa_distill.world.code import PatchCode
-from nasa_distill.world.evaluation import ablation, evaluate, report
+from nasa_distill.world.evaluation import ablation, evaluate, prompts, report
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.make import Recipe, make
 from nasa_distill.world.scene import render, scenes
@@ -116,7 +116,7 @@ def test_evaluation_counts_what_the_judge_sees(world, tmp_path, student):
     assert [(c.steps, str(c.method)) for c in results.cells] == [
         (s, m) for s in (1, 4) for m in ("none", "cfg 2", "nasa 0.5")
     ]
-    assert all(cell.total.n == 2 * len(evaluate.PAIRS) for cell in results.cells)
+    assert all(cell.total.n == 2 * len(prompts.PAIRS) for cell in results.cells)
     page = tmp_path / "docs" / "results.md"
     report.write(results, tmp_path / "out", page)
     assert report.read(tmp_path / "out" / "results.json") == results
@@ -150,7 +150,7 @@ def test_methods_are_those_of_the_pipeline(world, name):
     # SD3 without its T5 appends as many empty tokens as it would have had
     text = {"max_sequence_length": 0} if name == "joint" else {}
     noise = torch.randn(3, *model.latent_shape, generator=generator(0, 0))
-    prompt, negative = evaluate.PAIRS[0]
+    prompt, negative = prompts.PAIRS[0]
 
     def by_hand(output_type="latent", **options):
         call = {"num_inference_steps": 1, "latents": noise, "output_type": output_type} | options
@@ -194,7 +194,7 @@ def test_noise_between_steps_is_of_the_seed(world, name):
     expected = torch.rand(3)
     torch.manual_seed(3)
     for seed in (0, 0, 1):
-        drawn = evaluate.draw(model, *evaluate.PAIRS[0], evaluate.NONE, 4, noise, seed)
+        drawn = evaluate.draw(model, *prompts.PAIRS[0], evaluate.NONE, 4, noise, seed)
         images.append(drawn)
         assert torch.rand(1) == expected[len(images) - 1]  # the shared one is left alone
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
 from nasa_distill.world import make, students
+from nasa_distill.world.evaluation import evaluate, prompts, report
 from nasa_distill.world.kinds import LARGE
 from nasa_distill.world.large import autoencoder
 from nasa_distill.world.large.captions import (
@@ -227,7 +228,7 @@ def large(tmp_path_factory):
 
 def test_the_stages_end_with_a_stock_pipeline(large):
     before = {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")}
-    assert {path.parent.name for path in before} >= {"clip", "autoencoder", "cycle-0", "pairs"}
+    assert large / "autoencoder" / "cycle-1" / "autoencoder.pt" in before
     assert not (large / "joint").exists()
     make.make(TINY_LARGE, large, "four-step")
     assert {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")} == before
@@ -276,3 +277,38 @@ def test_the_students_of_the_command_know_their_world(large):
 def test_what_the_command_refuses(more, message, tmp_path, capsys):
     assert main(["world", "--size", "64", "--out", str(tmp_path), *more]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_evaluation_knows_the_world_of_a_model(large, tmp_path, capsys):
+    """By the size of its images: prompts, judge and page are those of the larger world."""
+    student = large / "student" / "pipeline"
+    methods = (evaluate.NONE, evaluate.Method("nasa", 0.5))
+    results = evaluate.run(student, [1], 1, methods=methods)
+    assert results.about["world"] == "large"
+    assert results.quality["student, 1 step"].n == len(prompts.LARGE_PAIRS)
+    assert all(cell.total.n == len(prompts.LARGE_PAIRS) for cell in results.cells)
+    report.write(results, tmp_path, tmp_path / "page.md")
+    assert report.as_json(results)["pairs"] == [list(pair) for pair in prompts.LARGE_PAIRS]
+    page = (tmp_path / "page.md").read_text()
+    assert "the nearest of the 9984" in page and "97 % and 97 % in four" in page
+    # decoded as the pipeline decodes
+    model = load(student)
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    call = {"latents": noise, "num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
+    drawn = evaluate.draw(model, "a photo of a circle", "", evaluate.NONE, 1, noise, 0)
+    torch.testing.assert_close(drawn / 2 + 0.5, model.pipe("a photo of a circle", **call).images)
+    pooled = ["pooled", "--student", str(student), "--out", str(tmp_path / "pooled.json")]
+    assert main(pooled) == 1
+    assert "must draw the small world's 32x32 images" in capsys.readouterr().err
+
+
+def test_nasa_t_reads_prompts_of_its_teachers_world(large, tmp_path, capsys):
+    (tmp_path / "negatives.txt").write_text("glowing\n")
+    teacher = str(large / "teacher" / "pipeline")
+    command = ["train", "--preset", "world", "--teacher", teacher, "--out", str(tmp_path / "run")]
+    command += ["--data", str(large / "prompts.txt")]
+    assert main([*command, "--negatives", str(tmp_path / "negatives.txt")]) == 1
+    assert "'glowing' in 'glowing' is not a word of this world" in capsys.readouterr().err
+    small = [f"--set={item}" for item in ("steps=1", "batch=2", "lora_rank=2", "lora_first=0")]
+    command += ["--negatives", str(large / "negatives.txt"), *small]
+    assert main([*command, "--clip", str(large / "clip" / "model")]) == 0, capsys.readouterr().err

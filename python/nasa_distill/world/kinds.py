@@ -132,3 +132,33 @@ LARGE = World(
     negatives=tuple(large_captions.OWNER),
 )
 WORLDS = {world.size: world for world in (SMALL, LARGE)}
+
+
+def of_images(images: Tensor) -> World:
+    """The world that images are of, by their size.
+
+    Raises:
+        ValueError: No world has images of that size.
+    """
+    size = images.shape[-1] if images.dim() else 0
+    if size not in WORLDS:
+        raise ValueError(
+            f"kinds.of_images: images must be {' or '.join(map(str, WORLDS))} pixels wide, got "
+            f"{list(images.shape)}"
+        )
+    return WORLDS[size]
+
+
+def world_of(model: Any) -> World:
+    """The world of a `train.networks.Model`, by the size of its images.
+
+    Raises:
+        ValueError: It draws images of another size.
+    """
+    size = model.latent_shape[-1] * model.pipe.vae_scale_factor
+    if size not in WORLDS:
+        raise ValueError(
+            f"kinds.world_of: the model must draw images of {' or '.join(map(str, WORLDS))} "
+            f"pixels, got {size}; it is none of a small world"
+        )
+    return WORLDS[size]
