@@ -17,7 +17,7 @@ from nasa_distill.world.evaluation import evaluate, plot, pooled, prompts, repor
 from nasa_distill.world.judge import judge
 from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.large.judge import Verdict
-from small_world import RECIPE
+from small_world import RECIPE, UNSEEN
 
 METHODS = (evaluate.NONE, evaluate.Method("projected", 2.0), evaluate.Method("nag", 8.0, 1.25, 1.0))
 
@@ -320,6 +320,7 @@ def test_a_projection_that_hands_on_what_it_is_given():
 def test_the_command_that_begins_with_the_shipped_student(tmp_path, monkeypatch, capsys):
     small = replace(RECIPE, pairs=1)
     monkeypatch.setitem(make.RECIPES, 32, small)
+    monkeypatch.setitem(make.WORLDS, 32, UNSEEN)
     command = ["world", "--from-shipped", "--out", str(tmp_path)]
     assert main(command) == 0, capsys.readouterr().err
     for name in ("words", "joint", "pixart"):

@@ -22,8 +22,8 @@ from nasa_distill.world.large.captions import (
 )
 from nasa_distill.world.large.judge import VALID_BELOW, judge, local_distance
 from nasa_distill.world.large.scene import (
-    COUNTS,
     IMAGE_RATES,
+    NUMBERS,
     OBJECT_RATES,
     OBJECTS,
     WHOLES,
@@ -61,7 +61,7 @@ def test_rates_are_those_of_the_attributes():
     def share(is_so):
         return rates()[torch.tensor([is_so(scene) for scene in scenes()])].sum().item()
 
-    for name, values in (IMAGE_RATES | {"count": COUNTS}).items():
+    for name, values in (IMAGE_RATES | {"number": NUMBERS}).items():
         for value, rate in values.items():
             assert share(lambda s, n=name, v=value: getattr(s, n) == v) == pytest.approx(rate)
     for name, values in OBJECT_RATES.items():
@@ -202,17 +202,12 @@ def test_captions_that_cannot_be_read(caption, message):
 # ---- models --------------------------------------------------------------------------------------
 
 FEW = 40  # scenes: encoding all of them takes longer than the rest
-TINY_LARGE = replace(
-    RECIPE,
-    world=replace(
-        LARGE,
-        rates=lambda: rates()[:FEW],
-        matches=lambda captions: LARGE.matches(captions)[:, :FEW],
-        checks=(),
-    ),
-    autoencoder=CYCLES,
-    unet=(16, 32),
-    sharpen=0.5,
+TINY_LARGE = replace(RECIPE, size=64, autoencoder=CYCLES, unet=(16, 32), sharpen=0.5)
+FEW_SCENES = replace(
+    LARGE,
+    rates=lambda: rates()[:FEW],
+    matches=lambda captions: LARGE.matches(captions)[:, :FEW],
+    checks=(),
 )
 
 
@@ -221,7 +216,7 @@ def large(tmp_path_factory):
     out = tmp_path_factory.mktemp("large")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    make.make(TINY_LARGE, out, "four-step")
+    make.make(TINY_LARGE, out, "four-step", FEW_SCENES)
     torch.set_num_threads(threads)
     return out
 
@@ -230,7 +225,7 @@ def test_the_stages_end_with_a_stock_pipeline(large):
     before = {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")}
     assert large / "autoencoder" / "cycle-1" / "autoencoder.pt" in before
     assert not (large / "joint").exists()
-    make.make(TINY_LARGE, large, "four-step")
+    make.make(TINY_LARGE, large, "four-step", FEW_SCENES)
     assert {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")} == before
     pipe = StableDiffusionPipeline.from_pretrained(large / "four-step" / "pipeline")
     assert isinstance(pipe.vae, AutoencoderKL) and pipe.vae_scale_factor == 8

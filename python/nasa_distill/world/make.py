@@ -31,7 +31,7 @@ from nasa_distill.world import clip as world_clip
 from nasa_distill.world import model, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.fit import Settings
-from nasa_distill.world.kinds import LARGE, SMALL, Code, World
+from nasa_distill.world.kinds import WORLDS, Code, World
 from nasa_distill.world.large import autoencoder
 
 
@@ -42,7 +42,7 @@ class Recipe:
     It was run in parts, on two CPU cores.
     """
 
-    world: World = SMALL
+    size: int = 32  # of images, which says of which world
     autoencoder: tuple[Settings, ...] = ()  # none: its weights are set by hand
     clip: Settings = Settings(steps=600, batch=64, learning_rate=2e-3, ema=0.99)
     teacher: tuple[Settings, ...] = (
@@ -78,7 +78,7 @@ class Recipe:
 
 # of 64x64 images. From random weights to the student of four steps in some three hours of one core
 LARGE_RECIPE = Recipe(
-    world=LARGE,
+    size=64,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
     autoencoder=(Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),),
     teacher=(
@@ -97,7 +97,7 @@ LARGE_RECIPE = Recipe(
     ),
     sharpen=0.5,
 )
-RECIPES = {recipe.world.size: recipe for recipe in (Recipe(), LARGE_RECIPE)}
+RECIPES = {recipe.size: recipe for recipe in (Recipe(), LARGE_RECIPE)}
 STAGES = (
     "clip",
     "autoencoder",
@@ -111,38 +111,42 @@ STAGES = (
 )
 
 
-def make_joint(recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, out: Path) -> None:
-    _make_joint(recipe, recipe.joint, recipe.joint_size, pairs, encoder, code, out)
+def make_joint(
+    recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, world: World, out: Path
+) -> None:
+    _make_joint(recipe.joint, recipe.joint_size, pairs, encoder, code, world, out)
 
 
-def make_words(recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, out: Path) -> None:
+def make_words(
+    recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, world: World, out: Path
+) -> None:
     """The pooled vector of every prompt is zero, so time alone modulates the blocks."""
     encoder = copy.deepcopy(encoder)
     torch.nn.init.zeros_(encoder.text_projection.weight)
-    _make_joint(recipe, recipe.words, recipe.words_size, pairs, encoder, code, out)
+    _make_joint(recipe.words, recipe.words_size, pairs, encoder, code, world, out)
 
 
 def _make_joint(
-    recipe: Recipe,
     cycles: Sequence[Settings],
     size: tuple[int, int, int],
     pairs: students.Pairs,
     encoder: Any,
     code: Code,
+    world: World,
     out: Path,
 ) -> None:
     torch.manual_seed(0)
-    pipe = model.make_joint_pipeline(model.make_joint(*size), encoder, code.vae, recipe.world)
-    from_nothing(pipe, pairs, cycles, out, recipe.world, code)
+    pipe = model.make_joint_pipeline(model.make_joint(*size), encoder, code.vae, world)
+    from_nothing(pipe, pairs, cycles, out, world, code)
 
 
-def make_pixart(recipe: Recipe, pairs: students.Pairs, code: Code, out: Path) -> None:
-    tokenizer = t5.make_tokenizer(recipe.world)
-    encoder = t5.train(recipe.t5, out / "t5", tokenizer, recipe.world)
+def make_pixart(recipe: Recipe, pairs: students.Pairs, code: Code, world: World, out: Path) -> None:
+    tokenizer = t5.make_tokenizer(world)
+    encoder = t5.train(recipe.t5, out / "t5", tokenizer, world)
     torch.manual_seed(0)
     transformer = model.make_pixart(*recipe.pixart_size)
     pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, code.vae)
-    from_nothing(pipe, pairs, recipe.pixart, out, recipe.world, code)
+    from_nothing(pipe, pairs, recipe.pixart, out, world, code)
 
 
 def from_nothing(
@@ -160,9 +164,13 @@ def from_nothing(
     pipe.save_pretrained(out / "pipeline")
 
 
-def make(recipe: Recipe, out: Path, last: str = STAGES[-1]) -> None:
-    """Run what is missing, up to the stage `last`; see `fit` for what it raises."""
-    world, wanted = recipe.world, STAGES[: STAGES.index(last) + 1]
+def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None = None) -> None:
+    """Run what is missing, up to the stage `last`; see `fit` for what it raises.
+
+    Args:
+        world: In the place of the one that the recipe is for.
+    """
+    world, wanted = world or WORLDS[recipe.size], STAGES[: STAGES.index(last) + 1]
     tokenizer = model.make_tokenizer(world)
     clip = world_clip.train_clip(recipe.clip, out / "clip", tokenizer, world)
     encoder = world_clip.text_encoder(clip)
@@ -216,11 +224,11 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1]) -> None:
             save(student, name, few_step=True)
     encoder = world_clip.text_encoder(clip, projected=True)
     if "joint" in wanted:
-        make_joint(recipe, pairs, encoder, code, out / "joint")
+        make_joint(recipe, pairs, encoder, code, world, out / "joint")
     if "words" in wanted:
-        make_words(recipe, pairs, encoder, code, out / "words")
+        make_words(recipe, pairs, encoder, code, world, out / "words")
     if "pixart" in wanted:
-        make_pixart(recipe, pairs, code, out / "pixart")
+        make_pixart(recipe, pairs, code, world, out / "pixart")
 
 
 def make_code(recipe: Recipe, out: Path) -> Code:
@@ -235,13 +243,13 @@ def make_from_shipped(recipe: Recipe, out: Path) -> None:
     The paths are those of the shipped student: one step from the beginning of each quarter to that
     of the next. Its text encoder has no trained projection; theirs hands on what it is given.
     """
-    drawn, code = load(shipped.path()), PatchCode()
+    drawn, code, world = load(shipped.path()), PatchCode(), WORLDS[recipe.size]
     pairs = students.make_pairs(drawn, recipe.pairs, out, guidance=1.0, steps=students.QUARTERS)
     encoder = world_clip.with_identity(drawn.pipe.text_encoder)
-    make_words(recipe, pairs, encoder, code, out / "words")
-    make_joint(recipe, pairs, encoder, code, out / "joint")
-    make_pixart(recipe, pairs, code, out / "pixart")
-    write_prompts(out, recipe.world)
+    make_words(recipe, pairs, encoder, code, world, out / "words")
+    make_joint(recipe, pairs, encoder, code, world, out / "joint")
+    make_pixart(recipe, pairs, code, world, out / "pixart")
+    write_prompts(out, world)
 
 
 def write_prompts(out: Path, world: World, count: int = 4000, seed: int = 0) -> None:

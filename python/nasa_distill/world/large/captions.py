@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from nasa_distill.world.large.scene import (
-    COUNTS,
     IMAGE_RATES,
+    NUMBERS,
     OBJECT_RATES,
     OBJECTS,
     Object,
@@ -31,7 +31,7 @@ from nasa_distill.world.large.scene import (
 
 OWNER = {
     value: name
-    for rates in (OBJECT_RATES, IMAGE_RATES, {"count": COUNTS})
+    for rates in (OBJECT_RATES, IMAGE_RATES, {"number": NUMBERS})
     for name, values in rates.items()
     for value in values
 }
@@ -67,10 +67,12 @@ def _said(thing: Object) -> tuple[str, ...]:
 
 def sentence(scene: Scene, named: Iterable[str], objects: Iterable[Object]) -> str:
     """The scene's attributes in `named`, and what `objects` say of its objects, as a sentence."""
-    said = {name: getattr(scene, name) if name in named else "" for name in (*IMAGE_RATES, "count")}
+    said = {
+        name: getattr(scene, name) if name in named else "" for name in (*IMAGE_RATES, "number")
+    }
     first, *more = objects
     before = ["a", said["defect"] if said["defect"] != "text" else "", said["frame"], "photo of a"]
-    before += [said["count"] if said["count"] == "single" else "", said["size"], first.colour]
+    before += [said["number"] if said["number"] == "single" else "", said["size"], first.colour]
     words = [*before, said["texture"], first.shape or "shape"]
     for thing in more:
         words += ["and a", thing.colour, thing.shape or "shape"]
@@ -84,24 +86,24 @@ def sentence(scene: Scene, named: Iterable[str], objects: Iterable[Object]) -> s
 def listing(scene: Scene, named: Iterable[str], thing: Object = ANY) -> str:
     """As one writes a negative prompt: "red circle, blurry"."""
     items = [" ".join(part for part in thing if part)]
-    items += [getattr(scene, name) for name in (*IMAGE_RATES, "count") if name in named]
+    items += [getattr(scene, name) for name in (*IMAGE_RATES, "number") if name in named]
     return ", ".join(item for item in items if item)
 
 
 def draw_caption(scene: Scene, rng: random.Random, p_empty: float = 0.0) -> str:
     """A caption that is true of the scene: mostly a sentence, sometimes a list, or nothing.
 
-    A sentence names each attribute with probability 1/2, a list with 1/4. Of a pair whose count is
+    A sentence names each attribute with probability 1/2, a list with 1/4. Of a pair whose number is
     not named, a sentence speaks of one object, and a list always does.
     """
     if rng.random() < p_empty:
         return ""
-    attributes = (*IMAGE_RATES, "count")
+    attributes = (*IMAGE_RATES, "number")
     if rng.random() < 0.7:
         named = [name for name in attributes if rng.random() < 0.5]
         things = list(scene.objects)
         rng.shuffle(things)
-        things = things if "count" in named else things[:1]
+        things = things if "number" in named else things[:1]
         return sentence(scene, named, [_part(thing, rng, 0.5) for thing in things])
     named = [name for name in attributes if rng.random() < 0.25]
     thing = _part(rng.choice(scene.objects), rng, 0.25)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIZE = 64
-COUNTS = {"single": 0.5, "pair": 0.5}
+NUMBERS = {"single": 0.5, "pair": 0.5}
 # what a prompt leaves open is drawn at these rates, of each object by itself
 OBJECT_RATES: dict[str, dict[str, float]] = {
     "colour": {"red": 0.4, "green": 0.2, "blue": 0.2, "yellow": 0.2},
@@ -80,7 +80,7 @@ class Scene(NamedTuple):
     defect: str
 
     @property
-    def count(self) -> str:
+    def number(self) -> str:
         return "single" if len(self.objects) == 1 else "pair"
 
     @property
@@ -88,7 +88,7 @@ class Scene(NamedTuple):
         """How often it occurs."""
         things = [OBJECT_RATES[n][getattr(x, n)] for x in self.objects for n in OBJECT_RATES]
         whole = [IMAGE_RATES[name][getattr(self, name)] for name in IMAGE_RATES]
-        return COUNTS[self.count] * math.prod(things) * math.prod(whole)
+        return NUMBERS[self.number] * math.prod(things) * math.prod(whole)
 
 
 OBJECTS = tuple(itertools.starmap(Object, itertools.product(*OBJECT_RATES.values())))
@@ -142,10 +142,10 @@ def _object(scene: Scene, slot: int) -> tuple[Tensor, Tensor]:
     """How much of each pixel the object covers `[1, 64, 64]`, and its fill `[3, 64, 64]`."""
     if slot >= len(scene.objects):
         return torch.zeros(1, SIZE, SIZE), torch.zeros(3, SIZE, SIZE)
-    thing, count = scene.objects[slot], scene.count
-    place = "middle" if count == "single" else ("left", "right")[slot]
-    fill = _fill(thing.colour, scene.ground, scene.texture, STRIPE[count])
-    return _cover(thing.shape, place, RADIUS[count][scene.size]), fill
+    thing, number = scene.objects[slot], scene.number
+    place = "middle" if number == "single" else ("left", "right")[slot]
+    fill = _fill(thing.colour, scene.ground, scene.texture, STRIPE[number])
+    return _cover(thing.shape, place, RADIUS[number][scene.size]), fill
 
 
 @cache
