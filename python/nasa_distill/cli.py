@@ -4,6 +4,7 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
+    python -m nasa_distill judge --out judge.json       how far the judge can be trusted
     python -m nasa_distill plot --results results/results.json    one picture of it
     python -m nasa_distill sweep --out sweep.png        methods by rising strength, in pictures
     python -m nasa_distill ablate --world world --out ablation    who should see the negatives
@@ -94,6 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--best-of", type=Path, help="results.json: each method only as it did best there")
     add("--methods", help="only these, NAME:STRENGTH, of NAG also :TAU:ALPHA; separated by commas")
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
+    add("--page", type=Path, help="also write the page to this Markdown file")
+
+    judge = commands.add_parser("judge", help="how far a small world's judge can be trusted")
+    judge.set_defaults(run=run_judge)
+    add = judge.add_argument
+    add("--size", type=int, choices=(32, 64), default=32, help="of the world's images")
+    add("--pipeline", help="folder of a pipeline: also what its autoencoder makes of images")
+    add("--images", type=int, default=2000, help="of each kind (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, help="JSON file")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
     plot = commands.add_parser("plot", help="results as one picture: what is removed, what breaks")
@@ -263,6 +274,27 @@ def run_sweep(options: argparse.Namespace) -> None:
     student = Path(options.student or shipped.path())
     sweep.write(student, options.out, options.steps, options.seed, options.pair)
     print(f"wrote {options.out}")
+
+
+def run_judge(options: argparse.Namespace) -> None:
+    from nasa_distill.train.networks import load
+    from nasa_distill.world.evaluation import reliability
+    from nasa_distill.world.kinds import WORLDS, world_of
+    from nasa_distill.world.large.autoencoder import TrainedCode
+
+    world, code = WORLDS[options.size], None
+    if options.images < 1:
+        raise ValueError(f"judge: --images must be at least 1, got {options.images}")
+    if options.pipeline is not None:
+        model = load(options.pipeline)
+        if world_of(model) is not world:
+            raise ValueError(
+                f"judge: the pipeline in {options.pipeline} draws images of "
+                f"{world_of(model).size} pixels, --size is {options.size}; give that size"
+            )
+        code = TrainedCode(model.pipe.vae)
+    found = reliability.run(world, options.images, options.seed, code)
+    reliability.write(found, options.out, options.page)
 
 
 def run_plot(options: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """The world of 64x64 images: its scenes, captions and judge, and the stages of its models."""
 
+import copy
+import json
 import random
 from dataclasses import replace
 
@@ -8,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
-from nasa_distill.world import make, students
-from nasa_distill.world.evaluation import evaluate, prompts, report
-from nasa_distill.world.kinds import LARGE
+from nasa_distill.world import kinds, make, students
+from nasa_distill.world.evaluation import evaluate, prompts, reliability, report
+from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.large import autoencoder
 from nasa_distill.world.large.captions import (
     MENTIONED,
@@ -33,7 +35,7 @@ from nasa_distill.world.large.scene import (
     render,
     scenes,
 )
-from small_world import CYCLES, RECIPE
+from small_world import CYCLES, RECIPE, TINY
 
 PAIR = Scene(
     (Object("red", "circle"), Object("blue", "square")),
@@ -202,7 +204,9 @@ def test_captions_that_cannot_be_read(caption, message):
 # ---- models --------------------------------------------------------------------------------------
 
 FEW = 40  # scenes: encoding all of them takes longer than the rest
-TINY_LARGE = replace(RECIPE, size=64, autoencoder=CYCLES, unet=(16, 32), sharpen=0.5)
+TINY_LARGE = replace(
+    RECIPE, size=64, autoencoder=CYCLES, decoder=(TINY,), unet=(16, 32), sharpen=0.5
+)
 FEW_SCENES = replace(
     LARGE,
     rates=lambda: rates()[:FEW],
@@ -246,6 +250,17 @@ def test_latents_are_normal_and_images_are_what_they_were():
     torch.testing.assert_close(after.decode(codes), expected, atol=1e-4, rtol=1e-4)
     assert codes.mean((0, 2, 3)).abs().max() < 0.3
     torch.testing.assert_close(codes.std((0, 2, 3)), torch.ones(16), atol=0.3, rtol=0)
+
+
+def test_a_longer_trained_decoder_has_the_same_latents(tmp_path):
+    torch.manual_seed(0)
+    model = autoencoder.normalised(autoencoder.make_autoencoder((8, 8, 8, 8)).eval())
+    images = render(some(4, seed=4)[1])
+    before = autoencoder.TrainedCode(copy.deepcopy(model))
+    after = autoencoder.TrainedCode(autoencoder.train_decoder(model, (TINY,), tmp_path))
+    codes = before.encode(images)
+    assert torch.equal(after.encode(images), codes)
+    assert not torch.equal(after.decode(codes), before.decode(codes))
 
 
 def test_what_is_nearby_is_of_the_world_and_allowed():
@@ -307,3 +322,35 @@ def test_nasa_t_reads_prompts_of_its_teachers_world(large, tmp_path, capsys):
     small = [f"--set={item}" for item in ("steps=1", "batch=2", "lora_rank=2", "lora_first=0")]
     command += ["--negatives", str(large / "negatives.txt"), *small]
     assert main([*command, "--clip", str(large / "clip" / "model")]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", (SMALL, LARGE), ids=lambda world: world.name)
+def test_how_far_the_judge_is_trusted(world):
+    """What it says of changed renders, counted; and a judge that errs is found out."""
+    few = replace(world, rates=lambda: world.rates()[:50])
+    rows = reliability.run(few, 30, 0)["rows"]
+    assert rows["every render"]["images"] == 50 and rows["noise of 0.05"]["images"] == 30
+    assert rows["every render"]["misread"] == 0 and rows["every render"]["valid"] == 50
+    assert rows["noise of 0.2"]["valid"] <= rows["noise of 0.05"]["valid"] == 30
+    assert rows["smooth noise of 0.2"]["valid"] < 30
+    blind = replace(
+        few,
+        judge=lambda images: world.judge(world.images(torch.zeros(len(images), dtype=torch.long))),
+    )
+    found = reliability.run(blind, 30, 0)
+    assert found["rows"]["every render"]["misread"] == 49
+    assert sum(found["rows"]["every render"]["by attribute"].values()) >= 49
+    assert "| every render | 50 | 98.0 " in reliability.page(found)
+
+
+def test_the_command_that_measures_the_judge(large, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(kinds.WORLDS, 64, FEW_SCENES)
+    out, page = tmp_path / "judge.json", tmp_path / "judge.md"
+    command = ["judge", "--size", "64", "--images", "3", "--out", str(out), "--page", str(page)]
+    pipeline = ["--pipeline", str(large / "student" / "pipeline")]
+    assert main([*command, *pipeline]) == 0, capsys.readouterr().err
+    found = json.loads(out.read_text())
+    assert found["rows"]["encoded and decoded"]["images"] == 3
+    assert page.read_text() == reliability.page(found)
+    assert main(["judge", "--size", "32", "--out", str(out), *pipeline]) == 1
+    assert "draws images of 64 pixels, --size is 32" in capsys.readouterr().err

@@ -62,6 +62,7 @@ class World:
     mentioned: int
     read: Callable[[str], Any]  # raises ValueError for a word that the world lacks
     judge: Callable[[Tensor], Verdict]
+    describe: Callable[[int], dict[str, str]]  # a scene's value of each attribute
     checks: tuple[str, ...]  # prompts that are drawn and judged on the way
     negatives: tuple[str, ...]  # what a negative prompt of NASA-T may name, alone or by twos
 
@@ -103,6 +104,7 @@ SMALL = World(
     mentioned=len(small_captions.OWNER),
     read=small_captions.read,
     judge=small_judge.judge,
+    describe=lambda scene: small_scene.scenes()[scene]._asdict(),
     checks=(
         "a photo of a shape",
         "a photo of a red circle",
@@ -123,6 +125,7 @@ LARGE = World(
     mentioned=len(large_captions.MENTIONED),
     read=large_captions.read,
     judge=large_judge.judge,
+    describe=lambda scene: large_scene.scenes()[scene].described(),
     checks=(
         "a photo of a shape",
         "a photo of a red circle and a blue square",

@@ -4,6 +4,7 @@ OUT/clip         the world's CLIP
 OUT/autoencoder  its autoencoder, where that is trained
 OUT/teacher      the many-step teacher
 OUT/pairs        its images, and its path to them from noise
+OUT/decoder      the autoencoder with a decoder that was trained longer
 OUT/student      the one-step student that NASA-T begins with
 OUT/four-step    the student of four steps
 OUT/joint        another, with joint attention, of which NASA has several rules
@@ -49,6 +50,7 @@ class Recipe:
         Settings(steps=1800, batch=48, ema=0.996),
         Settings(steps=1600, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
     )
+    decoder: tuple[Settings, ...] = ()  # of a trained autoencoder
     unet: tuple[int, ...] = model.CHANNELS_OF_UNET
     pairs: int = 51200
     guidance: float = 1.5
@@ -81,6 +83,7 @@ LARGE_RECIPE = Recipe(
     size=64,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
     autoencoder=(Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),),
+    decoder=(Settings(steps=4000, batch=16, learning_rate=1e-3, ema=0.995),),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
@@ -103,6 +106,7 @@ STAGES = (
     "autoencoder",
     "teacher",
     "pairs",
+    "decoder",
     "student",
     "four-step",
     "joint",
@@ -190,8 +194,8 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
         pipe.save_pretrained(path)
         return path
 
-    how = (out / "teacher", world, code, recipe.unet)
-    unet = teacher.train(recipe.teacher, encoder, tokenizer, *how)
+    trained = (out / "teacher", world, code, recipe.unet)
+    unet = teacher.train(recipe.teacher, encoder, tokenizer, *trained)
     drawn = load(save(unet, "teacher", few_step=False))
     if "pairs" not in wanted:
         return
@@ -204,6 +208,11 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
         recipe.guided_from,
         world=world,
     )
+    if "decoder" not in wanted:
+        return
+    if recipe.decoder:
+        code = make_decoder(recipe, code, out / "decoder")
+        save(unet, "teacher", few_step=False)
     student = drawn.denoiser
     for steps, cycles, name in (
         (1, recipe.student, "student"),
@@ -235,6 +244,10 @@ def make_code(recipe: Recipe, out: Path) -> Code:
     if not recipe.autoencoder:
         return PatchCode()
     return autoencoder.TrainedCode(autoencoder.train(recipe.autoencoder, out))
+
+
+def make_decoder(recipe: Recipe, code: Code, out: Path) -> Code:
+    return autoencoder.TrainedCode(autoencoder.train_decoder(code.vae, recipe.decoder, out))
 
 
 def make_from_shipped(recipe: Recipe, out: Path) -> None:

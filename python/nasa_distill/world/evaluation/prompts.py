@@ -52,14 +52,14 @@ LARGE_PAIRS: Pairs = (
 )
 LARGE_HELD_OUT: Pairs = (
     ("a photo of a square", "green, yellow"),
-    ("a photo of a blue triangle", "circle"),
+    ("a photo of a blue triangle", "circle, square"),
     ("a photo of a red circle and a shape", "triangle"),
-    ("a photo of a shape on a black background", "framed"),
+    ("a photo of a shape on a black background", "framed, blurry"),
     ("a clean photo of a shape", "red circle"),
     ("a photo of a single shape", "solid"),
     ("a photo of a green circle and a shape", "large"),
     ("a photo of a striped shape", "white"),
-    ("a framed photo of a square", "text"),
+    ("a framed photo of a square", "text, watermarked"),
     ("a photo of a small yellow shape", "watermarked"),
     ("a photo of a triangle and a shape", "blue, yellow"),
 )

@@ -6,7 +6,7 @@ have mean 0 and variance 1 in each channel over the world, so their scaling fact
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ GRID = SIZE // 8
 # then have costs half of this in squared error, less than a bound of 41 dB
 KL = 3e-4
 ENCODED = 256  # images at once
+NOISE = 0.3  # the most that the decoder sees
 MEASURED = 512  # images, for the mean and variance of latents
 
 
@@ -53,38 +54,55 @@ def train(
     Args:
         cycles: As of `teacher.train`.
     """
+
+    def loss(model: Any, images: Tensor, random_: torch.Generator) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.encode(images).latent_dist
+            noise = torch.randn(found.mean.shape, generator=random_)
+            drawn = model.decode(found.mean + found.std * noise).sample
+        # `kl` adds up the latents of an image
+        divergence = found.kl().mean() / found.mean[0].numel()
+        return F.mse_loss(drawn.float(), images) + KL * divergence.float()
+
     torch.manual_seed(cycles[0].seed)
     model: Any = make_autoencoder(channels)
+    for number, settings in enumerate(cycles):
+        model.requires_grad_(True)
+        model = _fit(model, loss, settings, out / f"cycle-{number}", "autoencoder")
+    return normalised(model).eval().requires_grad_(False)
+
+
+def train_decoder(model: Any, cycles: Sequence[Settings], out: Path) -> AutoencoderKL:
+    """The same latents with a better decoder, which has seen latents with noise, as a student's.
+
+    Networks on the latents need not wait for it. See `fit` for what it raises.
+    """
+
+    def loss(model: Any, images: Tensor, random_: torch.Generator) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            codes = encode(model, images)
+            strength = NOISE * torch.rand(len(images), 1, 1, 1, generator=random_)
+            noise = torch.randn(codes.shape, generator=random_)
+            drawn = model.decode(codes + strength * noise).sample
+        return F.mse_loss(drawn.float(), images)
+
+    for number, settings in enumerate(cycles):
+        for part in (model.decoder, model.post_quant_conv):
+            part.requires_grad_(True)
+        model = _fit(model, loss, settings, out / f"cycle-{number}", "decoder")
+    return model.eval().requires_grad_(False)
+
+
+def _fit(model: Any, loss: Callable, settings: Settings, out: Path, what: str) -> Any:
+    def of_step(model: Any, step: int, random_: torch.Generator) -> Tensor:
+        rows = torch.multinomial(rates(), settings.batch, replacement=True, generator=random_)
+        return loss(model, render([scenes()[i] for i in rows.tolist()]), random_)
 
     def check(model: Any) -> dict[str, float]:
         rows = torch.multinomial(rates(), 200, replacement=True, generator=generator(7, 0))
         return quality(model, [scenes()[i] for i in rows.tolist()])
 
-    for number, settings in enumerate(cycles):
-
-        def loss(
-            model: Any, step: int, random_: torch.Generator, how: Settings = settings
-        ) -> Tensor:
-            rows = torch.multinomial(rates(), how.batch, replacement=True, generator=random_)
-            images = render([scenes()[i] for i in rows.tolist()])
-            with torch.autocast("cpu", torch.bfloat16):
-                found = model.encode(images).latent_dist
-                noise = torch.randn(found.mean.shape, generator=random_)
-                drawn = model.decode(found.mean + found.std * noise).sample
-            # `kl` adds up the latents of an image
-            divergence = found.kl().mean() / found.mean[0].numel()
-            return F.mse_loss(drawn.float(), images) + KL * divergence.float()
-
-        model = fit(
-            model.requires_grad_(True),
-            loss,
-            settings,
-            out / f"cycle-{number}",
-            "autoencoder",
-            check,
-            channels_last=False,
-        )
-    return normalised(model).eval().requires_grad_(False)
+    return fit(model, of_step, settings, out, what, check, channels_last=False)
 
 
 @torch.no_grad()

@@ -83,6 +83,11 @@ class Scene(NamedTuple):
     def number(self) -> str:
         return "single" if len(self.objects) == 1 else "pair"
 
+    def described(self) -> dict[str, str]:
+        """Its value of each attribute, its objects' from left to right."""
+        things = {n: " ".join(getattr(x, n) for x in self.objects) for n in OBJECT_RATES}
+        return things | {name: getattr(self, name) for name in (*IMAGE_RATES, "number")}
+
     @property
     def rate(self) -> float:
         """How often it occurs."""
