@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     judge.set_defaults(run=run_judge)
     add = judge.add_argument
     add("--size", type=int, choices=(32, 64), default=32, help="of the world's images")
-    add("--pipeline", help="folder of a pipeline: also what its autoencoder makes of images")
+    add("--autoencoder", help="folder of an AutoencoderKL: also what it makes of images")
     add("--images", type=int, default=2000, help="of each kind (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True, help="JSON file")
@@ -277,22 +277,15 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 
 def run_judge(options: argparse.Namespace) -> None:
-    from nasa_distill.train.networks import load
     from nasa_distill.world.evaluation import reliability
-    from nasa_distill.world.kinds import WORLDS, world_of
-    from nasa_distill.world.large.autoencoder import TrainedCode
+    from nasa_distill.world.kinds import WORLDS
+    from nasa_distill.world.large import autoencoder
 
     world, code = WORLDS[options.size], None
     if options.images < 1:
         raise ValueError(f"judge: --images must be at least 1, got {options.images}")
-    if options.pipeline is not None:
-        model = load(options.pipeline)
-        if world_of(model) is not world:
-            raise ValueError(
-                f"judge: the pipeline in {options.pipeline} draws images of "
-                f"{world_of(model).size} pixels, --size is {options.size}; give that size"
-            )
-        code = TrainedCode(model.pipe.vae)
+    if options.autoencoder is not None:
+        code = autoencoder.load(options.autoencoder, world.size)
     found = reliability.run(world, options.images, options.seed, code)
     reliability.write(found, options.out, options.page)
 

@@ -16,7 +16,7 @@ from nasa_distill.scores import pairs
 from nasa_distill.train.clip import Clip
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world import students, teacher
+from nasa_distill.world import shipped, students, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.evaluation import ablation, evaluate, prompts, report
 from nasa_distill.world.fit import Settings, fit
@@ -401,7 +401,8 @@ def test_bad_data_is_one_line(tmp_path, capsys, content, message):
     negatives.write_text("red\n")
     if content is not None:
         data.write_text(content)
-    command = ["train", "--preset", "world", "--teacher", "nowhere", "--out", str(tmp_path)]
+    teacher = str(shipped.path())
+    command = ["train", "--preset", "world", "--teacher", teacher, "--out", str(tmp_path)]
     assert main([*command, "--data", str(data), "--negatives", str(negatives)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

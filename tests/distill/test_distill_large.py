@@ -347,10 +347,12 @@ def test_the_command_that_measures_the_judge(large, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(kinds.WORLDS, 64, FEW_SCENES)
     out, page = tmp_path / "judge.json", tmp_path / "judge.md"
     command = ["judge", "--size", "64", "--images", "3", "--out", str(out), "--page", str(page)]
-    pipeline = ["--pipeline", str(large / "student" / "pipeline")]
-    assert main([*command, *pipeline]) == 0, capsys.readouterr().err
+    vae = ["--autoencoder", str(large / "decoder" / "model")]
+    assert main([*command, *vae]) == 0, capsys.readouterr().err
     found = json.loads(out.read_text())
     assert found["rows"]["encoded and decoded"]["images"] == 3
     assert page.read_text() == reliability.page(found)
-    assert main(["judge", "--size", "32", "--out", str(out), *pipeline]) == 1
-    assert "draws images of 64 pixels, --size is 32" in capsys.readouterr().err
+    assert main(["judge", "--size", "32", "--out", str(out), *vae]) == 1
+    assert "must be of images of 32 pixels, got 64" in capsys.readouterr().err
+    assert main([*command, "--autoencoder", str(tmp_path)]) == 1
+    assert "holds no AutoencoderKL" in capsys.readouterr().err

@@ -243,11 +243,15 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
 def make_code(recipe: Recipe, out: Path) -> Code:
     if not recipe.autoencoder:
         return PatchCode()
-    return autoencoder.TrainedCode(autoencoder.train(recipe.autoencoder, out))
+    vae: Any = autoencoder.train(recipe.autoencoder, out)
+    vae.save_pretrained(out / "model")
+    return autoencoder.TrainedCode(vae)
 
 
 def make_decoder(recipe: Recipe, code: Code, out: Path) -> Code:
-    return autoencoder.TrainedCode(autoencoder.train_decoder(code.vae, recipe.decoder, out))
+    vae: Any = autoencoder.train_decoder(code.vae, recipe.decoder, out)
+    vae.save_pretrained(out / "model")
+    return autoencoder.TrainedCode(vae)
 
 
 def make_from_shipped(recipe: Recipe, out: Path) -> None:

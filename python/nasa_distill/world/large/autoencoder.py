@@ -126,6 +126,27 @@ def quality(model: Any, drawn: list[Scene]) -> dict[str, float]:
     }
 
 
+def load(folder: str, size: int) -> TrainedCode:
+    """What `save_pretrained` wrote, of images of `size` pixels.
+
+    Raises:
+        ValueError: There is no `AutoencoderKL` in the folder, or it is of another size.
+    """
+    try:
+        vae: Any = AutoencoderKL.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"autoencoder.load: {folder} holds no AutoencoderKL ({error}); give the folder vae of "
+            "a pipeline"
+        ) from error
+    if vae.config.sample_size != size:
+        raise ValueError(
+            f"autoencoder.load: the autoencoder in {folder} must be of images of {size} pixels, "
+            f"got {vae.config.sample_size}"
+        )
+    return TrainedCode(vae.eval().requires_grad_(False))
+
+
 @torch.no_grad()
 def encode(model: Any, images: Tensor) -> Tensor:
     """The mean of the latents `[b, 16, 8, 8]`."""
