@@ -207,17 +207,17 @@ def run_train(options: argparse.Namespace) -> None:
     from nasa_distill.train.clip import Clip
     from nasa_distill.train.nasa_t import Run
     from nasa_distill.train.networks import load
-    from nasa_distill.world.kinds import world_of
+    from nasa_distill.world.kinds import world_at
 
     settings = PRESETS[options.preset].changed(**parse_settings(options.set))
     prompts = read_lines(options.data, "--data")
     negatives = read_lines(options.negatives, "--negatives") if options.negatives else []
-    check_data(prompts, negatives, settings)
-    teacher, student = load(options.teacher), load(options.student or options.teacher)
     if options.preset == "world":
-        world = world_of(teacher)
+        world = world_at(Path(options.teacher))
         for line in (*prompts, *negatives):
             world.read(line)
+    check_data(prompts, negatives, settings)
+    teacher, student = load(options.teacher), load(options.student or options.teacher)
     clip = Clip.load(options.clip) if options.clip else None
     identity = {
         "teacher": str(options.teacher),

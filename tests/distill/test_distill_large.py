@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
-from nasa_distill.world import kinds, make, students
+from nasa_distill.world import kinds, make, shipped, students
 from nasa_distill.world.evaluation import evaluate, prompts, reliability, report
 from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.large import autoencoder
@@ -356,3 +356,20 @@ def test_the_command_that_measures_the_judge(large, tmp_path, monkeypatch, capsy
     assert "must be of images of 32 pixels, got 64" in capsys.readouterr().err
     assert main([*command, "--autoencoder", str(tmp_path)]) == 1
     assert "holds no AutoencoderKL" in capsys.readouterr().err
+
+
+def test_the_world_of_a_folder_and_of_its_model(large, tmp_path):
+    """Of networks of the pipeline's own sizes, and of one that is of no world."""
+    for folder, world in ((large / "student" / "pipeline", LARGE), (shipped.path(), SMALL)):
+        assert kinds.world_at(folder) is world
+    assert kinds.world_of(load(large / "student" / "pipeline")) is LARGE
+    assert kinds.of_images(torch.zeros(1, 3, 32, 32)) is SMALL
+    with pytest.raises(ValueError, match="must be 32 or 64 pixels wide, got .1, 3, 48, 48."):
+        kinds.of_images(torch.zeros(1, 3, 48, 48))
+    with pytest.raises(ValueError, match="must hold a pipeline of a small world"):
+        kinds.world_at(tmp_path)
+    for name, config in (("unet", {"sample_size": 64}), ("vae", {"block_out_channels": [1] * 4})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="images of 32 or 64 pixels, got 512"):
+        kinds.world_at(tmp_path)

@@ -8,9 +8,11 @@ Their latents have one shape, and the networks above them one kind.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -158,10 +160,33 @@ def world_of(model: Any) -> World:
     Raises:
         ValueError: It draws images of another size.
     """
-    size = model.latent_shape[-1] * model.pipe.vae_scale_factor
+    return _of_size(model.latent_shape[-1] * model.pipe.vae_scale_factor, "world_of")
+
+
+def world_at(folder: Path) -> World:
+    """The world of the pipeline in a folder; no weights are read.
+
+    Raises:
+        ValueError: There is no pipeline, or it draws images of another size.
+    """
+    try:
+        denoisers = [folder / name / "config.json" for name in ("unet", "transformer")]
+        denoiser = next((path for path in denoisers if path.exists()), denoisers[0])
+        latents = json.loads(denoiser.read_text(encoding="utf-8"))["sample_size"]
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        size = latents * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"kinds.world_at: {folder} must hold a pipeline of a small world ({error}); give a "
+            "folder that the command world made"
+        ) from error
+    return _of_size(size, "world_at")
+
+
+def _of_size(size: int, function: str) -> World:
     if size not in WORLDS:
         raise ValueError(
-            f"kinds.world_of: the model must draw images of {' or '.join(map(str, WORLDS))} "
+            f"kinds.{function}: the model must draw images of {' or '.join(map(str, WORLDS))} "
             f"pixels, got {size}; it is none of a small world"
         )
     return WORLDS[size]
