@@ -7,7 +7,7 @@ OUT/pairs        its images, and its path to them from noise
 OUT/decoder      the autoencoder with a decoder that was trained longer
 OUT/student      the one-step student that NASA-T begins with
 OUT/four-step    the student of four steps
-OUT/joint        another, with joint attention, of which NASA has several rules
+OUT/joint        another, with joint attention, of which NASA has several rules (of 32x32 images)
 OUT/words        another with joint attention, which knows its prompt from text tokens alone
 OUT/pixart       another, a PixArt with a T5
 
@@ -65,7 +65,7 @@ class Recipe:
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     )
     sharpen: float = 0.0  # of the students of one step and four: see `students.train`
-    # from random weights: many small steps
+    # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
     words: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
@@ -99,6 +99,7 @@ LARGE_RECIPE = Recipe(
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     ),
     sharpen=0.5,
+    joint=(),
 )
 RECIPES = {recipe.size: recipe for recipe in (Recipe(), LARGE_RECIPE)}
 STAGES = (
@@ -232,7 +233,7 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
             )
             save(student, name, few_step=True)
     encoder = world_clip.text_encoder(clip, projected=True)
-    if "joint" in wanted:
+    if "joint" in wanted and recipe.joint:
         make_joint(recipe, pairs, encoder, code, world, out / "joint")
     if "words" in wanted:
         make_words(recipe, pairs, encoder, code, world, out / "words")
