@@ -100,8 +100,9 @@ def plan(gpu: Gpu, shape: Shape) -> Plan:
     def tile(rows: int, d: int) -> int:
         return rows * 2 * (d + 8)
 
-    rows = 32 if d <= 128 and keys == CLIP_KEYS else 16
-    shared = 4 * tile(keys, d) + 8 * tile(rows, d)
+    rows = 32 if (d <= 128 if keys == CLIP_KEYS else d == 80) else 16
+    parked = 4 * 512 if rows == 32 and keys == BLOCK_KEYS else 0
+    shared = 4 * tile(keys, d) + 8 * (tile(rows, d) + parked)
     exists = d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
     if longest <= BLOCK_KEYS and exists and shared <= gpu.shared_per_block:
         return Plan("forward_short", (d, keys, True), 256, shared, rows, keys, True)

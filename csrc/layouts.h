@@ -26,16 +26,25 @@ constexpr int kClipKeys = 80;
 constexpr int tile_bytes(int rows, int d) { return rows * 2 * (d + 8); }
 
 // forward_short: warps of a block, and the m16 fragments of query rows that one of them takes at
-// once. What is read of K and V serves all fragments. The scores of two with 128 keys or with masks
-// would not fit the registers, nor their rows of 160 columns the shared memory of sm_80.
+// once. What is read of K and V serves all fragments. The scores of two with masks would not fit the
+// registers, nor their rows of 160 columns the shared memory of sm_80; with 128 keys those of 64
+// columns would not fit that of sm_86 and sm_120, which one does.
 constexpr int kShortWarps = 8;
 constexpr int short_parts(int d, int keys, bool plain) {
-    return plain && d <= 128 && keys == kClipKeys ? 2 : 1;
+    return plain && (keys == kClipKeys ? d <= 128 : d == 80) ? 2 : 1;
 }
 constexpr int short_rows(int d, int keys, bool plain) { return 16 * short_parts(d, keys, plain); }
-// K+-, V+- [keys, d]; a tile of rows for each warp; the biases in fp32, where scores are not plain
+// A operands of P+ that a warp parks in shared memory while two fragments of scores against 128 keys
+// have the registers
+constexpr int short_parked(int d, int keys, bool plain) {
+    return keys == kBlockKeys && short_parts(d, keys, plain) == 2 ? 4 : 0;
+}
+constexpr int kOperandBytes = 32 * 16;
+// K+-, V+- [keys, d]; for each warp a tile of rows and what is parked; the biases in fp32, where
+// scores are not plain
 constexpr int short_shared_bytes(int d, int keys, bool plain) {
-    return 4 * tile_bytes(keys, d) + kShortWarps * tile_bytes(short_rows(d, keys, plain), d) +
+    return 4 * tile_bytes(keys, d) + kShortWarps * (tile_bytes(short_rows(d, keys, plain), d) +
+                                                    short_parked(d, keys, plain) * kOperandBytes) +
            (plain ? 0 : 2 * keys * 4);
 }
 

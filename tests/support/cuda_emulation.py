@@ -134,12 +134,15 @@ def tile_bytes(rows: int, d: int) -> int:
 
 def short_rows(d: int, keys: int, plain: bool) -> int:
     """Query rows that a warp of forward_short takes at once."""
-    return 32 if plain and d <= 128 and keys == CLIP_KEYS else 16
+    return 32 if plain and (d <= 128 if keys == CLIP_KEYS else d == 80) else 16
 
 
 def short_shared_bytes(d: int, keys: int, plain: bool) -> int:
-    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys, plain), d)
-    return 4 * tile_bytes(keys, d) + rows + (0 if plain else 2 * keys * 4)
+    rows = short_rows(d, keys, plain)
+    # four operands of 32 lanes are parked
+    parked = 4 * 32 * 16 if rows == 32 and keys == BLOCK_KEYS else 0
+    biases = 0 if plain else 2 * keys * 4
+    return 4 * tile_bytes(keys, d) + SHORT_WARPS * (tile_bytes(rows, d) + parked) + biases
 
 
 def is_plain(p: "ForwardParams") -> bool:
