@@ -82,9 +82,9 @@ constexpr int long_shared_bytes(int d) {
            kBlockKeys * 4;
 }
 
-// Keys and query rows of a tile of the backward kernels
-constexpr int kBackwardKeys = 80;
+// Query rows of a tile of the backward kernels, and keys of one of backward_queries
 constexpr int kBackwardRows = 64;
+constexpr int kBackwardKeys = 80;
 // Columns of dQ, or of dK and dV, that a block makes: the others are another block's.
 constexpr int backward_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
 
@@ -93,10 +93,18 @@ constexpr int queries_shared_bytes(int d) {
     return 2 * tile_bytes(kBackwardRows, d) + 2 * tile_bytes(kBackwardKeys, d) + kBackwardKeys * 4;
 }
 
-// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
+// backward_keys: keys of a block, 16 for each warp, and the blocks that an SM has registers for: two
+// of five warps with 168, which gradients of 128 columns do not fit, or two of four with 255.
+constexpr int keys_tile(int d) { return d == 128 ? 64 : 80; }
+constexpr int keys_resident(int d) { return d <= 160 ? 2 : 1; }
+// Query rows whose scores a warp has in its registers at once
+constexpr int keys_step(int d) {
+    return keys_resident(d) == 1 || d == 128 ? 64 : backward_columns(d) >= 80 ? 16 : 32;
+}
+// K, V [keys_tile, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
 constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
 constexpr int keys_shared_bytes(int d) {
-    return 2 * tile_bytes(kBackwardKeys, d) +
+    return 2 * tile_bytes(keys_tile(d), d) +
            keys_stages(d) * (2 * tile_bytes(kBackwardRows, d) + 3 * kBackwardRows * 4);
 }
 constexpr int backward_shared_bytes(int d) {

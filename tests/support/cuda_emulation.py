@@ -183,9 +183,14 @@ def queries_shared_bytes(d: int) -> int:
     return tiles + BACKWARD_KEYS * 4
 
 
+def keys_tile(d: int) -> int:
+    """Keys of a block of backward_keys."""
+    return 64 if d == 128 else 80
+
+
 def keys_shared_bytes(d: int) -> int:
     stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
-    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
+    return 2 * tile_bytes(keys_tile(d), d) + (2 if d <= 80 else 1) * stage
 
 
 def has_short(d: int, keys: int) -> bool:
@@ -495,9 +500,9 @@ def launch_queries(call: Call, p: BackwardParams) -> None:
 def launch_keys(call: Call, p: BackwardParams) -> None:
     size = padded(p.call.d)
     blocks = p.call.b * p.call.h * size // backward_columns(size) * p.splits
-    blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+    blocks *= sum(-(-p.call.prompt[side].n // keys_tile(size)) for side in (POS, NEG))
     loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
-    call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
+    call.launch(loaded, blocks, keys_tile(size) * 2, keys_shared_bytes(size), bytes(p))
     if p.splits > 1:
         sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
         call.launch(sums, (3, 4), 256, 0, bytes(p))
