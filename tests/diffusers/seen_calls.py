@@ -7,6 +7,7 @@ The oracle of a family with a side stream is that of `side_cases.py`, of all oth
 from dataclasses import dataclass
 from typing import Any
 
+import flux_like_cases
 import side_cases
 import test_pipe_rows
 import torch
@@ -19,7 +20,7 @@ CASES = {
     case.cls: case
     for case in (
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
-        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2,
+        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
     )
 }  # fmt: skip
 
@@ -136,7 +137,10 @@ def tokens_of(model, inputs):
         are_layers = getattr(model.config, "use_layer3d_rope", False)
         made = sum(f * h * w for f, h, w in (shapes[:-1] if are_layers else shapes[:1]))
     elif inputs.get("img_ids") is not None:
-        made = int((inputs["img_ids"].reshape(-1, tokens, 4)[0, :, 0] == 0).sum())
+        ids = inputs["img_ids"]
+        ids = ids[0] if ids.dim() == 3 else ids
+        # the first one is of the image that is made
+        made = int((ids[:, 0] == ids[0, 0]).sum())
     elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
         made = inputs["num_frames"] * inputs["height"] * inputs["width"]
     return tokens, made

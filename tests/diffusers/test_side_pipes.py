@@ -10,7 +10,7 @@ from nasa_diffusers import NAG, NASA, VSF, enable_nasa, flops_side, nasa, testin
 from nasa_diffusers.families.qwen import MASKS_TEXT
 from peft import LoraConfig
 from PIL import Image
-from side_pipes import CFG, PIPES, draw
+from side_pipes import CFG, DOUBLED, PIPES, draw
 
 
 @pytest.fixture(scope="module", params=PIPES)
@@ -88,7 +88,7 @@ def test_guidance_leaves_the_pipelines_own_negative_alone(pipe):
     assert len(rows) == 2
     moved = [relative_error(other, row) > 1e-4 for row, other in zip(rows, others, strict=True)]
     # Z-Image puts the prompt first; two calls begin with it, too
-    is_last = pipe.short_name in ("ltx2", "cogvideox")
+    is_last = pipe.short_name in DOUBLED
     assert moved == ([False, True] if is_last else [True, False])
 
 

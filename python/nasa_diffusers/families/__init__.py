@@ -7,6 +7,7 @@ from nasa_diffusers.families.cog import CogVideoX, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
@@ -46,6 +47,11 @@ FAMILIES: tuple[Family, ...] = (
     LTX2(),
     CogVideoX(),
     CogView4(),
+    Chroma(),
+    Ovis(),
+    LongCat(),
+    Bria(),
+    Fibo(),
 )
 
 
