@@ -122,7 +122,7 @@ def backward_plans(d: int) -> tuple[Plan, Plan]:
     def tiles(rows: int) -> int:
         return 2 * rows * 2 * (d + 8)
 
-    keys = 64 if d == 128 else CLIP_KEYS
+    keys = 64 if d in (96, 128) else CLIP_KEYS
     stage = tiles(GROUP_ROWS) + 3 * GROUP_ROWS * 4
     of_queries = tiles(GROUP_ROWS) + tiles(CLIP_KEYS) + 4 * CLIP_KEYS
     of_keys = tiles(keys) + (2 if d <= 80 else 1) * stage

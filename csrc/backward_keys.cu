@@ -86,14 +86,14 @@ __global__ void __launch_bounds__(KeysLayout<kD>::kThreads, keys_resident(kD))
     const int blocks_pos = (call.prompt[kPos].n + kKeys - 1) / kKeys;
     const int blocks = blocks_pos + (call.prompt[kNeg].n + kKeys - 1) / kKeys;
     int index = blockIdx.x;
-    const int h = index % call.h;
+    const int h = uniform(index % call.h);
     index /= call.h;
     const int column = index % Layout::kShares * kColumns;
     index /= Layout::kShares;
     const int block = index % blocks;
     index /= blocks;
     const int split = index % p.splits;
-    const int b = index / p.splits;
+    const int b = uniform(index / p.splits);
 
     const int side = block < blocks_pos ? kPos : kNeg;
     if (p.dk[side] == nullptr && p.dv[side] == nullptr) return;
@@ -225,8 +225,10 @@ __global__ void __launch_bounds__(KeysLayout<kD>::kThreads, keys_resident(kD))
     float* partial = nullptr;
     if (p.partial != nullptr) {
         const int64_t pos = prompt_elements(p, kPos);
-        partial =
-            p.partial + split * 2 * (pos + prompt_elements(p, kNeg)) + (side == kPos ? 0 : 2 * pos);
+        // the split, divided out once more: no register keeps it that long
+        const int64_t of_split = blockIdx.x / (call.h * Layout::kShares * blocks) % p.splits;
+        partial = p.partial + of_split * 2 * (pos + prompt_elements(p, kNeg)) +
+                  (side == kPos ? 0 : 2 * pos);
     }
     // this warp's rows of K are used up: they take dK, then dV
     constexpr int kOutPitch = Tile<kColumns>::kPitch;

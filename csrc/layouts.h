@@ -94,13 +94,11 @@ constexpr int queries_shared_bytes(int d) {
 }
 
 // backward_keys: keys of a block, 16 for each warp, and the blocks that an SM has registers for: two
-// of five warps with 168, which gradients of 128 columns do not fit, or two of four with 255.
-constexpr int keys_tile(int d) { return d == 128 ? 64 : 80; }
-constexpr int keys_resident(int d) { return d <= 160 ? 2 : 1; }
+// of five warps with 168, or, where gradients have more columns than these hold, two of four with 255.
+constexpr int keys_tile(int d) { return d == 96 || d == 128 ? 64 : 80; }
+constexpr int keys_resident(int d) { return d <= 128 ? 2 : 1; }
 // Query rows whose scores a warp has in its registers at once
-constexpr int keys_step(int d) {
-    return keys_resident(d) == 1 || d == 128 ? 64 : backward_columns(d) >= 80 ? 16 : 32;
-}
+constexpr int keys_step(int d) { return d <= 80 ? 32 : 64; }
 // K, V [keys_tile, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
 constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
 constexpr int keys_shared_bytes(int d) {

@@ -191,7 +191,7 @@ def queries_shared_bytes(d: int) -> int:
 
 def keys_tile(d: int) -> int:
     """Keys of a block of backward_keys."""
-    return 64 if d == 128 else 80
+    return 64 if d in (96, 128) else 80
 
 
 def keys_shared_bytes(d: int) -> int:
