@@ -15,6 +15,7 @@ from test_errors import SHAPE, WRONG
 from test_joint import WRONG as WRONG_JOINT
 from test_joint import make as make_joint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import (
     _quick,
@@ -224,7 +225,7 @@ def test_who_looks_at_operators_sees_them():
         return x + 1
 
     x = torch.ones(2)
-    with TorchDispatchMode():
+    with FlopCounterMode(display=False):
         look(x)
     torch.vmap(look)(x)
     torch.func.functionalize(look)(x)
@@ -316,7 +317,7 @@ def test_a_remembered_launch_is_the_one_that_triton_makes(remembered, call):
 def test_the_work_of_a_remembered_launch(remembered):
     plain = remembered["plain"]["calls"]
     # 260 before launches were remembered
-    assert plain <= 60
+    assert plain <= 48
     # of NAG a second launch
-    for call, more in {"masks": 8, "alpha": 8, "broadcast": 2, "nag": 20}.items():
+    for call, more in {"masks": 4, "alpha": 4, "broadcast": 2, "nag": 32}.items():
         assert remembered[call]["calls"] <= plain + more, call
