@@ -91,7 +91,7 @@ def nasa_attention(
     if plain is not None:
         known, alpha_map, number, factor = plain
         try:
-            return known.operator(
+            return known.runs()(
                 q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, factor,
                 *known.rest,
             )  # fmt: skip
@@ -107,14 +107,10 @@ def nasa_attention(
         scale,
         backend,
     )
-    remember_plain(asked, call, rule)
-    return outside_autocast(attend, call, rule)
-
-
-def remember_plain(asked: tuple, call: Call, rule: str = "nasa") -> None:
-    """The next call like this one goes to the operator at once."""
     if RECORDS[call.backend].fuses(rule, differentiable=False):
-        remember(asked, call, ops.FORWARD.get(call.backend), _rule(call.backend, rule))
+        operator = ops.FORWARD.get(call.backend)
+        remember(asked, call, operator, _rule(call.backend, rule), cross="forward")
+    return outside_autocast(attend, call, rule)
 
 
 def _rule(backend: str, rule: str) -> tuple[int, ...]:

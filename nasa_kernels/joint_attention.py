@@ -94,7 +94,7 @@ def nasa_joint_attention(
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                return known.operator(
+                return known.runs()(
                     q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
                     *text_queries,
                 )  # fmt: skip
@@ -112,7 +112,8 @@ def nasa_joint_attention(
         text_queries,
     )
     if RECORDS[call.backend].fuses_joint(rule, differentiable=False):
-        remember(asked, call, ops.JOINT_FORWARD.get(call.backend), (RULES.index(rule),))
+        operator = ops.JOINT_FORWARD.get(call.backend)
+        remember(asked, call, operator, (RULES.index(rule),), joint="forward")
     return outside_autocast(attend, call, rule)
 
 

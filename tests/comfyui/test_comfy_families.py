@@ -1,13 +1,22 @@
 """Every family against an oracle of its own, at strengths above 0, on prompts of unequal size."""
 
+import dataclasses
+import inspect
 import threading
+import types
 
 import pytest
 import torch
 from comfyui.tiny import predict, tiny
 
-CROSS = ("sd15", "sdxl", "wan", "ltxv", "pixart", "cosmos")
-JOINT = ("flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "lumina2", "zimage")
+CROSS = (
+    "sd15", "sdxl", "wan", "wan-i2v", "wan-camera", "vace", "ltxv", "ltx2", "ltx2.3", "pixart",
+    "cosmos1", "cosmos", "anima",
+)  # fmt: skip
+JOINT = (
+    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "hunyuan1.5", "hunyuan-image",
+    "lumina2", "zimage", "krea2",
+)  # fmt: skip
 ALPHA = 0.4
 
 
@@ -36,37 +45,85 @@ def close(actual, expected, stock):
 
 
 def layers_of(name, net):
-    """The text attentions of a stock network, and the bias of what follows each."""
+    """The text attentions of a stock network in their order, and the bias of what follows each."""
     if name in ("sd15", "sdxl"):
         found = [m.attn2 for m in net.modules() if getattr(m, "attn2", None) is not None]
-        return [(m, m.to_out[0].bias) for m in found]
-    if name == "wan":
-        return [(block.cross_attn, block.cross_attn.o.bias) for block in net.blocks]
-    if name == "ltxv":
-        return [(block.attn2, block.attn2.to_out[0].bias) for block in net.transformer_blocks]
-    if name == "pixart":
+    elif name in ("wan", "wan-i2v", "wan-camera"):
+        found = [block.cross_attn for block in net.blocks]
+        return [(m, m.o.bias) for m in found]
+    elif name == "vace":
+        found = []
+        for i, block in enumerate(net.blocks):
+            found.append(block.cross_attn)
+            if (control := net.vace_layers_mapping.get(i)) is not None:
+                found.append(net.vace_blocks[control].cross_attn)
+        return [(m, m.o.bias) for m in found]
+    elif name == "ltxv":
+        found = [block.attn2 for block in net.transformer_blocks]
+    elif name in ("ltx2", "ltx2.3"):
+        found = [m for block in net.transformer_blocks for m in (block.attn2, block.audio_attn2)]
+    elif name == "pixart":
         return [(block.cross_attn, block.cross_attn.proj.bias) for block in net.blocks]
-    return [(block.cross_attn, 0.0) for block in net.blocks]
+    elif name == "cosmos1":
+        return [(block.blocks[1].block.attn, 0.0) for block in net.blocks.values()]
+    else:
+        return [(block.cross_attn, 0.0) for block in net.blocks]
+    return [(m, m.to_out[0].bias) for m in found]
 
 
-def prepared(name, net, text):
-    """The text as the layers get it."""
-    if name == "wan":
-        return net.text_embedding(text)
-    if name == "ltxv":
-        return net.caption_projection(text)
-    if name == "pixart":
-        return net.y_embedder.y_proj(text)
-    return text
+def prepared(name, model, text):
+    """The text as each layer gets it."""
+    net, layers = model.net, len(layers_of(name, model.net))
+    if name in ("wan", "wan-i2v", "wan-camera", "vace"):
+        text = net.text_embedding(text)
+    elif name == "ltxv":
+        text = net.caption_projection(text)
+    elif name in ("ltx2", "ltx2.3"):
+        both = net.preprocess_text_embeds(text)
+        video, sound = both.split(both.shape[-1] // 2, -1)
+        if name == "ltx2":
+            video, sound = net.caption_projection(video), net.audio_caption_projection(sound)
+        return [video, sound] * (layers // 2)
+    elif name == "pixart":
+        text = net.y_embedder.y_proj(text)
+    elif name == "cosmos1":
+        text = text.transpose(0, 1)
+    elif name == "anima":
+        ids = torch.arange(text.shape[1])[None]
+        text = torch.nn.functional.pad(net.llm_adapter(text, ids), (0, 0, 0, 512 - text.shape[1]))
+    return [text] * layers
 
 
-def by_two_calls(name, model, positive, negative, alphas):
+def by_two_modulated_calls(model, positive, texts, alphas):
+    """As below, where the text of each attention is modulated before it: LTX-2.3."""
+    from comfy.ldm.lightricks import av_model
+
+    attend = av_model.apply_cross_attention_adaln
+    layers = layers_of("ltx2.3", model.net)
+    of = {id(m): rest for (m, bias), *rest in zip(layers, texts, alphas, strict=True)}
+
+    def subtract(x, context, layer, shift, scale, gate, *args):
+        text, alpha = of[id(layer)]
+        z_pos, z_neg = (
+            attend(x, tokens, layer, shift, scale, gate, *args) for tokens in (context, text)
+        )
+        return z_pos - alpha * (z_neg - gate * layer.to_out[0].bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(av_model, "apply_cross_attention_adaln", subtract)
+        return predict(model, positive)
+
+
+def by_two_calls(name, model, positive, negative, alphas, **call):
     """The stock network, each of whose text attentions is called again with the negative text."""
-    text = prepared(name, model.net, negative)
+    with torch.no_grad():
+        texts = prepared(name, model, negative)
+    if name == "ltx2.3":
+        return by_two_modulated_calls(model, positive, texts, alphas)
     handles = []
 
-    def hook(alpha, bias, forward):
-        def subtract(module, args, kwargs, output):
+    def hook(alpha, bias, text, forward):
+        def of(args, kwargs, text):
             args, kwargs = list(args), dict(kwargs)
             if "context" in kwargs:
                 kwargs["context"] = text
@@ -75,16 +132,24 @@ def by_two_calls(name, model, positive, negative, alphas):
                 args[1] = text
             if kwargs.get("mask") is not None:
                 kwargs["mask"] = None
-            return output - alpha * (forward(*args, **kwargs) - bias)
+            return forward(*args, **kwargs)
+
+        def subtract(module, args, kwargs, output):
+            if images := kwargs.get("context_img_len"):
+                # beside keys of the image: those of a text of zeros have one value, their bias
+                image, nothing = args[1][:, :images], torch.zeros_like(text)
+                z, z_bias = (of(args, kwargs, torch.cat((image, x), 1)) for x in (text, nothing))
+                return output - alpha * (z - z_bias + module.v.bias @ module.o.weight.T)
+            return output - alpha * (of(args, kwargs, text) - bias)
 
         return subtract
 
-    for (module, bias), alpha in zip(layers_of(name, model.net), alphas, strict=True):
+    for (module, bias), text, alpha in zip(layers_of(name, model.net), texts, alphas, strict=True):
         handles.append(
-            module.register_forward_hook(hook(alpha, bias, module.forward), with_kwargs=True)
+            module.register_forward_hook(hook(alpha, bias, text, module.forward), with_kwargs=True)
         )
     try:
-        return predict(model, positive)
+        return predict(model, positive, **call)
     finally:
         for handle in handles:
             handle.remove()
@@ -109,10 +174,22 @@ def test_cross_attention(pack, model, request):
     close(actual, some, stock)
 
 
+@pytest.mark.parametrize(
+    ("model", "lengths"), [("wan", (100, 28)), ("wan-i2v", (200, 57))],
+    indirect=["model"], ids=["as many keys as the image has", "as many as the image to start from"],
+)  # fmt: skip
+def test_a_text_as_long_as_another_attention(pack, model, lengths, request):
+    """Of 128 tokens of the image, or 257 of the one it starts from."""
+    name = request.node.callspec.params["model"]
+    positive, negative = (model.text(n, seed) for seed, n in enumerate(lengths))
+    expected = by_two_calls(name, model, positive, negative, [ALPHA] * 3)
+    close(predict(model, positive, node(pack, model, negative)), expected, predict(model, positive))
+
+
 # ---- joint attention: two stock networks side by side, which exchange the image's rows -----------
 
 
-def in_lockstep(model, positive, negative, alpha, rows_of):
+def in_lockstep(model, positive, negative, alpha, rows_of, **call):
     """The stock network on either text, in two threads. At each joint attention both get
     Z+ - alpha Z- for the image's queries, and keep what their text's queries found. Registers are
     those of the positive's network in both."""
@@ -136,7 +213,7 @@ def in_lockstep(model, positive, negative, alpha, rows_of):
 
         try:
             results[side] = predict(
-                model, text, patched=False, optimized_attention_override=override
+                model, text, patched=False, optimized_attention_override=override, **call
             )
         except BaseException as error:
             barrier.abort()
@@ -154,11 +231,15 @@ def in_lockstep(model, positive, negative, alpha, rows_of):
     return results["+"]
 
 
-def rows_of(name, model):
+def rows_of(name, model, references=0):
     """Of a joint attention of this many queries, those of the image and those of registers; None
     for another attention."""
-    tokens = 128 if name == "hunyuan" else 64
+    tokens = (128 if name in ("hunyuan", "hunyuan1.5") else 64) + references
     registers = model.net.register_tokens.shape[1] if name == "aura" else 0
+    # as it was until 2026
+    is_image_first = name.startswith("hunyuan") and "(img, txt), 1)" in inspect.getsource(
+        type(model.net).forward_orig
+    )
 
     def rows(l, text):
         if name == "flux2":
@@ -168,7 +249,7 @@ def rows_of(name, model):
             text = -(-text // 32) * 32
         if l != registers + text + tokens:
             return None
-        image = slice(0, tokens) if name == "hunyuan" else slice(registers + text, l)
+        image = slice(0, tokens) if is_image_first else slice(registers + text, l)
         return image, slice(0, registers)
 
     return rows
@@ -188,6 +269,56 @@ def test_joint_attention(pack, model, request):
     # another length, and in the order that was not the longer one's
     expected = in_lockstep(model, negative, positive, ALPHA, rows)
     close(predict(model, negative, node(pack, model, positive)), expected, stock)
+
+
+@pytest.mark.parametrize("model", ["flux", "flux2", "qwen", "krea2"], indirect=True)
+def test_images_to_refer_to_are_of_the_image(pack, model, request):
+    """FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit, Krea 2."""
+    name = request.node.callspec.params["model"]
+    image = torch.randn(model.latent, generator=torch.Generator().manual_seed(5))
+    references = {"reference_latents": [image], "reference_latents_method": "index"}
+    model = dataclasses.replace(model, settings={**model.settings, **references})
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    expected = in_lockstep(model, positive, negative, ALPHA, rows_of(name, model, 64))
+    close(predict(model, positive, node(pack, model, negative)), expected, predict(model, positive))
+
+
+@pytest.mark.parametrize("is_added", [False, True], ids=["integers", "added to the scores"])
+@pytest.mark.parametrize("model", ["ltxv"], indirect=True)
+def test_tokens_that_a_mask_hides_are_as_if_they_were_not_there(pack, model, is_added):
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    masked = dataclasses.replace(model, shown=9, is_added=is_added)
+    expected = predict(model, positive[:, :9], node(pack, model, negative[:, :9]))
+    stock = predict(model, positive[:, :9])
+    # one that hides nothing of the negative text may be of the other kind
+    for text, of_text in ((negative, masked), (negative[:, :9], model)):
+        close(predict(masked, positive, node(pack, of_text, text)), expected, stock)
+
+
+@pytest.mark.parametrize(
+    ("model", "conds", "message"),
+    [
+        ("hunyuan1.5", {"conditioning_byt5small": torch.zeros(1, 4, 1472)}, "glyphs .txt_byt5."),
+        ("hunyuan1.5", {"clip_vision_output": types.SimpleNamespace(
+            last_hidden_state=torch.zeros(1, 5, 1152))}, "an image .clip_fea."),
+        ("zimage", {"reference_latents": [torch.zeros(1, 16, 16, 16)]}, "an image to refer to"),
+    ],
+    indirect=["model"], ids=["glyphs", "an image", "an image of Z-Image"],
+)  # fmt: skip
+def test_tokens_that_are_neither_text_nor_image_are_refused(pack, model, conds, message):
+    text = model.text(20, 1)
+    other = dataclasses.replace(model, settings={**model.settings, **conds})
+    guided = node(pack, model, text)
+    if "ref_latents" not in inspect.getsource(type(model.patcher.model).extra_conds) and (
+        "reference_latents" in conds
+    ):
+        pytest.skip("this ComfyUI's Z-Image takes no image to refer to")
+    with pytest.raises(ValueError, match=f"this call has {message} .* leave it out"):
+        predict(other, text, guided)
+    # in the negative text as well
+    if "conditioning_byt5small" in conds:
+        with pytest.raises(ValueError, match=f"this call has {message}"):
+            predict(model, text, node(pack, other, text))
 
 
 @pytest.mark.parametrize("model", CROSS + JOINT, indirect=True, ids=CROSS + JOINT)

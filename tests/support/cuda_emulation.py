@@ -122,6 +122,14 @@ class BackwardParams(ctypes.Structure):
     )  # fmt: skip
 
 
+class NagParams(ctypes.Structure):
+    _fields_ = fields(
+        o=ADDRESS, z_neg=ADDRESS, alpha_map=ADDRESS, alpha_strides=INT64 * 2, rows=INT64, l=INT,
+        channels=INT, first_text_pos=INT, first_text_neg=INT, alpha=FLOAT, scale=FLOAT, tau=FLOAT,
+        norm=INT, type=INT, row_warps=INT,
+    )  # fmt: skip
+
+
 MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
@@ -140,12 +148,15 @@ def tile_bytes(rows: int, d: int) -> int:
 
 def short_rows(d: int, keys: int, plain: bool) -> int:
     """Query rows that a warp of forward_short takes at once."""
-    return 32 if plain and d <= 128 and keys == CLIP_KEYS else 16
+    return 32 if plain and (d <= 128 if keys == CLIP_KEYS else d == 80) else 16
 
 
 def short_shared_bytes(d: int, keys: int, plain: bool) -> int:
-    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys, plain), d)
-    return 4 * tile_bytes(keys, d) + rows + (0 if plain else 2 * keys * 4)
+    rows = short_rows(d, keys, plain)
+    # four operands of 32 lanes are parked
+    parked = 4 * 32 * 16 if rows == 32 and keys == BLOCK_KEYS else 0
+    biases = 0 if plain else 2 * keys * 4
+    return 4 * tile_bytes(keys, d) + SHORT_WARPS * (tile_bytes(rows, d) + parked) + biases
 
 
 def is_plain(p: "ForwardParams") -> bool:
@@ -186,9 +197,14 @@ def queries_shared_bytes(d: int) -> int:
     return tiles + BACKWARD_KEYS * 4
 
 
+def keys_tile(d: int) -> int:
+    """Keys of a block of backward_keys."""
+    return 64 if d in (96, 128) else 80
+
+
 def keys_shared_bytes(d: int) -> int:
     stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
-    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
+    return 2 * tile_bytes(keys_tile(d), d) + (2 if d <= 80 else 1) * stage
 
 
 def has_short(d: int, keys: int) -> bool:
@@ -456,6 +472,54 @@ def forward_sm90(
     return call.memory.download(p.o, like=call.o)
 
 
+# csrc/nag_blend.cu: warps of a block, and channels that one of them keeps
+NAG_WARPS, NAG_CHANNELS = 8, 1280
+
+
+def nag_blend(
+    z_pos: Tensor, z_neg: Tensor, alpha: float | Tensor, nag_scale: float, nag_tau: float,
+    nag_norm: int = 1, text_pos: int = 0, text_neg: int = 0,
+) -> Tensor:  # fmt: skip
+    """What normalised attention guidance makes of Z+ and Z- `[b, l, h, d]`; alpha `[b, l, 1]`."""
+    b, l, h, d = z_pos.shape
+    memory = ptx.Memory()
+    p = NagParams(rows=b * l, l=l, channels=h * d, scale=nag_scale, tau=nag_tau, norm=nag_norm)
+    p.o, p.z_neg = memory.upload(z_pos, "z_pos"), memory.upload(z_neg, "z_neg")
+    if isinstance(alpha, Tensor):
+        p.alpha_map = memory.upload(alpha, "alpha")
+        p.alpha_strides[:] = alpha.stride()[:2]
+    else:
+        p.alpha = alpha
+    p.first_text_pos, p.first_text_neg = l - text_pos - text_neg, l - text_neg
+    p.type = z_pos.dtype == torch.bfloat16
+    p.row_warps = 1
+    while p.row_warps < NAG_WARPS and p.channels > NAG_CHANNELS * p.row_warps:
+        p.row_warps *= 2
+    loaded = kernel("nag_blend", "nag_blend_kernel", z_pos.dtype, p.channels % 8 == 0)
+    blocks, args = -(-p.rows // (NAG_WARPS // p.row_warps)), (bytes(p),)
+    report = loaded.launch(
+        blocks, NAG_WARPS * 32, list(args), memory, 0, check_races=True, count_bank_conflicts=True
+    )
+    REPORTS.append(Launch(loaded, blocks, NAG_WARPS * 32, 0, args, report, memory))
+    return memory.download(p.o, like=z_pos)
+
+
+def nag(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor, alpha: float | Tensor,
+    nag_scale: float, nag_tau: float, nag_norm: int = 1, mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None, path: str | None = None, joint: Joint | None = None,
+) -> Tensor:  # fmt: skip
+    """Normalised attention guidance as the CUDA back end computes it: three launches."""
+    texts = (joint.text_pos, joint.text_neg) if joint else (0, 0)
+    one = joint and joint._replace(rule="nasa", text_pos=0, text_neg=0)
+    z_pos = forward(
+        q, k_pos, v_pos, k_pos, v_pos, 0.0, mask_pos, path=path,
+        joint=joint and one._replace(text_pos=texts[0], text_neg=texts[1]),
+    )  # fmt: skip
+    z_neg = forward(q, k_neg, v_neg, k_neg, v_neg, 0.0, mask_neg, path=path, joint=one)
+    return nag_blend(z_pos, z_neg, alpha, nag_scale, nag_tau, nag_norm, *texts)
+
+
 def backward(
     grad_o: Tensor, q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     alpha: float | Tensor = 0.5, mask_pos: Tensor | None = None, mask_neg: Tensor | None = None,
@@ -504,9 +568,9 @@ def launch_queries(call: Call, p: BackwardParams) -> None:
 def launch_keys(call: Call, p: BackwardParams) -> None:
     size = padded(p.call.d)
     blocks = p.call.b * p.call.h * size // backward_columns(size) * p.splits
-    blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+    blocks *= sum(-(-p.call.prompt[side].n // keys_tile(size)) for side in (POS, NEG))
     loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
-    call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
+    call.launch(loaded, blocks, keys_tile(size) * 2, keys_shared_bytes(size), bytes(p))
     if p.partial:
         sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
         call.launch(sums, (3, 4), 256, 0, bytes(p))
