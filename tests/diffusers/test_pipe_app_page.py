@@ -129,7 +129,9 @@ def test_its_answer_is_the_librarys(server, expected):
 
 def test_requests_at_the_same_time(server, expected):
     """Each is answered as if it were alone."""
-    changes = [{"method": m, "strength": 0.5 if m != "nag" else 3.0} for m in ("nasa", "vsf", "nag")]
+    changes = [
+        {"method": m, "strength": 0.5 if m != "nag" else 3.0} for m in ("nasa", "vsf", "nag")
+    ]
     changes += [{"prompt": ""}, {"seed": 7}]
     with ThreadPoolExecutor(len(changes)) as pool:
         answers = list(pool.map(lambda change: ask(server, **change), changes))

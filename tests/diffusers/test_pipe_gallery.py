@@ -19,7 +19,16 @@ def gallery(checkpoint, out, *more):
 
 
 def test_the_pictures_are_those_of_the_library(checkpoint, tmp_path, capsys):
-    prompts = ["--prompt", "a cat", "--negative", "blurry", "--prompt", "a *dog*", "--negative", "b"]
+    prompts = [
+        "--prompt",
+        "a cat",
+        "--negative",
+        "blurry",
+        "--prompt",
+        "a *dog*",
+        "--negative",
+        "b",
+    ]
     more = ["--methods", "projected:1.5,nag:4", "--seeds", "3,4", "--size", "64"]
     assert gallery(checkpoint, tmp_path, *prompts, *more) == 0, capsys.readouterr().err
     pipe = testing.stable_diffusion()
