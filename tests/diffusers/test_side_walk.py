@@ -280,7 +280,7 @@ ALONE = (
     "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", "ChromaPipeline",
     "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
     "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
-    "QwenImage21Pipeline",
+    "QwenImage21Pipeline", "Ideogram4Pipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 

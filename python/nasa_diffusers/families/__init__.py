@@ -10,6 +10,7 @@ from nasa_diffusers.families.ernie import ErnieImage
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
+from nasa_diffusers.families.ideogram4 import Ideogram4
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
@@ -62,6 +63,7 @@ FAMILIES: tuple[Family, ...] = (
     ErnieImage(),
     PRX(),
     QwenImage21(),
+    Ideogram4(),
 )
 
 

@@ -13,7 +13,7 @@ _because(
     "and with positions of its own",
     "CogView3PlusTransformer2DModel",
     "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
-    "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
+    "HiDreamImageTransformer2DModel",
     "JoyImageEditTransformer3DModel",
     "MiniMaxH3Transformer3DModel", "MochiTransformer3DModel",
     "Flux3Transformer2DModel",
