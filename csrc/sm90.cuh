@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_tile(const Mapped& t, uint32_t tile, uint32
 #pragma unroll
     for (int atom = 0; atom < Tile::kAtoms; ++atom) {
         ptx::tma_load_4d(tile + atom * Tile::kAtom, &t.map, barrier, atom * kAtomColumns,
-                         row + t.first_row, h * t.step_h, b * t.step_b);
+                         row + t.first_row, head_at(t.step_h, h), b * t.step_b);
     }
 }
 
@@ -54,9 +54,6 @@ __device__ __forceinline__ void clear_row(unsigned char* v, int key) {
         *reinterpret_cast<uint4*>(row + (i + key) % 8 * 16) = uint4{0, 0, 0, 0};
     }
 }
-
-// A number that all lanes of a warp have alike, from one register of the warp
-__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
 
 // A matrix descriptor of swizzle 128B: 8-row groups lie 1024 bytes apart; kLeading bytes from one
 // atom of 64 columns to the next matter only where n is contiguous.

@@ -20,6 +20,9 @@ struct Tile {
     static constexpr int kPitch = tile_bytes(1, kD);
 };
 
+// A number that all lanes of a warp have alike, from one register of the warp
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
+
 // One head of a [b, rows, h, d] tensor.
 struct Rows {
     const uint16_t* data;
@@ -31,6 +34,12 @@ struct Rows {
 __device__ __forceinline__ Rows rows_of(const Matrix& x, int b, int h, const ForwardParams& call) {
     return {static_cast<const uint16_t*>(x.data) + b * x.stride_b + h * x.stride_h, x.stride_row,
             call.d, call.aligned};
+}
+
+// The keys or values that head h of Q looks at
+__device__ __forceinline__ Rows key_rows_of(const Matrix& x, int b, int h,
+                                            const ForwardParams& call) {
+    return rows_of(x, b, head_at(call.key_step, h), call);
 }
 
 // Start the copy of rows [first, first + kRows), kColumns wide from column `column`, to a tile whose

@@ -30,9 +30,11 @@ cpu_composition = attention
 CPU_LIBRARY = _cpu.LIBRARY
 CUDA_LIBRARY = extension.LIBRARY
 why_no_cpu_kernels = _cpu.load
-# the two launches of joint attention on `cuda`, and the grids of Triton's resident kernels
+# the launches of joint attention on `cuda`, the first one alone, and the grids of Triton's resident
+# kernels
 attend_shared = shared.attend_shared
 joint_forward_cuda = cuda_joint.forward
+joint_nag_cuda = cuda_joint.nag
 triton_grid = grid
 
 
@@ -105,6 +107,8 @@ def algorithm_1(
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale + bias) v, every step rounded to the dtype of q."""
+    if 1 < k.shape[2] < q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
     if mask is not None:
         scores = scores + additive_bias(mask, q.dtype)[:, None, None, :]

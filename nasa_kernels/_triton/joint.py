@@ -23,9 +23,11 @@ from nasa_kernels._triton.launch import (
     Launch,
     alignment,
     compiler_options,
+    group_of,
     launch,
     strides_or_zeros,
 )
+from nasa_kernels._triton.nag import blend
 from nasa_kernels._triton.projected import PROJECTED, project, removed
 from nasa_kernels._triton.prompt import load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, nonzero
@@ -144,7 +146,7 @@ def joint_kernel(
     H, L, n_pos, n_neg, first_pos, first_neg, alpha, qk_scale,
     RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
@@ -153,11 +155,11 @@ def joint_kernel(
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     pos = prompt_of_head(
         K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
     )  # fmt: skip
     neg = prompt_of_head(
         K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
     )  # fmt: skip
     # [BLOCK_L, d]
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
@@ -215,7 +217,8 @@ def attention(
     """Both launches: O, and O_s and s of the first one. The public function checked shapes, dtypes
     and layouts.
     """
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # not `empty`, which takes twice as long to ask
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     o_shared, lse_shared = attend_shared(q, k, v, scale)
     _add_prompts(
         q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, None, mask_pos, mask_neg,
@@ -239,6 +242,21 @@ def pair(
         None, 0.0, scale, 0, text_pos, text_neg,
     )  # fmt: skip
     return z_pos, z_neg
+
+
+def nag(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+    nag_scale, nag_tau, nag_norm, text_pos, text_neg,
+):  # fmt: skip
+    """Normalised attention guidance: `pair`, and one launch that makes O of Z+ and Z-."""
+    z_pos, z_neg = pair(
+        q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
+    )
+    # not `empty`, which takes twice as long to ask
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return blend(
+        z_pos, z_neg, o, alpha_map, alpha, nag_scale, nag_tau, nag_norm, text_pos, text_neg
+    )
 
 
 def _add_prompts(
@@ -288,7 +306,7 @@ def plan(
         {
             "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
             "NEG_CUT": neg_cut, "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
-            "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+            "GROUP": group_of(q, k_pos), "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
         },
         compiler_options(config),
     )  # fmt: skip

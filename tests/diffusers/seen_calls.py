@@ -7,6 +7,8 @@ The oracle of a family with a side stream is that of `side_cases.py`, of all oth
 from dataclasses import dataclass
 from typing import Any
 
+import flux_like_cases
+import one_sequence_cases
 import side_cases
 import test_pipe_rows
 import torch
@@ -19,7 +21,8 @@ CASES = {
     case.cls: case
     for case in (
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
-        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2,
+        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
+        *one_sequence_cases.CASES.values(),
     )
 }  # fmt: skip
 
@@ -36,8 +39,8 @@ class Seen:
     @property
     def text(self):
         """The text of each row."""
-        name = "cap_feats" if "cap_feats" in self.inputs else "encoder_hidden_states"
-        return self.inputs[name]
+        names = ("cap_feats", "text_bth", "encoder_hidden_states")
+        return next(self.inputs[name] for name in names if name in self.inputs)
 
     def stock(self):
         return as_rows(self.model(**unshared(self.inputs)))
@@ -129,14 +132,20 @@ def tokens_of(model, inputs):
         _, f, h, w = inputs["x"][0].shape
         tokens = -(-f * h * w // 4 // 32) * 32
         return tokens, tokens
-    tokens = made = inputs["hidden_states"].shape[1]
+    x = inputs["hidden_states"]
+    tokens = made = x.shape[1]
+    if x.dim() == 4 and hasattr(model.config, "patch_size"):
+        tokens = made = x.shape[2] * x.shape[3] // model.config.patch_size**2
     if inputs.get("img_shapes") is not None:
         shapes = inputs["img_shapes"][0]
         # what is made are all layers, or one image; behind them stands what is edited
         are_layers = getattr(model.config, "use_layer3d_rope", False)
         made = sum(f * h * w for f, h, w in (shapes[:-1] if are_layers else shapes[:1]))
     elif inputs.get("img_ids") is not None:
-        made = int((inputs["img_ids"].reshape(-1, tokens, 4)[0, :, 0] == 0).sum())
+        ids = inputs["img_ids"]
+        ids = ids[0] if ids.dim() == 3 else ids
+        # the first one is of the image that is made
+        made = int((ids[:, 0] == ids[0, 0]).sum())
     elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
         made = inputs["num_frames"] * inputs["height"] * inputs["width"]
     return tokens, made

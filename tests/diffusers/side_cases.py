@@ -52,6 +52,7 @@ class Case:
     rows = 2
     rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
     grid = (1, *L)
+    modulates_anew = False  # each block gets a modulation of its own
     targets = None  # how many image tokens are made, where others stand behind them
 
     def __init__(self, **options):
@@ -68,6 +69,42 @@ class Case:
 
     def out(self, output):
         return output[0]
+
+    def before(self, index, texts, inputs, negatives):
+        """The tokens of all prompts as the block of this number gets them."""
+        return texts
+
+    def run(self, block, own, x):
+        """A block of one sequence with these tokens and what else it is called with."""
+        return block(**own | {self.tokens: x})
+
+    def both(self, block, own, image, texts):
+        """Texts and image after a block of two streams."""
+        output = block(**own | {self.tokens: image, self.text_name: texts})
+        return output if self.text_first else output[::-1]
+
+    def last(self, image, pos):
+        """What the last block of two streams returns."""
+        return (pos, image) if self.text_first else (image, pos)
+
+    text_name = "encoder_hidden_states"
+
+    @property
+    def has_mask(self):
+        """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""
+        is_old = self.cls.startswith("Qwen") and not MASKS_TEXT
+        return not self.cls.startswith(("Flux2", "Cog")) and not is_old
+
+    def own_text(self):
+        """The text of the call as a negative prompt with its mask."""
+        masks = [
+            x for name, x in self.inputs.items() if name.startswith("encoder") and "mask" in name
+        ]
+        return self.inputs[self.text], masks[0].bool() if masks and self.has_mask else None
+
+    def too_narrow(self, text):
+        """The same with too few channels."""
+        return text[..., :-1]
 
     def text_of(self, tokens, seed):
         return random(1, tokens, *self.text_shape[1:], seed=seed)
@@ -390,6 +427,13 @@ class LTX2(Case):
 
     def text_of(self, tokens, seed):
         return tuple(random(1, tokens, c, seed=seed + 10 * c) for c in self.channels)
+
+    def own_text(self):
+        _, mask = super().own_text()
+        return tuple(self.inputs[name] for name in self.texts), mask
+
+    def too_narrow(self, text):
+        return tuple(x[..., :-1] for x in text)
 
     def expected(self, rule, negatives, **changes):
         return parts.guided_by_cross_attention(self, rule, negatives, **changes)

@@ -193,6 +193,16 @@ PROCESSORS = {
     "LTX2": {"LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"},
     "CogVideoX": {"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"},
     "CogView4": {"CogView4AttnProcessor"},
+    "Chroma": {"FluxAttnProcessor"},
+    "Ovis": {"OvisImageAttnProcessor"},
+    "LongCat": {"LongCatImageAttnProcessor"},
+    "Bria": {"BriaAttnProcessor"},
+    "Lumina2": {"Lumina2AttnProcessor2_0"},
+    "AuraFlow": {"AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"},
+    "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
+    "PRX": {"PRXAttnProcessor2_0"},
+    "QwenImage21": {"QwenImage21AttnProcessor"},
+    "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}
 WITH_IMAGES = {

@@ -81,6 +81,7 @@ def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int | bool) -> ptx.
 
 
 ADDRESS, INT64, INT, FLOAT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+UINT = ctypes.c_uint32
 
 
 def fields(**types: type) -> list[tuple[str, type]]:
@@ -108,7 +109,7 @@ class Shared(ctypes.Structure):
 class ForwardParams(ctypes.Structure):
     _fields_ = fields(
         q=Matrix, o=ADDRESS, prompt=Prompt * 2, alpha_map=ADDRESS, alpha_strides=INT64 * 3, b=INT,
-        l=INT, h=INT, d=INT, rule=INT, shared=Shared, alpha=FLOAT, scale=FLOAT,
+        l=INT, h=INT, d=INT, key_step=UINT, rule=INT, shared=Shared, alpha=FLOAT, scale=FLOAT,
         aligned=ctypes.c_bool, type=INT,
     )  # fmt: skip
 
@@ -121,7 +122,20 @@ class BackwardParams(ctypes.Structure):
     )  # fmt: skip
 
 
+class NagParams(ctypes.Structure):
+    _fields_ = fields(
+        o=ADDRESS, z_neg=ADDRESS, alpha_map=ADDRESS, alpha_strides=INT64 * 2, rows=INT64, l=INT,
+        channels=INT, first_text_pos=INT, first_text_neg=INT, alpha=FLOAT, scale=FLOAT, tau=FLOAT,
+        norm=INT, type=INT, row_warps=INT,
+    )  # fmt: skip
+
+
 MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
+
+def step_of(group: int) -> int:
+    """From head to head of Q in those of K and V, in parts of 2^31, rounded up."""
+    return -(-(1 << 31) // group)
 
 
 def padded(d: int) -> int:
@@ -134,12 +148,15 @@ def tile_bytes(rows: int, d: int) -> int:
 
 def short_rows(d: int, keys: int, plain: bool) -> int:
     """Query rows that a warp of forward_short takes at once."""
-    return 32 if plain and d <= 128 and keys == CLIP_KEYS else 16
+    return 32 if plain and (d <= 128 if keys == CLIP_KEYS else d == 80) else 16
 
 
 def short_shared_bytes(d: int, keys: int, plain: bool) -> int:
-    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys, plain), d)
-    return 4 * tile_bytes(keys, d) + rows + (0 if plain else 2 * keys * 4)
+    rows = short_rows(d, keys, plain)
+    # four operands of 32 lanes are parked
+    parked = 4 * 32 * 16 if rows == 32 and keys == BLOCK_KEYS else 0
+    biases = 0 if plain else 2 * keys * 4
+    return 4 * tile_bytes(keys, d) + SHORT_WARPS * (tile_bytes(rows, d) + parked) + biases
 
 
 def is_plain(p: "ForwardParams") -> bool:
@@ -180,9 +197,14 @@ def queries_shared_bytes(d: int) -> int:
     return tiles + BACKWARD_KEYS * 4
 
 
+def keys_tile(d: int) -> int:
+    """Keys of a block of backward_keys."""
+    return 64 if d in (96, 128) else 80
+
+
 def keys_shared_bytes(d: int) -> int:
     stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
-    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
+    return 2 * tile_bytes(keys_tile(d), d) + (2 if d <= 80 else 1) * stage
 
 
 def has_short(d: int, keys: int) -> bool:
@@ -241,6 +263,8 @@ class Call:
         elif alpha == 0:
             p.prompt[NEG].n = 0
         p.b, p.l, p.h, p.d = q.shape
+        self.group = p.h // max(1, k_pos.shape[2])
+        p.key_step = step_of(self.group)
         p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
         p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
 
@@ -353,14 +377,16 @@ MAPPED_BYTES = 256
 MAPS = 7
 
 
-def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
+def mapped(
+    call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0, group: int = 1
+) -> bytes:
     """A `Mapped` of csrc/tensor_maps.h: a tensor map of x as [b, h, rows, d], and its steps."""
     b, _, h, _ = x.shape
     step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
     # [b or 1, h or 1, rows, d]
     view = x[: b if step_b else 1, :, : h if step_h else 1].transpose(1, 2)
     tensor_map = ptx.tensor_map(call.memory, address, view, (1, 1, box_rows, 64), swizzle=128)
-    steps = struct.pack("<3i", step_h, step_b, first_row)
+    steps = struct.pack("<I2i", step_h * step_of(group), step_b, first_row)
     return (tensor_map + steps).ljust(MAPPED_BYTES, b"\0")
 
 
@@ -432,7 +458,8 @@ def forward_sm90(
         for side in (POS, NEG):
             prompt = p.prompt[side]
             if prompt.n:
-                maps.append(mapped(call, getattr(prompt, field).data, tensors[side], how.keys))
+                at = getattr(prompt, field).data
+                maps.append(mapped(call, at, tensors[side], how.keys, group=call.group))
             else:
                 void = q[:1, :, :1].expand_as(q)
                 maps.append(mapped(call, p.q.data, void, how.keys, first_row=l))
@@ -443,6 +470,54 @@ def forward_sm90(
     blocks, parts = share(h, b, tiles, blocks)
     call.launch(loaded, blocks, how.threads, how.shared, params, parts)
     return call.memory.download(p.o, like=call.o)
+
+
+# csrc/nag_blend.cu: warps of a block, and channels that one of them keeps
+NAG_WARPS, NAG_CHANNELS = 8, 1280
+
+
+def nag_blend(
+    z_pos: Tensor, z_neg: Tensor, alpha: float | Tensor, nag_scale: float, nag_tau: float,
+    nag_norm: int = 1, text_pos: int = 0, text_neg: int = 0,
+) -> Tensor:  # fmt: skip
+    """What normalised attention guidance makes of Z+ and Z- `[b, l, h, d]`; alpha `[b, l, 1]`."""
+    b, l, h, d = z_pos.shape
+    memory = ptx.Memory()
+    p = NagParams(rows=b * l, l=l, channels=h * d, scale=nag_scale, tau=nag_tau, norm=nag_norm)
+    p.o, p.z_neg = memory.upload(z_pos, "z_pos"), memory.upload(z_neg, "z_neg")
+    if isinstance(alpha, Tensor):
+        p.alpha_map = memory.upload(alpha, "alpha")
+        p.alpha_strides[:] = alpha.stride()[:2]
+    else:
+        p.alpha = alpha
+    p.first_text_pos, p.first_text_neg = l - text_pos - text_neg, l - text_neg
+    p.type = z_pos.dtype == torch.bfloat16
+    p.row_warps = 1
+    while p.row_warps < NAG_WARPS and p.channels > NAG_CHANNELS * p.row_warps:
+        p.row_warps *= 2
+    loaded = kernel("nag_blend", "nag_blend_kernel", z_pos.dtype, p.channels % 8 == 0)
+    blocks, args = -(-p.rows // (NAG_WARPS // p.row_warps)), (bytes(p),)
+    report = loaded.launch(
+        blocks, NAG_WARPS * 32, list(args), memory, 0, check_races=True, count_bank_conflicts=True
+    )
+    REPORTS.append(Launch(loaded, blocks, NAG_WARPS * 32, 0, args, report, memory))
+    return memory.download(p.o, like=z_pos)
+
+
+def nag(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor, alpha: float | Tensor,
+    nag_scale: float, nag_tau: float, nag_norm: int = 1, mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None, path: str | None = None, joint: Joint | None = None,
+) -> Tensor:  # fmt: skip
+    """Normalised attention guidance as the CUDA back end computes it: three launches."""
+    texts = (joint.text_pos, joint.text_neg) if joint else (0, 0)
+    one = joint and joint._replace(rule="nasa", text_pos=0, text_neg=0)
+    z_pos = forward(
+        q, k_pos, v_pos, k_pos, v_pos, 0.0, mask_pos, path=path,
+        joint=joint and one._replace(text_pos=texts[0], text_neg=texts[1]),
+    )  # fmt: skip
+    z_neg = forward(q, k_neg, v_neg, k_neg, v_neg, 0.0, mask_neg, path=path, joint=one)
+    return nag_blend(z_pos, z_neg, alpha, nag_scale, nag_tau, nag_norm, *texts)
 
 
 def backward(
@@ -474,7 +549,8 @@ def backward(
     p.lse = call.output(2, b, h, l, dtype=torch.float32)[0]
     p.u = call.output(2, b, h, l, dtype=torch.float32)[0]
     elements = 2 * sum(b * p.call.prompt[side].n * h * d for side in (POS, NEG))
-    p.partial = call.output(splits, elements, dtype=torch.float32)[0] if splits > 1 else 0
+    if splits > 1 or call.group > 1:
+        p.partial = call.output(splits, elements, dtype=torch.float32)[0]
     p.splits = splits
     launch_queries(call, p)
     if any(p.dk) or any(p.dv):
@@ -492,10 +568,10 @@ def launch_queries(call: Call, p: BackwardParams) -> None:
 def launch_keys(call: Call, p: BackwardParams) -> None:
     size = padded(p.call.d)
     blocks = p.call.b * p.call.h * size // backward_columns(size) * p.splits
-    blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+    blocks *= sum(-(-p.call.prompt[side].n // keys_tile(size)) for side in (POS, NEG))
     loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
-    call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
-    if p.splits > 1:
+    call.launch(loaded, blocks, keys_tile(size) * 2, keys_shared_bytes(size), bytes(p))
+    if p.partial:
         sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
         call.launch(sums, (3, 4), 256, 0, bytes(p))
 
@@ -566,8 +642,9 @@ class JointBackward:
             at if needed else 0 for (at, _), needed in zip(outputs, needs, strict=True)
         )
         p.splits = self.splits
-        if p.splits > 1:
-            p.partial = call.output(p.splits, 2 * k.numel(), dtype=torch.float32)[0]
+        if p.splits > 1 or call.group > 1:
+            elements = 2 * k.numel() * call.group
+            p.partial = call.output(p.splits, elements, dtype=torch.float32)[0]
         launch_keys(call, p)
         return tuple(
             call.memory.download(at, like=host) if host.numel() else host for at, host in outputs

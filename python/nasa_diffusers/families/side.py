@@ -17,6 +17,7 @@ from nasa_diffusers.families.joint import Joint, token_flops
 from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.prompts import Term
 from nasa_diffusers.side import Layout, Side, SideAttentionHook, SideBlockHook
+from nasa_diffusers.streams import Streams
 
 
 class SideStream(Joint):
@@ -103,6 +104,32 @@ class SideStream(Joint):
         """The block's positions as those of [image; positive; negatives]."""
         raise NotImplementedError
 
+    def arriving(self, denoiser: Denoiser, side: Side, index: int, negatives: Tensor) -> Tensor:
+        """What the denoiser does with its text before the block of this number, done with the
+        negative prompts `[b, m, c]`."""
+        return negatives
+
+    # ---- a block of one sequence -------------------------------------------------------------
+
+    def enter(self, side: Side, layout: Layout, given: Tensor, negatives: Tensor) -> Tensor:
+        """The block's own tokens and the negative prompts as [image; positive; negatives]."""
+        n, parts = side.lengths[0], [given, negatives]
+        if layout.text_first:
+            parts = [given[:, n:], given[:, :n], negatives]
+        return torch.cat(parts, dim=1)
+
+    def leave(self, side: Side, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what the block has made of them its own tokens, in its order, and the negatives."""
+        n, own = side.lengths[0], x.shape[1] - side.m
+        output = x[:, :own]
+        if layout.text_first:
+            output = torch.cat([output[:, own - n :], output[:, : own - n]], dim=1)
+        return output, x[:, own:]
+
+    def changes(self, layout: Layout, inputs: dict[str, Any], x: Tensor) -> dict[str, Any]:
+        """The arguments of the block that change when `x` goes through it."""
+        return {layout.image: x}
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def project(self, attn: Layer, image: Tensor, text: Tensor | None) -> tuple:
@@ -121,6 +148,10 @@ class SideStream(Joint):
         """That of the positive text, `[b, n]`, in the options of an attention."""
         return None
 
+    def amend(self, side: Side, streams: Streams, o: Tensor) -> Tensor:
+        """`o` `[b, l + n + m, h, d]` where a mask treats queries of the text otherwise."""
+        return o
+
     def finish(self, attn: Layer, o: Tensor, image: int, layout: Layout, rest: Any) -> Any:
         """What the layer returns for `o` `[b, l + n + m, h * d]`."""
         if layout.text is None:
@@ -135,6 +166,13 @@ def complex_rotation(x: Tensor, turn: Tensor) -> Tensor:
     """`[b, n, h, d]` turned by complex numbers, `[n, d / 2]` or `[b, n, d / 2]`."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(3).type_as(x)
+
+
+def matrix_rotation(x: Tensor, turn: Tensor) -> Tensor:
+    """`[b, n, h, d]` turned pair by pair by matrices, `[b, n, 1, d / 2, 2, 2]`."""
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    turned = turn[..., 0] * pairs[..., 0] + turn[..., 1] * pairs[..., 1]
+    return turned.flatten(3).type_as(x)
 
 
 def linears(block: nn.Module, *without: str) -> tuple[str, ...]:
