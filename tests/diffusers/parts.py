@@ -108,6 +108,15 @@ class Shared(Rules):
         return image_heads(attn, image), [image_heads(attn, t) for t in texts]
 
 
+class Unprojected(Shared):
+    """The same where the block projects what comes out (HunyuanVideo's second kind)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        texts = encoder_hidden_states.split(self.lengths, 1)
+        o, *of_texts = self.mix(*self.of(attn, hidden_states, texts))
+        return o, torch.cat(of_texts, 1)
+
+
 class OneSequence(Rules):
     """[image; texts], whatever the model's own order is: nothing else looks at it."""
 
@@ -159,7 +168,7 @@ def guided(case, rule, negatives, **changes):
     parts = [case.part(given)]
     for embeds, _, mask in negatives:
         text = case.with_text(inputs, embeds, mask, rows)
-        parts.append(case.part(block_inputs(model, first[0], **text)))
+        parts.append(case.negative_part(block_inputs(model, first[0], **text)))
     image, texts = parts[0].image, torch.cat([part.text for part in parts], 1)
     for blocks, processor, text_name in case.blocks:
         make = processor(rule, negatives, parts, case.turn)

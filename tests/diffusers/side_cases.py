@@ -45,14 +45,16 @@ class Case:
     tokens = "hidden_states"
     # of a block: what the attention reads, and the oracle's does not
     positions = (
-        "image_rotary_emb", "freqs_cis", "encoder_hidden_states_mask", "attention_mask", "attn_mask"
+        "image_rotary_emb", "freqs_cis", "encoder_hidden_states_mask", "attention_mask",
+        "attn_mask",
     )  # fmt: skip
     text = "encoder_hidden_states"
     text_shape = (7, 32)
     rows = 2
     rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
     grid = (1, *L)
-    targets = None  # how many image tokens are made, where others stand behind them
+    targets = None  # how many image tokens are made, where others stand behind or before them
+    before = 0  # how many of them
 
     def __init__(self, **options):
         self.model = made(self.cls, self.config | options)
@@ -71,6 +73,29 @@ class Case:
 
     def text_of(self, tokens, seed):
         return random(1, tokens, *self.text_shape[1:], seed=seed)
+
+    def look(self):
+        """Where the tokens that are made lie, in a call that was seen."""
+        inputs, tokens = self.inputs, self.inputs.get("hidden_states")
+        if tokens is None:
+            _, f, h, w = inputs["x"][0].shape
+            self.image_tokens = self.targets = -(-f * h * w // 4 // 32) * 32
+            return
+        self.image_tokens = self.targets = tokens.shape[1]
+        if inputs.get("img_shapes") is not None:
+            shapes = inputs["img_shapes"][0]
+            # what is made are all layers, or one image; behind them stands what is edited
+            are_layers = getattr(self.model.config, "use_layer3d_rope", False)
+            made = shapes[:-1] if are_layers else shapes[:1]
+            self.targets = sum(f * h * w for f, h, w in made)
+        elif inputs.get("img_ids") is not None:
+            ids = inputs["img_ids"].reshape(-1, self.image_tokens, 4)
+            self.targets = int((ids[0, :, 0] == 0).sum())
+        elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
+            self.targets = inputs["num_frames"] * inputs["height"] * inputs["width"]
+
+    def negative_part(self, given):
+        return self.part(given)
 
     def expected(self, rule, negatives, **changes):
         return parts.guided(self, rule, negatives, **changes)
@@ -328,7 +353,7 @@ class CogVideoX(Case):
     def part(self, given):
         return SimpleNamespace(
             image=given["hidden_states"], text=given["encoder_hidden_states"], mask=None,
-            image_rope=given["image_rotary_emb"], text_rope=None,
+            image_rope=given.get("image_rotary_emb"), text_rope=None,
         )  # fmt: skip
 
 

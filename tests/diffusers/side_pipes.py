@@ -1,6 +1,7 @@
 """The small pipelines of families with a side stream, and how each is called."""
 
 import diffusers
+import hunyuan_pipes
 import torch
 from nasa_diffusers import testing_side as testing
 
@@ -46,6 +47,10 @@ NEEDS = {
     "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
     "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline",
 }  # fmt: skip
+PIPES |= hunyuan_pipes.PIPES
+CFG |= hunyuan_pipes.CFG
+NEEDS |= hunyuan_pipes.NEEDS
+DOUBLED = ("ltx2", "cogvideox", *hunyuan_pipes.DOUBLED)
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 
 

@@ -1,17 +1,20 @@
 """Families with a side stream: a call computes what the stock blocks compute on the parts."""
 
+import hunyuan_cases
 import pytest
 import torch
 from joint_cases import STRONG, by_rule
 from nasa_diffusers import NAG, NASA, ProjectedNASA, nasa
-from side_cases import CASES, MASKS_TEXT
+from side_cases import CASES as FIRST_CASES
+from side_cases import MASKS_TEXT
 from streams import Nag
 from torch._dynamo.utils import counters
 
 RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-5}
+CASES = FIRST_CASES | hunyuan_cases.CASES
 # of each kind of block one
-COMPILED = [name for name in ("z-image", "klein", "ltx2.3") if name in CASES]
+COMPILED = [name for name in ("z-image", "klein", "ltx2.3", "hunyuan-video") if name in CASES]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -24,7 +27,7 @@ def over_tokens(case, alpha):
     if case.targets is None:
         return alpha
     values = torch.zeros(1, case.image_tokens, 1, 1)
-    values[:, : case.targets] = alpha
+    values[:, case.before : case.before + case.targets] = alpha
     return values
 
 
@@ -100,7 +103,7 @@ def test_a_map_over_the_image(case):
         return
     values = torch.zeros(1, case.image_tokens, 1, 1)
     own = region.flatten().repeat(frames)[:, None, None]
-    values[:, : own.shape[0]] = own
+    values[:, case.before : case.before + own.shape[0]] = own
     expected = case.expected("nasa-cross", [(negative, values, None)])
     torch.testing.assert_close(actual, expected, **TOLERANCE)
 
@@ -121,6 +124,8 @@ def test_layers_that_are_left_out_carry_the_negative(case):
 @torch.no_grad()
 def test_the_projected_rule_takes_nothing_that_the_prompt_has(case):
     """Equal prompts change nothing at any alpha, whatever they are masked by."""
+    if getattr(case, "beside", 0):
+        pytest.skip("an image stands before the text of the prompt")
     texts = [case.inputs[name] for name in getattr(case, "texts", (case.text,))]
     masks = [x for name, x in case.inputs.items() if name.startswith("encoder") and "mask" in name]
     mask = masks[0].bool() if masks and has_mask(case) else None
@@ -136,7 +141,7 @@ def test_the_projected_rule_takes_nothing_that_the_prompt_has(case):
 def has_mask(case):
     """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""
     is_old = case.cls.startswith("Qwen") and not MASKS_TEXT
-    return not case.cls.startswith(("Flux2", "Cog")) and not is_old
+    return not case.cls.startswith(("Flux2", "Cog", "ConsisID")) and not is_old
 
 
 def nasa_layers(case):

@@ -7,6 +7,7 @@ what it returned without NASA, and what it returns for the prompt is not.
 import inspect
 
 import diffusers
+import hunyuan_pipes
 import pytest
 import torch
 from drawing import relative_error
@@ -211,11 +212,11 @@ RUN = {
         lambda name: with_channels(name, side.cogview4(), 8),
         COG | {"height": 16, "control_image": photo(32, 16)}, FIRST,
     ),
-}  # fmt: skip
+} | hunyuan_pipes.RUN  # fmt: skip
 # in `test_side_pipes.py`
 ALONE = (
     "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline",
-    "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline",
+    "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", *hunyuan_pipes.ALONE,
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 

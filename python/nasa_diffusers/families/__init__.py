@@ -3,10 +3,11 @@
 from torch import nn
 
 from nasa_diffusers.families.base import Family
-from nasa_diffusers.families.cog import CogVideoX, CogView4
+from nasa_diffusers.families.cog import CogVideoX, CogView3Plus, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
@@ -45,7 +46,10 @@ FAMILIES: tuple[Family, ...] = (
     Krea2(),
     LTX2(),
     CogVideoX(),
+    CogView3Plus(),
     CogView4(),
+    HunyuanVideo(),
+    Framepack(),
 )
 
 

@@ -12,8 +12,7 @@ _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
     "AuraFlowTransformer2DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel",
-    "ChromaTransformer2DModel", "CogView3PlusTransformer2DModel",
-    "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
+    "ChromaTransformer2DModel", "EasyAnimateTransformer3DModel",
     "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
     "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
@@ -25,7 +24,6 @@ _because(
     "its text passes blocks that depend on the timestep before it meets the image, so a negative "
     "prompt would have to pass them in every step",
     "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel",
     "Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel",
 )  # fmt: skip
 _because(

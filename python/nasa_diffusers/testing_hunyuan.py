@@ -1,0 +1,106 @@
+"""More small pipelines, as in `nasa_diffusers/testing.py`: those whose text has no positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+from nasa_diffusers.testing import (
+    HEADS,
+    T5_SIZE,
+    _ready,
+    clip_config,
+    clip_tokenizer,
+    letter_tokenizer,
+    vae,
+)
+from nasa_diffusers.testing_side import TEXT_SIZE
+
+# a letter is a token
+TEMPLATE = {"template": "a {}.", "crop_start": 2}
+
+
+def cogview3_plus(seed: int = 0):
+    """CogView3+ in small: two blocks."""
+    from diffusers import CogView3PlusPipeline, CogView3PlusTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = CogView3PlusTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, text_embed_dim=32, time_embed_dim=16,
+        condition_dim=4, pos_embed_max_size=32, sample_size=16, **HEADS,
+    )  # fmt: skip
+    pipe = CogView3PlusPipeline(
+        tokenizer=letter_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**T5_SIZE)),
+        vae=vae(),
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    return _ready(pipe)
+
+
+def video_vae():
+    """Four latent channels, a latent for 8 x 8 pixels of 4 frames."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
+    )
+
+
+HUNYUAN_VIDEO: dict[str, Any] = {
+    "out_channels": 4, "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1,
+    "text_embed_dim": 32, "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6), **HEADS,
+}  # fmt: skip
+
+
+def hunyuan_video_parts(in_channels: int = 4, **differs: Any) -> dict[str, Any]:
+    from diffusers import HunyuanVideoTransformer3DModel
+    from transformers import LlamaConfig, LlamaModel
+
+    config = TEXT_SIZE | {"num_hidden_layers": 3}
+    return {
+        "text_encoder": LlamaModel(LlamaConfig(**config)),
+        "tokenizer": letter_tokenizer(),
+        "text_encoder_2": CLIPTextModel(clip_config(8)),
+        "tokenizer_2": clip_tokenizer(),
+        "vae": video_vae(),
+        "transformer": HunyuanVideoTransformer3DModel(
+            in_channels=in_channels, **HUNYUAN_VIDEO | differs
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+    }
+
+
+def hunyuan_video(seed: int = 0):
+    """HunyuanVideo in small, two blocks of each kind. Call it with `prompt_template=TEMPLATE`."""
+    from diffusers import HunyuanVideoPipeline
+
+    torch.manual_seed(seed)
+    return _ready(HunyuanVideoPipeline(**hunyuan_video_parts()))
+
+
+def framepack(seed: int = 0):
+    """Framepack in small, two blocks of each kind."""
+    from diffusers import HunyuanVideoFramepackPipeline, HunyuanVideoFramepackTransformer3DModel
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4, has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True,
+        **HUNYUAN_VIDEO,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    parts = hunyuan_video_parts() | {
+        "transformer": transformer,
+        "image_encoder": SiglipVisionModel(vision),
+        "feature_extractor": SiglipImageProcessor(size={"height": 16, "width": 16}),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+    return _ready(HunyuanVideoFramepackPipeline(**parts))

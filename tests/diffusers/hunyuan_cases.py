@@ -1,0 +1,139 @@
+"""More small denoisers, as in `side_cases.py`: those whose text has no positions."""
+
+from types import SimpleNamespace
+
+import parts
+import torch
+from joint_cases import random
+from side_cases import SIZE, Case, CogVideoX, CogView4
+
+
+class CogView3Plus(CogView4):
+    cls = "CogView3PlusTransformer2DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 32,
+        "time_embed_dim": 16, "condition_dim": 4, "pos_embed_max_size": 16, "sample_size": 8,
+        **SIZE,
+    }  # fmt: skip
+
+
+class ConsisID(CogVideoX):
+    """Without a face; with one, layers between the blocks."""
+
+    cls = "ConsisIDTransformer3DModel"
+
+
+class Hunyuan(Case):
+    """Blocks of two streams, then some with one set of projections."""
+
+    text_first = False
+    one_block = {"num_layers": 1, "num_single_layers": 1}
+    turn = staticmethod(parts.turn_real)
+    rope = "freqs_cis"
+
+    @property
+    def beside(self):
+        """Tokens of an image that stand before the text."""
+        images = self.inputs.get("image_embeds")
+        return 0 if images is None else images.shape[1]
+
+    @property
+    def blocks(self):
+        return [
+            (self.model.transformer_blocks, parts.TwoStreams, "encoder_hidden_states"),
+            (self.model.single_transformer_blocks, parts.Unprojected, "encoder_hidden_states"),
+        ]
+
+    def with_text(self, inputs, embeds, mask, rows):
+        mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+        return inputs | {
+            "encoder_hidden_states": embeds.expand(rows, -1, -1),
+            "encoder_attention_mask": mask.expand(rows, -1).long(),
+        }
+
+    def look(self):
+        """Where the tokens that are made lie, in a call that was seen."""
+        self.image_tokens = self.given()["hidden_states"].shape[1]
+        frames, height, width = self.inputs["hidden_states"].shape[-3:]
+        frames -= getattr(self.model.config, "image_condition_type", None) == "token_replace"
+        self.targets = frames * height * width // 4
+        self.before = self.image_tokens - self.targets
+
+    def given(self):
+        return parts.block_inputs(self.model, self.model.transformer_blocks[0], **self.inputs)
+
+    def part(self, given):
+        mask, text = given["attention_mask"], given["encoder_hidden_states"]
+        if mask is not None:
+            mask = mask[:, 0, 0, -text.shape[1] :].bool()
+        return SimpleNamespace(
+            image=given["hidden_states"], text=text, mask=mask, image_rope=given[self.rope],
+            text_rope=None,
+        )  # fmt: skip
+
+    def negative_part(self, given):
+        """Without what stands before the text."""
+        part = self.part(given)
+        part.text = part.text[:, self.beside :]
+        part.mask = None if part.mask is None else part.mask[:, self.beside :]
+        return part
+
+
+class HunyuanVideo(Hunyuan):
+    cls = "HunyuanVideoTransformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+        "num_refiner_layers": 1, "text_embed_dim": 32, "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 6, 6), **SIZE,
+    }  # fmt: skip
+    grid = (2, 2, 3)
+    frames = 2
+
+    def inputs_image(self):
+        return self.before + self.grid[0] * 6
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, self.frames, 4, 6, seed=1),
+            "timestep": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "encoder_attention_mask": (torch.arange(7) < torch.tensor([[7], [5]])).long(),
+            "pooled_projections": random(2, 8, seed=3),
+            "guidance": torch.tensor([3500.0, 3500.0]),
+        }
+
+
+class TokenReplace(HunyuanVideo):
+    """The first frame is an image that is given."""
+
+    config = HunyuanVideo.config | {"image_condition_type": "token_replace"}
+    before, targets, frames = 6, 12, 3
+
+
+class Framepack(HunyuanVideo):
+    cls = "HunyuanVideoFramepackTransformer3DModel"
+    config = HunyuanVideo.config | {
+        "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True,
+    }  # fmt: skip
+    # two frames as they are, two pooled to one of two tokens, five pooled to two of one token
+    before, targets = 12 + 2 + 2, 12
+
+    def first_inputs(self):
+        return super().first_inputs() | {
+            "image_embeds": random(2, 3, 8, seed=4), "indices_latents": torch.arange(9, 11),
+            "latents_clean": random(2, 4, 2, 4, 6, seed=5),
+            "indices_latents_clean": torch.tensor([0, 11]),
+            "latents_history_2x": random(2, 4, 2, 4, 6, seed=6),
+            "indices_latents_history_2x": torch.arange(1, 3),
+            "latents_history_4x": random(2, 4, 5, 4, 6, seed=7),
+            "indices_latents_history_4x": torch.arange(3, 8),
+        }  # fmt: skip
+
+
+CASES = {
+    "cogview3+": CogView3Plus,
+    "consisid": ConsisID,
+    "hunyuan-video": HunyuanVideo,
+    "hunyuan-video-replace": TokenReplace,
+    "framepack": Framepack,
+}

@@ -1,0 +1,94 @@
+"""More small pipelines with a side stream, as in `side_pipes.py`, and in `test_side_walk.py`."""
+
+import importlib
+import inspect
+
+import diffusers
+import torch
+from nasa_diffusers import testing, testing_side
+from nasa_diffusers import testing_hunyuan as small
+from PIL import Image
+
+HUNYUAN_VIDEO = {
+    "height": 32, "width": 48, "num_frames": 5, "prompt_template": small.TEMPLATE,
+    "max_sequence_length": 16,
+}  # fmt: skip
+PIPES = {
+    "cogview3+": (
+        small.cogview3_plus,
+        {"height": 16, "width": 32, "guidance_scale": 1.0, "max_sequence_length": 16},
+    ),
+    "hunyuan-video": (small.hunyuan_video, HUNYUAN_VIDEO),
+}
+CFG = {
+    "cogview3+": {"guidance_scale": 3.0, "negative_prompt": "dull"},
+    "hunyuan-video": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
+}
+NEEDS = {"cogview3+": "CogView3PlusPipeline", "hunyuan-video": "HunyuanVideoPipeline"}
+# whose batch is [negative, prompt]
+DOUBLED = ("cogview3+",)
+ALONE = ("CogView3PlusPipeline", "HunyuanVideoPipeline")
+
+
+def photo(width=48, height=32):
+    return Image.new("RGB", (width, height), (200, 30, 90))
+
+
+def noise(*shape):
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
+
+
+def of_parts(cls, parts):
+    asked = inspect.signature(cls.__init__).parameters
+    return testing._ready(cls(**{name: x for name, x in parts.items() if name in asked}))
+
+
+def consisid(_):
+    """Its class is not exported without a package that is not used here."""
+    module = importlib.import_module("diffusers.pipelines.consisid.pipeline_consisid")
+    pipe = testing_side.cogvideox()
+    transformer = diffusers.ConsisIDTransformer3DModel(
+        in_channels=8, out_channels=4, num_layers=2, text_embed_dim=32, time_embed_dim=16,
+        sample_width=2, sample_height=2, sample_frames=9, max_text_seq_length=16,
+        use_rotary_positional_embeddings=True, **testing.HEADS,
+    )  # fmt: skip
+    return of_parts(module.ConsisIDPipeline, pipe.components | {"transformer": transformer})
+
+
+def hunyuan_video(name, **differs):
+    parts = small.hunyuan_video_parts(**differs)
+    return of_parts(getattr(diffusers, name), parts | {"image_processor": None})
+
+
+# instead of those that LLaVA makes of a prompt and an image
+IMAGE_PROMPT = {
+    "prompt": None, "prompt_embeds": noise(9, 32), "pooled_prompt_embeds": noise(8),
+    "prompt_attention_mask": (torch.arange(9) < 8).long()[None],
+    "negative_prompt_embeds": noise(7, 32) + 1, "negative_pooled_prompt_embeds": noise(8) + 1,
+    "negative_prompt_attention_mask": torch.ones(1, 7).long(),
+}  # fmt: skip
+CALL = HUNYUAN_VIDEO | {"image": photo(), "true_cfg_scale": 3.0}
+FIRST, LAST = [True, False], [False, True]
+RUN = {
+    "ConsisIDPipeline": (
+        consisid,
+        {
+            "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0,
+            "max_sequence_length": 16, "negative_prompt": "dull", "image": photo(32, 32),
+        },
+        LAST,
+    ),
+    "HunyuanVideoImageToVideoPipeline": (
+        lambda name: hunyuan_video(name, image_condition_type="token_replace"),
+        CALL | IMAGE_PROMPT, FIRST,
+    ),
+    "HunyuanSkyreelsImageToVideoPipeline": (
+        lambda name: hunyuan_video(name, in_channels=8),
+        CALL | {"negative_prompt": "dull"}, FIRST,
+    ),
+    # one window of 5 frames
+    "HunyuanVideoFramepackPipeline": (
+        lambda _: small.framepack(),
+        CALL | {"negative_prompt": "dull", "latent_window_size": 2}, FIRST,
+    ),
+}  # fmt: skip
