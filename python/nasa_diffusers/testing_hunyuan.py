@@ -17,7 +17,7 @@ from nasa_diffusers.testing import (
     letter_tokenizer,
     vae,
 )
-from nasa_diffusers.testing_side import TEXT_SIZE
+from nasa_diffusers.testing_side import IN_PARTS, TEXT_SIZE, chat_tokenizer, qwen_vl
 
 # a letter is a token
 TEMPLATE = {"template": "a {}.", "crop_start": 2}
@@ -104,3 +104,55 @@ def framepack(seed: int = 0):
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     }
     return _ready(HunyuanVideoFramepackPipeline(**parts))
+
+
+def mochi(seed: int = 0):
+    """Mochi in small: two blocks, the last of which drops its text."""
+    from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
+
+    torch.manual_seed(seed)
+    transformer = MochiTransformer3DModel(
+        in_channels=4, num_layers=2, pooled_projection_dim=24, text_embed_dim=32, time_embed_dim=8,
+        max_sequence_length=16, **HEADS,
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.pos_frequencies)
+    autoencoder = AutoencoderKLMochi(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
+        latent_channels=4, layers_per_block=(1,) * 5, latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )  # fmt: skip
+    pipe = MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=autoencoder,
+        text_encoder=T5EncoderModel(T5Config(**T5_SIZE)),
+        tokenizer=letter_tokenizer(),
+        transformer=transformer,
+    )
+    return _ready(pipe)
+
+
+def easyanimate_parts(in_channels: int = 4) -> dict[str, Any]:
+    from diffusers import AutoencoderKLMagvit, EasyAnimateTransformer3DModel
+
+    transformer = EasyAnimateTransformer3DModel(
+        in_channels=in_channels, out_channels=4, num_layers=2, mmdit_layers=1, patch_size=2,
+        time_embed_dim=16, text_embed_dim=32, sample_width=6, sample_height=4, **HEADS,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLMagvit(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
+    )
+    return {
+        "vae": autoencoder,
+        "text_encoder": qwen_vl(),
+        "tokenizer": chat_tokenizer(IN_PARTS),
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+    }
+
+
+def easyanimate(seed: int = 0):
+    """EasyAnimate in small: a block with projections of the text's own, and one without."""
+    from diffusers import EasyAnimatePipeline
+
+    torch.manual_seed(seed)
+    return _ready(EasyAnimatePipeline(**easyanimate_parts()))

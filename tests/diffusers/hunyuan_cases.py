@@ -130,10 +130,94 @@ class Framepack(HunyuanVideo):
         }  # fmt: skip
 
 
+class Mochi(Hunyuan):
+    """The last block drops its text; positions are of each head."""
+
+    cls = "MochiTransformer3DModel"
+    config = {
+        "in_channels": 4, "num_layers": 2, "pooled_projection_dim": 24, "text_embed_dim": 32,
+        "time_embed_dim": 8, "max_sequence_length": 16, **SIZE,
+    }  # fmt: skip
+    one_block = {"num_layers": 1}
+    attention, rope, grid = "attn1", "image_rotary_emb", (2, 2, 3)
+    positions = (*Case.positions, "encoder_attention_mask")
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        turns = self.model.pos_frequencies
+        turns.copy_(random(*turns.shape, seed=8))
+
+    @property
+    def blocks(self):
+        return [(self.model.transformer_blocks, parts.MaybeWithoutText, "encoder_hidden_states")]
+
+    @staticmethod
+    def turn(x, rope):
+        cos, sin = (y.repeat_interleave(2, -1) for y in rope)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
+
+    def inputs_image(self):
+        return 12
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 2, 4, 6, seed=1),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "timestep": torch.tensor([500.0, 500.0]),
+            "encoder_attention_mask": torch.arange(7) < torch.tensor([[7], [5]]),
+        }
+
+    def with_text(self, inputs, embeds, mask, rows):
+        made = super().with_text(inputs, embeds, mask, rows)
+        return made | {"encoder_attention_mask": made["encoder_attention_mask"].bool()}
+
+    def part(self, given):
+        mask = given["encoder_attention_mask"]
+        return SimpleNamespace(
+            image=given["hidden_states"], text=given["encoder_hidden_states"], mask=mask,
+            image_rope=given[self.rope], text_rope=None,
+        )  # fmt: skip
+
+
+class EasyAnimate(Hunyuan):
+    """A block with projections of the text's own, and one with one set for both."""
+
+    cls = "EasyAnimateTransformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "mmdit_layers": 1, "patch_size": 2,
+        "time_embed_dim": 16, "text_embed_dim": 32, "sample_width": 6, "sample_height": 4, **SIZE,
+    }  # fmt: skip
+    one_block = {"num_layers": 1}
+    attention, rope, grid = "attn1", "image_rotary_emb", (2, 2, 3)
+
+    @property
+    def blocks(self):
+        return [(self.model.transformer_blocks, parts.MaybeWithoutText, "encoder_hidden_states")]
+
+    def inputs_image(self):
+        return 12
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 2, 4, 6, seed=1),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "timestep": torch.tensor([500.0, 500.0]),
+        }
+
+    def with_text(self, inputs, embeds, mask, rows):
+        return inputs | {"encoder_hidden_states": embeds.expand(rows, -1, -1)}
+
+    def part(self, given):
+        return super().part(given | {"attention_mask": None})
+
+
 CASES = {
     "cogview3+": CogView3Plus,
     "consisid": ConsisID,
     "hunyuan-video": HunyuanVideo,
     "hunyuan-video-replace": TokenReplace,
     "framepack": Framepack,
+    "mochi": Mochi,
+    "easyanimate": EasyAnimate,
 }

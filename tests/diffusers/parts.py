@@ -108,6 +108,18 @@ class Shared(Rules):
         return image_heads(attn, image), [image_heads(attn, t) for t in texts]
 
 
+class MaybeWithoutText(Shared):
+    """Two streams whose text has projections of its own or has not, before or behind (Mochi,
+    EasyAnimate)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        of_text = image_heads if attn.add_q_proj is None else text_heads
+        texts = encoder_hidden_states.split(self.lengths, 1)
+        o, *texts = self.mix(image_heads(attn, hidden_states), [of_text(attn, t) for t in texts])
+        to_text = getattr(attn, "to_add_out", None) or torch.nn.Identity()
+        return attn.to_out[0](o), to_text(torch.cat(texts, 1))
+
+
 class Unprojected(Shared):
     """The same where the block projects what comes out (HunyuanVideo's second kind)."""
 

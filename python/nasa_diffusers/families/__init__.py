@@ -5,12 +5,14 @@ from torch import nn
 from nasa_diffusers.families.base import Family
 from nasa_diffusers.families.cog import CogVideoX, CogView3Plus, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
+from nasa_diffusers.families.easyanimate import EasyAnimate
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
+from nasa_diffusers.families.mochi import Mochi
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
 from nasa_diffusers.families.qwen import QwenImage
 from nasa_diffusers.families.sana import Sana, SanaVideo
@@ -50,6 +52,8 @@ FAMILIES: tuple[Family, ...] = (
     CogView4(),
     HunyuanVideo(),
     Framepack(),
+    Mochi(),
+    EasyAnimate(),
 )
 
 

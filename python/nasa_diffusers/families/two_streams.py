@@ -10,8 +10,10 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from nasa_diffusers.families.joint import TEXT_LAYERS
 from nasa_diffusers.families.side import SideStream, linears
+
+# of an attention, for its text alone
+OWN_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 class TwoStreams(SideStream):
@@ -49,10 +51,14 @@ class TwoStreams(SideStream):
         return o, text if to_add_out is None else to_add_out(text)
 
     def text_layers(self, block):
-        if hasattr(block, "ff_context"):
-            return (*TEXT_LAYERS, "attn.to_add_out", "ff_context")
-        # one set for both
-        return linears(block, "norm")
+        name = "attn" if hasattr(block, "attn") else "attn1"
+        attn = getattr(block, name)
+        if attn.add_q_proj is None:
+            # one set for both
+            return linears(block, "norm", "norm1", "norm2")
+        own = [f"{name}.{layer}" for layer in OWN_LAYERS if getattr(attn, layer, None) is not None]
+        feed_forward = [x for x in ("ff_context", "txt_ff") if getattr(block, x, None) is not None]
+        return (*own, *feed_forward)
 
 
 def key_mask(mask: Tensor | None, tokens: int) -> Tensor | None:

@@ -12,12 +12,12 @@ _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
     "AuraFlowTransformer2DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel",
-    "ChromaTransformer2DModel", "EasyAnimateTransformer3DModel",
+    "ChromaTransformer2DModel",
     "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
     "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
     "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
-    "MiniMaxH3Transformer3DModel", "MochiTransformer3DModel", "MotifVideoTransformer3DModel",
+    "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel",
     "OvisImageTransformer2DModel", "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
