@@ -111,7 +111,7 @@ def mochi(seed: int = 0):
     from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 
     torch.manual_seed(seed)
-    transformer = MochiTransformer3DModel(
+    transformer: Any = MochiTransformer3DModel(
         in_channels=4, num_layers=2, pooled_projection_dim=24, text_embed_dim=32, time_embed_dim=8,
         max_sequence_length=16, **HEADS,
     )  # fmt: skip
@@ -156,3 +156,105 @@ def easyanimate(seed: int = 0):
 
     torch.manual_seed(seed)
     return _ready(EasyAnimatePipeline(**easyanimate_parts()))
+
+
+def _two_encoders() -> dict[str, Any]:
+    """Qwen's with three layers, the first of which counts, and ByT5's."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    config = {x: y for x, y in TEXT_SIZE.items() if x != "head_dim"} | {"num_hidden_layers": 3}
+    return {
+        "text_encoder": Qwen2Model(Qwen2Config(**config)),
+        "tokenizer": chat_tokenizer(),
+        "text_encoder_2": T5EncoderModel(T5Config(**T5_SIZE | {"d_model": 16})),
+        "tokenizer_2": letter_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+    }
+
+
+def _with_short_texts(pipe: Any) -> Any:
+    """A letter is a token."""
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 16, 12
+    pipe.system_message, pipe.prompt_template_encode = "", "a {}."
+    pipe.prompt_template_encode_start_idx = 2
+    return _ready(pipe)
+
+
+HUNYUAN_TEXTS: dict[str, Any] = {
+    "out_channels": 4, "num_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 32,
+    "text_embed_2_dim": 16, **HEADS,
+}  # fmt: skip
+
+
+def hunyuan_video15_parts() -> dict[str, Any]:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        HunyuanVideo15Transformer3DModel,
+    )
+
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9, image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=16, **HUNYUAN_TEXTS
+    )
+    autoencoder = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(32, 32, 32), layers_per_block=1,
+        spatial_compression_ratio=4,
+    )  # fmt: skip
+    return _two_encoders() | {
+        "vae": autoencoder,
+        "transformer": transformer,
+        "guider": ClassifierFreeGuidance(enabled=False),
+    }
+
+
+def hunyuan_video15(seed: int = 0, **others: Any):
+    """HunyuanVideo 1.5 in small: two blocks, and a guider that is off."""
+    from diffusers import HunyuanVideo15Pipeline
+
+    torch.manual_seed(seed)
+    pipe: Any = HunyuanVideo15Pipeline(**hunyuan_video15_parts() | others)
+    pipe.vision_num_semantic_tokens = 3
+    return _with_short_texts(pipe)
+
+
+def hunyuan_image(seed: int = 0, **others: Any):
+    """HunyuanImage in small, distilled: two blocks of each kind."""
+    from diffusers import (
+        AutoencoderKLHunyuanImage,
+        HunyuanImagePipeline,
+        HunyuanImageTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4, num_single_layers=2, rope_axes_dim=(8, 8), guidance_embeds=True,
+        **HUNYUAN_TEXTS,
+    )  # fmt: skip
+    autoencoder = AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32, 32),
+        layers_per_block=1, spatial_compression_ratio=4, sample_size=16, scaling_factor=1.0,
+    )  # fmt: skip
+    parts = _two_encoders() | {"vae": autoencoder, "transformer": transformer}
+    return _with_short_texts(HunyuanImagePipeline(**parts | others))
+
+
+def hunyuan_image_refiner(seed: int = 0, **others: Any):
+    """The refiner of HunyuanImage in small: one text."""
+    from diffusers import (
+        AutoencoderKLHunyuanImageRefiner,
+        HunyuanImageRefinerPipeline,
+        HunyuanImageTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=8, num_single_layers=2, rope_axes_dim=(4, 6, 6), guidance_embeds=True,
+        patch_size=(1, 1, 1), **HUNYUAN_TEXTS | {"text_embed_2_dim": None},
+    )  # fmt: skip
+    autoencoder = AutoencoderKLHunyuanImageRefiner(
+        latent_channels=4, block_out_channels=(32, 32, 32), layers_per_block=1,
+        spatial_compression_ratio=4,
+    )  # fmt: skip
+    parts = _two_encoders() | {"vae": autoencoder, "transformer": transformer}
+    del parts["text_encoder_2"], parts["tokenizer_2"]
+    return _with_short_texts(HunyuanImageRefinerPipeline(**parts | others))

@@ -1,7 +1,9 @@
 """More small denoisers, as in `side_cases.py`: those whose text has no positions."""
 
+from math import prod
 from types import SimpleNamespace
 
+import diffusers
 import parts
 import torch
 from joint_cases import random
@@ -33,9 +35,10 @@ class Hunyuan(Case):
 
     @property
     def beside(self):
-        """Tokens of an image that stand before the text."""
+        """Tokens of an image that stand before the text; HunyuanVideo 1.5 masks those of none, and
+        puts them behind it."""
         images = self.inputs.get("image_embeds")
-        return 0 if images is None else images.shape[1]
+        return 0 if images is None or not images.any() else images.shape[1]
 
     @property
     def blocks(self):
@@ -54,9 +57,12 @@ class Hunyuan(Case):
     def look(self):
         """Where the tokens that are made lie, in a call that was seen."""
         self.image_tokens = self.given()["hidden_states"].shape[1]
-        frames, height, width = self.inputs["hidden_states"].shape[-3:]
-        frames -= getattr(self.model.config, "image_condition_type", None) == "token_replace"
-        self.targets = frames * height * width // 4
+        own = self.inputs["hidden_states"][0, 0]
+        if getattr(self.model.config, "image_condition_type", None) == "token_replace":
+            own = own[1:]
+        patch = self.model.config.patch_size
+        pixels = prod(patch) if isinstance(patch, (tuple, list)) else patch**2
+        self.targets = own.numel() // pixels
         self.before = self.image_tokens - self.targets
 
     def given(self):
@@ -128,6 +134,103 @@ class Framepack(HunyuanVideo):
             "latents_history_4x": random(2, 4, 5, 4, 6, seed=7),
             "indices_latents_history_4x": torch.arange(3, 8),
         }  # fmt: skip
+
+
+class HunyuanVideo15(Hunyuan):
+    """An image's tokens and two texts; no blocks with one set of projections."""
+
+    cls = "HunyuanVideo15Transformer3DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_refiner_layers": 1,
+        "text_embed_dim": 32, "text_embed_2_dim": 16, "image_embed_dim": 8,
+        "rope_axes_dim": (4, 6, 6), **SIZE,
+    }  # fmt: skip
+    one_block = {"num_layers": 1}
+    grid = (2, 2, 3)
+    texts = ("encoder_hidden_states", "encoder_hidden_states_2")
+
+    @property
+    def blocks(self):
+        return [(self.model.transformer_blocks, parts.TwoStreams, "encoder_hidden_states")]
+
+    def inputs_image(self):
+        return 12
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 2, 2, 3, seed=1),
+            "timestep": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "encoder_attention_mask": (torch.arange(7) < torch.tensor([[7], [5]])).float(),
+            "encoder_hidden_states_2": random(2, 4, 16, seed=3),
+            "encoder_attention_mask_2": (torch.arange(4) < torch.tensor([[3], [0]])).float(),
+            "image_embeds": random(2, 3, 8, seed=4),
+        }
+
+    def mask_of(self, *masks):
+        first = masks[0]
+        return masks if len(masks) > 1 else (first, first[:, : first.shape[1] // 2])
+
+    def text_of(self, tokens, seed):
+        return random(1, tokens, 32, seed=seed), random(1, tokens // 2, 16, seed=seed + 10)
+
+    def with_text(self, inputs, embeds, mask, rows):
+        if isinstance(embeds, torch.Tensor):
+            return super().with_text(inputs, embeds, mask, rows)
+        masks = [torch.ones(x.shape[:2]) for x in embeds] if mask is None else mask
+        named = {}
+        for i, end in enumerate(("", "_2")):
+            named[f"encoder_hidden_states{end}"] = embeds[i].expand(rows, -1, -1)
+            named[f"encoder_attention_mask{end}"] = masks[i].expand(rows, -1).float()
+        return inputs | named
+
+    def part(self, given):
+        return super().part(given | {"attention_mask": given["attention_mask"][:, None, None]})
+
+
+class TextToVideo15(HunyuanVideo15):
+    """Without an image."""
+
+    def first_inputs(self):
+        return super().first_inputs() | {"image_embeds": torch.zeros(2, 3, 8)}
+
+
+class HunyuanImage(HunyuanVideo15):
+    cls = "HunyuanImageTransformer2DModel"
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+        "num_refiner_layers": 1, "text_embed_dim": 32, "text_embed_2_dim": 16,
+        "rope_axes_dim": (8, 8), "guidance_embeds": True, **SIZE,
+    }  # fmt: skip
+    one_block = Hunyuan.one_block
+    rope, grid = "image_rotary_emb", (1, 4, 3)
+    blocks = Hunyuan.blocks
+    part = Hunyuan.part
+
+    def first_inputs(self):
+        inputs = super().first_inputs() | {"hidden_states": random(2, 4, 4, 3, seed=1)}
+        del inputs["image_embeds"]
+        return inputs | {"guidance": torch.tensor([3500.0, 3500.0])}
+
+
+class ImageRefiner(HunyuanImage):
+    """One text; the image has frames, and lies beside the latents as more channels."""
+
+    config = HunyuanImage.config | {
+        "text_embed_2_dim": None, "rope_axes_dim": (4, 6, 6), "patch_size": (1, 1, 1),
+    }  # fmt: skip
+    grid = (2, 2, 3)
+    texts = ("encoder_hidden_states",)
+
+    def first_inputs(self):
+        inputs = super().first_inputs() | {"hidden_states": random(2, 4, 2, 2, 3, seed=1)}
+        return {name: x for name, x in inputs.items() if not name.endswith("_2")}
+
+    def mask_of(self, *masks):
+        return masks[0]
+
+    def text_of(self, tokens, seed):
+        return super().text_of(tokens, seed)[0]
 
 
 class Mochi(Hunyuan):
@@ -218,6 +321,11 @@ CASES = {
     "hunyuan-video": HunyuanVideo,
     "hunyuan-video-replace": TokenReplace,
     "framepack": Framepack,
+    "hunyuan-video-1.5": HunyuanVideo15,
+    "hunyuan-video-1.5-t2v": TextToVideo15,
+    "hunyuan-image": HunyuanImage,
+    "hunyuan-image-refiner": ImageRefiner,
     "mochi": Mochi,
     "easyanimate": EasyAnimate,
 }
+CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}

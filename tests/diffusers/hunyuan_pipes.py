@@ -30,6 +30,10 @@ PIPES = {
     "easyanimate": (
         small.easyanimate, {"height": 32, "width": 48, "num_frames": 5, "guidance_scale": 1.0}
     ),
+    "hunyuan-video-1.5": (
+        lambda: small.hunyuan_video15(), {"height": 16, "width": 24, "num_frames": 5}
+    ),
+    "hunyuan-image": (lambda: small.hunyuan_image(), {"height": 16, "width": 24}),
 }  # fmt: skip
 CFG = {
     "mochi": {"guidance_scale": 3.0, "negative_prompt": "dull"},
@@ -40,9 +44,13 @@ CFG = {
 NEEDS = {
     "cogview3+": "CogView3PlusPipeline", "hunyuan-video": "HunyuanVideoPipeline",
     "mochi": "MochiPipeline", "easyanimate": "EasyAnimatePipeline",
+    "hunyuan-video-1.5": "HunyuanVideo15Pipeline", "hunyuan-image": "HunyuanImagePipeline",
 }  # fmt: skip
 # whose batch is [negative, prompt]
 DOUBLED = ("cogview3+", "mochi", "easyanimate")
+TWO_TEXTS = (
+    "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline",
+)  # fmt: skip
 # diffusers cannot draw with them in one step
 TWO_STEPS = ("mochi",)
 ALONE = tuple(NEEDS.values())
@@ -91,6 +99,25 @@ def easyanimate(name, in_channels):
     return of_parts(Fixed, small.easyanimate_parts(in_channels))
 
 
+def from_image_15(_):
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    vision = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    parts = small.hunyuan_video15_parts() | {
+        "guider": diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+        "image_encoder": SiglipVisionModel(vision),
+        "feature_extractor": SiglipImageProcessor(size={"height": 16, "width": 16}),
+    }
+    return small._with_short_texts(of_parts(diffusers.HunyuanVideo15ImageToVideoPipeline, parts))
+
+
+def mix():
+    return diffusers.AdaptiveProjectedMixGuidance()
+
+
 # instead of those that LLaVA makes of a prompt and an image
 IMAGE_PROMPT = {
     "prompt": None, "prompt_embeds": noise(9, 32), "pooled_prompt_embeds": noise(8),
@@ -102,6 +129,7 @@ CALL = HUNYUAN_VIDEO | {"image": photo(), "true_cfg_scale": 3.0}
 EASYANIMATE = {
     "height": 32, "width": 48, "num_frames": 5, "guidance_scale": 3.0, "negative_prompt": "dull",
 }  # fmt: skip
+QUOTED = {"prompt": 'a "c"', "negative_prompt": "dull"}
 FIRST, LAST = [True, False], [False, True]
 RUN = {
     "ConsisIDPipeline": (
@@ -124,6 +152,22 @@ RUN = {
     "HunyuanVideoFramepackPipeline": (
         lambda _: small.framepack(),
         CALL | {"negative_prompt": "dull", "latent_window_size": 2}, FIRST,
+    ),
+    "HunyuanVideo15Pipeline": (
+        lambda _: small.hunyuan_video15(
+            guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
+        ),
+        QUOTED | {"height": 16, "width": 24, "num_frames": 5}, FIRST,
+    ),
+    "HunyuanVideo15ImageToVideoPipeline": (
+        from_image_15, QUOTED | {"image": photo(24, 16), "num_frames": 5}, FIRST
+    ),
+    "HunyuanImagePipeline": (
+        lambda _: small.hunyuan_image(guider=mix()), QUOTED | {"height": 16, "width": 24}, FIRST
+    ),
+    "HunyuanImageRefinerPipeline": (
+        lambda _: small.hunyuan_image_refiner(guider=mix()),
+        QUOTED | {"height": 16, "width": 24, "image": noise(4, 1, 4, 6)}, FIRST,
     ),
     "EasyAnimateControlPipeline": (lambda name: easyanimate(name, 12), EASYANIMATE, LAST),
     "EasyAnimateInpaintPipeline": (lambda name: easyanimate(name, 9), EASYANIMATE, LAST),

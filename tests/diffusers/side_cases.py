@@ -71,6 +71,10 @@ class Case:
     def out(self, output):
         return output[0]
 
+    def mask_of(self, *masks):
+        """As `enable_nasa` takes those of its texts."""
+        return masks[0]
+
     def text_of(self, tokens, seed):
         return random(1, tokens, *self.text_shape[1:], seed=seed)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import video_parts
 from nasa_diffusers import enable_nasa, nasa, pipelines, testing
+from nasa_diffusers import testing_hunyuan as small
 from nasa_diffusers import testing_side as side
 from PIL import Image
 from seen_calls import check, seen
@@ -109,6 +110,10 @@ MODULAR = {
     "HeliosPyramidModularPipeline": (
         lambda: video_parts.helios("HeliosPyramid"), PYRAMID, TEXT, True
     ),
+    "HunyuanVideo15ModularPipeline": (
+        small.hunyuan_video15_parts,
+        {"height": 16, "width": 24, "num_frames": 5}, (TEXT, text(3, 16)), True,
+    ),
     "Krea2ModularPipeline": (
         lambda: side.krea2(is_distilled=False).components, KREA, text(5, 2, 32), True
     ),
@@ -188,7 +193,8 @@ def modular(monkeypatch):
         pipe = kind(getattr(package, kind.default_blocks_name)())
         prepare(monkeypatch)
         torch.manual_seed(0)
-        own = {part: x for part, x in parts().items() if part in pipe.component_names}
+        made = {part: x for part, x in parts().items() if part != "guider"}
+        own = {part: x for part, x in made.items() if part in pipe.component_names}
         pipe.register_components(**own)
         if has_guider and not pipe.guider._enabled:
             pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0))

@@ -128,7 +128,7 @@ def test_the_projected_rule_takes_nothing_that_the_prompt_has(case):
         pytest.skip("an image stands before the text of the prompt")
     texts = [case.inputs[name] for name in getattr(case, "texts", (case.text,))]
     masks = [x for name, x in case.inputs.items() if name.startswith("encoder") and "mask" in name]
-    mask = masks[0].bool() if masks and has_mask(case) else None
+    mask = case.mask_of(*(x.bool() for x in masks)) if masks and has_mask(case) else None
     own = texts[0] if len(texts) == 1 else tuple(texts)
     with guided(case, own, ProjectedNASA(1.5), mask):
         torch.testing.assert_close(case(), case(), rtol=0, atol=0)
@@ -184,8 +184,10 @@ def test_one_alpha_per_image_and_a_masked_negative(case):
     alpha = torch.tensor([0.5, 0.0]).view(2, 1, 1, 1)
     if case.targets is not None:
         alpha = alpha * over_tokens(case, 1.0)
-    expected = case.expected(rule, [(negative, alpha, mask[None].expand(2, -1))])
-    with guided(case, negative, NASA([0.5, 0.0], rule), mask=mask[None]):
+    mask = case.mask_of(mask[None].expand(2, -1))
+    expected = case.expected(rule, [(negative, alpha, mask)])
+    mask = [x[:1] for x in mask] if isinstance(mask, tuple) else mask[:1]
+    with guided(case, negative, NASA([0.5, 0.0], rule), mask=mask):
         torch.testing.assert_close(case(), expected, **TOLERANCE)
 
 

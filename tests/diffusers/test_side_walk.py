@@ -275,6 +275,8 @@ def test_each_call_is_what_the_oracle_makes_of_it(name):
     negative = noise(5, width)
     if name.startswith("LTX2"):
         negative = negative, noise(5, 16)
+    elif name in hunyuan_pipes.TWO_TEXTS:
+        negative = negative, noise(3, 16)
     calls = seen(pipe, lambda: run(pipe, options), negative)
     assert sum(len(call.ours) for call in calls) == len(carry)
     carry = list(carry)

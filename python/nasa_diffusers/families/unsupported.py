@@ -23,7 +23,6 @@ _because(
 _because(
     "its text passes blocks that depend on the timestep before it meets the image, so a negative "
     "prompt would have to pass them in every step",
-    "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
     "Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel",
 )  # fmt: skip
 _because(
