@@ -34,6 +34,7 @@ struct KeysLayout {
     static_assert(kBytes == keys_shared_bytes(kD), "bindings refuse a head_dim by this size");
 };
 
+// Of K or V of a prompt, as every head of Q has them
 __host__ __device__ __forceinline__ int64_t prompt_elements(const BackwardParams& p, int side) {
     return static_cast<int64_t>(p.call.b) * p.call.prompt[side].n * p.call.h * p.call.d;
 }
@@ -104,11 +105,11 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     };
     load_tile<kD, kBackwardKeys, kKeyThreads>(
         smem,
-        rows_of(prompt.k, b, h, call),
+        key_rows_of(prompt.k, b, h, call),
         first_key, 0, threadIdx.x, present);
     load_tile<kD, kBackwardKeys, kKeyThreads>(
         smem + Layout::kV,
-        rows_of(prompt.v, b, h, call),
+        key_rows_of(prompt.v, b, h, call),
         first_key, 0, threadIdx.x, present);
 
     const int64_t row_values = ((static_cast<int64_t>(side) * call.b + b) * call.h + h) * call.l;
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
         for (int i = 0; i < 4; ++i) dk[j][i] *= scale;
     }
     float* partial = nullptr;
-    if (p.splits > 1) {
+    if (p.partial != nullptr) {
         const int64_t pos = prompt_elements(p, kPos);
         partial =
             p.partial + split * 2 * (pos + prompt_elements(p, kNeg)) + (side == kPos ? 0 : 2 * pos);
@@ -232,7 +233,8 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     }
 }
 
-// out [elements] = sum of the splits in their order, rounded once. blockIdx.y: dK+, dV+, dK-, dV-
+// out [b, n, h_kv, d] = sum of the splits, and of the heads of a group, in their order, rounded once.
+// blockIdx.y: dK+, dV+, dK-, dV-
 template <typename T>
 __global__ void __launch_bounds__(256) sum_splits_kernel(const __grid_constant__ BackwardParams p) {
     const int side = blockIdx.y / 2;
@@ -242,11 +244,16 @@ __global__ void __launch_bounds__(256) sum_splits_kernel(const __grid_constant__
     const int64_t neg = prompt_elements(p, kNeg);
     const int64_t elements = side == kPos ? pos : neg;
     const float* partial = p.partial + (side == kPos ? 0 : 2 * pos) + blockIdx.y % 2 * elements;
+    const int group = p.call.h / key_heads(p.call), d = p.call.d;
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements;
-         i += step) {
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+         i < elements / group; i += step) {
+        // of the first head of the group
+        const float* first = partial + i + (group == 1 ? 0 : i / d * (group - 1) * d);
         float sum = 0.f;
-        for (int split = 0; split < p.splits; ++split) sum += partial[split * 2 * (pos + neg) + i];
+        for (int split = 0; split < p.splits; ++split) {
+            for (int j = 0; j < group; ++j) sum += first[split * 2 * (pos + neg) + j * d];
+        }
         out[i] = static_cast<T>(sum);
     }
 }
@@ -264,7 +271,7 @@ cudaError_t launch_keys(const BackwardParams& p, const Device& device, cudaStrea
             device, blocks, kKeyThreads, KeysLayout<kD>::kBytes, stream, p)) {
         return error;
     }
-    if (p.splits == 1) return cudaSuccess;
+    if (p.partial == nullptr) return cudaSuccess;
     const int64_t elements = std::max(prompt_elements(p, kPos), prompt_elements(p, kNeg));
     const dim3 grid(
         static_cast<unsigned>(std::min<int64_t>(ceil_div(elements, 256), 4 * device.sms)), 4);

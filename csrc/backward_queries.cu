@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             const auto present = [&](int key) { return bias[key - first] != -INFINITY; };
             load_tile<kD, kBackwardKeys, kThreads>(
                 k_tile,
-                rows_of(prompt.k, b, h, call),
+                key_rows_of(prompt.k, b, h, call),
                 first, 0, threadIdx.x, present);
             load_tile<kD, kBackwardKeys, kThreads>(
                 v_tile,
-                rows_of(prompt.v, b, h, call),
+                key_rows_of(prompt.v, b, h, call),
                 first, 0, threadIdx.x, present);
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();

@@ -38,27 +38,43 @@ bool starts_on_16_bytes(const Tensor& x) {
     return true;
 }
 
-void check_keys(const Tensor& x, const char* name, const Tensor& q);
-
-void check_rows(const Tensor& x, const char* name, const Tensor& q) {
-    check_keys(x, name, q);
-    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2), "nasa_kernels: ", name,
-                    " must be expanded to the b and h of q");
-}
-
-// The same, or one of a batch or of the heads
-void check_keys(const Tensor& x, const char* name, const Tensor& q) {
+// [b, rows, heads, d] as q has them, or one of a batch or of the heads
+void check_sizes(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
     STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
     STD_TORCH_CHECK(
         x.scalar_type() == q.scalar_type() && x.get_device_index() == q.get_device_index(),
         "nasa_kernels: ", name, " must have the dtype and the device of q");
-    STD_TORCH_CHECK(is_one_or(x.size(0), q.size(0)) && is_one_or(x.size(2), q.size(2)) &&
+    STD_TORCH_CHECK(is_one_or(x.size(0), q.size(0)) && is_one_or(x.size(2), heads) &&
                         x.size(3) == q.size(3),
-                    "nasa_kernels: ", name, " must have the b, h and d of q, or 1 for b or h");
+                    "nasa_kernels: ", name, " must have the b and d of q, or 1 for b, and ", heads,
+                    " heads or 1, got ", x.size(2));
     STD_TORCH_CHECK(x.size(1) <= kMaxRows, "nasa_kernels: ", name,
                     " has too many rows: ", x.size(1));
     STD_TORCH_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1,
                     "nasa_kernels: the last dimension of ", name, " must be contiguous");
+}
+
+// The same without such a one
+void check_rows(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
+    check_sizes(x, name, q, heads);
+    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == heads, "nasa_kernels: ", name,
+                    " must be expanded to the b and h of q");
+}
+void check_rows(const Tensor& x, const char* name, const Tensor& q) {
+    check_rows(x, name, q, q.size(2));
+}
+
+// How many heads K and V have. `heads`: how many they had so far, 0 where each had one.
+int64_t heads_of_keys(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
+    STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
+    const int64_t own = x.size(2);
+    if (own == heads || own == 1) return heads;
+    STD_TORCH_CHECK(heads == 0, "nasa_kernels: ", name, " must have ", heads,
+                    " heads, as the keys before it, or 1, got ", own);
+    const int64_t all = q.size(2);
+    STD_TORCH_CHECK(own == all || (own > 0 && all % own == 0 && all < 32768), "nasa_kernels: ", name,
+                    " must have 1 head or a divisor of the ", all, " heads of q, got ", own);
+    return own;
 }
 
 Type type_of(const Tensor& q) {
@@ -87,11 +103,16 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
                         const std::optional<Tensor>& mask_pos,
                         const std::optional<Tensor>& mask_neg,
                         const std::optional<Tensor>& alpha_map, double alpha, double scale) {
-    check_keys(q, "q", q);
-    check_keys(k_pos, "k_pos", q);
-    check_keys(v_pos, "v_pos", q);
-    check_keys(k_neg, "k_neg", q);
-    check_keys(v_neg, "v_neg", q);
+    check_sizes(q, "q", q, q.dim() == 4 ? q.size(2) : 0);
+    int64_t heads = 0;
+    const auto check_keys = [&](const Tensor& x, const char* name) {
+        heads = heads_of_keys(x, name, q, heads);
+        check_sizes(x, name, q, heads);
+    };
+    check_keys(k_pos, "k_pos");
+    check_keys(v_pos, "v_pos");
+    check_keys(k_neg, "k_neg");
+    check_keys(v_neg, "v_neg");
     STD_TORCH_CHECK(q.size(3) <= kMaxHeadDim, "nasa_kernels: head_dim must be at most ",
                     kMaxHeadDim, ", got ", q.size(3));
     ForwardParams p;
@@ -103,6 +124,7 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
     p.l = static_cast<int>(q.size(1));
     p.h = static_cast<int>(q.size(2));
     p.d = static_cast<int>(q.size(3));
+    p.key_step = heads == 0 || heads == p.h ? kWholeStep : step_of(p.h / static_cast<int>(heads));
     set_alpha(p, alpha_map, alpha, p.l, p.h);
     p.rule = Rule::kNasa;
     p.shared = {};
@@ -261,12 +283,12 @@ Tensor set_grad(BackwardParams& p, const Tensor& grad_o, const Tensor& q) {
     return grad;
 }
 
-// Scratch of the blocks that share the query rows; to keep until the launch
+// Scratch of the blocks that share the query rows, and of the heads of a group; to keep until the launch
 Tensor set_splits(BackwardParams& p, const Tensor& q) {
     p.splits = 1;
     check(backward_splits(p, p.splits), q);
     Tensor partial;
-    if (p.splits > 1) {
+    if (p.splits > 1 || p.call.key_step != kWholeStep) {
         partial = torch::stable::new_empty(q, std::vector<int64_t>{p.splits, partial_elements(p)},
                                            std::make_optional(ScalarType::Float));
         p.partial = static_cast<float*>(partial.mutable_data_ptr());
@@ -285,10 +307,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     BackwardParams p{};
     p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
     // every row has a gradient of its own
-    check_rows(k_pos, "k_pos", q);
-    check_rows(v_pos, "v_pos", q);
-    check_rows(k_neg, "k_neg", q);
-    check_rows(v_neg, "v_neg", q);
+    const int heads = key_heads(p.call);
+    check_rows(k_pos, "k_pos", q, heads);
+    check_rows(v_pos, "v_pos", q, heads);
+    check_rows(k_neg, "k_neg", q, heads);
+    check_rows(v_neg, "v_neg", q, heads);
     p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
     const Tensor grad = set_grad(p, grad_o, q);
 
@@ -369,8 +392,8 @@ Tensor joint_queries_cuda(const Tensor grad_o, const Tensor o_shared, const Tens
                           int64_t text_neg) {
     BackwardParams p{};
     p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
-    check_rows(k, "k", q);
-    check_rows(v, "v", q);
+    check_rows(k, "k", q, key_heads(p.call));
+    check_rows(v, "v", q, key_heads(p.call));
     p.image = prompt_of(k, v, {}, q);
     for (const Tensor& x : {k, v, k_neg, v_neg}) {
         p.call.aligned = p.call.aligned && starts_on_16_bytes(x);
@@ -404,8 +427,8 @@ std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, 
                     first_hidden, " to ", end_hidden);
     BackwardParams p{};
     p.call = params_of(q, k, v, k, v, mask, {}, {}, 0., scale);
-    check_rows(k, "k", q);
-    check_rows(v, "v", q);
+    check_rows(k, "k", q, key_heads(p.call));
+    check_rows(v, "v", q, key_heads(p.call));
     p.call.prompt[kNeg].n = 0;
     const Tensor grad = set_grad(p, grad_o, q);
     const int tiles = (p.call.l + kBackwardRows - 1) / kBackwardRows;

@@ -112,14 +112,14 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     const auto load_keys = [&](int at, int block, int half) {
         const auto [prompt, first] = keys_of(block);
         load_tile<kD, kHalfKeys, kLongThreads>(
-            place(at), rows_of(prompt.k, b, h, p), first + half * kHalfKeys, 0, threadIdx.x,
+            place(at), key_rows_of(prompt.k, b, h, p), first + half * kHalfKeys, 0, threadIdx.x,
             [&, n = prompt.n](int key) { return key < n; });
     };
     const auto load_values = [&](int at, int block, int half) {
         const auto [prompt, first] = keys_of(block);
         // the row of an absent key may hold NaN, and 0 * NaN is not 0
         load_tile<kD, kHalfKeys, kLongThreads>(
-            place(at), rows_of(prompt.v, b, h, p), first + half * kHalfKeys, 0, threadIdx.x,
+            place(at), key_rows_of(prompt.v, b, h, p), first + half * kHalfKeys, 0, threadIdx.x,
             [&, first = first](int key) { return bias[key - first] != -INFINITY; });
     };
     const auto load_shared = [&] {

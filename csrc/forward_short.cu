@@ -98,13 +98,13 @@ __global__ void __launch_bounds__(kShortThreads, 1)
         unsigned char* k_tile = smem + 2 * side * Layout::kPromptTile;
         load_tile<kD, kKeys, kShortThreads>(
             k_tile,
-            rows_of(prompt.k, b, h, p),
+            key_rows_of(prompt.k, b, h, p),
             0, 0, threadIdx.x, [&](int key) { return key < prompt.n; });
         // the row of an absent key may hold NaN, and 0 * NaN is not 0
         const float* side_bias = bias + side * kKeys;
         load_tile<kD, kKeys, kShortThreads>(
             k_tile + Layout::kPromptTile,
-            rows_of(prompt.v, b, h, p),
+            key_rows_of(prompt.v, b, h, p),
             0, 0, threadIdx.x, [&](int key) {
                 return kPlain ? key < prompt.n : side_bias[key] != -INFINITY;
             });

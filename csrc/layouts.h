@@ -96,6 +96,20 @@ constexpr int backward_shared_bytes(int d) {
     return queries > keys ? queries : keys;
 }
 
+// The head of K and V that head h of Q looks at is h / group, where each serves a group of heads. A
+// division costs a dozen instructions, a product and a shift two: exact while h * group < 2^31.
+constexpr int kStepBits = 31;
+constexpr uint32_t kWholeStep = uint32_t{1} << kStepBits;
+constexpr uint32_t step_of(int group) {
+    return static_cast<uint32_t>((uint64_t{kWholeStep} + group - 1) / group);
+}
+__host__ __device__ constexpr int head_at(uint32_t step, int h) {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(h)) * step >> kStepBits);
+}
+__host__ __device__ constexpr int key_heads(const ForwardParams& p) {
+    return p.h == 0 ? 0 : head_at(p.key_step, p.h - 1) + 1;
+}
+
 // Whether there are keys that both prompts share
 __host__ __device__ constexpr bool is_joint(const ForwardParams& p) {
     return p.shared.o.data != nullptr;

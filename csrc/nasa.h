@@ -6,6 +6,8 @@
 // or what another rule makes of the two (csrc/rules.cuh). Names: b batch, h heads, l queries, n text tokens, d head_dim. Strides are in elements, and d is
 // contiguous; a stride of 0 reads one row for many. The kernels work in base 2: `scale` is the
 // softmax scale times log2(e), and a bias is multiplied by log2(e) where it is read.
+//
+// K and V may have fewer heads than Q, h_kv: of the h / h_kv heads of a group all look at the same.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -38,7 +40,7 @@ struct Matrix {
 };
 
 struct Prompt {
-    Matrix k, v;  // [b, n, h, d]
+    Matrix k, v;  // [b, n, h_kv, d]
     Mask mask;
     int n;  // tokens, 0 included
 };
@@ -64,6 +66,7 @@ struct ForwardParams {
     const float* alpha_map;  // [b, l, h], or null: then the number `alpha`
     int64_t alpha_stride_b, alpha_stride_l, alpha_stride_h;
     int b, l, h, d;
+    uint32_t key_step;  // from the h of Q to that of K and V: head_at of csrc/layouts.h
     Rule rule;  // without shared keys kNasa or kProjected
     Shared shared;
     float alpha;
@@ -76,7 +79,8 @@ struct ForwardParams {
 //     u+- = rowsum(P+- * (dO V+-^T))          dS+- = w+- P+- * (dO V+-^T - u+-)
 //     dQ = scale * (dS+ K+ + dS- K-)          dalpha = -u-
 //     dK+- = scale * dS+-^T Q                 dV+- = (w+- P+-)^T dO
-// A null pointer: a gradient that is not computed.
+// A null pointer: a gradient that is not computed. Of K and V that a group of heads looks at, each
+// head makes a gradient of its own in `partial`, and their sum is rounded once.
 //
 // In a joint attention the weight w of a row is a function of its log-sum-exps, which then have
 // gradients of their own, of all three segments of keys:
@@ -90,13 +94,15 @@ struct BackwardParams {
     Matrix grad_o;       // [b, l, h, d]
     void* dq;       // [b, l, h, d], contiguous
     float* dalpha;  // [b, l, h], contiguous
-    void* dk[2];    // [b, n, h, d], contiguous; kPos, kNeg
-    void* dv[2];    // [b, n, h, d], contiguous; kPos, kNeg
+    void* dk[2];    // [b, n, h_kv, d], contiguous; kPos, kNeg
+    void* dv[2];    // [b, n, h_kv, d], contiguous; kPos, kNeg
     float* lse;     // [2, b, h, l] scratch: log2 of rowsum(exp2(scores)), +inf where no key is
     float* u;       // [2, b, h, l] scratch
     const float* weight;  // [3, b, h, l], or null: w+ and w- of nasa_attention
     const float* shift;   // [3, b, h, l], null where `weight` is
-    float* partial;       // [splits, dk+ dv+ dk- dv-] scratch; null when splits is 1
+    // [splits, dk+ dv+ dk- dv-] scratch, of all h heads; null where splits is 1 and no head of K and V
+    // serves two of Q
+    float* partial;
     int splits;           // of the query rows, among the blocks that make one tile of dK and dV
     // `hidden` tiles of query rows, from `first_hidden` on, do not see the keys of backward_keys
     int first_hidden, hidden;

@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_tile(const Mapped& t, uint32_t tile, uint32
 #pragma unroll
     for (int atom = 0; atom < Tile::kAtoms; ++atom) {
         ptx::tma_load_4d(tile + atom * Tile::kAtom, &t.map, barrier, atom * kAtomColumns,
-                         row + t.first_row, h * t.step_h, b * t.step_b);
+                         row + t.first_row, head_at(t.step_h, h), b * t.step_b);
     }
 }
 

@@ -12,11 +12,12 @@ namespace nasa::sm90 {
 constexpr int kGroupRows = 64;  // the m of wgmma
 constexpr int kAtomColumns = 64;
 
-// A tensor map, and what a step in h and b adds to its coordinates: 0 where one head, or one batch
-// element, is read for all.
+// A tensor map, and what a step in h (head_at of layouts.h) and b adds to its coordinates: 0 where one
+// head, or one batch element, is read for all.
 struct Mapped {
     CUtensorMap map;  // [b, h, rows, d], boxes of [1, 1, rows of a tile, 64]
-    int step_h, step_b;
+    uint32_t step_h;
+    int step_b;
     int first_row;  // 0, or past the last row for a prompt without keys: TMA then brings zeros
 };
 
@@ -45,18 +46,20 @@ inline cudaError_t find_encode(Encode& encode) {
     return cudaSuccess;
 }
 
-// A map of [b, rows, h, d] in memory, as [b, h, rows, d]. A dimension that does not move (one
-// element, or stride 0) is one element long, and its coordinate stays 0.
-inline cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const Matrix& x, int rows,
-                              int box_rows) {
+// A map of [b, rows, h, d] in memory, as [b, h, rows, d]; `step` of a head of Q, over the heads that x
+// has. A dimension that does not move (one element, or stride 0) is one element long, and its
+// coordinate stays 0.
+inline cudaError_t map_tensor(Mapped& t, const ForwardParams& p, const Matrix& x, uint32_t step,
+                              int rows, int box_rows) {
     Encode encode;
     if (const cudaError_t error = find_encode(encode)) return error;
-    t.step_h = p.h > 1 && x.stride_h != 0;
+    const int heads = p.h == 0 ? 0 : head_at(step, p.h - 1) + 1;
+    t.step_h = heads > 1 && x.stride_h != 0 ? step : 0;
     t.step_b = p.b > 1 && x.stride_b != 0;
     t.first_row = 0;
     constexpr cuuint64_t kAnyStride = 16;
     const bool rows_move = rows > 1;
-    const cuuint64_t sizes[4] = {cuuint64_t(p.d), cuuint64_t(rows), t.step_h ? cuuint64_t(p.h) : 1,
+    const cuuint64_t sizes[4] = {cuuint64_t(p.d), cuuint64_t(rows), t.step_h ? cuuint64_t(heads) : 1,
                                  t.step_b ? cuuint64_t(p.b) : 1};
     const cuuint64_t strides[3] = {rows_move ? cuuint64_t(x.stride_row) * 2 : kAnyStride,
                                    t.step_h ? cuuint64_t(x.stride_h) * 2 : kAnyStride,
@@ -77,11 +80,11 @@ inline cudaError_t map_call(Params& params, const ForwardParams& p, int keys) {
     params.call = p;
     const int64_t o_stride = static_cast<int64_t>(p.h) * p.d;
     const Matrix o{p.o, p.l * o_stride, o_stride, p.d};
-    if (const cudaError_t error = map_tensor(params.q, p, p.q, p.l, kGroupRows)) return error;
-    if (const cudaError_t error = map_tensor(params.o, p, o, p.l, kGroupRows)) return error;
+    if (const cudaError_t error = map_tensor(params.q, p, p.q, kWholeStep, p.l, kGroupRows)) return error;
+    if (const cudaError_t error = map_tensor(params.o, p, o, kWholeStep, p.l, kGroupRows)) return error;
     if (is_joint(p)) {
         if (const cudaError_t error =
-                map_tensor(params.o_shared, p, p.shared.o, p.l, kGroupRows)) {
+                map_tensor(params.o_shared, p, p.shared.o, kWholeStep, p.l, kGroupRows)) {
             return error;
         }
     }
@@ -90,17 +93,17 @@ inline cudaError_t map_call(Params& params, const ForwardParams& p, int keys) {
         if (prompt.n == 0) {
             // past the last row of any tensor there are zeros
             const Matrix any{p.q.data, 0, p.q.stride_row, 0};
-            if (const cudaError_t error = map_tensor(params.k[side], p, any, p.l, keys)) {
+            if (const cudaError_t error = map_tensor(params.k[side], p, any, kWholeStep, p.l, keys)) {
                 return error;
             }
             params.k[side].first_row = p.l;
             params.v[side] = params.k[side];
             continue;
         }
-        if (const cudaError_t error = map_tensor(params.k[side], p, prompt.k, prompt.n, keys)) {
+        if (const cudaError_t error = map_tensor(params.k[side], p, prompt.k, p.key_step, prompt.n, keys)) {
             return error;
         }
-        if (const cudaError_t error = map_tensor(params.v[side], p, prompt.v, prompt.n, keys)) {
+        if (const cudaError_t error = map_tensor(params.v[side], p, prompt.v, p.key_step, prompt.n, keys)) {
             return error;
         }
     }

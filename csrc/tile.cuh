@@ -33,6 +33,12 @@ __device__ __forceinline__ Rows rows_of(const Matrix& x, int b, int h, const For
             call.d, call.aligned};
 }
 
+// The keys or values that head h of Q looks at
+__device__ __forceinline__ Rows key_rows_of(const Matrix& x, int b, int h,
+                                            const ForwardParams& call) {
+    return rows_of(x, b, head_at(call.key_step, h), call);
+}
+
 // Start the copy of rows [first, first + kRows), kColumns wide from column `column`, to a tile whose
 // rows lie kPitch bytes apart.
 // `thread` is one of kCopiers. Rows that are not present(row), and columns past d, become zeros.

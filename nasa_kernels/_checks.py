@@ -26,7 +26,7 @@ class Call(NamedTuple):
     """A checked call of the operation."""
 
     q: Tensor  # [b, l, h, d]
-    # k and v of each segment [b, n, h, d], with strides of 0 where they are broadcast
+    # k and v of each segment [b, n, h_kv, d], with strides of 0 where they are broadcast
     keys_values: tuple[Tensor, ...]
     # [b, n]
     mask_pos: Tensor | None
@@ -67,8 +67,9 @@ def prepare(
         segments = [(side, _cast(k, dtype), _cast(v, dtype), mask) for side, k, v, mask in segments]
     _check_queries(function, q)
     keys_values: tuple[Tensor, ...] = ()
+    heads = kv_heads(q, *(x for _, k, v, _ in segments for x in (k, v)))
     for side, k, v, _ in segments:
-        keys_values += _check_prompt(function, q, k, v, side)
+        keys_values += _check_prompt(function, q, k, v, side, heads)
     (*_, mask_pos), (*_, mask_neg) = segments[-2:]
     if mask_pos is not None:
         mask_pos = _check_mask(function, q, keys_values[-4], mask_pos, "mask_pos")
@@ -105,12 +106,13 @@ def expanded(
     mask_pos: Tensor | None, mask_neg: Tensor | None, alpha_map: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The operands of an operator that was called with what the user gave, expanded to the sizes of
-    q as views. An error is worded by the public function, which knows its own name.
+    q, and of K and V to their heads, as views. An error is worded by the public function, which knows its own name.
     """
     function = "nasa_kernels"
     _check_queries(function, q)
-    k_pos, v_pos = _check_prompt(function, q, k_pos, v_pos, "_pos")
-    k_neg, v_neg = _check_prompt(function, q, k_neg, v_neg, "_neg")
+    heads = kv_heads(q, k_pos, v_pos, k_neg, v_neg)
+    k_pos, v_pos = _check_prompt(function, q, k_pos, v_pos, "_pos", heads)
+    k_neg, v_neg = _check_prompt(function, q, k_neg, v_neg, "_neg", heads)
     if mask_pos is not None:
         mask_pos = _check_mask(function, q, k_pos, mask_pos, "mask_pos")
     if mask_neg is not None:
@@ -158,11 +160,23 @@ def _check_queries(function: str, q: Tensor) -> None:
         _last_dimension(function, "q", q)
 
 
+def kv_heads(q: Tensor, *keys_values: Tensor) -> int:
+    """How many heads K and V have, where not one for all: as many as q, or a divisor, and then each
+    serves a group of q's heads. The first tensor says it; `_check_prompt` asks it of the others.
+    """
+    h = q.shape[2]
+    for x in keys_values:
+        if x.dim() == 4 and x.shape[2] != 1:
+            heads = x.shape[2]
+            return heads if heads == h or (heads > 0 and h % heads == 0) else h
+    return h
+
+
 def _check_prompt(
-    function: str, q: Tensor, k: Tensor, v: Tensor, side: str
+    function: str, q: Tensor, k: Tensor, v: Tensor, side: str, h: int
 ) -> tuple[Tensor, Tensor]:
-    """Check k and v of one side; return them expanded to the batch and heads of `q`, as views."""
-    b, _, h, d = q.shape
+    """Check k and v of one side; return them expanded to the batch of q and to h heads, as views."""
+    b, _, _, d = q.shape
     n = k.shape[1] if k.dim() == 4 else 0
     if k.shape == v.shape == (b, n, h, d) and _like(q, k) and _like(q, v):
         return k, v
@@ -171,7 +185,7 @@ def _check_prompt(
         if len(shape) != 4 or shape[3] != d or shape[0] not in (1, b) or shape[2] not in (1, h):
             raise ValueError(
                 f"{function}: {letter}{side} must be [{b} or 1, n, {h} or 1, {d}] to match q "
-                f"{_sizes(q)}, got {_sizes(x)}"
+                f"{_sizes(q)}, got {_sizes(x)}{_why_not_heads(q, x, h)}"
             )
         if x.dtype != q.dtype:
             raise ValueError(
@@ -187,6 +201,23 @@ def _check_prompt(
     return (
         k if k.shape[0] == b and k.shape[2] == h else k.expand(b, n, h, d),
         v if v.shape[0] == b and v.shape[2] == h else v.expand(b, n, h, d),
+    )
+
+
+def _why_not_heads(q: Tensor, x: Tensor, h: int) -> str:
+    """The end of an error about a shape, where nothing but the heads are wrong."""
+    b, _, all_heads, d = q.shape
+    if x.dim() != 4 or x.shape[3] != d or x.shape[0] not in (1, b):
+        return ""
+    heads = x.shape[2]
+    if heads == 0 or all_heads % heads:
+        return (
+            f"; heads that each serve a group of the {all_heads} of q must be a divisor of them, "
+            "in the layout [b, n, h, d]"
+        )
+    return (
+        f"; keys and values of all prompts, and of the image, must have the same heads, here {h}: "
+        "repeat the fewer with .repeat_interleave(times, dim=2)"
     )
 
 

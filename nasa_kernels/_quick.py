@@ -121,14 +121,22 @@ def are_two(text_queries: Any) -> bool:
     )
 
 
-def like(q: Tensor, *others: Tensor) -> bool:
+def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
     """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
-    v in length: PyTorch's attention is called past its checks."""
-    if q.dim() != 4 or others[0].dim() != 4:
+    v in length: PyTorch's attention is called past its checks. And whether keys and values of the
+    prompts have the heads of the image's, of which their operator sees nothing.
+    """
+    if q.dim() != 4 or k.dim() != 4:
         return False
     b, _, h, d = q.shape
-    shape = (b, others[0].shape[1], h, d)
-    for x in others:
+    _, n, heads, _ = k.shape
+    if heads != h and (heads == 0 or h % heads):
+        return False
+    shape = (b, n, heads, d)
+    for x in (k, v):
         if x.shape != shape or x.dtype != q.dtype or x.device != q.device or x.stride(3) != 1:
+            return False
+    for x in prompts:
+        if x.dim() != 4 or x.size(2) != heads and x.size(2) != 1:
             return False
     return q.stride(3) == 1

@@ -3,7 +3,8 @@
 For devices without kernels of ours: Apple's GPUs, AMD's, Intel's. No scores of size l x n are kept
 where PyTorch has a fused attention for the device. Z of each prompt is rounded to the dtype of q;
 the difference is taken in fp32 and rounded once. Gradients are PyTorch's own. Joint attention is
-made of whole attentions, each of which reads the image's keys.
+made of whole attentions, each of which reads the image's keys. Keys that serve a group of heads are
+read in place where PyTorch's kernel for the device does so.
 """
 
 import torch
@@ -36,7 +37,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         bias = bias[:, None, None, :]
     # [b, h, l, d]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    z = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return z.transpose(1, 2).to(dtype)
 
 

@@ -88,7 +88,7 @@ def nasa_joint_attention(
     asked = (_NAME, backend, rule)
     keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
     plain = quick(asked, q, keys_values, mask_pos, mask_neg, alpha, scale)
-    if plain is not None and are_two(text_queries) and like(q, k, v):
+    if plain is not None and are_two(text_queries) and like(q, *keys_values):
         known, alpha_map, number, factor = plain
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":

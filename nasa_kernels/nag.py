@@ -77,7 +77,8 @@ def nag_attention(
     settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
     asked = (function, backend)
     plain = quick(asked, q, (k_pos, v_pos, k_neg, v_neg), mask_pos, mask_neg, 0.0, scale)
-    if plain is not None:
+    # each prompt is a call, which sees nothing of the other's heads
+    if plain is not None and k_pos.shape[2:] == k_neg.shape[2:]:
         known, *numbers = plain
 
         def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

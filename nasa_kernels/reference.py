@@ -9,7 +9,8 @@ Read this file to know what every back end must compute. It is differentiable as
 like, in forward and in reverse mode, and it is what `backend="reference"` runs. fp16 and bf16 are
 computed in fp32 and rounded once, at the end; fp32 and fp64 are computed as they are.
 
-Names: b batch, h heads, l queries, n text tokens, d head_dim.
+Names: b batch, h heads, l queries, n text tokens, d head_dim. K and V may have fewer heads, k: then
+head i of Q looks at head i // g of them, g = h / k.
 """
 
 from collections.abc import Callable
@@ -32,9 +33,11 @@ def additive_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Z = softmax(q k^T * scale + bias) v for one prompt; 0 where no key is left to attend to."""
+    # [b, l, k, g, d]
+    q = q.unflatten(2, (k.shape[2], -1)) if k.shape[2] else q.unsqueeze(3)
     if mask is None:
-        # [b, h, l, n]
-        scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
+        # [b, k, g, l, n]
+        scores = torch.einsum("blkgd,bnkd->bkgln", q, k) * scale
     else:
         # [b, n]
         bias = additive_bias(mask, q.dtype)
@@ -44,8 +47,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         v = torch.where(present[:, :, None, None], v, 0.0)
         # a prompt with no key at all: softmax over zeros is finite, and every v is 0
         bias = torch.where(present.any(1, keepdim=True), bias, 0.0)
-        scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale + bias[:, None, None, :]
-    return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
+        scores = torch.einsum("blkgd,bnkd->bkgln", q, k) * scale + bias[:, None, None, None, :]
+    return torch.einsum("bkgln,bnkd->blkgd", scores.softmax(-1), v).flatten(2, 3)
 
 
 def combine(z_pos: Tensor, z_neg: Tensor, alpha: float | Tensor, rule: str) -> Tensor:

@@ -432,13 +432,13 @@ void backward_block(const Call& p, const Gradients& to, const Block& block, cons
     store_transposed<T, R>(dq, p.d, row_of<T>(to.dq, p.l, p, b, first, h), p.h * p.d, count);
 }
 
-// The sums of all parts [parts, stride], in their order, as rows of the gradient of K or V
+// The sums of all parts [parts, stride], in their order, as rows of the gradient of head h of K or V
 template <class T>
 void reduce(const Call& p, const Segment& segment, int64_t b, int64_t h, const float* sums,
             int64_t parts, int64_t stride, int64_t width, float scale, void* to) {
     int64_t j = 0;
     for (int64_t token = 0; token < segment.n; ++token) {
-        T* const out = row_of<T>(to, segment.n, p, b, token, h);
+        T* const out = static_cast<T*>(to) + ((b * segment.n + token) * p.h_kv + h) * p.d;
         if (sums == nullptr || bias_at(segment.mask, b, token) == -__builtin_inff()) {
             for (int64_t c = 0; c < p.d; ++c) out[c] = T{};
             continue;
@@ -509,15 +509,19 @@ bool backward_of(const Call& p, const Gradients& to, const Threads& threads) {
             });
         }
     });
-    for_each(threads, heads * kSegments, [&](int64_t i, int64_t) {
-        const int64_t s = i % kSegments, h = i / kSegments % p.h, b = i / kSegments / p.h;
+    // the parts of all heads of a group lie in a row
+    const int64_t parts_of_group = parts * (p.h / larger(1, p.h_kv));
+    for_each(threads, p.b * p.h_kv * kSegments, [&](int64_t i, int64_t) {
+        const int64_t s = i % kSegments, h = i / kSegments % p.h_kv, b = i / kSegments / p.h_kv;
         const float* const own =
-            blocks.uses[s] ? sums + (b * p.h + h) * parts * stride : nullptr;
+            blocks.uses[s] ? sums + (b * p.h_kv + h) * parts_of_group * stride : nullptr;
         const float* const dk = own == nullptr ? nullptr : own + dk_at[s];
         const float* const dv = own == nullptr ? nullptr : own + dv_at[s];
         const Segment& x = p.segment[s];
-        if (to.dk[s]) reduce<T>(p, x, b, h, dk, parts, stride, width, p.scale, to.dk[s]);
-        if (to.dv[s]) reduce<T>(p, x, b, h, dv, parts, stride, width, 1.f, to.dv[s]);
+        if (to.dk[s]) {
+            reduce<T>(p, x, b, h, dk, parts_of_group, stride, width, p.scale, to.dk[s]);
+        }
+        if (to.dv[s]) reduce<T>(p, x, b, h, dv, parts_of_group, stride, width, 1.f, to.dv[s]);
     });
     return true;
 }

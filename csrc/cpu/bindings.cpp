@@ -32,24 +32,27 @@ using Sizes = std::vector<int64_t>;
 
 // ------------------------------------------------------------------------------------- parameters
 
-void check_rows(const Tensor& x, const char* name, const Tensor& q) {
+void check_rows(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
     STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == q.scalar_type(), "nasa_kernels: ", name,
                     " must have 4 dimensions and the dtype of q");
-    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2) && x.size(3) == q.size(3),
-                    "nasa_kernels: ", name, " must be expanded to the b, h and d of q");
+    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == heads && x.size(3) == q.size(3),
+                    "nasa_kernels: ", name, " must be expanded to the b and d of q, and to ", heads,
+                    " heads, got ", x.size(2));
     STD_TORCH_CHECK(x.numel() == 0 || x.size(3) == 1 || x.stride(3) == 1,
                     "nasa_kernels: the last dimension of ", name, " must be contiguous");
 }
 
-Rows rows_of(const Tensor& x, const char* name, const Tensor& q) {
-    check_rows(x, name, q);
+Rows rows_of(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
+    check_rows(x, name, q, heads);
     return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Segment segment_of(const Tensor& k, const Tensor& v, const Optional& mask, const Tensor& q) {
+Segment segment_of(const Tensor& k, const Tensor& v, const Optional& mask, const Tensor& q,
+                   int64_t heads) {
     STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.size(1) == v.size(1),
                     "nasa_kernels: k and v must have 4 dimensions and the same number of keys");
-    return {rows_of(k, "k", q), rows_of(v, "v", q), mask_of<Mask>(mask, k, q), k.size(1)};
+    return {rows_of(k, "k", q, heads), rows_of(v, "v", q, heads), mask_of<Mask>(mask, k, q),
+            k.size(1)};
 }
 
 Type type_of(const Tensor& q) {
@@ -69,9 +72,13 @@ Call call_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos, const Te
     STD_TORCH_CHECK(q.dim() == 4 && q.size(3) >= 1 && q.size(3) <= kMaxHeadDim,
                     "nasa_kernels: q must be [b, l, h, d] with d from 1 to ", kMaxHeadDim);
     Call p{};
-    p.q = rows_of(q, "q", q);
-    p.segment[kPos] = segment_of(k_pos, v_pos, mask_pos, q);
-    p.segment[kNeg] = segment_of(k_neg, v_neg, mask_neg, q);
+    p.h_kv = k_pos.dim() == 4 ? k_pos.size(2) : 0;
+    STD_TORCH_CHECK(p.h_kv == q.size(2) || (p.h_kv > 0 && q.size(2) % p.h_kv == 0),
+                    "nasa_kernels: the heads of k must be a divisor of the ", q.size(2),
+                    " heads of q, got ", p.h_kv);
+    p.q = rows_of(q, "q", q, q.size(2));
+    p.segment[kPos] = segment_of(k_pos, v_pos, mask_pos, q, p.h_kv);
+    p.segment[kNeg] = segment_of(k_neg, v_neg, mask_neg, q, p.h_kv);
     p.b = q.size(0);
     p.l = q.size(1);
     p.h = q.size(2);
@@ -100,7 +107,7 @@ void set_joint(Call& p, const Tensor& q, const Tensor& k, const Tensor& v, int64
     STD_TORCH_CHECK(text_pos >= 0 && text_neg >= 0 && text_pos + text_neg <= p.l,
                     "nasa_kernels: text_pos and text_neg must be numbers of the ", p.l,
                     " rows of q, got ", text_pos, " and ", text_neg);
-    p.segment[kShared] = segment_of(k, v, std::nullopt, q);
+    p.segment[kShared] = segment_of(k, v, std::nullopt, q, p.h_kv);
     p.text_pos = text_pos;
     p.text_neg = text_neg;
 }
@@ -161,7 +168,7 @@ std::vector<Tensor> backward_of(const Call& p, const Tensor& grad_o,
     const Tensor grad = is_contiguous ? grad_o : torch::stable::contiguous(grad_o);
     STD_TORCH_CHECK(grad.size(1) == q.size(1), "nasa_kernels: grad_o must have the shape of q");
     Gradients to{};
-    to.grad_o = rows_of(grad, "grad_o", q);
+    to.grad_o = rows_of(grad, "grad_o", q, p.h);
     std::vector<Tensor> found;
     for (size_t i = 0; i < tensors.size(); ++i) {
         const Tensor& x = tensors[i];

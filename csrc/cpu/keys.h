@@ -121,10 +121,10 @@ Keys pack(Pass pass, const Segment& from, int64_t b, int64_t h, int64_t d, Arena
     return x;
 }
 
-// Every segment of every head; one that the whole batch shares is there once.
+// Every segment of every head of K and V; one that the whole batch shares is there once.
 class AllKeys {
    private:
-    int64_t heads_;
+    int64_t heads_, group_;  // group_ heads of Q look at each
     int64_t batches_[kSegments], first_[kSegments + 1], start_[kSegments], bytes_[kSegments];
 
    public:
@@ -135,8 +135,10 @@ class AllKeys {
                       const Threads& threads) {
         return AllKeys(p, uses, pass, threads, &places<Math>, &pack<T, Math>);
     }
+    // of head h of Q
     const Keys& at(int segment, int64_t b, int64_t h) const {
-        return table_[first_[segment] + (batches_[segment] == 1 ? 0 : b) * heads_ + h];
+        const int64_t head = group_ == 1 ? h : h / group_;
+        return table_[first_[segment] + (batches_[segment] == 1 ? 0 : b) * heads_ + head];
     }
 
    private:
@@ -163,7 +165,8 @@ class AllKeys {
 
     // Where everything lies. Returns how many bytes that takes.
     int64_t layout(const Call& p, const bool (&uses)[kSegments], Pass pass, Places places) {
-        heads_ = p.h;
+        heads_ = p.h_kv;
+        group_ = p.h / larger(1, heads_);
         first_[0] = 0;
         for (int s = 0; s < kSegments; ++s) {
             batches_[s] = !uses[s] || is_shared(p.segment[s]) ? 1 : p.b;

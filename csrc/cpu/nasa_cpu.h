@@ -7,7 +7,8 @@
 // rules make O of Z+ over [shared; positive] and of Z- over [shared; negative]: projected.h, nag.h.
 //
 // Names: b batch, h heads, l queries, n keys, d head_dim. Strides are in elements, and d is
-// contiguous; a stride of 0 reads one row for many.
+// contiguous; a stride of 0 reads one row for many. K and V may have fewer heads than Q, h_kv: of the
+// h / h_kv heads of a group all look at the same.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ constexpr int kMaxHeadDim = 256;
 enum class Type { kFloat, kHalf, kBfloat16 };
 enum class MaskType { kNone, kBool, kFloat, kHalf, kBfloat16 };
 
-// [b, l, h, d] or [b, n, h, d]
+// [b, l, h, d] or [b, n, h_kv, d]
 struct Rows {
     const void* data;
     int64_t stride_b, stride_n, stride_h;
@@ -58,6 +59,7 @@ struct Call {
     const float* alpha_map;  // [b, l, h], or null: then the number `alpha`
     int64_t alpha_stride_b, alpha_stride_l, alpha_stride_h;
     int64_t b, l, h, d;
+    int64_t h_kv;                // a divisor of h
     int64_t text_pos, text_neg;  // the last queries, which are the texts' own
     float alpha;
     float scale;
@@ -85,8 +87,8 @@ struct Result {
 struct Gradients {
     Rows grad_o;
     void* dq;             // [b, l, h, d]
-    void* dk[kSegments];  // [b, n, h, d]
-    void* dv[kSegments];  // [b, n, h, d]
+    void* dk[kSegments];  // [b, n, h_kv, d]
+    void* dv[kSegments];  // [b, n, h_kv, d]
     float* dalpha;        // [b, l, h]
 };
 

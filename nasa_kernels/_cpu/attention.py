@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nasa_kernels._joint.shared import of_groups
 from nasa_kernels.reference import additive_bias
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -22,7 +23,7 @@ _CHUNK_BYTES = 2 << 20
 
 
 class Prompt(NamedTuple):
-    k: Tensor  # [b, h, n, d], in the precision of the computation
+    k: Tensor  # [b, h_kv, n, d], in the precision of the computation
     v: Tensor
     bias: Tensor | None  # [b, 1, 1, n], fp32
     present: Tensor | None  # [b, 1, n, 1], keys that are not masked
@@ -48,7 +49,15 @@ def prompt(k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype = torch
 
 def attend(q: Tensor, x: Prompt, scale: float) -> tuple[Tensor, Tensor]:
     """Z [b, h, l, d] in the dtype of q, and its log-sum-exp [b, h, l] in fp32, of one prompt."""
+    group = group_of(q, x)
+    if group > 1:
+        return of_groups(group, lambda own: attend(own(q), x, scale))
     return _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
+
+
+def group_of(q: Tensor, x: Prompt) -> int:
+    """How many heads of q [b, h, l, d] look at each of a prompt."""
+    return q.shape[1] // max(1, x.k.shape[1])
 
 
 def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale) -> Tensor:
@@ -59,15 +68,18 @@ def forward(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
     pos, neg = prompt(k_pos, v_pos, mask_pos, dtype), prompt(k_neg, v_neg, mask_neg, dtype)
     b, l, h, d = q.shape
     heads = h if q.dtype == dtype else max(1, min(h, _CHUNK_BYTES // (4 * b * l * d)))
+    group = h // max(1, k_pos.shape[2])
+    heads = max(group, heads // group * group)
     if heads == h:
         return _forward(q, pos, neg, has_pos, has_neg, alpha_map, alpha, scale)[0]
     o = torch.empty(q.shape, dtype=q.dtype)
     for first in range(0, h, heads):
         some = slice(first, first + heads)
+        keys = slice(first // group, (first + heads) // group)
         o[:, :, some] = _forward(
             q[:, :, some],
-            pos._replace(k=pos.k[:, some], v=pos.v[:, some]),
-            neg._replace(k=neg.k[:, some], v=neg.v[:, some]),
+            pos._replace(k=pos.k[:, keys], v=pos.v[:, keys]),
+            neg._replace(k=neg.k[:, keys], v=neg.v[:, keys]),
             has_pos,
             has_neg,
             None if alpha_map is None else alpha_map[:, :, some],
@@ -174,6 +186,14 @@ def gradients(
     dz: Tensor, q: Tensor, x: Prompt, z: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of one prompt from dz, the gradient of its Z."""
+    group = group_of(q, x)
+    if group > 1:
+        dq, dk, dv = of_groups(
+            group, lambda own: gradients(own(dz), own(q), x, own(z), own(lse), scale)
+        )
+        # [b, h, n, d] -> [b, h_kv, n, d]
+        dk, dv = (y.unflatten(1, (-1, group)).float().sum(2) for y in (dk, dv))
+        return dq, dk, dv
     dq, dk, dv = _attention_backward(
         dz, q, x.k, x.v, z, lse, 0.0, False, attn_mask=x.bias, scale=scale
     )

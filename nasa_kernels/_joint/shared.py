@@ -3,6 +3,7 @@ log-sum-exp, which lets the keys of the prompts be added afterwards.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,38 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     # [b, h, l, d]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o, lse = _attend(q, k, v, scale)
+    group = h // k.shape[1]
+    if group == 1 or _takes_groups(q):
+        o, lse = _attend(q, k, v, scale)
+    else:
+        o, lse = of_groups(group, lambda own: _attend(own(q), k, v, scale))
     if lse.shape != (b, h, l):
         # some pad it to whole tiles of queries, or give it a dimension more
         lse = lse.reshape(b, h, -1)[..., :l]
     o = o.transpose(1, 2)
     return (o[..., :d] if padding else o).contiguous(), lse.contiguous()
+
+
+def of_groups(
+    group: int, attend: Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]]
+) -> tuple[Tensor, ...]:
+    """What `attend(own)` makes of the first head of every group, of the second, and so on, as that of
+    all heads: `own` takes them out of a [b, h, ...], as a view. So keys that a group of heads looks at
+    are read where they are. All are [b, h, l, ...], which lie in memory as [b, l, h, ...].
+    """
+    parts = [attend(lambda x, j=j: x[:, j::group]) for j in range(group)]
+    return tuple(
+        # [b, l, h_kv, group, ...]
+        torch.stack([x.transpose(1, 2) for x in some], dim=3).flatten(2, 3).transpose(1, 2)
+        for some in zip(*parts, strict=True)
+    )
+
+
+def _takes_groups(q: Tensor) -> bool:
+    """Whether PyTorch's kernel takes keys of fewer heads. That for CPUs does so in new versions alone,
+    and asks for nothing in the others.
+    """
+    return q.device.type != "cpu" and q.dtype != torch.float32
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ from nasa_kernels._triton.launch import (
     LOG2E,
     alignment,
     compiler_options,
+    group_of,
     on_device,
     strides_or_zeros,
 )
@@ -163,7 +164,7 @@ def query_kernel(
     stride_ab, stride_al, stride_ah,
     H, L, n_pos, n_neg, alpha, scale, qk_scale,
     D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
@@ -171,11 +172,11 @@ def query_kernel(
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
     pos = prompt_of_head(
         K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
     )  # fmt: skip
     neg = prompt_of_head(
         K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
     )  # fmt: skip
 
     row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -219,7 +220,7 @@ def key_kernel(
     stride_wb, stride_wl, stride_wh,
     B, H, L, n, first_hidden, hidden, w, scale, qk_scale,
     SIGN: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr, N_CUT: tl.constexpr,
-    KEYS: tl.constexpr, BLOCK_L: tl.constexpr, ALIGN: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of KEYS keys; the splits of the queries each write a part `[split, b, n, h, d]`.
 
@@ -235,7 +236,7 @@ def key_kernel(
     DO = of_head(DO, b, h, stride_db, stride_dh, ALIGN)
     prompt = prompt_of_head(
         K, V, MASK, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-        stride_mb, stride_mn, n, b, h, ALIGN,
+        stride_mb, stride_mn, n, b, h, GROUP, ALIGN,
     )  # fmt: skip
     statistics = bh * L
 
@@ -351,8 +352,8 @@ def backward(
                 *strides_or_zeros(alpha_map, 3),
                 h, l, k_pos.shape[1], k_neg.shape[1], alpha, scale, scale * LOG2E,
                 D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
-                BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N, ALIGN=align,
-                **compiler_options(config),
+                BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N, GROUP=group_of(q, k_pos),
+                ALIGN=align, **compiler_options(config),
             )  # fmt: skip
 
     dk_pos, dv_pos = key_gradients(
@@ -392,9 +393,11 @@ class Rows(NamedTuple):
 
 
 def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
-    """dK and dV of one prompt; empty where they are not `needed`."""
+    """dK and dV of one prompt; empty where they are not `needed`. Where a group of heads looks at one
+    of K and V, each makes a gradient of its own, and their sum is rounded once.
+    """
     b, l, h, d = q.shape
-    n = k.shape[1]
+    n, group = k.shape[1], group_of(q, k)
     if not any(needed):
         return q.new_empty(0), q.new_empty(0)
     config = backward_keys_config(d, q.dtype)
@@ -406,7 +409,8 @@ def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
         blocks = triton.cdiv(n, keys)
         # queries are split, and the parts summed, only where heads and keys do not fill the GPU
         splits = min(tiles, triton.cdiv(multiprocessors(q.device), b * h * blocks))
-        dtype = q.dtype if splits == 1 else torch.float32
+        is_whole = splits == group == 1
+        dtype = q.dtype if is_whole else torch.float32
         dk, dv = (torch.empty((splits, b, n, h, d), dtype=dtype, device=q.device) for _ in range(2))
         with on_device(q):
             key_kernel[blocks * b * h, splits](
@@ -415,10 +419,14 @@ def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
                 *strides_or_zeros(mask, 2), *strides_or_zeros(rows.w_map, 3),
                 b, h, l, n, first_hidden, hidden or None, rows.w, scale, scale * LOG2E,
                 SIGN=rows.sign, D=d, D_CUT=head_cut(d), N_CUT=cut(keys), KEYS=keys,
-                BLOCK_L=config.BLOCK_L, ALIGN=align,
+                BLOCK_L=config.BLOCK_L, GROUP=group, ALIGN=align,
                 **compiler_options(config),
             )  # fmt: skip
-        dk, dv = (x[0] if splits == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
+        if group > 1:
+            # [splits, b, n, h_kv, group, d]
+            dk, dv = (x.unflatten(3, (-1, group)).sum((0, 4)).to(q.dtype) for x in (dk, dv))
+        else:
+            dk, dv = (x[0] if is_whole else x.sum(0).to(q.dtype) for x in (dk, dv))
     return (x if wanted else q.new_empty(0) for x, wanted in zip((dk, dv), needed, strict=True))
 
 

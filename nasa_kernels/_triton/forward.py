@@ -34,6 +34,7 @@ from nasa_kernels._triton.launch import (
     Launch,
     alignment,
     compiler_options,
+    group_of,
     launch,
     strides_or_zeros,
 )
@@ -247,7 +248,8 @@ def forward_kernel(
     HEADS, H, L, per_multiprocessor, n_pos, n_neg, alpha, qk_scale,
     RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
-    SINGLE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    SINGLE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program has some tiles in a row, of one head or of several: HEADS is b H. SINGLE: it has
     one, and no loop holds in registers what a next one would need.
@@ -261,11 +263,11 @@ def forward_kernel(
         b, h = bh // H, bh % H
         pos = prompt_of_head(
             K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-            stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+            stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
         )  # fmt: skip
         neg = prompt_of_head(
             K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-            stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+            stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
         )  # fmt: skip
         Q_bh = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
         O_bh = O + (b * L * H + h) * D
@@ -321,7 +323,8 @@ def plan(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void, 
     constants = {
         "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
         "NEG_CUT": neg_cut, "SINGLE": single, "BLOCK_L": config.BLOCK_L,
-        "BLOCK_N": config.BLOCK_N, "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+        "BLOCK_N": config.BLOCK_N, "GROUP": group_of(q, k_pos),
+        "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
     }  # fmt: skip
     options = compiler_options(config)
     grid = Grid(tiles, 1)

@@ -23,6 +23,7 @@ from nasa_kernels._triton.launch import (
     Launch,
     alignment,
     compiler_options,
+    group_of,
     launch,
     strides_or_zeros,
 )
@@ -144,7 +145,7 @@ def joint_kernel(
     H, L, n_pos, n_neg, first_pos, first_neg, alpha, qk_scale,
     RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
@@ -153,11 +154,11 @@ def joint_kernel(
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     pos = prompt_of_head(
         K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
     )  # fmt: skip
     neg = prompt_of_head(
         K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
     )  # fmt: skip
     # [BLOCK_L, d]
     Q = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
@@ -288,7 +289,7 @@ def plan(
         {
             "RULE": rule, "D": d, "D_CUT": head_cut(d, pos_cut == ()), "POS_CUT": pos_cut,
             "NEG_CUT": neg_cut, "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
-            "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
+            "GROUP": group_of(q, k_pos), "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
         },
         compiler_options(config),
     )  # fmt: skip

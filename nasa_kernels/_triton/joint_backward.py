@@ -18,6 +18,7 @@ from nasa_kernels._triton.launch import (
     LOG2E,
     alignment,
     compiler_options,
+    group_of,
     on_device,
     strides_or_zeros,
 )
@@ -41,7 +42,7 @@ def statistics_kernel(
     stride_mpb, stride_mpn, stride_mnb, stride_mnn,
     H, L, n_pos, n_neg, first_pos, first_neg, qk_scale,
     D: tl.constexpr, D_CUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr,
+    GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """u of the three segments, and lse of the prompts."""
     tiles = tl.cdiv(L, BLOCK_L)
@@ -54,11 +55,11 @@ def statistics_kernel(
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     pos = prompt_of_head(
         K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
     )  # fmt: skip
     neg = prompt_of_head(
         K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
     )  # fmt: skip
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
@@ -104,7 +105,7 @@ def query_kernel(
     stride_mpb, stride_mpn, stride_mnb, stride_mnn,
     H, L, n, n_pos, n_neg, first_pos, first_neg, scale, qk_scale,
     D: tl.constexpr, D_CUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr,
+    GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dQ: the segments one after the other, so its bits are always the same."""
     tiles = tl.cdiv(L, BLOCK_L)
@@ -117,15 +118,15 @@ def query_kernel(
     n_pos, n_neg = visible(n_pos, n_neg, first_row, first_pos, first_neg, BLOCK_L)
     shared = prompt_of_head(
         K, V, None, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-        0, 0, n, b, h, ALIGN,
+        0, 0, n, b, h, GROUP, ALIGN,
     )  # fmt: skip
     pos = prompt_of_head(
         K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
     )  # fmt: skip
     neg = prompt_of_head(
         K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
     )  # fmt: skip
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
@@ -167,7 +168,7 @@ def backward(
     align = alignment(do, q, k, v, k_pos, v_pos, k_neg, v_neg)
     options = {
         "D": d, "D_CUT": head_cut(d), "BLOCK_L": config.BLOCK_L, "BLOCK_N": config.BLOCK_N,
-        "ALIGN": align, **compiler_options(config),
+        "GROUP": group_of(q, k), "ALIGN": align, **compiler_options(config),
     }  # fmt: skip
 
     def statistics():

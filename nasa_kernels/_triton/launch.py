@@ -103,6 +103,11 @@ def alignment(*tensors: Tensor) -> int:
     return width
 
 
+def group_of(q: Tensor, k: Tensor) -> int:
+    """How many heads of q look at each of k, whose heads are expanded where there is one for all."""
+    return q.shape[2] // max(1, k.shape[2])
+
+
 def compiler_options(config: Config) -> dict[str, Any]:
     """How a kernel is compiled. Fusion of a product and a sum is asked for in every launch: the
     default differs between versions of Triton, and with it the bits.

@@ -20,6 +20,7 @@ from nasa_kernels._triton.launch import (
     LOG2E,
     alignment,
     compiler_options,
+    group_of,
     on_device,
     strides_or_zeros,
 )
@@ -45,18 +46,18 @@ def row_gradients_kernel(
     stride_ab, stride_al, stride_ah,
     H, L, n_pos, n_neg, alpha, qk_scale,
     D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dZ+, dZ- [b, l, h, d] and, where it is not None, dalpha [b, l, h] of a tile of queries."""
     tile, bh = tile_of_head(tl.cdiv(L, BLOCK_L))
     b, h = bh // H, bh % H
     pos = prompt_of_head(
         K_pos, V_pos, MASK_pos, stride_kpb, stride_kpn, stride_kph,
-        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, ALIGN,
+        stride_vpb, stride_vpn, stride_vph, stride_mpb, stride_mpn, n_pos, b, h, GROUP, ALIGN,
     )  # fmt: skip
     neg = prompt_of_head(
         K_neg, V_neg, MASK_neg, stride_knb, stride_knn, stride_knh,
-        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, ALIGN,
+        stride_vnb, stride_vnn, stride_vnh, stride_mnb, stride_mnn, n_neg, b, h, GROUP, ALIGN,
     )  # fmt: skip
     row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
@@ -148,7 +149,7 @@ def row_gradients(
             h, l, k_pos.shape[1], k_neg.shape[1], alpha, scale * LOG2E,
             D=d, D_CUT=head_cut(d), POS_CUT=pos_cut, NEG_CUT=neg_cut,
             BLOCK_L=config.BLOCK_L, BLOCK_N=config.BLOCK_N,
-            ALIGN=alignment(do, q, k_pos, v_pos, k_neg, v_neg),
+            GROUP=group_of(q, k_pos), ALIGN=alignment(do, q, k_pos, v_pos, k_neg, v_neg),
             **compiler_options(config),
         )  # fmt: skip
     return dz_pos, dz_neg, dalpha

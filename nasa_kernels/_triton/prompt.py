@@ -33,8 +33,10 @@ class Prompt(NamedTuple):
 @triton.jit
 def prompt_of_head(
     K, V, MASK, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_mb, stride_mn, n, b, h, ALIGN: tl.constexpr,
+    stride_mb, stride_mn, n, b, h, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    # GROUP heads of Q look at each head of K and V
+    h = h // GROUP
     # 0, but no compiler knows: else it would work out once where each row lies, and hold all of
     # that in registers while a program walks over heads
     zero = b >> 40

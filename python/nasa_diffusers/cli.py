@@ -2,6 +2,8 @@
 
     python -m nasa_diffusers generate --model DIR_OR_ID --prompt "a cat" --negative blurry \\
         --steps 1 --seed 0 --sweep 0,0.25,0.5,1 --out images
+    python -m nasa_diffusers app --model DIR_OR_ID
+    python -m nasa_diffusers gallery --model DIR_OR_ID --prompt "a cat" --negative blurry --out DIR
     python -m nasa_diffusers flops
     python -m nasa_diffusers pipelines
 """
@@ -15,20 +17,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import diffusers
-import torch
-from diffusers import DiffusionPipeline
-from diffusers.loaders import single_file_utils as single_file
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from nasa_diffusers import app, gallery
 from nasa_diffusers.api import enable_nasa
-from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
+from nasa_diffusers.command import add_model_options, load_on_device, status_of
+from nasa_diffusers.drawing import METHODS, draw, grid, save
+from nasa_diffusers.methods import NAG, NASA, Method
 
-LABEL_HEIGHT = 16
-METHODS: dict[str, Any] = {"nasa": NASA, "projected": ProjectedNASA, "nag": NAG, "vsf": VSF}
 # flags of one method: what each sets in which class
 FLAGS: dict[str, tuple[type[Method], str]] = {
     "rule": (NASA, "rule"),
@@ -36,19 +33,12 @@ FLAGS: dict[str, tuple[type[Method], str]] = {
     "nag_tau": (NAG, "tau"),
     "nag_norm": (NAG, "norm"),
 }
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what the user can correct is one line on stderr and a status of 1."""
     options = build_parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return status_of(options.run, options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,8 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="draw images, or a sweep over alpha")
     generate.set_defaults(run=run_generate)
     add = generate.add_argument
-    add("--model", required=True, help="folder or hub id of a diffusers pipeline, or one file")
-    add("--config", help="of a model that is one file: folder or hub id of its configuration")
+    add_model_options(generate)
     add("--prompt", required=True)
     add(
         "--negative",
@@ -93,8 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--nag-tau", type=float, help="of --method nag; default: the family's")
     add("--nag-norm", type=int, choices=(1, 2), help="of --method nag; 2 as in its FLUX code")
     add("--backend", help="back end of nasa_kernels; default: the best that runs")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 elsewhere")
-    add("--device", help="default: cuda where there is one")
+
+    page = commands.add_parser("app", help="a page in the browser: without and with, side by side")
+    page.set_defaults(run=app.run)
+    app.add_options(page)
+
+    pictures = commands.add_parser("gallery", help="a Markdown page of prompts, without and with")
+    pictures.set_defaults(run=gallery.run)
+    gallery.add_options(pictures)
 
     flops = commands.add_parser("flops", help="count what NASA adds to real architectures")
     flops.set_defaults(run=run_flops)
@@ -109,10 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_generate(options: argparse.Namespace) -> None:
     method = read_method(options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    default = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-    dtype = DTYPES[options.dtype or default]
-    pipe = load(options.model, options.config, dtype).to(device)
+    pipe = load_on_device(options)
 
     handle = enable_nasa(
         pipe,
@@ -159,69 +151,6 @@ def read_method(options: argparse.Namespace) -> Method:
             )
         settings[name] = value
     return cls(alpha=options.alpha, **settings)
-
-
-def load(model: str, config: str | None, dtype: torch.dtype) -> Any:
-    """A pipeline from a folder, a hub id or one file of weights."""
-    if not Path(model).is_file():
-        if Path(model).suffix in SINGLE_FILES:
-            raise ValueError(f"--model: there is no file {model!r}")
-        if config is not None:
-            raise ValueError(f"--config goes with a --model that is one file; {model!r} is none")
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
-    # which pipeline it is stands in the configuration; the weights say which of diffusers' own
-    config = config or single_file.fetch_diffusers_config(
-        single_file.load_single_file_checkpoint(model)
-    ).get("pretrained_model_name_or_path")
-    name = DiffusionPipeline.load_config(config)["_class_name"]
-    if not hasattr(getattr(diffusers, name, None), "from_single_file"):
-        raise ValueError(
-            f"--model: a {name} cannot be read from one file; give the folder or the hub id of "
-            "the whole pipeline"
-        )
-    return getattr(diffusers, name).from_single_file(model, config=config, torch_dtype=dtype)
-
-
-def draw(pipe: Any, options: argparse.Namespace) -> list[Image.Image]:
-    """One image, or the frames of one video."""
-    call: dict[str, Any] = {}
-    if options.height is not None or options.width is not None:
-        # given one of them, some pipelines take neither
-        if options.height is None or options.width is None:
-            raise ValueError("--height and --width go together: give both, or none")
-        call = {"height": options.height, "width": options.width}
-    output = pipe(
-        options.prompt,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        generator=torch.Generator().manual_seed(options.seed),
-        output_type="pil",
-        **call,
-    )
-    frames = getattr(output, "frames", None)
-    return output.images if frames is None else frames[0]
-
-
-def save(images: list[Image.Image], path: Path) -> Path:
-    """A PNG, or a GIF for the frames of a video."""
-    if len(images) == 1:
-        path = path.parent / f"{path.name}.png"
-        images[0].save(path)
-    else:
-        path = path.parent / f"{path.name}.gif"
-        images[0].save(path, save_all=True, append_images=images[1:])
-    return path
-
-
-def grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """Images side by side, each over its label."""
-    width, height = images[0].size
-    canvas = Image.new("RGB", (width * len(images), height + LABEL_HEIGHT), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        canvas.paste(image, (i * width, 0))
-        pen.text((i * width + 2, height + 2), label, fill="black")
-    return canvas
 
 
 def run_flops(options: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     text_first: bool = True  # in that sequence, or in the pair that the block returns
     rope: str = "image_rotary_emb"  # the argument with their positions
     attention: str = "attn"  # the block's attention
+    joins: bool = False  # it puts its two arguments one behind the other by itself
 
 
 @dataclass(eq=False)
@@ -99,6 +100,8 @@ class SideMaths(Protocol):
     def project(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple: ...
     def rotate(self, x: Tensor, rope: Rope) -> Tensor: ...
     def text_mask(self, side: Side, options: dict[str, Any]) -> Tensor | None: ...
+    def arriving(self, denoiser: Any, side: Side, index: int, negatives: Tensor) -> Tensor: ...
+    def amend(self, side: Side, streams: Streams, o: Tensor) -> Tensor: ...
     def finish(self, attn: Any, o: Tensor, image: int, layout: Layout, rest: Any) -> Any: ...
 
 
@@ -148,7 +151,7 @@ class SideBlockHook(Hook):
                 "the negative prompt has not passed it; take off the cache that skips single "
                 "blocks, or call disable_nasa(pipe)"
             )
-        return side.states[self.index]
+        return self.family.arriving(self.denoiser, side, self.index, side.states[self.index])
 
     def two_streams(
         self, side: Side, args: tuple, inputs: dict[str, Any], negatives: Tensor
@@ -158,8 +161,14 @@ class SideBlockHook(Hook):
         assert text is not None
         n = side.lengths[0]
         both = torch.cat([inputs[text], negatives], dim=1)
-        args, kwargs = as_called(self.parameters, args, inputs | {text: both})
+        changes = {text: both}
+        if self.layout.joins:
+            # the first of the two in place of the second: [image; positive; negatives]
+            changes = {text: inputs[self.layout.image], self.layout.image: both}
+        args, kwargs = as_called(self.parameters, args, inputs | changes)
         output = self.stock(*args, **kwargs)
+        if self.layout.joins:
+            output = output[::-1]
         at = 0 if self.layout.text_first else 1
         both = output[at]
         parts = list(output)
@@ -245,7 +254,8 @@ class SideAttentionHook(Hook):
                 q.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text=True,
                 attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
-        o = (text.method.joint(streams) if is_guided else keep_apart(streams)).flatten(2)
+        o = text.method.joint(streams) if is_guided else keep_apart(streams)
+        o = self.family.amend(side, streams, o).flatten(2)
         return self.family.finish(attn, o, streams.image_tokens, self.layout, rest)
 
 

@@ -84,13 +84,13 @@ def clip_config(width: int) -> CLIPTextConfig:
     )
 
 
-def vae(shift_factor: float | None = None) -> AutoencoderKL:
-    """Four latent channels, images twice the size of the latents; those of FLUX.1 and SD3 shift."""
+def vae(shift_factor: float | None = None, channels: int = 4) -> AutoencoderKL:
+    """Four latent `channels`, images twice the size of the latents; those of FLUX.1 and SD3 shift."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         shift_factor=shift_factor,
     )

@@ -7,10 +7,10 @@ and these tests do not use.
 import importlib.util
 import os
 import sys
-import types
 from pathlib import Path
 
 import pytest
+from comfyui import stand_ins
 
 ROOT = Path(__file__).parents[2]
 if tree := os.environ.get("NASA_COMFYUI"):
@@ -25,27 +25,8 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("No ComfyUI on PYTHONPATH: the tests of its nodes did not run.")
 
 
-def _stand_in(name: str) -> None:
-    """An empty module."""
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.util.spec_from_loader(name, None)
-    module.__path__ = []
-    sys.modules[name] = module
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
-
-
 def _start() -> None:
-    for package, *parts in (
-        ("torchvision", "transforms", "ops"),
-        ("torchaudio", "transforms", "functional"),
-        ("kornia", "filters", "morphology"),
-        ("spandrel",),
-    ):
-        if importlib.util.find_spec(package) is None:
-            for name in (package, *(f"{package}.{part}" for part in parts)):
-                _stand_in(name)
+    stand_ins.put()
     # ComfyUI reads its options from the command line, when it is first imported
     given, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
     import comfy.options

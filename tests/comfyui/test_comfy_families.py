@@ -1,13 +1,19 @@
 """Every family against an oracle of its own, at strengths above 0, on prompts of unequal size."""
 
+import inspect
 import threading
 
 import pytest
 import torch
 from comfyui.tiny import predict, tiny
 
-CROSS = ("sd15", "sdxl", "wan", "ltxv", "pixart", "cosmos")
-JOINT = ("flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "lumina2", "zimage")
+CROSS = (
+    "sd15", "sdxl", "wan", "wan-i2v", "vace", "ltxv", "ltx2", "ltx2.3", "pixart", "cosmos1",
+    "cosmos", "anima",
+)  # fmt: skip
+JOINT = (
+    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "lumina2", "zimage", "krea2",
+)  # fmt: skip
 ALPHA = 0.4
 
 
@@ -36,37 +42,85 @@ def close(actual, expected, stock):
 
 
 def layers_of(name, net):
-    """The text attentions of a stock network, and the bias of what follows each."""
+    """The text attentions of a stock network in their order, and the bias of what follows each."""
     if name in ("sd15", "sdxl"):
         found = [m.attn2 for m in net.modules() if getattr(m, "attn2", None) is not None]
-        return [(m, m.to_out[0].bias) for m in found]
-    if name == "wan":
-        return [(block.cross_attn, block.cross_attn.o.bias) for block in net.blocks]
-    if name == "ltxv":
-        return [(block.attn2, block.attn2.to_out[0].bias) for block in net.transformer_blocks]
-    if name == "pixart":
+    elif name in ("wan", "wan-i2v"):
+        found = [block.cross_attn for block in net.blocks]
+        return [(m, m.o.bias) for m in found]
+    elif name == "vace":
+        found = []
+        for i, block in enumerate(net.blocks):
+            found.append(block.cross_attn)
+            if (control := net.vace_layers_mapping.get(i)) is not None:
+                found.append(net.vace_blocks[control].cross_attn)
+        return [(m, m.o.bias) for m in found]
+    elif name == "ltxv":
+        found = [block.attn2 for block in net.transformer_blocks]
+    elif name in ("ltx2", "ltx2.3"):
+        found = [m for block in net.transformer_blocks for m in (block.attn2, block.audio_attn2)]
+    elif name == "pixart":
         return [(block.cross_attn, block.cross_attn.proj.bias) for block in net.blocks]
-    return [(block.cross_attn, 0.0) for block in net.blocks]
+    elif name == "cosmos1":
+        return [(block.blocks[1].block.attn, 0.0) for block in net.blocks.values()]
+    else:
+        return [(block.cross_attn, 0.0) for block in net.blocks]
+    return [(m, m.to_out[0].bias) for m in found]
 
 
-def prepared(name, net, text):
-    """The text as the layers get it."""
-    if name == "wan":
-        return net.text_embedding(text)
-    if name == "ltxv":
-        return net.caption_projection(text)
-    if name == "pixart":
-        return net.y_embedder.y_proj(text)
-    return text
+def prepared(name, model, text):
+    """The text as each layer gets it."""
+    net, layers = model.net, len(layers_of(name, model.net))
+    if name in ("wan", "wan-i2v", "vace"):
+        text = net.text_embedding(text)
+    elif name == "ltxv":
+        text = net.caption_projection(text)
+    elif name in ("ltx2", "ltx2.3"):
+        both = net.preprocess_text_embeds(text)
+        video, sound = both.split(both.shape[-1] // 2, -1)
+        if name == "ltx2":
+            video, sound = net.caption_projection(video), net.audio_caption_projection(sound)
+        return [video, sound] * (layers // 2)
+    elif name == "pixart":
+        text = net.y_embedder.y_proj(text)
+    elif name == "cosmos1":
+        text = text.transpose(0, 1)
+    elif name == "anima":
+        ids = torch.arange(text.shape[1])[None]
+        text = torch.nn.functional.pad(net.llm_adapter(text, ids), (0, 0, 0, 512 - text.shape[1]))
+    return [text] * layers
+
+
+def by_two_modulated_calls(model, positive, texts, alphas):
+    """As below, where the text of each attention is modulated before it: LTX-2.3."""
+    from comfy.ldm.lightricks import av_model
+
+    attend = av_model.apply_cross_attention_adaln
+    layers = layers_of("ltx2.3", model.net)
+    of = {id(m): rest for (m, bias), *rest in zip(layers, texts, alphas, strict=True)}
+
+    def subtract(x, context, layer, shift, scale, gate, *args):
+        text, alpha = of[id(layer)]
+        z_pos, z_neg = (
+            attend(x, tokens, layer, shift, scale, gate, *args) for tokens in (context, text)
+        )
+        return z_pos - alpha * (z_neg - gate * layer.to_out[0].bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(av_model, "apply_cross_attention_adaln", subtract)
+        return predict(model, positive)
 
 
 def by_two_calls(name, model, positive, negative, alphas):
     """The stock network, each of whose text attentions is called again with the negative text."""
-    text = prepared(name, model.net, negative)
+    with torch.no_grad():
+        texts = prepared(name, model, negative)
+    if name == "ltx2.3":
+        return by_two_modulated_calls(model, positive, texts, alphas)
     handles = []
 
-    def hook(alpha, bias, forward):
-        def subtract(module, args, kwargs, output):
+    def hook(alpha, bias, text, forward):
+        def of(args, kwargs, text):
             args, kwargs = list(args), dict(kwargs)
             if "context" in kwargs:
                 kwargs["context"] = text
@@ -75,13 +129,21 @@ def by_two_calls(name, model, positive, negative, alphas):
                 args[1] = text
             if kwargs.get("mask") is not None:
                 kwargs["mask"] = None
-            return output - alpha * (forward(*args, **kwargs) - bias)
+            return forward(*args, **kwargs)
+
+        def subtract(module, args, kwargs, output):
+            if images := kwargs.get("context_img_len"):
+                # beside keys of the image: those of a text of zeros have one value, their bias
+                image, nothing = args[1][:, :images], torch.zeros_like(text)
+                z, z_bias = (of(args, kwargs, torch.cat((image, x), 1)) for x in (text, nothing))
+                return output - alpha * (z - z_bias + module.v.bias @ module.o.weight.T)
+            return output - alpha * (of(args, kwargs, text) - bias)
 
         return subtract
 
-    for (module, bias), alpha in zip(layers_of(name, model.net), alphas, strict=True):
+    for (module, bias), text, alpha in zip(layers_of(name, model.net), texts, alphas, strict=True):
         handles.append(
-            module.register_forward_hook(hook(alpha, bias, module.forward), with_kwargs=True)
+            module.register_forward_hook(hook(alpha, bias, text, module.forward), with_kwargs=True)
         )
     try:
         return predict(model, positive)
@@ -107,6 +169,18 @@ def test_cross_attention(pack, model, request):
     some = by_two_calls(name, model, positive, negative, [0.0] + [ALPHA] * (layers - 1))
     actual = predict(model, positive, node(pack, model, negative, layers=f"1-{layers - 1}"))
     close(actual, some, stock)
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths"), [("wan", (100, 28)), ("wan-i2v", (200, 57))],
+    indirect=["model"], ids=["as many keys as the image has", "as many as the image to start from"],
+)  # fmt: skip
+def test_a_text_as_long_as_another_attention(pack, model, lengths, request):
+    """Of 128 tokens of the image, or 257 of the one it starts from."""
+    name = request.node.callspec.params["model"]
+    positive, negative = (model.text(n, seed) for seed, n in enumerate(lengths))
+    expected = by_two_calls(name, model, positive, negative, [ALPHA] * 3)
+    close(predict(model, positive, node(pack, model, negative)), expected, predict(model, positive))
 
 
 # ---- joint attention: two stock networks side by side, which exchange the image's rows -----------
@@ -159,6 +233,10 @@ def rows_of(name, model):
     for another attention."""
     tokens = 128 if name == "hunyuan" else 64
     registers = model.net.register_tokens.shape[1] if name == "aura" else 0
+    # as it was until 2026
+    is_image_first = name == "hunyuan" and "(img, txt), 1)" in inspect.getsource(
+        type(model.net).forward_orig
+    )
 
     def rows(l, text):
         if name == "flux2":
@@ -168,7 +246,7 @@ def rows_of(name, model):
             text = -(-text // 32) * 32
         if l != registers + text + tokens:
             return None
-        image = slice(0, tokens) if name == "hunyuan" else slice(registers + text, l)
+        image = slice(0, tokens) if is_image_first else slice(registers + text, l)
         return image, slice(0, registers)
 
     return rows

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 import re
+import types
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.sample
 import comfy.supported_models as supported
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +28,8 @@ class Tiny:
     channels: int  # of the text
     latent: tuple[int, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    # what the sampler says beside the conditioning
+    call: dict[str, Any] = field(default_factory=dict)
 
     @property
     def net(self) -> Any:
@@ -36,13 +42,33 @@ class Tiny:
         settings = dict(self.settings)
         if "attention_mask" in settings:
             settings["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64)
+        if "t5xxl_ids" in settings:
+            settings["t5xxl_ids"] = torch.arange(text.shape[1])
+            settings["t5xxl_weights"] = torch.ones(text.shape[1])
         return [[text, settings]]
+
+
+@contextlib.contextmanager
+def _small_adapters():
+    """Anima's adapter of a text has a size of its own."""
+    if importlib.util.find_spec("comfy.ldm.anima") is None:
+        yield
+        return
+    module = importlib.import_module("comfy.ldm.anima.model")
+    adapter = module.LLMAdapter
+    sizes = {"source_dim": 64, "target_dim": 64, "model_dim": 64, "num_layers": 1, "num_heads": 2}
+    module.LLMAdapter = lambda **kwargs: adapter(**sizes, **kwargs)
+    try:
+        yield
+    finally:
+        module.LLMAdapter = adapter
 
 
 def _patcher(kind: str, config: dict[str, Any]) -> Any:
     settings = getattr(supported, kind)({**config, "dtype": F32})
     settings.set_inference_dtype(F32, None)
-    model = settings.get_model({}, "", device="cpu")
+    with _small_adapters():
+        model = settings.get_model({}, "", device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.diffusion_model.named_parameters():
@@ -137,18 +163,59 @@ _COSMOS = {
     "rope_t_extrapolation_ratio": 1.0, "extra_per_block_abs_pos_emb": False,
     "rope_enable_fps_modulation": False,
 }  # fmt: skip
+_COSMOS1 = {
+    **_COSMOS, "image_model": "cosmos", "block_config": "FA-CA-MLP", "block_x_format": "THWBD",
+    "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
+}  # fmt: skip
+for _name in ("min_fps", "max_fps", "rope_enable_fps_modulation"):
+    del _COSMOS1[_name]
+_LTX2 = {
+    **_LTXV, "image_model": "ltxav", "audio_attention_head_dim": 32, "audio_num_attention_heads": 2,
+    "audio_cross_attention_dim": 64, "connector_attention_head_dim": 32,
+    "connector_num_attention_heads": 2, "connector_num_layers": 1,
+}  # fmt: skip
+# of LTX-2.3: the text is ready before the network, which modulates it
+_LTX23 = {
+    **_LTX2, "caption_proj_before_connector": True, "caption_projection_first_linear": False,
+    "cross_attention_adaln": True, "apply_gated_attention": True,
+    "audio_attention_head_dim": 32, "audio_num_attention_heads": 2, "num_attention_heads": 2,
+    "attention_head_dim": 32, "cross_attention_dim": 64,
+}  # fmt: skip
+_KREA2 = {
+    "image_model": "krea2", "features": 128, "tdim": 64, "txtdim": 32, "heads": 4, "kvheads": 2,
+    "multiplier": 4, "layers": 2, "patch": 2, "channels": 16, "txtlayers": 2, "txtheads": 2,
+    "txtkvheads": 2,
+}  # fmt: skip
 _LUMINA = {
     "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128, "n_layers": 2,
     "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "qk_norm": True, "cap_feat_dim": 64,
     "axes_dims": [16, 24, 24], "axes_lens": [300, 512, 512], "norm_eps": 1e-5,
 }  # fmt: skip
 
+_ANIMA = {**_COSMOS, "image_model": "anima"}
+_VACE = {**_WAN, "model_type": "vace", "vace_layers": 2, "vace_in_dim": 96, "num_layers": 4}
+_SHAPES_OF_LTX2 = [(1, 16, 2, 8, 8), (1, 8, 24, 16)]
+_PACKED = (1, 1, sum(math.prod(shape) for shape in _SHAPES_OF_LTX2))
+_IMAGE = types.SimpleNamespace(
+    penultimate_hidden_states=torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(7))
+)
+
 _POOLED = {"pooled_output": torch.linspace(-1, 1, 32)[None]}
 _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
     "sd15": ("SD15", _UNET, (1, 4, 16, 16), {}),
     "sdxl": ("SDXL", _SDXL, (1, 4, 16, 16), {"pooled_output": torch.linspace(-1, 1, 1280)[None]}),
     "wan": ("WAN21_T2V", _WAN, (1, 16, 2, 16, 16), {}),
-    "wan-i2v": ("WAN21_I2V", {**_WAN, "model_type": "i2v", "in_dim": 36}, (1, 16, 2, 16, 16), {}),
+    "wan-i2v": (
+        "WAN21_I2V", {**_WAN, "model_type": "i2v", "in_dim": 36}, (1, 16, 2, 16, 16),
+        {"clip_vision_output": _IMAGE},
+    ),
+    "vace": ("WAN21_Vace", _VACE, (1, 16, 2, 16, 16), {}),
+    "ltx2": ("LTXAV", _LTX2, _PACKED, {}),
+    "ltx2.3": ("LTXAV", _LTX23, _PACKED, {}),
+    "cosmos1": ("CosmosT2V", _COSMOS1, (1, 16, 1, 16, 16), {}),
+    "anima": ("Anima", _ANIMA, (1, 16, 1, 16, 16), {"t5xxl_ids": None}),
+    "krea2": ("Krea2", _KREA2, (1, 16, 1, 16, 16), {}),
     "ltxv": (
         "LTXV", _LTXV, (1, 16, 2, 8, 8), {"attention_mask": None, "frame_rate": 25},
     ),
@@ -176,6 +243,8 @@ LATER: dict[str, dict[str, Any]] = {
 @cache
 def tiny(name: str) -> Tiny:
     kind, config, latent, settings = _SHAPES[name]
+    if not hasattr(supported, kind):
+        pytest.skip(f"this ComfyUI is older than {kind}")
     config = {**config, **LATER.get(name, {})}
     while True:
         try:
@@ -185,7 +254,9 @@ def tiny(name: str) -> Tiny:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or config.pop(unknown[1], unknown) is unknown:
                 raise
-    return Tiny(patcher, 64, latent, settings)
+    return Tiny(
+        patcher, 64, latent, settings, {"latent_shapes": _SHAPES_OF_LTX2} if kind == "LTXAV" else {}
+    )
 
 
 def noise(model: Tiny, rows: int = 1) -> Tensor:
@@ -201,10 +272,11 @@ def predict(
     patcher = model.patcher if patcher is None else patcher
     base, x = patcher.model, noise(model, rows)
     ((_, settings),) = model.conditioning(text)
-    conds = base.extra_conds(
-        **settings, cross_attn=text, noise=x, device=CPU, width=x.shape[3] * 8,
-        height=x.shape[2] * 8,
-    )  # fmt: skip
+    size = {"width": x.shape[3] * 8, "height": x.shape[2] * 8} if x.ndim > 3 else {}
+    with torch.inference_mode():
+        conds = base.extra_conds(
+            **settings, **model.call, **size, cross_attn=text, noise=x, device=CPU
+        )
     inputs = {
         key: cond.process_cond(batch_size=rows, area=None).cond for key, cond in conds.items()
     }
@@ -213,7 +285,7 @@ def predict(
     if patched:
         patcher.patch_model()
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             return base.apply_model(
                 x, torch.full((rows,), sigma), transformer_options=given, **inputs
             )

@@ -63,7 +63,7 @@ class Hunyuan(Case):
         patch = self.model.config.patch_size
         pixels = prod(patch) if isinstance(patch, (tuple, list)) else patch**2
         self.targets = own.numel() // pixels
-        self.before = self.image_tokens - self.targets
+        self.leading = self.image_tokens - self.targets
 
     def given(self):
         return parts.block_inputs(self.model, self.model.transformer_blocks[0], **self.inputs)
@@ -96,7 +96,7 @@ class HunyuanVideo(Hunyuan):
     frames = 2
 
     def inputs_image(self):
-        return self.before + self.grid[0] * 6
+        return self.leading + self.grid[0] * 6
 
     def first_inputs(self):
         return {
@@ -113,7 +113,7 @@ class TokenReplace(HunyuanVideo):
     """The first frame is an image that is given."""
 
     config = HunyuanVideo.config | {"image_condition_type": "token_replace"}
-    before, targets, frames = 6, 12, 3
+    leading, targets, frames = 6, 12, 3
 
 
 class Framepack(HunyuanVideo):
@@ -122,7 +122,7 @@ class Framepack(HunyuanVideo):
         "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True,
     }  # fmt: skip
     # two frames as they are, two pooled to one of two tokens, five pooled to two of one token
-    before, targets = 12 + 2 + 2, 12
+    leading, targets = 12 + 2 + 2, 12
 
     def first_inputs(self):
         return super().first_inputs() | {
@@ -167,9 +167,16 @@ class HunyuanVideo15(Hunyuan):
             "image_embeds": random(2, 3, 8, seed=4),
         }
 
-    def mask_of(self, *masks):
-        first = masks[0]
-        return masks if len(masks) > 1 else (first, first[:, : first.shape[1] // 2])
+    def mask_of(self, mask):
+        return mask, mask[:, : mask.shape[1] // 2]
+
+    def own_text(self):
+        names = [name for name in self.inputs if name.startswith("encoder")]
+        own = [[self.inputs[name] for name in names if kind in name] for kind in ("states", "mask")]
+        return tuple(tuple(x) for x in own)
+
+    def too_narrow(self, text):
+        return tuple(x[..., :-1] for x in text)
 
     def text_of(self, tokens, seed):
         return random(1, tokens, 32, seed=seed), random(1, tokens // 2, 16, seed=seed + 10)
@@ -226,8 +233,14 @@ class ImageRefiner(HunyuanImage):
         inputs = super().first_inputs() | {"hidden_states": random(2, 4, 2, 2, 3, seed=1)}
         return {name: x for name, x in inputs.items() if not name.endswith("_2")}
 
-    def mask_of(self, *masks):
-        return masks[0]
+    def mask_of(self, mask):
+        return mask
+
+    def own_text(self):
+        return Hunyuan.own_text(self)
+
+    def too_narrow(self, text):
+        return Hunyuan.too_narrow(self, text)
 
     def text_of(self, tokens, seed):
         return super().text_of(tokens, seed)[0]

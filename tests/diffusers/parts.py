@@ -181,7 +181,11 @@ def guided(case, rule, negatives, **changes):
     for embeds, _, mask in negatives:
         text = case.with_text(inputs, embeds, mask, rows)
         parts.append(case.negative_part(block_inputs(model, first[0], **text)))
-    image, texts = parts[0].image, torch.cat([part.text for part in parts], 1)
+    image, texts, i = parts[0].image, torch.cat([part.text for part in parts], 1), 0
+    modulations = []
+    if case.modulates_anew:
+        every = [block for blocks, *_ in case.blocks for block in blocks]
+        modulations = [block_inputs(model, block, **inputs)["temb"] for block in every]
     for blocks, processor, text_name in case.blocks:
         make = processor(rule, negatives, parts, case.turn)
         with attention([getattr(block, case.attention) for block in blocks], make):
@@ -189,6 +193,10 @@ def guided(case, rule, negatives, **changes):
             own = given if blocks is first else block_inputs(model, blocks[0], **inputs)
             own |= {name: None for name in case.positions if name in own}
             for block in blocks:
+                if modulations:
+                    own["temb"] = modulations[i]
+                texts = case.before(i, texts, inputs, negatives)
+                i += 1
                 if text_name is None:
                     n = texts.shape[1]
                     x = block(**own | {case.tokens: torch.cat([image, texts], 1)})

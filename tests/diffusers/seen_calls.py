@@ -7,6 +7,7 @@ The oracle of a family with a side stream is that of `side_cases.py`, of all oth
 from dataclasses import dataclass
 from typing import Any
 
+import flux_like_cases
 import hunyuan_cases
 import side_cases
 import test_pipe_rows
@@ -20,7 +21,7 @@ CASES = {
     case.cls: case
     for case in (
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
-        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2,
+        side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
         *hunyuan_cases.CASES.values(),
     )
 }  # fmt: skip
@@ -62,7 +63,7 @@ class Seen:
         rule = case.rules[0]
         alpha = ALPHA
         if case.targets < case.image_tokens:
-            alpha = over(case.before, case.targets, case.image_tokens)
+            alpha = over(case.leading, case.targets, case.image_tokens)
             if rule == "nasa":
                 alpha = video_alone(alpha)
         return case.expected(rule, [(negative, alpha, None)])

@@ -53,8 +53,9 @@ class Case:
     rows = 2
     rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
     grid = (1, *L)
+    modulates_anew = False  # each block gets a modulation of its own
     targets = None  # how many image tokens are made, where others stand behind or before them
-    before = 0  # how many of them
+    leading = 0  # how many of them
 
     def __init__(self, **options):
         self.model = made(self.cls, self.config | options)
@@ -71,9 +72,31 @@ class Case:
     def out(self, output):
         return output[0]
 
-    def mask_of(self, *masks):
-        """As `enable_nasa` takes those of its texts."""
-        return masks[0]
+    def mask_of(self, mask):
+        """As `enable_nasa` takes that of its text, or those of several."""
+        return mask
+
+    def before(self, index, texts, inputs, negatives):
+        """The tokens of all prompts as the block of this number gets them."""
+        return texts
+
+    @property
+    def has_mask(self):
+        """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""
+        is_old = self.cls.startswith("Qwen") and not MASKS_TEXT
+        have_none = "Flux2", "Cog", "ConsisID", "EasyAnimate"
+        return not self.cls.startswith(have_none) and not is_old
+
+    def own_text(self):
+        """The text of the call as a negative prompt with its mask."""
+        masks = [
+            x for name, x in self.inputs.items() if name.startswith("encoder") and "mask" in name
+        ]
+        return self.inputs[self.text], masks[0].bool() if masks and self.has_mask else None
+
+    def too_narrow(self, text):
+        """The same with too few channels."""
+        return text[..., :-1]
 
     def text_of(self, tokens, seed):
         return random(1, tokens, *self.text_shape[1:], seed=seed)
@@ -93,8 +116,10 @@ class Case:
             made = shapes[:-1] if are_layers else shapes[:1]
             self.targets = sum(f * h * w for f, h, w in made)
         elif inputs.get("img_ids") is not None:
-            ids = inputs["img_ids"].reshape(-1, self.image_tokens, 4)
-            self.targets = int((ids[0, :, 0] == 0).sum())
+            ids = inputs["img_ids"]
+            ids = ids[0] if ids.dim() == 3 else ids
+            # the first one is of the image that is made
+            self.targets = int((ids[:, 0] == ids[0, 0]).sum())
         elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
             self.targets = inputs["num_frames"] * inputs["height"] * inputs["width"]
 
@@ -419,6 +444,13 @@ class LTX2(Case):
 
     def text_of(self, tokens, seed):
         return tuple(random(1, tokens, c, seed=seed + 10 * c) for c in self.channels)
+
+    def own_text(self):
+        _, mask = super().own_text()
+        return tuple(self.inputs[name] for name in self.texts), mask
+
+    def too_narrow(self, text):
+        return tuple(x[..., :-1] for x in text)
 
     def expected(self, rule, negatives, **changes):
         return parts.guided_by_cross_attention(self, rule, negatives, **changes)

@@ -3,6 +3,7 @@
 import diffusers
 import hunyuan_pipes
 import torch
+from nasa_diffusers import testing_joint
 from nasa_diffusers import testing_side as testing
 
 # everything off that the pipeline switches on by itself
@@ -33,6 +34,17 @@ PIPES = {
         },
     ),
 }  # fmt: skip
+PIPES |= {
+    "chroma": (testing_joint.chroma, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 16}),
+    "ovis": (testing_joint.ovis, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 16}),
+    "longcat": (
+        testing_joint.longcat, SMALL | {"guidance_scale": 1.0, "enable_prompt_rewrite": False}
+    ),
+    "bria": (testing_joint.bria, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 16}),
+    "fibo": (testing_joint.fibo, {"height": 64, "width": 96, "guidance_scale": 1.0}),
+}  # fmt: skip
+# under guidance these put both branches into one batch, the pipeline's own negative prompt first
+DOUBLED = ("ltx2", "cogvideox", "bria", "fibo")
 # what switches on classifier-free guidance
 CFG = {
     "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
@@ -42,15 +54,21 @@ CFG = {
     "cogvideox": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "cogview4": {"guidance_scale": 3.0, "negative_prompt": "dull"},
 }
+CFG |= {
+    name: {"guidance_scale": 3.0, "negative_prompt": "dull"}
+    for name in ("chroma", "ovis", "longcat", "bria", "fibo")
+}
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
     "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
     "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline",
+    "chroma": "ChromaPipeline", "ovis": "OvisImagePipeline", "longcat": "LongCatImagePipeline",
+    "bria": "BriaPipeline", "fibo": "BriaFiboPipeline",
 }  # fmt: skip
 PIPES |= hunyuan_pipes.PIPES
 CFG |= hunyuan_pipes.CFG
 NEEDS |= hunyuan_pipes.NEEDS
-DOUBLED = ("ltx2", "cogvideox", *hunyuan_pipes.DOUBLED)
+DOUBLED = (*DOUBLED, *hunyuan_pipes.DOUBLED)
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 
 

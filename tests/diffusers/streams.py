@@ -21,10 +21,15 @@ class Nag(NamedTuple):
 
 
 def attend(q, k, v, mask=None):
-    """`[b, n, h, d]`, all of it; `mask` `[b, keys]`, True = attend."""
+    """`[b, n, h, d]`, all of it; `mask` `[b, keys]` or `[b, queries, keys]`, True = attend, or
+    numbers that are added."""
     scores = torch.einsum("blhd,bnhd->bhln", q, k) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask
     return torch.einsum("bhln,bnhd->blhd", scores.softmax(-1), v)
 
 
@@ -37,6 +42,9 @@ def image_attention(rule, alpha, image, pos, neg, mask, pos_mask=None):
         mask = q.new_ones(q.shape[0], k_neg.shape[1], dtype=torch.bool)
     if pos_mask is None:
         pos_mask = q.new_ones(q.shape[0], k_pos.shape[1], dtype=torch.bool)
+    if pos_mask.dtype != torch.bool:
+        # added: of a negative prompt as much as of a token that is no padding
+        mask = torch.where(mask.bool(), 1.0, float("-inf"))
     with_pos, with_neg = torch.cat([present, pos_mask], 1), torch.cat([present, mask], 1)
     z_pos = attend(q, torch.cat([k, k_pos], 1), torch.cat([v, v_pos], 1), with_pos)
     if rule in ("nasa", "projected") or isinstance(rule, Nag):
@@ -74,10 +82,13 @@ def joint_attention(rule, negatives, image, pos, negs, pos_mask=None):
         o = o + image_attention(rule, alpha, image, pos, neg, mask, pos_mask) - z_pos
     if rule == "projected" and negatives:
         o = plain_projected(z_pos, z_pos - o)
+    if with_pos is not None and with_pos.dtype != torch.bool:
+        # as the model does it: from token to token, the product of both
+        with_pos = with_pos[:, None, :] * pos_mask[:, :, None]
     texts = [attend(pos[0], torch.cat([k, pos[1]], 1), torch.cat([v, pos[2]], 1), with_pos)]
     for (_, _, mask), neg in zip(negatives, negs, strict=True):
         if mask is not None:
-            mask = torch.cat([mask.new_ones(mask.shape[0], k.shape[1]), mask], 1)
+            mask = torch.cat([mask.new_ones(mask.shape[0], k.shape[1]), mask], 1).bool()
         texts.append(attend(neg[0], torch.cat([k, neg[1]], 1), torch.cat([v, neg[2]], 1), mask))
     return [x.flatten(2) for x in (o, *texts)]
 

@@ -120,7 +120,7 @@ def test_video(tmp_path, monkeypatch):
         (["--negative", "a", "--layers", "x"], "matches none of the 7 layers"),
         (["--negative", "a", "--start", "1"], "leave none of the 1 steps guided"),
         (["--negative", "a", "--backend", "x"], "backend must be None or one of"),
-        (["--negative", "a", "--width", "64"], "--height and --width go together"),
+        (["--negative", "a", "--width", "64"], "height and width go together"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -193,6 +193,11 @@ PROCESSORS = {
     "LTX2": {"LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"},
     "CogVideoX": {"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"},
     "CogView4": {"CogView4AttnProcessor"},
+    "Chroma": {"FluxAttnProcessor"},
+    "Ovis": {"OvisImageAttnProcessor"},
+    "LongCat": {"LongCatImageAttnProcessor"},
+    "Bria": {"BriaAttnProcessor"},
+    "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}
 WITH_IMAGES = {

@@ -1,18 +1,18 @@
 """Families with a side stream: a call computes what the stock blocks compute on the parts."""
 
-import hunyuan_cases
 import pytest
 import torch
+from flux_like_cases import CASES as FLUX_LIKE
+from hunyuan_cases import CASES as HUNYUAN
 from joint_cases import STRONG, by_rule
 from nasa_diffusers import NAG, NASA, ProjectedNASA, nasa
-from side_cases import CASES as FIRST_CASES
-from side_cases import MASKS_TEXT
+from side_cases import CASES
 from streams import Nag
 from torch._dynamo.utils import counters
 
+CASES = CASES | FLUX_LIKE | HUNYUAN
 RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-5}
-CASES = FIRST_CASES | hunyuan_cases.CASES
 # of each kind of block one
 COMPILED = [name for name in ("z-image", "klein", "ltx2.3", "hunyuan-video") if name in CASES]
 
@@ -27,7 +27,7 @@ def over_tokens(case, alpha):
     if case.targets is None:
         return alpha
     values = torch.zeros(1, case.image_tokens, 1, 1)
-    values[:, case.before : case.before + case.targets] = alpha
+    values[:, case.leading : case.leading + case.targets] = alpha
     return values
 
 
@@ -103,7 +103,7 @@ def test_a_map_over_the_image(case):
         return
     values = torch.zeros(1, case.image_tokens, 1, 1)
     own = region.flatten().repeat(frames)[:, None, None]
-    values[:, case.before : case.before + own.shape[0]] = own
+    values[:, case.leading : case.leading + own.shape[0]] = own
     expected = case.expected("nasa-cross", [(negative, values, None)])
     torch.testing.assert_close(actual, expected, **TOLERANCE)
 
@@ -126,23 +126,13 @@ def test_the_projected_rule_takes_nothing_that_the_prompt_has(case):
     """Equal prompts change nothing at any alpha, whatever they are masked by."""
     if getattr(case, "beside", 0):
         pytest.skip("an image stands before the text of the prompt")
-    texts = [case.inputs[name] for name in getattr(case, "texts", (case.text,))]
-    masks = [x for name, x in case.inputs.items() if name.startswith("encoder") and "mask" in name]
-    mask = case.mask_of(*(x.bool() for x in masks)) if masks and has_mask(case) else None
-    own = texts[0] if len(texts) == 1 else tuple(texts)
+    own, mask = case.own_text()
     with guided(case, own, ProjectedNASA(1.5), mask):
         torch.testing.assert_close(case(), case(), rtol=0, atol=0)
         same = case()
     torch.testing.assert_close(same, case(), rtol=1e-3, atol=2e-4)
     with guided(case, case.text_of(9, seed=4), ProjectedNASA(1.5)):
         assert not torch.allclose(case(), same, rtol=1e-3, atol=2e-4)
-
-
-def has_mask(case):
-    """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""
-    is_old = case.cls.startswith("Qwen") and not MASKS_TEXT
-    have_none = ("Flux2", "Cog", "ConsisID", "EasyAnimate")
-    return not case.cls.startswith(have_none) and not is_old
 
 
 def nasa_layers(case):
@@ -175,7 +165,7 @@ def test_one_graph(name):
 @torch.no_grad()
 def test_one_alpha_per_image_and_a_masked_negative(case):
     """Both images with all tokens, and with some: masks of the second one."""
-    if not has_mask(case):
+    if not case.has_mask:
         pytest.skip("has no mask")
     negative = case.text_of(9, seed=4)
     mask = torch.arange(9) < 5
@@ -221,8 +211,7 @@ def test_gradients_reach_the_prompt_and_alpha(case):
 
 @torch.no_grad()
 def test_what_does_not_fit_is_an_error(case):
-    wrong = case.text_of(9, seed=4)
-    wrong = tuple(x[..., :-1] for x in wrong) if isinstance(wrong, tuple) else wrong[..., :-1]
+    wrong = case.too_narrow(case.text_of(9, seed=4))
     with guided(case, wrong, NAG()), pytest.raises(ValueError, match="channels.*encode both with"):
         case()
     if case.cls.startswith("LTX2"):

@@ -11,7 +11,7 @@ import hunyuan_pipes
 import pytest
 import torch
 from drawing import relative_error
-from nasa_diffusers import NASA, nasa, pipelines, testing
+from nasa_diffusers import NASA, nasa, pipelines, testing, testing_joint
 from nasa_diffusers import testing_side as side
 from nasa_diffusers.families import FAMILIES
 from PIL import Image
@@ -101,6 +101,43 @@ def reference(name):
     return None if kind is None else [kind(frames=[photo(32, 32)] * 3)]
 
 
+class NoPixels:
+    """What stands for pixels and for their grid where a text encoder passes over images."""
+
+    def to(self, device):
+        return None
+
+    def prod(self):
+        return 4
+
+
+class Reader:
+    """The processor of such an encoder, and that of its images."""
+
+    merge_size = 2
+
+    @property
+    def image_processor(self):
+        return self
+
+    def __call__(self, images, return_tensors):
+        return {"pixel_values": NoPixels(), "image_grid_thw": NoPixels()}
+
+
+def chroma_inpaint(name):
+    pipe = of_parts(name, testing_joint.chroma())
+    # the pipeline reads it, and the class does not have it
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    return pipe
+
+
+def longcat_edit(name):
+    pipe = of_parts(name, testing_joint.longcat(), text_processor=Reader())
+    pipe.prompt_template_encode_prefix = "a <|vision_start|><|image_pad|><|vision_end|>"
+    pipe.prompt_template_encode_suffix, pipe.tokenizer_max_length = ".", 16
+    return pipe
+
+
 def noise(*shape):
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
 
@@ -114,6 +151,7 @@ LTX2 = {
     "height": 32, "width": 32, "num_frames": 3, "frame_rate": 25.0, "guidance_scale": 3.0,
     "max_sequence_length": 16, **OTHER,
 }  # fmt: skip
+CHROMA = SMALL | OTHER | {"guidance_scale": 3.0, "max_sequence_length": 16}
 COG = {"height": 32, "width": 32, "guidance_scale": 3.0, "max_sequence_length": 16, **OTHER}
 DFR = {"height": 32, "width": 32, "frame_rate": 25.0, "max_sequence_length": 16, "sigmas": [0.9]}
 # of 13 frames, with generated ones at 6 and 12
@@ -212,11 +250,32 @@ RUN = {
         lambda name: with_channels(name, side.cogview4(), 8),
         COG | {"height": 16, "control_image": photo(32, 16)}, FIRST,
     ),
+}  # fmt: skip
+RUN |= {
+    "ChromaImg2ImgPipeline": (
+        lambda name: of_parts(name, testing_joint.chroma()),
+        CHROMA | {"image": photo(), "strength": 1.0}, FIRST,
+    ),
+    "ChromaInpaintPipeline": (
+        chroma_inpaint, CHROMA | EDITED, FIRST
+    ),
+    "LongCatImageEditPipeline": (
+        longcat_edit, OTHER | {"guidance_scale": 3.0, "image": photo()}, FIRST
+    ),
+    "BriaFiboEditPipeline": (
+        lambda name: of_parts(name, testing_joint.fibo()),
+        OTHER | {
+            "guidance_scale": 3.0, "image": photo(96, 64), "height": 64, "width": 96,
+            "prompt": '{"edit_instruction": "a cat"}', "_auto_resize": False,
+        }, LAST,
+    ),
 } | hunyuan_pipes.RUN  # fmt: skip
 # in `test_side_pipes.py`
 ALONE = (
     "QwenImagePipeline", "ZImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline",
-    "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", *hunyuan_pipes.ALONE,
+    "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", "ChromaPipeline",
+    "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
+    *hunyuan_pipes.ALONE,
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 
@@ -229,6 +288,10 @@ def small_edits(monkeypatch):
         module = getattr(diffusers.pipelines.qwenimage, f"pipeline_qwenimage_{part}", None)
         if module is not None:
             monkeypatch.setattr(module, "calculate_dimensions", lambda *_, size=size: size)
+    longcat = getattr(diffusers.pipelines, "longcat_image", None)
+    if longcat is not None:
+        module = longcat.pipeline_longcat_image_edit
+        monkeypatch.setattr(module, "calculate_dimensions", lambda *_: (48, 32))
 
 
 def run(pipe, options):
@@ -273,6 +336,8 @@ def test_each_call_is_what_the_oracle_makes_of_it(name):
     pipe = build(name)
     width = {"Flux2": 96}.get(name[:5], 32)
     negative = noise(5, width)
+    if name.startswith("BriaFibo"):
+        negative = noise(5, 64), [noise(5, 32)] * 4
     if name.startswith("LTX2"):
         negative = negative, noise(5, 16)
     elif name in hunyuan_pipes.TWO_TEXTS:

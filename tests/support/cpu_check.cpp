@@ -284,7 +284,7 @@ Call call_of(const Case& c, Type type, const std::vector<Tensor>& x) {
         const Rows k = view(c, x[1 + 2 * s], c.n[s]), v = view(c, x[2 + 2 * s], c.n[s]);
         call.segment[s] = {k, v, {}, c.n[s]};
     }
-    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d;
+    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d, call.h_kv = c.h;
     call.text_pos = c.text_pos, call.text_neg = c.text_neg;
     call.scale = 1 / std::sqrt(float(c.d)), call.rule = c.rule, call.type = type;
     return call;

@@ -81,6 +81,7 @@ def kernel(file: str, name: str, dtype: torch.dtype, *sizes: int | bool) -> ptx.
 
 
 ADDRESS, INT64, INT, FLOAT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+UINT = ctypes.c_uint32
 
 
 def fields(**types: type) -> list[tuple[str, type]]:
@@ -108,7 +109,7 @@ class Shared(ctypes.Structure):
 class ForwardParams(ctypes.Structure):
     _fields_ = fields(
         q=Matrix, o=ADDRESS, prompt=Prompt * 2, alpha_map=ADDRESS, alpha_strides=INT64 * 3, b=INT,
-        l=INT, h=INT, d=INT, rule=INT, shared=Shared, alpha=FLOAT, scale=FLOAT,
+        l=INT, h=INT, d=INT, key_step=UINT, rule=INT, shared=Shared, alpha=FLOAT, scale=FLOAT,
         aligned=ctypes.c_bool, type=INT,
     )  # fmt: skip
 
@@ -122,6 +123,11 @@ class BackwardParams(ctypes.Structure):
 
 
 MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+
+
+def step_of(group: int) -> int:
+    """From head to head of Q in those of K and V, in parts of 2^31, rounded up."""
+    return -(-(1 << 31) // group)
 
 
 def padded(d: int) -> int:
@@ -241,6 +247,8 @@ class Call:
         elif alpha == 0:
             p.prompt[NEG].n = 0
         p.b, p.l, p.h, p.d = q.shape
+        self.group = p.h // max(1, k_pos.shape[2])
+        p.key_step = step_of(self.group)
         p.alpha, p.scale, p.type = alpha, scale * LOG2E, q.dtype == torch.bfloat16
         p.aligned = is_aligned(q, k_pos, v_pos, k_neg, v_neg)
 
@@ -353,14 +361,16 @@ MAPPED_BYTES = 256
 MAPS = 7
 
 
-def mapped(call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0) -> bytes:
+def mapped(
+    call: Call, address: int, x: Tensor, box_rows: int, first_row: int = 0, group: int = 1
+) -> bytes:
     """A `Mapped` of csrc/tensor_maps.h: a tensor map of x as [b, h, rows, d], and its steps."""
     b, _, h, _ = x.shape
     step_h, step_b = h > 1 and x.stride(2) != 0, b > 1 and x.stride(0) != 0
     # [b or 1, h or 1, rows, d]
     view = x[: b if step_b else 1, :, : h if step_h else 1].transpose(1, 2)
     tensor_map = ptx.tensor_map(call.memory, address, view, (1, 1, box_rows, 64), swizzle=128)
-    steps = struct.pack("<3i", step_h, step_b, first_row)
+    steps = struct.pack("<I2i", step_h * step_of(group), step_b, first_row)
     return (tensor_map + steps).ljust(MAPPED_BYTES, b"\0")
 
 
@@ -432,7 +442,8 @@ def forward_sm90(
         for side in (POS, NEG):
             prompt = p.prompt[side]
             if prompt.n:
-                maps.append(mapped(call, getattr(prompt, field).data, tensors[side], how.keys))
+                at = getattr(prompt, field).data
+                maps.append(mapped(call, at, tensors[side], how.keys, group=call.group))
             else:
                 void = q[:1, :, :1].expand_as(q)
                 maps.append(mapped(call, p.q.data, void, how.keys, first_row=l))
@@ -474,7 +485,8 @@ def backward(
     p.lse = call.output(2, b, h, l, dtype=torch.float32)[0]
     p.u = call.output(2, b, h, l, dtype=torch.float32)[0]
     elements = 2 * sum(b * p.call.prompt[side].n * h * d for side in (POS, NEG))
-    p.partial = call.output(splits, elements, dtype=torch.float32)[0] if splits > 1 else 0
+    if splits > 1 or call.group > 1:
+        p.partial = call.output(splits, elements, dtype=torch.float32)[0]
     p.splits = splits
     launch_queries(call, p)
     if any(p.dk) or any(p.dv):
@@ -495,7 +507,7 @@ def launch_keys(call: Call, p: BackwardParams) -> None:
     blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
     loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
     call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
-    if p.splits > 1:
+    if p.partial:
         sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
         call.launch(sums, (3, 4), 256, 0, bytes(p))
 
@@ -566,8 +578,9 @@ class JointBackward:
             at if needed else 0 for (at, _), needed in zip(outputs, needs, strict=True)
         )
         p.splits = self.splits
-        if p.splits > 1:
-            p.partial = call.output(p.splits, 2 * k.numel(), dtype=torch.float32)[0]
+        if p.splits > 1 or call.group > 1:
+            elements = 2 * k.numel() * call.group
+            p.partial = call.output(p.splits, elements, dtype=torch.float32)[0]
         launch_keys(call, p)
         return tuple(
             call.memory.download(at, like=host) if host.numel() else host for at, host in outputs

@@ -22,8 +22,9 @@ class Guide:
     """The text of a call is [positive; negative 1; negative 2; ...], of `lengths` tokens."""
 
     def __init__(
-        self, family: Any, terms: list[Term], given: list[int], guided: Tensor | None, x: Tensor
-    ):
+        self, family: Any, terms: list[Term], given: list[int], guided: Tensor | None, x: Tensor,
+        conds: dict[str, Any],
+    ):  # fmt: skip
         self.family = family
         self.terms = terms
         self.method = terms[0].method
@@ -32,8 +33,9 @@ class Guide:
         self.lengths = family.lengths(given)
         # [b], or None where every row carries the positive prompt
         self.guided = guided
-        self.image_tokens = family.image_tokens(x)
-        # attentions to text so far
+        self.image_tokens = family.image_tokens(x) if family.is_joint else None
+        # attentions to text, and those so far
+        self.layers = family.layers_in(conds)
         self.count = 0
         self.is_aside = False
 

@@ -35,9 +35,21 @@ class Family:
         """Attentions to text in one call of the network."""
         return len(self.net.blocks)
 
+    def layers_in(self, conds: dict[str, Any]) -> int:
+        """In a call with these conditions."""
+        return self.layers()
+
     def image_tokens(self, x: Tensor) -> int | None:
         """Of a latent; None where no call could be taken for another."""
         return None
+
+    def other_keys(self, x: Tensor, conds: dict[str, Any]) -> set[int]:
+        """How many keys the attentions have that are none to the text; cross-attention only."""
+        tokens = self.image_tokens(x)
+        return set() if tokens is None else {tokens}
+
+    def refuse(self, conds: dict[str, Any]) -> None:
+        """Raise where a call has what is not known here."""
 
     def registers(self) -> int:
         """Tokens before the text of a joint attention that are no text."""
@@ -56,7 +68,7 @@ class Family:
         if guide.is_aside:
             return False
         if not self.is_joint:
-            return lk == text and lk != guide.image_tokens
+            return lk == text
         if mask is not None or lq != lk or lq <= text:
             return False
         return guide.image_tokens is None or lq == self.registers() + text + guide.image_tokens
@@ -79,8 +91,29 @@ class UNet(Family):
 
 
 class Wan(Family):
+    """An image to start from has an attention of its own, whose keys come in `clip_fea`."""
+
     def image_tokens(self, x):
         return patches_of(x, *self.net.patch_size)
+
+    def other_keys(self, x, conds):
+        found = {self.image_tokens(x)}
+        if (image := conds.get("clip_fea")) is not None:
+            found.add(image.shape[-2])
+        if (reference := conds.get("reference_latent")) is not None:
+            found.add(self.image_tokens(x) + patches_of(reference, *self.net.patch_size[1:]))
+        return found
+
+
+class Vace(Wan):
+    """Each control video passes through blocks of its own, which attend to the text as well."""
+
+    def layers(self):
+        return len(self.net.blocks) + len(self.net.vace_blocks)
+
+    def layers_in(self, conds):
+        videos = conds["vace_context"].shape[1]
+        return len(self.net.blocks) + videos * len(self.net.vace_blocks)
 
 
 class Ltxv(Family):
@@ -91,10 +124,41 @@ class Ltxv(Family):
         return patches_of(x, 1, 1, 1)
 
 
+class Ltxav(Ltxv):
+    """LTX-2: video and sound attend to the text, and to each other. They come packed in one."""
+
+    def layers(self):
+        return 2 * len(self.net.transformer_blocks)
+
+    def layers_in(self, conds):
+        return self.layers() if self._sound(conds) else self.layers() // 2
+
+    def other_keys(self, x, conds):
+        shapes = conds.get("latent_shapes") or [x.shape]
+        return {math.prod(shapes[0][2:]), *self._sound(conds)}
+
+    def _sound(self, conds: dict[str, Any]) -> set[int]:
+        """Its tokens, with those of a reference."""
+        shapes = conds.get("latent_shapes") or ()
+        if len(shapes) < 2 or not shapes[1][2]:
+            return set()
+        reference = conds.get("ref_audio")
+        return {shapes[1][2] + (0 if reference is None else reference["tokens"].shape[1])}
+
+
 class Cosmos(Family):
+    """Cosmos 1, Predict2 and Anima."""
+
     def image_tokens(self, x):
         size = self.net.patch_spatial
         return patches_of(x, self.net.patch_temporal, size, size)
+
+    def refuse(self, conds):
+        if conds.get("t5xxl_ids") is not None:
+            raise ValueError(
+                "NASA negative prompt: Anima prepares its text inside the network unless it runs "
+                "under torch.inference_mode, as ComfyUI's own execution does; use that"
+            )
 
 
 def position_patch(forward: Callable) -> Callable:
@@ -153,13 +217,32 @@ class HunyuanVideo(Family):
     """The text is refined before the blocks, attending to itself: each prompt alone."""
 
     is_joint = True
-    is_text_first = False
 
     def layers(self):
         return len(self.net.double_blocks) + len(self.net.single_blocks)
 
     def patch(self, model):
         replace(model, "txt_in.forward", _each_refined)
+        replace(model, "pe_embedder.forward", self._order_seen)
+
+    def refuse(self, conds):
+        for key, name in (("txt_byt5", "glyphs (txt_byt5)"), ("clip_fea", "an image (clip_fea)")):
+            if conds.get(key) is not None:
+                raise ValueError(
+                    f"NASA negative prompt: this call has {name} beside the text of HunyuanVideo, "
+                    "which is not known to this node; leave it out, or guide with cfg"
+                )
+
+    def _order_seen(self, forward: Callable) -> Callable:
+        """ComfyUI had the text behind the image, and has it first now. Its positions are 0, and
+        the last one of an image is not."""
+
+        def positions(ids: Tensor, *args, **kwargs):
+            if CURRENT.get() is not None:
+                self.is_text_first = bool(ids[0, -1].any())
+            return forward(ids, *args, **kwargs)
+
+        return positions
 
 
 def _each_refined(forward: Callable) -> Callable:
@@ -173,6 +256,15 @@ def _each_refined(forward: Callable) -> Callable:
             )
 
     return refine
+
+
+class Krea2(Family):
+    """The text's layers are fused, attending to each other and to themselves: each prompt alone."""
+
+    is_joint = True
+
+    def patch(self, model):
+        replace(model, "txtfusion.forward", _each_refined)
 
 
 class Lumina(Family):
@@ -297,9 +389,11 @@ def replace(model: Any, name: str, patch: Callable[[Callable], Callable]) -> Non
 FAMILIES: dict[str, type[Family]] = {
     "UNetModel": UNet,
     "WanModel": Wan,
-    "VaceWanModel": Wan,
+    "VaceWanModel": Vace,
     "CameraWanModel": Wan,
     "LTXVModel": Ltxv,
+    "LTXAVModel": Ltxav,
+    "GeneralDIT": Cosmos,
     "MiniTrainDIT": Cosmos,
     "Anima": Cosmos,
     "Flux": Flux,
@@ -309,6 +403,7 @@ FAMILIES: dict[str, type[Family]] = {
     "MMDiT": AuraFlow,
     "HunyuanVideo": HunyuanVideo,
     "NextDiT": Lumina,
+    "SingleStreamDiT": Krea2,
     "PixArt": PixArt,
     "PixArtMS": PixArt,
 }

@@ -128,7 +128,8 @@ def apply_model(
     family = options[FAMILY]
     if c_crossattn is None:
         raise ValueError("NASA negative prompt: this model was called without a text to guide")
-    encoded = [encode(base, term, x, c_crossattn) for term in terms]
+    family.refuse(conds)
+    encoded = [encode(base, family, term, x, c_crossattn, conds) for term in terms]
     if family.is_joint and (
         conds.get("attention_mask") is not None or any(mask is not None for _, mask in encoded)
     ):
@@ -139,16 +140,19 @@ def apply_model(
     tokens = [c_crossattn, *(tokens for tokens, _ in encoded)]
     masks = [conds.get("attention_mask"), *(mask for _, mask in encoded)]
     lengths = [part.shape[1] for part in tokens]
-    if not family.is_joint and sum(lengths) == family.image_tokens(x):
-        # no attention of the image to itself must be taken for one to the text; a softmax does not
-        # notice that all its keys are there twice
-        tokens[-1], masks[-1] = torch.cat([tokens[-1]] * 2, 1), _twice(masks[-1])
-        lengths[-1] *= 2
+    if not family.is_joint:
+        # no other attention must be taken for one to the text; a softmax does not notice that all
+        # its keys are there several times
+        others, times, (*before, last) = family.other_keys(x, conds), 1, lengths
+        while sum(before) + times * last in others:
+            times += 1
+        tokens[-1], lengths[-1] = tokens[-1].repeat(1, times, 1), times * last
+        masks[-1] = None if masks[-1] is None else masks[-1].repeat(1, times)
     if any(mask is not None for mask in masks):
         conds["attention_mask"] = torch.cat(
             [_mask_like(mask, part) for mask, part in zip(masks, tokens, strict=True)], dim=1
         )
-    guide = Guide(family, terms, lengths, None if guided is True else guided, x)
+    guide = Guide(family, terms, lengths, None if guided is True else guided, x, conds)
     token = CURRENT.set(guide)
     try:
         o = executor(
@@ -175,14 +179,20 @@ def guided_rows(cond_or_uncond: list[int], x: Tensor) -> Tensor | bool:
     return rows.repeat_interleave(x.shape[0] // len(cond_or_uncond))
 
 
-def encode(base: Any, term: Term, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor | None]:
+def encode(
+    base: Any, family: Family, term: Term, x: Tensor, positive: Tensor, call: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
     """Tokens [b, n, c] and mask [b, n] of a term, by the model's own preparation of a text."""
+    # several latents come packed as [b, 1, l], with their shapes
+    of_call = {key: call[key] for key in ("latent_shapes",) if key in call}
     conds = base.extra_conds(
         **{
-            "width": x.shape[3] * 8, "height": x.shape[2] * 8, "prompt_type": "negative",
-            **term.settings, "cross_attn": term.text, "noise": x, "device": x.device,
+            "width": x.shape[3] * 8 if x.ndim > 3 else None, "height": x.shape[2] * 8,
+            "prompt_type": "negative", **of_call, **term.settings, "cross_attn": term.text,
+            "noise": x, "device": x.device,
         }
     )  # fmt: skip
+    family.refuse(conds)
     found = [conds.get(name) for name in ("c_crossattn", "attention_mask")]
     tokens, mask = (
         None if cond is None else cond.process_cond(batch_size=x.shape[0], area=None).cond
@@ -198,17 +208,13 @@ def encode(base: Any, term: Term, x: Tensor, positive: Tensor) -> tuple[Tensor, 
     return tokens.to(positive).expand(x.shape[0], -1, -1), mask
 
 
-def _twice(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else torch.cat((mask, mask), 1)
-
-
 def _mask_like(mask: Tensor | None, tokens: Tensor) -> Tensor:
     return tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
 
 
 def check(guide: Guide, options: dict) -> None:
     """Raise unless every attention to text was guided, or another node answered for the network."""
-    layers = guide.family.layers()
+    layers = guide.layers
     if guide.count == layers:
         return
     holder = slot_holder(options, guide.family)

@@ -8,6 +8,7 @@ from nasa_diffusers.families.cosmos import Cosmos
 from nasa_diffusers.families.easyanimate import EasyAnimate
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
+from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
 from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
 from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
 from nasa_diffusers.families.krea2 import Krea2
@@ -57,6 +58,11 @@ FAMILIES: tuple[Family, ...] = (
     HunyuanImage(),
     Mochi(),
     EasyAnimate(),
+    Chroma(),
+    Ovis(),
+    LongCat(),
+    Bria(),
+    Fibo(),
 )
 
 

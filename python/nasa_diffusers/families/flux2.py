@@ -38,8 +38,10 @@ class Flux2Tokens(ImageTokens):
     """Said by `img_ids`. Pipelines hand over the same tensor in each step, or, with images that are
     edited, an equal one."""
 
-    def __init__(self, family, denoiser):
+    def __init__(self, family, denoiser, made=0):
         super().__init__(family, denoiser)
+        # at axis 0 of the image that is made
+        self.made = made
         self._found = WeakTensorKeyDictionary()
         self._last: tuple | None = None
 
@@ -51,7 +53,7 @@ class Flux2Tokens(ImageTokens):
         if found is None and last is not None and _equal(last[0], ids):
             found = self._found[ids] = last[1]
         if found is None:
-            found = self._found[ids] = look(ids)
+            found = self._found[ids] = look(ids, self.family.name, self.made)
             self._last = ids.clone(), found
         return found
 
@@ -69,19 +71,20 @@ def _equal(ids, others):
     return ids.shape == others.shape and ids.device == others.device and torch.equal(ids, others)
 
 
-def look(ids):
-    """Of the positions `[l, 4]`, or the first of `[b, l, 4]`: time, row, column and layer."""
+def look(ids, name, made):
+    """Of the positions `[l, axes]`, or the first of `[b, l, axes]`: time, row and column."""
     ids = ids[0] if ids.dim() == 3 else ids
-    are = ids[:, 0] == 0
+    are = ids[:, 0] == made
     count = int(are.sum())
-    height, width = (ids[are].amax(0) + 1).long().tolist()[1:3] if count else (0, 0)
+    own = ids[are] - ids[are].amin(0) if count else ids[are]
+    height, width = (own.amax(0) + 1).long().tolist()[1:3] if count else (0, 0)
     rows = torch.arange(height * width, device=ids.device)
     expected = torch.stack([rows // max(width, 1), rows % max(width, 1)], dim=1)
     is_first = count > 0 and bool(are[:count].all())
-    if not is_first or not torch.equal(ids[:count, 1:3].long(), expected):
+    if not is_first or not torch.equal(own[:, 1:3].long(), expected):
         raise ValueError(
-            "nasa_diffusers: img_ids of FLUX.2 must begin with the tokens of the image that is "
-            "made, at time 0, row by row; without them it is not known which tokens to guide"
+            f"nasa_diffusers: img_ids of {name} must begin with the tokens of the image that is "
+            f"made, at time {made}, row by row; without them it is not known which tokens to guide"
         )
     following = len(ids) - count
     return (1, height, width), Targets(are) if following else None, following

@@ -17,6 +17,7 @@ from nasa_diffusers.families.joint import Joint, token_flops
 from nasa_diffusers.guided_text import GuidedText
 from nasa_diffusers.prompts import Term
 from nasa_diffusers.side import Layout, Side, SideAttentionHook, SideBlockHook
+from nasa_diffusers.streams import Streams
 
 
 class SideStream(Joint):
@@ -103,6 +104,11 @@ class SideStream(Joint):
         """The block's positions as those of [image; positive; negatives]."""
         raise NotImplementedError
 
+    def arriving(self, denoiser: Denoiser, side: Side, index: int, negatives: Tensor) -> Tensor:
+        """What the denoiser does with its text before the block of this number, done with the
+        negative prompts `[b, m, c]`."""
+        return negatives
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def project(self, attn: Layer, image: Tensor, text: Tensor | None) -> tuple:
@@ -120,6 +126,10 @@ class SideStream(Joint):
     def text_mask(self, side: Side, options: dict[str, Any]) -> Tensor | None:
         """That of the positive text, `[b, n]`, in the options of an attention."""
         return None
+
+    def amend(self, side: Side, streams: Streams, o: Tensor) -> Tensor:
+        """`o` `[b, l + n + m, h, d]` where a mask treats queries of the text otherwise."""
+        return o
 
     def finish(self, attn: Layer, o: Tensor, image: int, layout: Layout, rest: Any) -> Any:
         """What the layer returns for `o` `[b, l + n + m, h * d]`."""

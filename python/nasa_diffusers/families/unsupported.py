@@ -11,14 +11,11 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "AuraFlowTransformer2DModel", "BriaFiboTransformer2DModel", "BriaTransformer2DModel",
-    "ChromaTransformer2DModel",
-    "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
+    "AuraFlowTransformer2DModel", "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
     "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
-    "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel",
-    "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel",
-    "OvisImageTransformer2DModel", "Flux3Transformer2DModel",
+    "Lumina2Transformer2DModel", "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel",
+    "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
     "its text passes blocks that depend on the timestep before it meets the image, so a negative "
