@@ -258,3 +258,42 @@ def hunyuan_image_refiner(seed: int = 0, **others: Any):
     parts = _two_encoders() | {"vae": autoencoder, "transformer": transformer}
     del parts["text_encoder_2"], parts["tokenizer_2"]
     return _with_short_texts(HunyuanImageRefinerPipeline(**parts | others))
+
+
+def hunyuan_dit_parts() -> dict[str, Any]:
+    from diffusers import AutoencoderKL, DDPMScheduler, HunyuanDiT2DModel
+    from transformers import BertConfig, BertModel
+
+    transformer = HunyuanDiT2DModel(
+        in_channels=4, patch_size=2, sample_size=8, hidden_size=32, num_layers=4, mlp_ratio=2.0,
+        cross_attention_dim=32, cross_attention_dim_t5=16, pooled_projection_dim=16, **HEADS,
+    )  # fmt: skip
+    # a latent is eight pixels wide, as the pipelines have it in their code
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    bert = BertConfig(
+        vocab_size=TEXT_SIZE["vocab_size"], hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=4, intermediate_size=32,
+    )  # fmt: skip
+    return {
+        "vae": autoencoder,
+        "text_encoder": BertModel(bert),
+        "tokenizer": letter_tokenizer(),
+        "text_encoder_2": T5EncoderModel(T5Config(**T5_SIZE | {"d_model": 16})),
+        "tokenizer_2": letter_tokenizer(),
+        "transformer": transformer,
+        "scheduler": DDPMScheduler(prediction_type="v_prediction"),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def hunyuan_dit(seed: int = 0):
+    """HunyuanDiT in small: four blocks, one of which takes a skip."""
+    from diffusers import HunyuanDiTPipeline
+
+    torch.manual_seed(seed)
+    return _ready(HunyuanDiTPipeline(**hunyuan_dit_parts()))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import diffusers
 import parts
 import torch
+import torch.nn.functional as F
 from joint_cases import random
 from side_cases import SIZE, Case, CogVideoX, CogView4
 
@@ -328,6 +329,79 @@ class EasyAnimate(Hunyuan):
         return super().part(given | {"attention_mask": None})
 
 
+class HunyuanDiT(HunyuanVideo15):
+    """Cross-attention to two texts side by side, whose padding is learned."""
+
+    cls = "HunyuanDiT2DModel"
+    config = {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "patch_size": 2,
+        "sample_size": 8, "hidden_size": 32, "num_layers": 4, "mlp_ratio": 2.0,
+        "cross_attention_dim": 32, "cross_attention_dim_t5": 24, "pooled_projection_dim": 16,
+        "text_len": 6, "text_len_t5": 9,
+    }  # fmt: skip
+    one_block = {"num_layers": 2}
+    rules, grid = ("nasa", "vsf"), (1, 2, 3)
+    lengths = (6, 9)
+    names = (
+        ("encoder_hidden_states", "text_embedding_mask"),
+        ("encoder_hidden_states_t5", "text_embedding_mask_t5"),
+    )
+
+    def inputs_image(self):
+        return 6
+
+    def first_inputs(self):
+        angles = random(6, 8, seed=7).repeat_interleave(2, dim=1)
+        return {
+            "hidden_states": random(2, 4, 4, 6, seed=1), "timestep": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states": random(2, 6, 32, seed=2),
+            "text_embedding_mask": (torch.arange(6) < torch.tensor([[6], [4]])).long(),
+            "encoder_hidden_states_t5": random(2, 9, 24, seed=3),
+            "text_embedding_mask_t5": (torch.arange(9) < torch.tensor([[7], [5]])).long(),
+            "image_meta_size": torch.full((2, 6), 64.0),
+            "style": torch.zeros(2, dtype=torch.long),
+            "image_rotary_emb": (angles.cos(), angles.sin()),
+        }  # fmt: skip
+
+    def text_of(self, tokens, seed):
+        return random(1, min(tokens, 6), 32, seed=seed), random(
+            1, min(tokens, 9), 24, seed=seed + 9
+        )
+
+    def own_text(self):
+        texts, masks = ([self.inputs[name] for name in pair] for pair in zip(*self.names))
+        return tuple(texts), tuple(masks)
+
+    def mask_of(self, mask):
+        return mask[:, :6], mask
+
+    def with_text(self, inputs, embeds, mask, rows):
+        named = {}
+        for i, (text, own) in enumerate(self.names):
+            more = self.lengths[i] - embeds[i].shape[1]
+            are = torch.ones(embeds[i].shape[:2]) if mask is None else mask[i]
+            named[text] = F.pad(embeds[i], (0, 0, 0, more)).repeat(rows // len(embeds[i]), 1, 1)
+            named[own] = F.pad(are.long(), (0, more)).expand(rows, -1)
+        return inputs | named
+
+    def look(self):
+        self.image_tokens = self.targets = self.inputs["hidden_states"][0, 0].numel() // 4
+
+    def expected(self, rule, negatives, **changes):
+        model, inputs = self.model, self.inputs | changes
+        texts, owns = [], []
+        for embeds, alpha, mask in negatives:
+            text = self.with_text(inputs, embeds, mask, self.rows)
+            given = parts.block_inputs(model, model.blocks[0], **text)
+            texts.append(given["encoder_hidden_states"])
+            # padding takes weight of one softmax over all
+            are = torch.cat([text[own] for _, own in self.names], 1).bool()
+            owns.append((None, alpha, are if rule == "vsf" else None))
+        make = parts.CrossTexts(rule, owns, texts, sum(self.lengths))
+        with parts.attention([block.attn2 for block in model.blocks], make):
+            return self.out(model(**inputs, return_dict=False))
+
+
 CASES = {
     "cogview3+": CogView3Plus,
     "consisid": ConsisID,
@@ -338,6 +412,7 @@ CASES = {
     "hunyuan-video-1.5-t2v": TextToVideo15,
     "hunyuan-image": HunyuanImage,
     "hunyuan-image-refiner": ImageRefiner,
+    "hunyuan-dit": HunyuanDiT,
     "mochi": Mochi,
     "easyanimate": EasyAnimate,
 }

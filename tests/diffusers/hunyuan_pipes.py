@@ -14,6 +14,7 @@ HUNYUAN_VIDEO = {
     "height": 32, "width": 48, "num_frames": 5, "prompt_template": small.TEMPLATE,
     "max_sequence_length": 16,
 }  # fmt: skip
+HUNYUAN_DIT = {"height": 32, "width": 48, "use_resolution_binning": False}
 PIPES = {
     "cogview3+": (
         small.cogview3_plus,
@@ -34,8 +35,10 @@ PIPES = {
         lambda: small.hunyuan_video15(), {"height": 16, "width": 24, "num_frames": 5}
     ),
     "hunyuan-image": (lambda: small.hunyuan_image(), {"height": 16, "width": 24}),
+    "hunyuan-dit": (small.hunyuan_dit, HUNYUAN_DIT | {"guidance_scale": 1.0}),
 }  # fmt: skip
 CFG = {
+    "hunyuan-dit": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "mochi": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "easyanimate": {"guidance_scale": 3.0, "negative_prompt": ["dull"]},
     "cogview3+": {"guidance_scale": 3.0, "negative_prompt": "dull"},
@@ -45,9 +48,10 @@ NEEDS = {
     "cogview3+": "CogView3PlusPipeline", "hunyuan-video": "HunyuanVideoPipeline",
     "mochi": "MochiPipeline", "easyanimate": "EasyAnimatePipeline",
     "hunyuan-video-1.5": "HunyuanVideo15Pipeline", "hunyuan-image": "HunyuanImagePipeline",
+    "hunyuan-dit": "HunyuanDiTPipeline",
 }  # fmt: skip
 # whose batch is [negative, prompt]
-DOUBLED = ("cogview3+", "mochi", "easyanimate")
+DOUBLED = ("cogview3+", "mochi", "easyanimate", "hunyuan-dit")
 TWO_TEXTS = (
     "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline",
 )  # fmt: skip
@@ -114,6 +118,14 @@ def from_image_15(_):
     return small._with_short_texts(of_parts(diffusers.HunyuanVideo15ImageToVideoPipeline, parts))
 
 
+def dit_control(name):
+    parts = small.hunyuan_dit_parts()
+    control = diffusers.HunyuanDiT2DControlNetModel.from_transformer(
+        parts["transformer"], transformer_num_layers=4, load_weights_from_transformer=False
+    )
+    return of_parts(getattr(diffusers, name), parts | {"controlnet": control})
+
+
 def mix():
     return diffusers.AdaptiveProjectedMixGuidance()
 
@@ -129,6 +141,7 @@ CALL = HUNYUAN_VIDEO | {"image": photo(), "true_cfg_scale": 3.0}
 EASYANIMATE = {
     "height": 32, "width": 48, "num_frames": 5, "guidance_scale": 3.0, "negative_prompt": "dull",
 }  # fmt: skip
+DIT = HUNYUAN_DIT | {"guidance_scale": 3.0, "negative_prompt": "dull"}
 QUOTED = {"prompt": 'a "c"', "negative_prompt": "dull"}
 FIRST, LAST = [True, False], [False, True]
 RUN = {
@@ -168,6 +181,12 @@ RUN = {
     "HunyuanImageRefinerPipeline": (
         lambda _: small.hunyuan_image_refiner(guider=mix()),
         QUOTED | {"height": 16, "width": 24, "image": noise(4, 1, 4, 6)}, FIRST,
+    ),
+    "HunyuanDiTControlNetPipeline": (dit_control, DIT | {"control_image": photo()}, LAST),
+    # perturbed rows carry the prompt as well
+    "HunyuanDiTPAGPipeline": (
+        lambda name: of_parts(getattr(diffusers, name), small.hunyuan_dit_parts()), DIT,
+        [*LAST, True],
     ),
     "EasyAnimateControlPipeline": (lambda name: easyanimate(name, 12), EASYANIMATE, LAST),
     "EasyAnimateInpaintPipeline": (lambda name: easyanimate(name, 9), EASYANIMATE, LAST),

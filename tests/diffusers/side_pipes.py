@@ -81,4 +81,4 @@ def draw(pipe, options, prompt="a cat", *, steps=2, seed=0, **others):
         generator=[torch.Generator().manual_seed(seed + i) for i in range(prompts * each)],
         **options | others,
     )  # fmt: skip
-    return torch.cat([x.flatten(1) for x in made], 1)
+    return torch.cat([x.flatten(1) for x in made if x is not None], 1)

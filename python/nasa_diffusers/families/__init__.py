@@ -9,6 +9,7 @@ from nasa_diffusers.families.easyanimate import EasyAnimate
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
+from nasa_diffusers.families.hunyuan_dit import HunyuanDiT
 from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
 from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
 from nasa_diffusers.families.krea2 import Krea2
@@ -56,6 +57,7 @@ FAMILIES: tuple[Family, ...] = (
     Framepack(),
     HunyuanVideo15(),
     HunyuanImage(),
+    HunyuanDiT(),
     Mochi(),
     EasyAnimate(),
     Chroma(),

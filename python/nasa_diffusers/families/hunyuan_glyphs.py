@@ -7,19 +7,17 @@ stand before its texts, and stay with the prompt. HunyuanImage has blocks with o
 projections, too; its refiner of images has no ByT5. A guider inside the pipelines calls for each
 branch; the call with the pipeline's own negative prompt is left alone.
 
-Both texts of a negative prompt travel as one: a token has the channels of Qwen's i-th token and
-then those of ByT5's. Where it has one of them only, the others are zeros.
+Both texts of a negative prompt travel as one, see `two_texts.py`.
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.families.base import video_grid
 from nasa_diffusers.families.hunyuan_video import of_all_rows, patches
 from nasa_diffusers.families.two_streams import TwoStreams, key_mask
+from nasa_diffusers.families.two_texts import as_one, present, read_two
 from nasa_diffusers.side import Layout
 
 try:
@@ -34,26 +32,6 @@ else:
     VIDEO, IMAGE = (HunyuanVideo15AttnProcessor2_0,), (HunyuanImageAttnProcessor,)
 
 SECOND = "encoder_hidden_states_2"
-
-
-def as_one(
-    texts: Sequence[Tensor], masks: Sequence[Tensor | None] | None
-) -> tuple[Tensor, Tensor | None]:
-    """Texts `[m, n, c]` of several lengths, whose masked tokens are nothing, as one of all their
-    channels, and the mask of its tokens."""
-    masks = [None] * len(texts) if masks is None else masks
-    own = [
-        text if mask is None else text * mask.to(text.dtype)[..., None]
-        for text, mask in zip(texts, masks, strict=True)
-    ]
-    length = max(x.shape[1] for x in own)
-    one = torch.cat([nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in own], dim=2)
-    return one, None if one.is_meta else present(one)
-
-
-def present(text: Tensor) -> Tensor:
-    """`[r, n]`: which tokens are there."""
-    return (text != 0).any(2)
 
 
 class WithGlyphs(TwoStreams):
@@ -77,22 +55,9 @@ class WithGlyphs(TwoStreams):
         return {"tokenizer": pipe.tokenizer_max_length}
 
     def read_embeds(self, embeds, mask):
-        """Two texts as `encode_prompt` makes them, `(text, glyphs)`, with a mask of each."""
-        if not isinstance(embeds, (tuple, list)):
-            return embeds, mask
-        if isinstance(mask, Tensor) or len(embeds) != 2:
-            raise ValueError(
-                f"enable_nasa: {self.name} has two texts with a mask of each: negative_prompt_"
-                "embeds must be (prompt_embeds, prompt_embeds_2) as encode_prompt makes them, and "
-                "negative_prompt_attention_mask both masks, or None"
-            )
-        made = as_one(embeds, mask)
-        if not embeds[0].is_meta and not present(made[0][..., : embeds[0].shape[2]]).any(1).all():
-            raise ValueError(
-                "enable_nasa: negative_prompt_attention_mask leaves the first text of a negative "
-                "prompt without any token; 1 keeps a token, 0 drops it"
-            )
-        return made
+        """Two texts as `encode_prompt` makes them, `(text, glyphs)`, with a mask of each; one, for
+        a denoiser that has no second."""
+        return (embeds, mask) if isinstance(embeds, Tensor) else read_two(self.name, embeds, mask)
 
     def channels(self, text, inputs):
         second = inputs.get(SECOND)
@@ -131,12 +96,7 @@ class HunyuanVideo15(WithGlyphs):
     )
 
     def read_embeds(self, embeds, mask):
-        if isinstance(embeds, Tensor):
-            raise ValueError(
-                "enable_nasa: HunyuanVideo 1.5 has two texts: negative_prompt_embeds must be "
-                "(prompt_embeds, prompt_embeds_2) as pipe.encode_prompt makes them, got one"
-            )
-        return super().read_embeds(embeds, mask)
+        return read_two(self.name, embeds, mask)
 
     def grids(self, denoiser, sample, inputs):
         return (video_grid(sample, patches(denoiser)),)

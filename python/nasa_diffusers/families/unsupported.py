@@ -36,9 +36,6 @@ _because(
     "PriorTransformer", "WuerstchenPrior",
 )  # fmt: skip
 _because(
-    "two texts are joined inside it under one mask", "HunyuanDiT2DModel",
-)  # fmt: skip
-_because(
     "keys and values have fewer heads than queries there",
     "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
     "StableAudioDiTModel",
