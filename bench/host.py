@@ -22,8 +22,14 @@ import torch.nn.functional as F
 from bench.row import Row
 from bench.session import Session
 from bench.timing import Samples
-from nasa_kernels import backends, nag_attention, nasa_attention, nasa_joint_attention
-from nasa_kernels.testing import attend_shared, joint_forward_cuda
+from nasa_kernels import (
+    backends,
+    nag_attention,
+    nag_joint_attention,
+    nasa_attention,
+    nasa_joint_attention,
+)
+from nasa_kernels.testing import attend_shared, joint_forward_cuda, joint_nag_cuda
 
 LIBRARY = Path(__file__).parents[1] / "build" / "cuda" / "host.so"
 BACKENDS = ("cuda", "triton")
@@ -52,20 +58,21 @@ def calls_of(backend: str) -> Calls:
     alpha = torch.full((2, 1, 1), 0.5)
     cross = (q, k_pos, v_pos, k_neg, v_neg)
     options: dict[str, Any] = {"backend": backend}
+    nag = options | {"nag_scale": 3.0, "nag_tau": 2.5, "nag_alpha": 0.5}
     return {
         "plain": lambda: nasa_attention(*cross, 0.5, **options),
         "masks": lambda: nasa_attention(*cross, 0.5, mask_pos=mask, mask_neg=mask, **options),
         "alpha": lambda: nasa_attention(*cross, alpha, **options),
         "broadcast": lambda: nasa_attention(q, k_pos, v_pos, k_one, v_one, 0.5, **options),
         "projected": lambda: nasa_attention(*cross, 0.5, rule="projected", **options),
-        "nag": lambda: nag_attention(
-            *cross, nag_scale=3.0, nag_tau=2.5, nag_alpha=0.5, backend=backend
-        ),
-        # the first launch of joint attention, PyTorch's own attention, and both launches
+        "nag": lambda: nag_attention(*cross, **nag),
+        # the first launch of joint attention, PyTorch's own attention: it computes here, and what
+        # the others cost beside it is ours
         "shared": lambda: attend_shared(q, k, v, 0.125),
         "joint": lambda: nasa_joint_attention(
             q, k, v, k_pos, v_pos, k_neg, v_neg, 0.5, rule="nasa-cross", **options
         ),
+        "joint-nag": lambda: nag_joint_attention(q, k, v, k_pos, v_pos, k_neg, v_neg, **nag),
     }
 
 
@@ -138,6 +145,7 @@ def _on_the_cpu(backend: str, library: Path) -> Iterator[None]:
         torch.ops.load_library(library)
         if not _has_joint:
             torch.library.impl("nasa_kernels::joint_forward_cuda", "CPU", joint_forward_cuda)
+            torch.library.impl("nasa_kernels::joint_nag_cuda", "CPU", joint_nag_cuda)
             _has_joint.append(True)
     else:
         from bench import host_driver

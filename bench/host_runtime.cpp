@@ -7,13 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "launch_syntax.h"
+
 namespace {
 
-struct {
-    dim3 grid, block;
-    size_t shared;
-    cudaStream_t stream;
-} configuration;
+void register_kernel(const void*, const char*) {}
 
 CUresult encode(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -48,7 +46,6 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
     *blocks = 1;
     return cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of a runtime that launches nothing"; }
 cudaError_t cudaDriverGetVersion(int* version) {
     *version = CUDART_VERSION;
@@ -67,35 +64,6 @@ cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
     return cudaSuccess;
 }
-
-// What the compiler calls for <<<>>> and to register kernels
-cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* kernel) {
-    *handle = reinterpret_cast<cudaKernel_t>(const_cast<void*>(kernel));
-    return cudaSuccess;
-}
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
-    return cudaSuccess;
-}
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-    configuration = {grid, block, shared, stream};
-    return 0;
-}
-cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
-    *grid = configuration.grid;
-    *block = configuration.block;
-    *shared = configuration.shared;
-    *static_cast<cudaStream_t*>(stream) = configuration.stream;
-    return cudaSuccess;
-}
-void** __cudaRegisterFatBinary(void*) {
-    static void* handle;
-    return &handle;
-}
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*,
-                            void*, int*) {}
-char __cudaInitModule(void**) { return 0; }
 
 // ---- torch's, for one device ---------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ enable_language(CUDA)
 set(NASA_CUDA_ARCHS "8.0;9.0a;10.0;12.0+PTX" CACHE STRING "architectures to compile for")
 # Sources of kernels for every architecture, and of those for 9.0a alone.
 set(NASA_KERNELS
-  csrc/forward_short.cu csrc/forward_long.cu csrc/backward_queries.cu csrc/backward_keys.cu)
+  csrc/forward_short.cu csrc/forward_long.cu csrc/backward_queries.cu csrc/backward_keys.cu
+  csrc/nag_blend.cu)
 set(NASA_KERNELS_SM90 csrc/forward_sm90_short.cu csrc/forward_sm90_long.cu)
 set(NASA_FLAGS -O3 -Xptxas=-warn-spills)
 
@@ -78,7 +79,7 @@ endif()
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
 set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers
-  csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh
+  bench/launch_syntax.h csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh
   csrc/schedule.cuh csrc/share.h csrc/sm90.cuh csrc/softmax.cuh csrc/tensor_maps.h csrc/tile.cuh)
 list(TRANSFORM recorder_sources PREPEND ${CMAKE_SOURCE_DIR}/)
 add_custom_command(

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "abi.h"
 #include "arguments.h"
 #include "device.h"
 #include "layouts.h"
@@ -235,6 +236,24 @@ void set_text_rows(ForwardParams& p, int64_t text_pos, int64_t text_neg) {
     p.shared.first_text_pos = p.shared.first_text_neg - static_cast<int>(text_pos);
 }
 
+// All of the shared segment, and whose the rows are
+void set_shared_rows(ForwardParams& p, const Tensor& q, const Tensor& o_shared,
+                     const Tensor& lse_shared, int64_t text_pos, int64_t text_neg) {
+    set_shared(p, q, o_shared);
+    STD_TORCH_CHECK(lse_shared.dim() == 3 && lse_shared.size(0) == p.b &&
+                        lse_shared.size(1) == p.h && lse_shared.size(2) == p.l &&
+                        lse_shared.scalar_type() == ScalarType::Float &&
+                        lse_shared.get_device_index() == q.get_device_index(),
+                    "nasa_kernels: lse_shared must be fp32 [b, h, l] on the device of q");
+    set_text_rows(p, text_pos, text_neg);
+    Shared& shared = p.shared;
+    shared.lse = static_cast<const float*>(lse_shared.const_data_ptr());
+    shared.lse_stride_b = lse_shared.stride(0);
+    shared.lse_stride_h = lse_shared.stride(1);
+    shared.lse_stride_l = lse_shared.stride(2);
+    p.aligned = p.aligned && starts_on_16_bytes(o_shared);
+}
+
 // The same beside the keys that both prompts share.
 Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos,
                           const Tensor k_neg, const Tensor v_neg,
@@ -245,22 +264,10 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
                           int64_t text_pos, int64_t text_neg) {
     ForwardParams p =
         params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    set_shared(p, q, o_shared);
-    STD_TORCH_CHECK(lse_shared.dim() == 3 && lse_shared.size(0) == p.b &&
-                        lse_shared.size(1) == p.h && lse_shared.size(2) == p.l &&
-                        lse_shared.scalar_type() == ScalarType::Float &&
-                        lse_shared.get_device_index() == q.get_device_index(),
-                    "nasa_kernels: lse_shared must be fp32 [b, h, l] on the device of q");
+    set_shared_rows(p, q, o_shared, lse_shared, text_pos, text_neg);
     STD_TORCH_CHECK(rule >= 0 && rule < kRules, "nasa_kernels: rule must be 0 to ", kRules - 1,
                     ", got ", rule);
-    set_text_rows(p, text_pos, text_neg);
-    Shared& shared = p.shared;
-    shared.lse = static_cast<const float*>(lse_shared.const_data_ptr());
-    shared.lse_stride_b = lse_shared.stride(0);
-    shared.lse_stride_h = lse_shared.stride(1);
-    shared.lse_stride_l = lse_shared.stride(2);
     p.rule = static_cast<Rule>(rule);
-    p.aligned = p.aligned && starts_on_16_bytes(o_shared);
     drop_projection(p);
     // then no row asks for the negative prompt
     if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && p.rule != Rule::kVsf) {
@@ -269,6 +276,81 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
     }
     const auto copies = settle_negative(p, k_neg, v_neg, mask_neg, q);
     return launch_forward(p, q);
+}
+
+struct NagSettings {
+    double scale, tau;
+    int64_t norm;
+};
+
+// Normalised attention guidance: Z+ and Z- are a launch each, of the kernels for one prompt, and a third
+// makes O of them, where Z+ was. `p` has both prompts, and the shared segment if there is one.
+Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Tensor& q, const Tensor& k_neg,
+                  const Tensor& v_neg, const Tensor* o_shared,
+                  const std::optional<Tensor>& alpha_map, double alpha, int64_t text_pos,
+                  int64_t text_neg) {
+    STD_TORCH_CHECK(how.norm == 1 || how.norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
+                    how.norm);
+    set_alpha(p, alpha_map, alpha, p.l - text_pos - text_neg, 1);
+    NagParams nag{};
+    nag.alpha_map = p.alpha_map;
+    nag.alpha_stride_b = p.alpha_stride_b;
+    nag.alpha_stride_l = p.alpha_stride_l;
+    nag.rows = int64_t{p.b} * p.l;
+    nag.l = p.l;
+    nag.channels = p.h * p.d;
+    nag.first_text_neg = p.l - static_cast<int>(text_neg);
+    nag.first_text_pos = nag.first_text_neg - static_cast<int>(text_pos);
+    nag.alpha = p.alpha;
+    nag.scale = static_cast<float>(how.scale);
+    nag.tau = static_cast<float>(how.tau);
+    nag.norm = static_cast<int>(how.norm);
+    nag.type = p.type;
+    p.alpha_map = nullptr;
+    p.alpha = 0.f;
+
+    const Tensor o = contiguous_like(q);
+    if (o.numel() == 0) return o;
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    const cudaStream_t stream = current_stream(q);
+    const Prompt neg = p.prompt[kNeg];
+    p.prompt[kNeg].n = 0;
+    p.o = nag.o = o.mutable_data_ptr();
+    check(forward(p, stream), q);
+    if (nag.alpha_map == nullptr && nag.alpha == 0.f && text_neg == 0) return o;
+    const Tensor z_neg = contiguous_like(q);
+    p.prompt[kPos] = neg;
+    // the negative text's queries attend as the positive one's do to theirs
+    p.shared.first_text_pos = p.shared.first_text_neg = p.l;
+    p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(k_neg) &&
+                starts_on_16_bytes(v_neg) && (o_shared == nullptr || starts_on_16_bytes(*o_shared));
+    p.o = z_neg.mutable_data_ptr();
+    nag.z_neg = p.o;
+    check(forward(p, stream), q);
+    check(nag_blend(nag, stream), q);
+    return o;
+}
+
+Tensor nag_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+                const Tensor v_neg, const std::optional<Tensor> mask_pos,
+                const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
+                double alpha, double scale, double nag_scale, double nag_tau, int64_t nag_norm) {
+    ForwardParams p = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
+    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, q, k_neg, v_neg, nullptr, alpha_map, alpha,
+                      0, 0);
+}
+
+// The same beside the keys that both prompts share.
+Tensor nag_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+                      const Tensor v_neg, const std::optional<Tensor> mask_pos,
+                      const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
+                      double alpha, double scale, const Tensor o_shared, const Tensor lse_shared,
+                      double nag_scale, double nag_tau, int64_t nag_norm, int64_t text_pos,
+                      int64_t text_neg) {
+    ForwardParams p = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
+    set_shared_rows(p, q, o_shared, lse_shared, text_pos, text_neg);
+    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, q, k_neg, v_neg, &o_shared, alpha_map,
+                      alpha, text_pos, text_neg);
 }
 
 // dO of a backward call, contiguous in d: the gradient of a sum is one number with strides of 0. The
@@ -469,6 +551,8 @@ std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, 
 STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, NASA_DEVICE, m) {
     m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
     m.impl("forward_joint_cuda", TORCH_BOX(&nasa::forward_joint_cuda));
+    m.impl("nag_cuda", TORCH_BOX(&nasa::nag_cuda));
+    m.impl("nag_joint_cuda", TORCH_BOX(&nasa::nag_joint_cuda));
     m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
     m.impl("joint_statistics_cuda", TORCH_BOX(&nasa::joint_statistics_cuda));
     m.impl("joint_queries_cuda", TORCH_BOX(&nasa::joint_queries_cuda));
@@ -479,9 +563,6 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, NASA_DEVICE, m) {
 extern "C" __attribute__((visibility("default"))) void nasa_kernels_overlap_launches(bool on) {
     nasa::overlap_launches(on);
 }
-
-// For nasa_kernels/_cuda/extension.py: a library of other rules has other operators, too
-extern "C" __attribute__((visibility("default"))) int nasa_kernels_rules() { return nasa::kRules; }
 
 // For nasa_kernels/_cuda/extension.py, once per device: the CUDA version of the runtime in this
 // file, the newest that the driver serves (0 without a driver), both as 1000 major + 10 minor, and

@@ -108,6 +108,22 @@ struct BackwardParams {
     int first_hidden, hidden;
 };
 
+// Normalised attention guidance, from the attentions Z+ and Z- over either prompt to O. The last rows
+// may be the texts' own queries, as in Shared.
+struct NagParams {
+    void* o;                 // [b, l, h d], contiguous: Z+, and then O
+    const void* z_neg;       // [b, l, h d], contiguous
+    const float* alpha_map;  // [b, l], of the image's queries, or null: then the number `alpha`
+    int64_t alpha_stride_b, alpha_stride_l;
+    int64_t rows;  // b l
+    int l, channels;
+    int first_text_pos, first_text_neg;
+    float alpha, scale, tau;
+    int norm;  // 1: sum of magnitudes, 2: root of the sum of squares
+    Type type;
+    int row_warps;  // that share a row; nag_blend sets it
+};
+
 struct Device;
 
 // Whether a kernel for Hopper may start while the one before it in the stream ends (programmatic
@@ -121,6 +137,7 @@ cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStre
 cudaError_t forward_sm90_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_sm90_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t nag_blend(NagParams p, cudaStream_t stream);
 
 // How many blocks should share the query rows: enough to fill the GPU when there are few keys.
 cudaError_t backward_splits(const BackwardParams& p, int& splits);

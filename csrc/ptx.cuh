@@ -122,6 +122,11 @@ __device__ __forceinline__ float in_register(float x) {
     return x;
 }
 
+__device__ __forceinline__ uint32_t in_register(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ---- barriers in shared memory, and copies that arrive at them (sm_90) -----------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {

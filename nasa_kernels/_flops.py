@@ -75,8 +75,3 @@ def _product(q, *segments, less: int = 0) -> int:
     """Of the queries, all but `less`, with the keys of the segments."""
     b, l, h, d = q
     return 2 * b * h * (l - less) * d * sum(k[1] for k in segments)
-
-
-def none(*args, out_shape=None, **kwargs) -> int:
-    """PyTorch counts products of matrices, and nothing of what works element by element."""
-    return 0

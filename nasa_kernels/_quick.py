@@ -8,6 +8,8 @@ back to them.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,29 @@ from nasa_kernels.backends import RECORDS
 # what an operator raises, or Python before it; not a compiler's errors, nor what stops a program
 REFUSALS = (RuntimeError, ValueError, TypeError)
 _INFINITY = float("inf")
+_BOOL, _FLOAT = torch.bool, torch.float32
+# keys that PyTorch's dispatcher sees in every call of this thread: those of modes, of functional
+# transforms and of tracing are among them while there are any
+_included = torch._C._dispatch_tls_local_include_set
+_is_profiled = torch._C._autograd._profiler_enabled
+
+
+def _plain() -> tuple[int, ...]:
+    """Those keys where there is nothing of all that, and in inference mode."""
+    found = []
+    for mode in (contextlib.nullcontext(), torch.inference_mode()):
+        with mode:
+            keys = _included()
+            found.append(keys.raw_repr())
+    is_plain = not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
+    return tuple(found) if is_plain else ()
+
+
+_PLAIN = _plain()
 # of function, back end and rule as they were asked for, and of q's dtype, device and head_dim
 _known: dict[tuple, Known] = {}
 
@@ -33,6 +58,17 @@ class Known(NamedTuple):
     backend: str
     device_type: str
     scale: float
+    # what the operator runs, where that is Python of ours; else the operator
+    function: Any
+
+    def runs(self) -> Any:
+        """What to call: the operator, or at once what it runs, which saves the host as much as a
+        launch costs it. Who looks at operators or transforms them, as modes, tracers and profilers
+        do, gets the operator.
+        """
+        if _included().raw_repr() in _PLAIN and not _is_profiled():
+            return self.function
+        return self.operator
 
 
 def quick(
@@ -84,31 +120,43 @@ def quick(
     if type(alpha) is float or type(alpha) is int:
         if -_INFINITY < alpha < _INFINITY:
             return known, None, alpha, scale
-    elif type(alpha) is Tensor and alpha.dtype == torch.float32 and alpha.device == q.device:
+    elif type(alpha) is Tensor and alpha.dtype is _FLOAT and alpha.device == q.device:
         return known, alpha, 0.0, scale
     return None
 
 
 def _is_mask(mask: Tensor, q: Tensor) -> bool:
+    dtype = mask.dtype
     return (
-        mask.dtype in (torch.bool, torch.float32, q.dtype)
+        (dtype is _BOOL or dtype is _FLOAT or dtype is q.dtype)
         and mask.device == q.device
         and not mask.requires_grad
     )
 
 
-def remember(asked: tuple, call: Call, operator: Any, rest: tuple = ()) -> None:
-    """A checked call: the next one like it is quick."""
-    q = call.q
+def remember(
+    asked: tuple, call: Call, operator: Any, rest: tuple = (), cross: str = "", joint: str = ""
+) -> None:
+    """A checked call: the next one like it is quick.
+
+    cross, joint: The function that the operator runs, of that module of the record.
+    """
+    q, record = call.q, RECORDS[call.backend]
     if (
-        RECORDS[call.backend].checks
+        record.checks
         and not (call.differentiable or call.under_autocast)
         and not torch.compiler.is_compiling()
         and type(q) is Tensor
         and q.device.type != "meta"
     ):
+        modules, name = (record.cross, cross) if cross else (record.joint, joint)
+        function = operator
+        if modules is not None:
+            function = getattr(importlib.import_module(modules.forward), name)
         key = (asked, q.dtype, q.device, q.shape[3])
-        _known[key] = Known(operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5)
+        _known[key] = Known(
+            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function
+        )
 
 
 def are_two(text_queries: Any) -> bool:

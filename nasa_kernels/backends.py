@@ -59,7 +59,7 @@ class Backend(NamedTuple):
     # whether its forward operators refuse what they cannot take, and broadcast keys, values, masks
     # and alpha by themselves: `_quick.py`
     checks: bool = False
-    # whether one operator serves NAG, where no gradient is recorded
+    # whether it has operators for NAG, where no gradient is recorded
     has_nag: bool = False
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
     has_pair: bool = False
@@ -114,6 +114,7 @@ RECORDS = {
             rules=("nasa", "projected"),
             joint_rules=RULES,
             checks=True,
+            has_nag=True,
         ),
         Backend(
             "triton",
@@ -125,6 +126,7 @@ RECORDS = {
             rules=CROSS_RULES,
             backward_rules=CROSS_RULES,
             joint_rules=RULES,
+            has_nag=True,
             has_pair=True,
         ),
         _cpu_record(),

@@ -68,9 +68,10 @@ def nasa_joint_attention(
         q: Queries `[b, l, h, d]`: of the image, then `text_queries[0]` of the positive text, then
             `text_queries[1]` of the negative text. The positive text's see [shared; pos] and the
             negative text's [shared; neg], in a plain softmax, whatever alpha is.
-        k, v: The image's `[b, n, h, d]`.
-        k_pos, v_pos, k_neg, v_neg: `[b, n_pos, h, d]`, `[b, n_neg, h, d]`. Broadcasting, strides,
-            lengths and dtypes as in `nasa_attention`.
+        k, v: The image's `[b, n, h_kv, d]`.
+        k_pos, v_pos, k_neg, v_neg: `[b, n_pos, h_kv, d]`, `[b, n_neg, h_kv, d]`. Broadcasting,
+            strides, lengths, dtypes, and fewer heads than those of `q`, as in `nasa_attention`; all
+            six have the same h_kv.
         alpha: As in `nasa_attention`; a tensor broadcasts to `[b, l, h]`, and what stands beside
             queries of the text is not used. At 0 the image's O is the plain attention over
             [shared; pos] of the same back end, bit for bit, except for "vsf", whose softmax
@@ -93,7 +94,7 @@ def nasa_joint_attention(
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                return known.operator(
+                return known.runs()(
                     q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
                     *text_queries,
                 )  # fmt: skip
@@ -111,7 +112,8 @@ def nasa_joint_attention(
         text_queries,
     )
     if RECORDS[call.backend].fuses_joint(rule, differentiable=False):
-        remember(asked, call, ops.JOINT_FORWARD.get(call.backend), (RULES.index(rule),))
+        operator = ops.JOINT_FORWARD.get(call.backend)
+        remember(asked, call, operator, (RULES.index(rule),), joint="forward")
     return outside_autocast(attend, call, rule)
 
 

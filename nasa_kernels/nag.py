@@ -7,12 +7,13 @@
 The norm is the sum of magnitudes, as the paper has it and the published code for most models; the
 published code for FLUX takes the root of the sum of squares (`nag_norm=2`).
 
-The norms need a query's whole row. The CPU kernels, whose tasks may be all heads of some rows, do
-it in one operator. On a GPU every head is another program's: so Z+ and Z- are two calls of the
-attention operator, and one small kernel does the rest, as where a gradient is recorded. In joint
-attention Z+ is over [image; positive text] and Z- over [image; negative text], as in the published
-code. One operator gives both and reads the image's keys once; where a gradient is recorded, or a
-back end has no such operator, each of the two is a call that reads them.
+The norms need a query's whole row. On the CPU a task may be all heads of some rows, and one
+operator computes and rounds all at once. On a GPU every head is another program's: there one
+operator makes two or three launches, of the attention, which leaves Z+ and Z- in memory, and of a
+small kernel that makes O of them. In joint attention Z+ is over [image; positive text] and Z- over
+[image; negative text], as in the published code, and the operator reads the image's keys once.
+Where a gradient is recorded, or a back end has no such operator, Z+ and Z- are calls, and the rest
+is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
 from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, quick
+from nasa_kernels._quick import REFUSALS, are_two, like, quick, remember
 from nasa_kernels.scalars import real, whole
+
+_INFINITY = float("inf")
 
 
 def nag_attention(
@@ -50,14 +53,13 @@ def nag_attention(
         O = nag_alpha G min(1, nag_tau |Z+| / |G|) + (1 - nag_alpha) Z+
 
     Z+ and Z- are the attention over either prompt, |.| is the norm over the heads and channels of
-    one query. `"cpu"` is one operator that rounds once, where no gradient is recorded; elsewhere
-    Z+ and Z- are rounded to the dtype of `q`, and what follows is computed in fp32 and rounded.
-    Deterministic, and differentiable in all tensors.
+    one query. Where no gradient is recorded, `"cuda"`, `"triton"` and `"cpu"` have one operator for
+    all of it. `"cpu"` rounds once; elsewhere Z+ and Z- are rounded to the dtype of `q`, and what
+    follows is computed in fp32 and rounded. Deterministic, and differentiable in all tensors.
 
     Args:
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, backend: As `nasa_attention`
-            takes them. The blend runs in Triton where the back end is `"triton"` and nothing is
-            differentiated, and in plain PyTorch elsewhere.
+            takes them.
         nag_scale: Extrapolation, as in the published code: 1 is off. The paper's scale is this
             minus 1, so that 0 is off there.
         nag_tau: The most by which G may exceed Z+ in magnitude; above 0.
@@ -74,26 +76,21 @@ def nag_attention(
         RuntimeError: As `nasa_attention`.
     """
     function = "nag_attention"
-    settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
     asked = (function, backend)
-    plain = quick(asked, q, (k_pos, v_pos, k_neg, v_neg), mask_pos, mask_neg, 0.0, scale)
-    # each prompt is a call, which sees nothing of the other's heads
-    if plain is not None and k_pos.shape[2:] == k_neg.shape[2:]:
-        known, *numbers = plain
-
-        def attend(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return known.operator(q, k, v, k, v, mask, None, *numbers, *known.rest)
-
-        try:
-            alpha_map, alpha = _check_alpha(function, q, nag_alpha)
-            z_pos = attend(k_pos, v_pos, mask_pos)
-            if alpha_map is None and alpha == 0:
-                return z_pos
-            z_neg = attend(k_neg, v_neg, mask_neg)
-            return _blend_on(known.backend, z_pos, z_neg, alpha_map, alpha, settings)
-        except REFUSALS:
-            # the checks say what is wrong
-            pass
+    if _are_settings(nag_scale, nag_tau, nag_norm):
+        prompts = (k_pos, v_pos, k_neg, v_neg)
+        plain = quick(asked, q, prompts, mask_pos, mask_neg, nag_alpha, scale)
+        if plain is not None:
+            known, alpha_map, alpha, factor = plain
+            try:
+                return known.runs()(
+                    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, factor,
+                    nag_scale, nag_tau, nag_norm,
+                )  # fmt: skip
+            except REFUSALS:
+                # the checks say what is wrong
+                pass
+    settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
     call = prepare(
         function,
         q,
@@ -103,16 +100,15 @@ def nag_attention(
         backend,
     )
     alpha_map, alpha = _check_alpha(function, call.q, nag_alpha)
-    if _is_one_operator(call, alpha_map, alpha):
-        k_pos, v_pos = call.keys_values[:2]
-        call = call._replace(keys_values=(k_pos[:, :0], v_pos[:, :0], *call.keys_values))
-        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
-    attention.remember_plain(asked, call)
-    z_pos = outside_autocast(attention.attend_pos, call)
+    if _is_one_operator(call, alpha_map):
+        remember(asked, call, ops.NAG[call.backend], cross="nag")
     if alpha_map is None and alpha == 0:
-        return z_pos
+        return outside_autocast(attention.attend_pos, call)
+    if _is_one_operator(call, alpha_map):
+        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
+    z_pos = outside_autocast(attention.attend_pos, call)
     z_neg = outside_autocast(attention.attend_neg, call)
-    return _blend_on(call.backend, z_pos, z_neg, alpha_map, alpha, settings)
+    return blend(z_pos, z_neg, alpha_map, alpha, *settings)
 
 
 def nag_joint_attention(
@@ -142,8 +138,8 @@ def nag_joint_attention(
 
     Args:
         q, k, v, k_pos, v_pos, k_neg, v_neg, text_queries, mask_pos, mask_neg, scale, backend: As
-            `nasa_joint_attention` takes them. `"triton"` and `"cpu"` read the image's keys once
-            where no gradient is recorded; otherwise they are read twice.
+            `nasa_joint_attention` takes them. `"cuda"`, `"triton"` and `"cpu"` read the image's
+            keys once where no gradient is recorded; otherwise they are read twice.
         nag_scale, nag_tau, nag_norm: As in `nag_attention`.
         nag_alpha: As in `nag_attention`; a tensor broadcasts to `[b, image queries, 1]`.
 
@@ -154,6 +150,22 @@ def nag_joint_attention(
         ValueError, RuntimeError: As `nag_attention` and `nasa_joint_attention` do.
     """
     function = "nag_joint_attention"
+    asked = (function, backend)
+    if _are_settings(nag_scale, nag_tau, nag_norm) and are_two(text_queries):
+        keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
+        plain = quick(asked, q, keys_values, mask_pos, mask_neg, nag_alpha, scale)
+        if plain is not None and like(q, *keys_values):
+            known, alpha_map, alpha, factor = plain
+            # of alpha 0 there is less to do
+            if alpha_map is not None or alpha != 0:
+                try:
+                    return known.runs()(
+                        q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor, nag_scale,
+                        nag_tau, nag_norm, *text_queries,
+                    )  # fmt: skip
+                except REFUSALS:
+                    # the checks say what is wrong
+                    pass
     settings = _check_settings(function, nag_scale, nag_tau, nag_norm)
     call = prepare(
         function,
@@ -166,18 +178,18 @@ def nag_joint_attention(
     )
     image = call.q.shape[1] - call.text_pos - call.text_neg
     alpha_map, alpha = _check_alpha(function, call.q[:, :image], nag_alpha)
+    if _is_one_operator(call, alpha_map):
+        remember(asked, call, ops.JOINT_NAG[call.backend], joint="nag")
     if alpha_map is None and alpha == 0:
         return outside_autocast(joint_attention.attend, call, "nasa-cross")
-    if _is_one_operator(call, alpha_map, alpha):
-        return outside_autocast(_attend_guided, call, alpha_map, alpha, settings)
+    if _is_one_operator(call, alpha_map):
+        return outside_autocast(_attend_joint_guided, call, alpha_map, alpha, settings)
     apart = outside_autocast(joint_attention.attend_apart, call)
-    return apart.joined(
-        _blend_on(call.backend, apart.z_pos, apart.z_neg, alpha_map, alpha, settings)
-    )
+    return apart.joined(blend(apart.z_pos, apart.z_neg, alpha_map, alpha, *settings))
 
 
-def _is_one_operator(call: Call, alpha_map: Tensor | None, alpha: float) -> bool:
-    if call.backend not in ops.NAG or call.differentiable or (alpha_map is None and alpha == 0):
+def _is_one_operator(call: Call, alpha_map: Tensor | None) -> bool:
+    if call.backend not in ops.NAG or call.differentiable:
         return False
     return alpha_map is None or not (alpha_map.requires_grad and torch.is_grad_enabled())
 
@@ -187,34 +199,39 @@ def _attend_guided(
 ) -> Tensor:
     return ops.NAG[call.backend](
         call.q, *call.keys_values, call.mask_pos, call.mask_neg, alpha_map, alpha, call.scale,
+        *settings,
+    )  # fmt: skip
+
+
+def _attend_joint_guided(
+    call: Call, alpha_map: Tensor | None, alpha: float, settings: tuple[float, float, int]
+) -> Tensor:
+    return ops.JOINT_NAG[call.backend](
+        call.q, *call.keys_values, call.mask_pos, call.mask_neg, alpha_map, alpha, call.scale,
         *settings, call.text_pos, call.text_neg,
     )  # fmt: skip
+
+
+def reads_image_once(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether `nag_joint_attention` of these, q the first, reads the image's keys once for both
+    prompts."""
+    taken = _taken_back_end(backend, *tensors)
+    return taken in ops.JOINT_NAG or taken in ops.JOINT_PAIR
 
 
 def pair_backend(backend: str | None, *tensors: Tensor) -> str | None:
     """The back end whose one operator gives Z+ and Z- of a joint attention, q the first of its
     tensors; None where each of the two is a call."""
+    taken = _taken_back_end(backend, *tensors)
+    return taken if taken in ops.JOINT_PAIR else None
+
+
+def _taken_back_end(backend: str | None, *tensors: Tensor) -> str | None:
+    """Where no gradient is recorded."""
     q = tensors[0]
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    if backend is None:
-        backend = backends.choose(q.device, q.dtype, q.shape[3], differentiable)
-    return backend if backend in ops.JOINT_PAIR and not differentiable else None
-
-
-def _blend_on(
-    backend: str,
-    z_pos: Tensor,
-    z_neg: Tensor,
-    alpha_map: Tensor | None,
-    alpha: float,
-    settings: tuple[float, float, int],
-) -> Tensor:
-    """`blend`, in Triton where that is the back end and nothing is differentiated."""
-    inputs = (z_pos, z_neg) if alpha_map is None else (z_pos, z_neg, alpha_map)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if backend == "triton" and not differentiable:
-        return ops.BLEND(z_pos, z_neg, alpha_map, alpha, *settings)
-    return blend(z_pos, z_neg, alpha_map, alpha, *settings)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    return backends.choose(q.device, q.dtype, q.shape[3]) if backend is None else backend
 
 
 def blend(
@@ -226,7 +243,7 @@ def blend(
     nag_tau: float,
     nag_norm: int = 1,
 ) -> Tensor:
-    """What follows Z+ and Z-, in plain PyTorch: the oracle of the kernel, and its gradient."""
+    """What follows Z+ and Z-, in plain PyTorch: the oracle of the kernels, and their gradient."""
     dtype = z_pos.dtype
     if dtype != torch.float64:
         z_pos, z_neg = z_pos.float(), z_neg.float()
@@ -254,6 +271,18 @@ def _norm(x: Tensor, nag_norm: int) -> Tensor:
 
 
 # ---- checks --------------------------------------------------------------------------------------
+
+
+def _are_settings(nag_scale: float, nag_tau: float, nag_norm: int) -> bool:
+    """Whether they need no words: `_check_settings` has them, and what else it takes."""
+    return (
+        (type(nag_scale) is float or type(nag_scale) is int)
+        and (type(nag_tau) is float or type(nag_tau) is int)
+        and type(nag_norm) is int
+        and -_INFINITY < nag_scale < _INFINITY
+        and 0 < nag_tau < _INFINITY
+        and 1 <= nag_norm <= 2
+    )
 
 
 def _check_settings(

@@ -1,13 +1,14 @@
 """Registered operators. Per back end:
 
     forward_NAME     O, without a gradient: what inference calls
+    nag_NAME         normalised attention guidance, without a gradient, where the record has it
     attention_NAME   the same with backward_NAME as its gradient: what training calls. Beside O it
                      returns what is saved for backward_NAME
     backward_NAME    the gradients that are asked for
 
 and for joint attention `joint_forward_NAME`, `joint_attention_NAME`, `joint_backward_NAME`,
-`joint_pair_NAME`, which leaves the attention over [shared; pos] and that over [shared; neg] apart,
-and `joint_nag_NAME`, normalised attention guidance, also of cross-attention.
+`joint_nag_NAME`, and `joint_pair_NAME`, which leaves the attention over [shared; pos] and that over
+[shared; neg] apart.
 Inference has an operator of its own because a registered gradient costs microseconds of host time
 in every call, used or not.
 
@@ -21,7 +22,7 @@ cross-attention take it as the last of their inputs (`backward_NAME` has `needs`
 the record lists more rules than "nasa", forward by `rules` and backward by `backward_rules`.
 
 Shapes, in the terms of `attention.py` and `joint_attention.py`, after `_checks.prepare`:
-q, grad_o [b, l, h, d]; k, v [b, n, h, d] with stride 0 where a prompt is shared; masks [b, n];
+q, grad_o [b, l, h, d]; k, v [b, n, h_kv, d] with stride 0 where a prompt is shared; masks [b, n];
 alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength.
 """
 
@@ -48,9 +49,11 @@ _PAIR_INPUTS = (
     f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, Tensor? mask_pos, Tensor? mask_neg, float scale,"
     " int text_pos, int text_neg"
 )
-_NAG_INPUTS = (
-    f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_REST}, float nag_scale, float nag_tau,"
-    " int nag_norm, int text_pos, int text_neg"
+_NAG_SETTINGS = "float nag_scale, float nag_tau, int nag_norm"
+_NAG_INPUTS = f"{_INPUTS}, {_NAG_SETTINGS}"
+_JOINT_NAG_INPUTS = (
+    f"Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_REST}, {_NAG_SETTINGS}, int text_pos,"
+    " int text_neg"
 )
 
 
@@ -264,6 +267,15 @@ def _register(backend: Backend) -> tuple[Any, Any]:
     return forward, attention
 
 
+def _register_nag(backend: Backend) -> Any:
+    operator = _define(
+        f"nag_{backend.name}", f"({_NAG_INPUTS}) -> Tensor", _forward_fake, _flops.forward
+    )
+    if backend.cross is not None:
+        _implement(operator, backend, backend.cross.forward, "nag")
+    return operator
+
+
 def _register_joint(
     backend: Backend, function: str, inputs: str, result: str, fake: Callable
 ) -> Any:
@@ -297,10 +309,17 @@ def _register_joint_gradient(backend: Backend) -> Any:
     return attention
 
 
-# the second launch of the CUDA C++ kernels, implemented by the compiled extension
+# what follows the first launch in the CUDA C++ kernels, implemented by the compiled extension
 _define(
     "forward_joint_cuda",
     f"({_INPUTS}, Tensor o_shared, Tensor lse_shared, int rule, int text_pos, int text_neg)"
+    " -> Tensor",
+    _forward_fake,
+    _flops.forward,
+)
+_define(
+    "nag_joint_cuda",
+    f"({_INPUTS}, Tensor o_shared, Tensor lse_shared, {_NAG_SETTINGS}, int text_pos, int text_neg)"
     " -> Tensor",
     _forward_fake,
     _flops.forward,
@@ -346,18 +365,10 @@ JOINT_PAIR = {
     if backend.has_pair
 }
 
-# normalised attention guidance, whole; without shared keys it is cross-attention
-NAG = {
-    backend.name: _register_joint(backend, "nag", _NAG_INPUTS, "Tensor", _forward_fake)
+# normalised attention guidance, of cross-attention and of joint attention
+NAG = {backend.name: _register_nag(backend) for backend in _FUSED if backend.has_nag}
+JOINT_NAG = {
+    backend.name: _register_joint(backend, "nag", _JOINT_NAG_INPUTS, "Tensor", _forward_fake)
     for backend in _FUSED
     if backend.has_nag
 }
-# the end of normalised attention guidance: `nag.py` has its formula
-BLEND = _define(
-    "nag_blend_triton",
-    "(Tensor z_pos, Tensor z_neg, Tensor? alpha_map, float alpha, float nag_scale, float nag_tau,"
-    " int nag_norm=1) -> Tensor",
-    _forward_fake,
-    _flops.none,
-)
-_implement(BLEND, RECORDS["triton"], "nasa_kernels._triton.nag", "blend")

@@ -30,9 +30,11 @@ cpu_composition = attention
 CPU_LIBRARY = _cpu.LIBRARY
 CUDA_LIBRARY = extension.LIBRARY
 why_no_cpu_kernels = _cpu.load
-# the two launches of joint attention on `cuda`, and the grids of Triton's resident kernels
+# the launches of joint attention on `cuda`, the first one alone, and the grids of Triton's resident
+# kernels
 attend_shared = shared.attend_shared
 joint_forward_cuda = cuda_joint.forward
+joint_nag_cuda = cuda_joint.nag
 triton_grid = grid
 
 

@@ -30,6 +30,7 @@ NEEDED = {
     "backward_queries_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "backward_keys_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "sum_splits_kernel": ("LDG", "STG"),
+    "nag_blend_kernel": ("LDG", "STG", "SHFL"),
 }
 
 

@@ -18,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../abi.h"
 #include "../arguments.h"
 #include "nasa_cpu.h"
 
@@ -282,22 +283,34 @@ std::tuple<Tensor, Tensor> joint_pair_cpu(const Tensor q, const Tensor k, const 
     return {z_pos, z_neg};
 }
 
-// Normalised attention guidance in cross-attention (no k and v) and in joint attention. alpha_map
-// [b, image queries, 1]
+// Normalised attention guidance of a call without a rule. alpha_map [b, image queries, 1]
+Tensor nag_of(Call& p, const Tensor& q, const Optional& alpha_map, double alpha, double nag_scale,
+              double nag_tau, int64_t nag_norm) {
+    STD_TORCH_CHECK(nag_norm == 1 || nag_norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
+                    nag_norm);
+    set_alpha(p, alpha_map, alpha, p.l - p.text_pos - p.text_neg, 1);
+    p.rule = Rule::kNag;
+    p.nag = {static_cast<float>(nag_scale), static_cast<float>(nag_tau),
+             static_cast<int>(nag_norm)};
+    return forward_of(p, q);
+}
+
+Tensor nag_cpu(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Tensor k_neg,
+               const Tensor v_neg, const Optional mask_pos, const Optional mask_neg,
+               const Optional alpha_map, double alpha, double scale, double nag_scale,
+               double nag_tau, int64_t nag_norm) {
+    Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
+    return nag_of(p, q, alpha_map, alpha, nag_scale, nag_tau, nag_norm);
+}
+
 Tensor joint_nag_cpu(const Tensor q, const Tensor k, const Tensor v, const Tensor k_pos,
                      const Tensor v_pos, const Tensor k_neg, const Tensor v_neg,
                      const Optional mask_pos, const Optional mask_neg, const Optional alpha_map,
                      double alpha, double scale, double nag_scale, double nag_tau, int64_t nag_norm,
                      int64_t text_pos, int64_t text_neg) {
-    STD_TORCH_CHECK(nag_norm == 1 || nag_norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
-                    nag_norm);
     Call p = call_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale);
     set_joint(p, q, k, v, text_pos, text_neg);
-    set_alpha(p, alpha_map, alpha, p.l - text_pos - text_neg, 1);
-    p.rule = Rule::kNag;
-    p.nag = {static_cast<float>(nag_scale), static_cast<float>(nag_tau),
-             static_cast<int>(nag_norm)};
-    return forward_of(p, q);
+    return nag_of(p, q, alpha_map, alpha, nag_scale, nag_tau, nag_norm);
 }
 
 }  // namespace
@@ -312,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, CPU, m) {
     m.impl("joint_attention_cpu", TORCH_BOX(&nasa::cpu::joint_attention_cpu));
     m.impl("joint_backward_cpu", TORCH_BOX(&nasa::cpu::joint_backward_cpu));
     m.impl("joint_pair_cpu", TORCH_BOX(&nasa::cpu::joint_pair_cpu));
+    m.impl("nag_cpu", TORCH_BOX(&nasa::cpu::nag_cpu));
     m.impl("joint_nag_cpu", TORCH_BOX(&nasa::cpu::joint_nag_cpu));
 }
 

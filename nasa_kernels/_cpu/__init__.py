@@ -31,7 +31,7 @@ def load() -> str | None:
         return "NASA_CPU_ISA=none leaves the CPU kernels out"
     if not LIBRARY.is_file():
         return NOT_BUILT
-    library = open_library(LIBRARY, "nasa_cpu_isa")
+    library = open_library(LIBRARY)
     if isinstance(library, str):
         return library
     if not _isa_of(library):

@@ -26,7 +26,7 @@ def load() -> str | None:
     """Register the kernels. None when they are there, otherwise one sentence why not."""
     if not LIBRARY.is_file():
         return NOT_BUILT
-    library = open_library(LIBRARY, "nasa_kernels_rules")
+    library = open_library(LIBRARY)
     return library if isinstance(library, str) else None
 
 

@@ -30,6 +30,17 @@ def attention(
     return o, o_shared, lse_shared
 
 
+def nag(
+    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+    nag_scale, nag_tau, nag_norm, text_pos, text_neg,
+) -> Tensor:  # fmt: skip
+    """Normalised attention guidance beside the image's keys, which are read once."""
+    return torch.ops.nasa_kernels.nag_joint_cuda.default(
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+        *attend_shared(q, k, v, scale), nag_scale, nag_tau, nag_norm, text_pos, text_neg,
+    )  # fmt: skip
+
+
 def backward(
     grad_o, o_shared, lse_shared,
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,

@@ -38,6 +38,7 @@ from nasa_kernels._triton.launch import (
     launch,
     strides_or_zeros,
 )
+from nasa_kernels._triton.nag import blend
 from nasa_kernels._triton.projected import PROJECTED, project, removed
 from nasa_kernels._triton.prompt import load_keys, load_prompt, prompt_of_head
 from nasa_kernels._triton.softmax import finite, mask_scores, nonzero, online_step, row_max
@@ -190,14 +191,31 @@ def load_alpha(ALPHA, alpha, stride_ab, stride_al, stride_ah, b, h, row, valid):
 
 
 @triton.jit
+def store_apart(
+    O, O_neg, found_pos, v_pos, l_pos, found_neg, v_neg, l_neg, row, valid, stride,
+    D: tl.constexpr, D_CUT: tl.constexpr, POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Z+ and Z-."""
+    start = 0
+    for i in tl.static_range(len(D_CUT)):
+        # [BLOCK_L, d_i]
+        z_neg = block_of_z(found_neg, v_neg, i, NEG_CUT, BLOCK_L, D_CUT) * (1.0 / l_neg)[:, None]
+        store_block(O_neg, z_neg, row, valid, stride, start, D, D_CUT[i])
+        z_pos = block_of_z(found_pos, v_pos, i, POS_CUT, BLOCK_L, D_CUT) * (1.0 / l_pos)[:, None]
+        store_block(O, z_pos, row, valid, stride, start, D, D_CUT[i])
+        start += D_CUT[i]
+
+
+@triton.jit
 def forward_tile(
-    Q, O, ALPHA, pos, neg, k_pos, v_pos, k_neg, v_neg, tile, b, h,
+    Q, O, O_neg, ALPHA, pos, neg, k_pos, v_pos, k_neg, v_neg, tile, b, h,
     stride_ql, stride_ab, stride_al, stride_ah, H, L, alpha, qk_scale,
     RULE: tl.constexpr, D: tl.constexpr, D_CUT: tl.constexpr,
     POS_CUT: tl.constexpr, NEG_CUT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """O of one tile of queries of a head, whose matrices Q and O are."""
+    """O of one tile of queries of a head, whose matrices Q and O are; with O_neg Z+ and Z-."""
     row = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     # [BLOCK_L, d]
     q = load_rows(Q, row, row < L, stride_ql, D, D_CUT, ALIGN)
@@ -213,7 +231,12 @@ def forward_tile(
     # div_rn: exactly 1 where the sums are equal, which `/` does not promise
     c = alpha_row * tl.div_rn(l_pos, l_neg)
     normalise = 1.0 / l_pos
-    if RULE == PROJECTED and NEG_CUT is not None:
+    if O_neg is not None:
+        store_apart(
+            O, O_neg, found_pos, v_pos, l_pos, found_neg, v_neg, l_neg, row, row < L, H * D,
+            D, D_CUT, POS_CUT, NEG_CUT, BLOCK_L,
+        )  # fmt: skip
+    elif RULE == PROJECTED and NEG_CUT is not None:
         z_pos = blocks_of_z(found_pos, v_pos, POS_CUT, BLOCK_L, D_CUT)
         z_neg = blocks_of_z(found_neg, v_neg, NEG_CUT, BLOCK_L, D_CUT)
         apart, c, r = project(z_pos, z_neg, c)
@@ -239,7 +262,7 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=["HEADS", "L", "per_multiprocessor", "n_pos", "n_neg"])
 def forward_kernel(
-    Q, K_pos, V_pos, K_neg, V_neg, O, MASK_pos, MASK_neg, ALPHA,
+    Q, K_pos, V_pos, K_neg, V_neg, O, O_neg, MASK_pos, MASK_neg, ALPHA,
     stride_qb, stride_ql, stride_qh,
     stride_kpb, stride_kpn, stride_kph, stride_vpb, stride_vpn, stride_vph,
     stride_knb, stride_knn, stride_knh, stride_vnb, stride_vnn, stride_vnh,
@@ -271,6 +294,7 @@ def forward_kernel(
         )  # fmt: skip
         Q_bh = of_head(Q, b, h, stride_qb, stride_qh, ALIGN)
         O_bh = O + (b * L * H + h) * D
+        O_neg_bh = None if O_neg is None else O_neg + (b * L * H + h) * D
         # empty tuples where a prompt is streamed or void
         k_neg, v_neg = load_prompt(neg, NEG_CUT, D, D_CUT, ALIGN)
         k_pos, v_pos = load_prompt(pos, POS_CUT, D, D_CUT, ALIGN)
@@ -280,7 +304,7 @@ def forward_kernel(
             last_tile = first_tile + 1
         for tile in range(first_tile, last_tile):
             forward_tile(
-                Q_bh, O_bh, ALPHA, pos, neg, k_pos, v_pos, k_neg, v_neg, tile, b, h,
+                Q_bh, O_bh, O_neg_bh, ALPHA, pos, neg, k_pos, v_pos, k_neg, v_neg, tile, b, h,
                 stride_ql, stride_ab, stride_al, stride_ah, H, L, alpha, qk_scale,
                 RULE, D, D_CUT, POS_CUT, NEG_CUT, BLOCK_L, BLOCK_N, ALIGN,
             )  # fmt: skip
@@ -294,15 +318,38 @@ def forward(
     launch(
         plan,
         (q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map),
-        (alpha_map is None and alpha == 0, rule),
-        (q, k_pos, v_pos, k_neg, v_neg, o, mask_pos, mask_neg, alpha_map),
+        (alpha_map is None and alpha == 0, rule, False),
+        (q, k_pos, v_pos, k_neg, v_neg, o, None, mask_pos, mask_neg, alpha_map),
         (alpha, scale * LOG2E),
     )
     return o
 
 
-def plan(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void, rule) -> Launch:
-    """The launch of the forward kernel. `is_void`: alpha is 0, and no negative prompt is read."""
+def nag(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+    nag_scale, nag_tau, nag_norm,
+):  # fmt: skip
+    """Normalised attention guidance: one launch for Z+ and Z-, and one that makes O of them."""
+    prompts = (k_pos, v_pos, k_neg, v_neg)
+    if alpha_map is None and alpha == 0:
+        return forward(q, *prompts, mask_pos, mask_neg, None, alpha, scale, 0)
+    z_pos, z_neg = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    launch(
+        plan,
+        (q, *prompts, mask_pos, mask_neg, None),
+        (False, 0, True),
+        (q, *prompts, z_pos, z_neg, mask_pos, mask_neg, None),
+        (1.0, scale * LOG2E),
+    )
+    return blend(z_pos, z_neg, z_pos, alpha_map, alpha, nag_scale, nag_tau, nag_norm)
+
+
+def plan(
+    q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void, rule, is_pair
+) -> Launch:  # fmt: skip
+    """The launch of the forward kernel. `is_void`: alpha is 0, and no negative prompt is read.
+    `is_pair`: with a pointer for Z-, which decides what is compiled.
+    """
     k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map = expanded(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
     )
@@ -331,7 +378,8 @@ def plan(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, is_void, 
     if not single:
         # O is as Q is, and any numbers do
         arguments = (
-            q, k_pos, v_pos, k_neg, v_neg, q, mask_pos, mask_neg, alpha_map, *strides,
+            q, k_pos, v_pos, k_neg, v_neg, q, q if is_pair else None, mask_pos, mask_neg,
+            alpha_map, *strides,
             b * h, h, l, 1, *lengths, 1.0, 1.0,
         )  # fmt: skip
         grid = grid_of(forward_kernel, arguments, constants | options, tiles, q.device)

@@ -67,7 +67,7 @@ def grid_of(
     if device.type != "cuda":
         return grid_for(tiles, 1, INTERPRETED)
     # what the registers of the kernel depend on
-    kinds = tuple((x.dtype if isinstance(x, Tensor) else x is None) for x in arguments[:9])
+    kinds = tuple((x.dtype if isinstance(x, Tensor) else x is None) for x in arguments[:10])
     key = (device, kinds, tuple(options.values()))
     resident = _resident.get(key)
     gpu = gpu_of(device)

@@ -54,7 +54,8 @@ def rows(tmp_path_factory) -> dict:
 
 
 def test_rows_have_a_baseline_of_the_same_run(rows):
-    assert {"plain", "masks", "alpha", "broadcast", "projected", "nag", "joint"} <= set(rows)
+    cases = {"plain", "masks", "alpha", "broadcast", "projected", "nag", "joint", "joint-nag"}
+    assert cases | {"shared"} == set(rows)
     for row in rows.values():
         assert (row.bench, row.provider, row.timing) == ("host", "triton", "host")
         assert row.baseline == "sdpa" and row.baseline_us > 0
@@ -63,4 +64,11 @@ def test_rows_have_a_baseline_of_the_same_run(rows):
 
 def test_a_call_costs_the_host_no_more_than_four_of_sdpa(rows):
     """The fifth of the rounds that met least else: what runs beside it only adds."""
-    assert rows["plain"].p20_us / rows["plain"].baseline_us <= host.CEILINGS["triton"]
+    for case in ("plain", "masks", "alpha", "broadcast", "projected", "nag"):
+        assert rows[case].p20_us / rows[case].baseline_us <= host.CEILINGS["triton"], case
+
+
+def test_joint_attention_costs_the_host_no_more_beside_the_first_launch(rows):
+    for case in ("joint", "joint-nag"):
+        own = rows[case].p20_us - rows["shared"].p20_us
+        assert own / rows[case].baseline_us <= host.CEILINGS["triton"], case

@@ -5,7 +5,15 @@ import asyncio
 import comfy.patcher_extension
 import pytest
 import torch
-from comfyui.test_comfy_families import ALPHA, close, node
+from comfyui.test_comfy_families import (
+    ALPHA,
+    by_two_calls,
+    close,
+    in_lockstep,
+    layers_of,
+    node,
+    rows_of,
+)
 from comfyui.tiny import predict, sample, tiny
 
 from nasa_kernels import nasa_attention_reference
@@ -122,6 +130,50 @@ def test_through_the_sampler(pack, model, texts):
         assert torch.equal(sample(model, model.patcher, positive, other, cfg), stock)
 
 
+def test_cfg_takes_the_guided_prediction(pack, model, texts):
+    positive, negative, other = texts
+    guided = node(pack, model, negative)
+    # after one step the latent is the prediction: uncond + cfg (guided - uncond)
+    uncond = sample(model, model.patcher, other, other, steps=1)
+    cond = sample(model, guided, positive, other, steps=1)
+    actual = sample(model, guided, positive, other, 3.0, steps=1)
+    close(actual, uncond + 3.0 * (cond - uncond), uncond)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_masks_and_several_prompts_of_the_positive_are_obeyed(pack, name):
+    model = tiny(name)
+    first, second, negative = (model.text(n, seed) for n, seed in ((20, 1), (20, 4), (13, 2)))
+    guided = node(pack, model, negative)
+    left = torch.zeros(1, *model.latent[-2:])
+    left[..., : model.latent[-1] // 2] = 1.0
+    alone = [sample(model, guided, text, negative, steps=1) for text in (first, second)]
+    conditioning = []
+    for text, mask in ((first, left), (second, 1.0 - left)):
+        ((text, settings),) = model.conditioning(text)
+        conditioning.append([text, {**settings, "mask": mask, "mask_strength": 1.0}])
+    actual = sample(model, guided, conditioning, negative, steps=1)
+    expected = left * alone[0] + (1.0 - left) * alone[1]
+    close(actual, expected, sample(model, model.patcher, first, negative, steps=1))
+
+
+def test_an_area_of_the_positive_is_obeyed(pack):
+    """Half of the image has a call of its own, of half the size."""
+    model = tiny("sd15")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    guided = node(pack, model, negative)
+    whole = sample(model, guided, positive, negative, steps=1)
+    ((text, settings),) = model.conditioning(positive)
+    area = [text, {**settings, "area": (16, 8, 0, 0), "strength": 1.0}]
+    half, other = (
+        sample(model, patcher, [area], negative, steps=1) for patcher in (guided, model.patcher)
+    )
+    stock = sample(model, model.patcher, positive, negative, steps=1)
+    assert (half[..., :8] - other[..., :8]).norm() > 1e-3 * stock.norm()
+    # where no prompt is, nothing is predicted
+    assert half[..., 8:].abs().max() < 1e-3 * whole.abs().max()
+
+
 def test_the_steps_between_start_and_end(pack, model, texts):
     from nasa_pack.nodes import NasaNegativePrompt
 
@@ -199,13 +251,92 @@ def test_an_ip_adapter_before_is_kept_and_after_is_named(pack):
         predict(model, positive, node(pack, model, negative, before, "NAG", 3.0))
 
 
-def test_a_cache_may_answer_for_the_network(pack, model, texts):
-    positive, negative, _ = texts
-    guided = node(pack, model, negative)
-    kept = predict(model, positive, guided)
-    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-    guided.add_wrapper_with_key(kind, "cache", lambda executor, *args, **kwargs: kept)
-    assert torch.isfinite(predict(model, positive, guided)).all()
+def test_a_patch_of_the_text_that_adds_tokens_is_named(pack):
+    """As an IP-Adapter may, before the projections."""
+    model = tiny("sd15")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+
+    def adapter(n, context, value, extra_options):
+        return n, torch.cat((context, context[:, :4]), 1), torch.cat((value, value[:, :4]), 1)
+
+    before = model.patcher.clone()
+    before.set_model_attn2_patch(adapter)
+    after = node(pack, model, negative)
+    after.set_model_attn2_patch(adapter)
+    for patcher in (node(pack, model, negative, before), after):
+        with pytest.raises(ValueError, match=r"adapter changed the text from 33 tokens to 37"):
+            predict(model, positive, patcher)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_controlnet_adds_what_it_adds_without(pack, name):
+    model = tiny(name)
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    hints = torch.Generator().manual_seed(9)
+    if name == "sd15":
+        control = {"middle": [50 * torch.randn(1, 64, 8, 8, generator=hints)]}
+    else:
+        control = {"input": [torch.randn(1, 64, 128, generator=hints)], "output": []}
+    guided = node(pack, model, negative, method="NASA", rule="nasa")
+    stock = predict(model, positive, control=control)
+    assert (stock - predict(model, positive)).norm() > 1e-3 * stock.norm()
+    actual = predict(model, positive, guided, control=control)
+    if name == "sd15":
+        layers = len(layers_of(name, model.net))
+        expected = by_two_calls(name, model, positive, negative, [ALPHA] * layers, control=control)
+    else:
+        rows = rows_of(name, model)
+        expected = in_lockstep(model, positive, negative, ALPHA, rows, control=control)
+    close(actual, expected, stock)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_easycache(pack, model, texts, place):
+    """ComfyUI's own cache of the network, which leaves out steps."""
+    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
+    positive, negative, other = texts
+    calls = 0
+
+    def counted(executor, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return executor(*args, **kwargs)
+
+    def cached(threshold):
+        patcher = model.patcher if place == "before" else node(pack, model, negative)
+        patcher = nodes.EasyCacheNode.execute(patcher, threshold, 0.0, 1.0, False).args[0]
+        if place == "before":
+            patcher = node(pack, model, negative, patcher)
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        patcher.add_wrapper_with_key(kind, "counted", counted)
+        return sample(model, patcher, positive, other, steps=6)
+
+    plain = sample(model, node(pack, model, negative), positive, other, steps=6)
+    assert torch.equal(cached(0.0), plain)
+    assert calls == 6
+    result = cached(1e6)
+    assert torch.isfinite(result).all()
+    assert calls < 12
+
+
+def test_a_node_that_leaves_out_blocks_is_an_error(pack, model, texts):
+    """As a cache of blocks does."""
+    guided = node(pack, model, texts[1])
+    guided.set_model_patch_replace(lambda args, _: {"img": args["img"]}, "dit", "double_block", 1)
+    with pytest.raises(RuntimeError, match=r"2 of 3 .*the others did not run; .* cache of blocks"):
+        predict(model, texts[0], guided)
+
+    def again(args, extra):
+        return extra["original_block"](args) and extra["original_block"](args)
+
+    guided.set_model_patch_replace(again, "dit", "double_block", 1)
+    with pytest.raises(RuntimeError, match=r"4 of 3 .*more than the network has"):
+        predict(model, texts[0], guided)
+    # and nothing is left behind
+    assert torch.equal(predict(model, texts[0]), predict(model, texts[0], model.patcher.clone()))
+    from nasa_pack.steering.call import CURRENT
+
+    assert CURRENT.get() is None
 
 
 def test_weights_that_a_lora_changed_project_both_prompts(pack, model, texts):
@@ -246,12 +377,13 @@ def test_compiled(pack, model, texts):
     ("conditioning", "message"),
     [
         ([], "is empty; connect a text"),
+        ([[torch.zeros(1, 0, 64), {}]], "the negative text has no tokens"),
         ([[torch.zeros(1, 4, 64), {}]] * 2, "has 2 prompts; give each a node of its own"),
         ([[torch.zeros(1, 4, 64), {"mask": torch.ones(1, 8, 8)}]], "has a mask, which is not"),
         ([[torch.zeros(1, 4, 64), {"area": (8, 8, 0, 0)}]], "has an area, which is not"),
         ([[torch.zeros(1, 4, 64), {"end_percent": 0.5}]], "has a range of steps, which is not"),
     ],
-    ids=["empty", "two", "mask", "area", "steps"],
+    ids=["empty", "no tokens", "two", "mask", "area", "steps"],
 )
 def test_a_conditioning_that_is_no_prompt(pack, model, conditioning, message):
     from nasa_pack.nodes import NasaNegativePrompt
@@ -259,6 +391,27 @@ def test_a_conditioning_that_is_no_prompt(pack, model, conditioning, message):
     arguments = ("NASA", ALPHA, "nasa", 0.0, 1.0, "")
     with pytest.raises(ValueError, match=message):
         NasaNegativePrompt.execute(model.patcher, conditioning, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "PAG"}, "method must be one of NASA, NASA projected, NAG, VSF, got 'PAG'"),
+        ({"rule": "sum"}, "rule must be one of nasa-cross, nasa-text, nasa, got 'sum'"),
+        ({"strength": float("nan")}, "strength must be 0 or more, got nan"),
+        ({"start_percent": 0.7, "end_percent": 0.2}, "start_percent must be below end_percent"),
+    ],
+    ids=["method", "rule", "strength", "steps"],
+)
+def test_settings_of_another_version(pack, model, texts, change, message):
+    from nasa_pack.nodes import NasaNegativePrompt
+
+    settings = {
+        "model": model.patcher, "negative": model.conditioning(texts[1]), "method": "NASA",
+        "strength": ALPHA, "rule": "nasa", "start_percent": 0.0, "end_percent": 1.0, "layers": "",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        NasaNegativePrompt.execute(**{**settings, **change})
 
 
 def test_a_text_of_another_model(pack, model, texts):

@@ -46,8 +46,8 @@ def library(monkeypatch):
 @needs_library
 def test_it_loads_and_registers_its_kernels(library):
     assert extension.load() is None
-    joint = ("forward_joint", "joint_statistics", "joint_queries", "joint_keys")
-    for name in ("forward_cuda", "backward_cuda", *(f"{step}_cuda" for step in joint)):
+    joint = ("forward_joint", "nag_joint", "joint_statistics", "joint_queries", "joint_keys")
+    for name in ("forward_cuda", "nag_cuda", "backward_cuda", *(f"{step}_cuda" for step in joint)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nasa_kernels::{name}", "CUDA")
 
 

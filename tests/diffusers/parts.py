@@ -199,21 +199,14 @@ def guided(case, rule, negatives, **changes):
                 i += 1
                 if text_name is None:
                     n = texts.shape[1]
-                    x = block(**own | {case.tokens: torch.cat([image, texts], 1)})
+                    x = case.run(block, own, torch.cat([image, texts], 1))
                     image, texts = x[:, : x.shape[1] - n], x[:, x.shape[1] - n :]
                 else:
-                    both = block(**own | {case.tokens: image, text_name: texts})
-                    texts, image = both if case.text_first else both[::-1]
+                    texts, image = case.both(block, own, image, texts)
     pos = texts[:, : parts[0].text.shape[1]]
     last_blocks, _, text_name = case.blocks[-1]
     handle = last_blocks[-1].register_forward_hook(
-        lambda *_: (
-            case.returned(image, pos)
-            if text_name is None
-            else (pos, image)
-            if case.text_first
-            else (image, pos)
-        )
+        lambda *_: case.returned(image, pos) if text_name is None else case.last(image, pos)
     )
     output = model(**inputs, return_dict=False)
     handle.remove()

@@ -9,6 +9,7 @@ from typing import Any
 
 import flux_like_cases
 import hunyuan_cases
+import one_sequence_cases
 import side_cases
 import test_pipe_rows
 import torch
@@ -23,6 +24,7 @@ CASES = {
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
         side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
         *hunyuan_cases.CASES.values(),
+        *one_sequence_cases.CASES.values(),
     )
 }  # fmt: skip
 
@@ -39,8 +41,8 @@ class Seen:
     @property
     def text(self):
         """The text of each row."""
-        name = "cap_feats" if "cap_feats" in self.inputs else "encoder_hidden_states"
-        return self.inputs[name]
+        names = ("cap_feats", "text_bth", "encoder_hidden_states")
+        return next(self.inputs[name] for name in names if name in self.inputs)
 
     def stock(self):
         return as_rows(self.model(**unshared(self.inputs)))

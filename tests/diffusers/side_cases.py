@@ -80,6 +80,21 @@ class Case:
         """The tokens of all prompts as the block of this number gets them."""
         return texts
 
+    def run(self, block, own, x):
+        """A block of one sequence with these tokens and what else it is called with."""
+        return block(**own | {self.tokens: x})
+
+    def both(self, block, own, image, texts):
+        """Texts and image after a block of two streams."""
+        output = block(**own | {self.tokens: image, self.text_name: texts})
+        return output if self.text_first else output[::-1]
+
+    def last(self, image, pos):
+        """What the last block of two streams returns."""
+        return (pos, image) if self.text_first else (image, pos)
+
+    text_name = "encoder_hidden_states"
+
     @property
     def has_mask(self):
         """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""
@@ -109,6 +124,9 @@ class Case:
             self.image_tokens = self.targets = -(-f * h * w // 4 // 32) * 32
             return
         self.image_tokens = self.targets = tokens.shape[1]
+        if tokens.dim() == 4 and hasattr(self.model.config, "patch_size"):
+            patch = self.model.config.patch_size
+            self.image_tokens = self.targets = tokens.shape[2] * tokens.shape[3] // patch**2
         if inputs.get("img_shapes") is not None:
             shapes = inputs["img_shapes"][0]
             # what is made are all layers, or one image; behind them stands what is edited

@@ -127,13 +127,13 @@ def test_an_ip_adapter_is_part_of_the_call(sd, monkeypatch):
     assert len(stock) >= 10
 
 
-def test_nag_is_five_launches_and_vsf_seven(sd):
-    """NAG: Z+, Z-, and its own kernel. VSF: one attention, and what puts its values together."""
+def test_nag_is_three_operators_and_vsf_seven(sd):
+    """NAG: one between two of the stock layer's. VSF: one attention, and what puts its values together."""
     pipe = testing.pixart()
     with nasa(pipe, "blurry", NAG(), backend="triton"):
         names = launches(pipe, pipe.transformer, draw)
     kernels = [name.removeprefix("nasa_kernels::") for name in names[1:-1]]
-    assert kernels == ["forward_triton", "forward_triton", "nag_blend_triton"]
+    assert kernels == ["nag_triton"]
     with nasa(sd, "blurry", VSF(0.5)):
         names = launches(sd, sd.unet, draw)
     assert sum(name.startswith("nasa_kernels::") for name in names) == 1

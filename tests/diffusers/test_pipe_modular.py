@@ -12,7 +12,7 @@ import every_pipeline
 import pytest
 import torch
 import video_parts
-from nasa_diffusers import enable_nasa, nasa, pipelines, testing
+from nasa_diffusers import enable_nasa, nasa, pipelines, testing, testing_joint
 from nasa_diffusers import testing_hunyuan as small
 from nasa_diffusers import testing_side as side
 from PIL import Image
@@ -92,6 +92,9 @@ MODULAR = {
     "EchoModularPipeline": (
         lambda: side.ltx2("2.3").components, LTX2 | {"sigmas": [1.0, 0.0]}, LTX2_TEXT["2.3"], False,
     ),
+    "ErnieImageModularPipeline": (
+        lambda: testing_joint.ernie().components, {"height": 64, "width": 96}, TEXT, True
+    ),
     "Flux2KleinBaseModularPipeline": (
         lambda: side.klein(is_distilled=False).components, SHORT | {"height": 16, "width": 24},
         text(5, 96), True,
@@ -128,6 +131,12 @@ MODULAR = {
     "LTX2ModularPipeline": (lambda: side.ltx2().components, LTX2, LTX2_TEXT["2.0"], True),
     "LTXModularPipeline": (
         lambda: video_parts.ltx("LTX"), {"height": 64, "width": 64, "num_frames": 9}, TEXT, True
+    ),
+    "QwenImage21ModularPipeline": (
+        lambda: testing_joint.qwen_image_21().components, {"height": 64, "width": 96}, TEXT, True
+    ),
+    "QwenImage21TurboModularPipeline": (
+        lambda: testing_joint.qwen_image_21().components, {"height": 64, "width": 96}, TEXT, False
     ),
     "QwenImageEditModularPipeline": (qwen, {"image": PHOTO}, TEXT, True),
     "QwenImageEditPlusModularPipeline": (qwen, {"image": [PHOTO, PHOTO]}, TEXT, True),
@@ -196,7 +205,8 @@ def modular(monkeypatch):
         made = {part: x for part, x in parts().items() if part != "guider"}
         own = {part: x for part, x in made.items() if part in pipe.component_names}
         pipe.register_components(**own)
-        if has_guider and not pipe.guider._enabled:
+        is_off = has_guider and getattr(pipe.guider, "guidance_scale", 3.0) == 1.0
+        if has_guider and (is_off or not pipe.guider._enabled):
             pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
         testing._ready(pipe)
         steps = 3 if "transformer_2" in own else 1

@@ -6,17 +6,17 @@ from flux_like_cases import CASES as FLUX_LIKE
 from hunyuan_cases import CASES as HUNYUAN
 from joint_cases import STRONG, by_rule
 from nasa_diffusers import NAG, NASA, ProjectedNASA, nasa
+from one_sequence_cases import CASES as ONE_SEQUENCE
 from side_cases import CASES
 from streams import Nag
 from torch._dynamo.utils import counters
 
-CASES = CASES | FLUX_LIKE | HUNYUAN
+CASES = CASES | FLUX_LIKE | ONE_SEQUENCE | HUNYUAN
 RULES = ("nasa-cross", "nasa-text", "nasa", "vsf")
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-5}
 # of each kind of block one
-COMPILED = [
-    name for name in ("z-image", "klein", "ltx2.3", "hunyuan-video", "hunyuan-dit") if name in CASES
-]
+COMPILED = ("z-image", "klein", "ltx2.3", "chroma", "ovis", "hunyuan-video", "hunyuan-dit")
+COMPILED = [name for name in COMPILED if name in CASES]
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -68,6 +68,9 @@ def test_prompts_of_unequal_length_with_a_negative_each(pipe):
     if pipe.short_name == "qwen-image" and not MASKS_TEXT:
         # stock attended to its padding, too, before diffusers 0.37
         prompts = ["a cat", "a dog"]
+    if pipe.short_name == "qwen21":
+        # the image stands where the longest prompt ends
+        prompts = ["a cat", "a dog"]
     with nasa(pipe, negatives, NASA(0.5)):
         both = pipe.draw(prompts)
     for i in range(2):
@@ -91,7 +94,10 @@ def test_guidance_leaves_the_pipelines_own_negative_alone(pipe):
     with nasa(pipe, "blurry", NASA(0.5)), Calls(pipe.transformer) as guided:
         pipe.draw(steps=steps, **options)
     # of the first step
-    rows, others = (torch.cat(outputs[: len(outputs) // steps]) for outputs in (stock, guided))
+    rows, others = (
+        [row for output in outputs[: len(outputs) // steps] for row in output]
+        for outputs in (stock, guided)
+    )
     assert len(rows) == 2
     moved = [relative_error(other, row) > 1e-4 for row, other in zip(rows, others, strict=True)]
     # Z-Image puts the prompt first; two calls begin with it, too
@@ -249,6 +255,30 @@ def test_z_image_omni_is_refused():
     text = [[torch.randn(5, 32)]]
     with nasa(made, "blurry", NASA(0.5), cfg=False), pytest.raises(ValueError, match="Omni"):
         made.transformer([[torch.randn(4, 1, 8, 8)]], torch.ones(1), text)
+
+
+def test_qwen_image_21_makes_keys_of_a_negative_prompt_once():
+    """As long as the pipeline keeps those of its prompt, and not in another run."""
+    if "qwen21" not in PIPES:
+        pytest.skip("a newer diffusers has it")
+    build, options = PIPES["qwen21"]
+    made, texts = build(), []
+    made.transformer.txt_in.register_forward_hook(lambda _, args, __: texts.append(args[0]))
+    stock = draw(made, options, steps=3)
+    assert len(texts) == 3
+    with nasa(made, "blurry", NASA(0.5)) as handle:
+        guided = draw(made, options, steps=3)
+        assert len(texts) == 3 + 3 + 1
+        assert torch.equal(draw(made, options, steps=3), guided)
+        assert len(texts) == 7 + 3 + 1
+        texts.clear()
+        # without what is kept every call makes them
+        each = draw(made, options, steps=3, use_kv_cache=False)
+        assert len(texts) == 6
+        assert_same_image(each, guided)
+        handle.set_negative_prompt("fuzzy")
+        assert relative_error(draw(made, options, steps=3), guided) > 1e-4
+    assert relative_error(guided, stock) > 1e-4
 
 
 def test_the_table_is_what_is_counted():

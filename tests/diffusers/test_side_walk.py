@@ -262,6 +262,11 @@ RUN |= {
     "LongCatImageEditPipeline": (
         longcat_edit, OTHER | {"guidance_scale": 3.0, "image": photo()}, FIRST
     ),
+    "PRXPixelPipeline": (
+        lambda name: of_parts(name, testing_joint.prx()),
+        OTHER | {"guidance_scale": 3.0, "height": 16, "width": 24, "output_type": "pt",
+                 "use_resolution_binning": False}, LAST,
+    ),
     "BriaFiboEditPipeline": (
         lambda name: of_parts(name, testing_joint.fibo()),
         OTHER | {
@@ -276,6 +281,8 @@ ALONE = (
     "LTX2Pipeline", "CogVideoXPipeline", "CogView4Pipeline", "ChromaPipeline",
     "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
     *hunyuan_pipes.ALONE,
+    "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
+    "QwenImage21Pipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 

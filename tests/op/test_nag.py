@@ -206,26 +206,32 @@ def test_gradients(backend, settings):
         assert (a.double() - e).norm() <= 1e-5 * e.norm()
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-def test_the_blend_is_the_kernel_only_where_it_is_asked_for(backend, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_operator_serves_where_no_gradient_is_recorded(backend, monkeypatch):
     inputs = make_inputs(BASIC, torch.float32, DEVICE)
     calls = []
-    monkeypatch.setattr(ops, "BLEND", lambda *args: calls.append(args) or args[0])
-    nag_attention(**inputs, **STRONG, backend=backend)
-    assert bool(calls) == (backend == "triton")
+    for name, operator in ops.NAG.items():
+        monkeypatch.setitem(ops.NAG, name, lambda *args, f=operator: calls.append(f) or f(*args))
+    share = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    cold = nag_attention(**inputs, **STRONG, backend=backend)
+    assert len(calls) == (backend in ops.NAG)
+    o = nag_attention(**inputs, **{**STRONG, "nag_alpha": share}, backend=backend)
+    assert o.requires_grad
     inputs["q"].requires_grad_()
-    nag_attention(**inputs, **STRONG, backend=backend)
-    assert bool(calls) == (backend == "triton")
+    o = nag_attention(**inputs, **STRONG, backend=backend)
+    assert o.requires_grad and len(calls) == (backend in ops.NAG)
+    torch.testing.assert_close(o.detach(), cold, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_map", [True, False], ids=["map", "number"])
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton does not run here")
-def test_opcheck(with_map):
-    z_pos, z_neg = (torch.randn(2, 5, 3, 16, device=DEVICE) for _ in range(2))
-    share = torch.rand(2, 1, 1, device=DEVICE).expand(2, 5, 1) if with_map else None
+@pytest.mark.parametrize("backend", [x for x in BACKENDS if x in ops.NAG])
+def test_opcheck(backend, with_map):
+    inputs = make_inputs(BASIC._replace(d=16, l=5), torch.float32, DEVICE)
+    mask = mask_of("bool", 2, 77)
+    share = torch.rand(2, 1, 1, device=DEVICE) if with_map else None
     library.opcheck(
-        ops.BLEND,
-        (z_pos, z_neg, share, 0.5, 3.0, 2.5),
+        ops.NAG[backend],
+        (*inputs.values(), mask, None, share, 0.5, 0.25, 3.0, 2.5, 1),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -305,7 +311,7 @@ def compile_for(arch: int) -> None:
     kernels.blend_kernel = CompileOnly(kernels.blend_kernel)
     for h, d in ((20, 64), (16, 72), (40, 128)):
         z = torch.empty(2, 4, h, d, dtype=torch.bfloat16)
-        kernels.blend(z, z, torch.empty(2, 1, 1).expand(2, 4, 1), 0.0, 3.0, 2.5)
+        kernels.blend(z, z, z, torch.empty(2, 1, 1), 0.0, 3.0, 2.5, 1)
         print(json.dumps(statistics(kernels.blend_kernel.compiled)), flush=True)
 
 
@@ -413,7 +419,7 @@ def test_joint_with_a_mask_a_map_and_a_gradient(backend):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ops.JOINT_PAIR)
+@pytest.mark.parametrize("backend", sorted({*ops.JOINT_PAIR, *ops.JOINT_NAG}))
 @pytest.mark.parametrize("which", TEXT_QUERIES)
 def test_joint_reads_the_image_once(backend, which):
     """Without a gradient one operator of the back end gives O, or Z+ and Z-; with one there are
@@ -451,14 +457,14 @@ def test_opcheck_of_the_pair(backend):
 
 
 @pytest.mark.parametrize("share", ["number", "map"])
-@pytest.mark.parametrize("backend", [x for x in JOINT_BACKENDS if x in ops.NAG])
-def test_opcheck_of_the_whole(backend, share):
+@pytest.mark.parametrize("backend", [x for x in JOINT_BACKENDS if x in ops.JOINT_NAG])
+def test_opcheck_of_joint_attention(backend, share):
     inputs, (text_pos, text_neg) = make_joint("both"), TEXT_QUERIES["both"]
     mask = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
     image = inputs["q"].shape[1] - text_pos - text_neg
     alpha_map = torch.rand(2, image, 1, device=DEVICE) if share == "map" else None
     library.opcheck(
-        ops.NAG[backend],
+        ops.JOINT_NAG[backend],
         (*inputs.values(), None, mask, alpha_map, 0.3, 0.25, 5.0, 2.5, 1, text_pos, text_neg),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

@@ -43,7 +43,7 @@ def test_blend(arch, dtype, heads, d, with_map, norm):
     # some rows are longer than the limit, some are not
     settings = (0.25, 3.0, 3.6, norm)
     with ptx.triton_on_cpu(arch=arch) as reports:
-        o = nag.blend(z_pos, z_neg, share, *settings)
+        o = nag.blend(z_pos, z_neg, torch.empty_like(z_pos), share, *settings)
     assert len(reports) == 1
     exact = blend(z_pos.double(), z_neg.double(), share, *settings)
     u = torch.finfo(dtype).eps / 2
@@ -52,3 +52,23 @@ def test_blend(arch, dtype, heads, d, with_map, norm):
     assert ((o.double() - exact).abs() <= allowed).all()
     if with_map:
         assert torch.equal(o[0], z_pos[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_texts_own_queries_and_o_in_the_place_of_z(dtype):
+    """Of nine rows five are the image's, three the positive text's, one the negative text's."""
+    from nasa_kernels._triton import nag
+
+    generator = torch.Generator().manual_seed(1)
+    z_pos, z_neg = (torch.randn(2, n, 3, 33, generator=generator).to(dtype) for n in (8, 6))
+    settings = (0.25, 3.0, 3.6, 1)
+    with ptx.triton_on_cpu(arch=90) as reports:
+        o = nag.blend(z_pos, z_neg, z_pos.new_empty(2, 9, 3, 33), None, *settings, 3, 1)
+        image, neg = z_pos[:, :5].contiguous(), z_neg[:, :5].contiguous()
+        in_place = nag.blend(image, neg, image, None, *settings)
+    assert len(reports) == 2
+    exact = blend(z_pos[:, :5].double(), z_neg[:, :5].double(), None, *settings)
+    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 2**-20 * exact.abs().max()
+    assert ((o[:, :5].double() - exact).abs() <= allowed).all()
+    assert torch.equal(o[:, :5], in_place) and in_place is image
+    assert torch.equal(o[:, 5:8], z_pos[:, 5:]) and torch.equal(o[:, 8:], z_neg[:, 5:])

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from support.cases import BACKENDS, DEVICE, make_inputs, mask_of
 from support.launches import calls_of_python
 from test_errors import SHAPE, WRONG
 from test_joint import WRONG as WRONG_JOINT
 from test_joint import make as make_joint
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from nasa_kernels import (
     _quick,
     attention,
     backends,
     nag_attention,
+    nag_joint_attention,
     nasa_attention,
     nasa_joint_attention,
 )
@@ -86,6 +90,51 @@ def test_an_error_of_joint_attention_has_the_same_words(backend, case):
     nasa_joint_attention(**call)
     assert len(_quick._known) == 1
     assert message(lambda: nasa_joint_attention(**call | changes)) == cold
+
+
+WRONG_NAG = {
+    "tau": {"nag_tau": 0.0},
+    "scale": {"nag_scale": "3"},
+    "norm": {"nag_norm": True},
+    "share": {"nag_alpha": float("nan")},
+    "map": {"nag_alpha": torch.ones(2, 2, 1)},
+    "map-of-heads": {"nag_alpha": torch.ones(3)},
+    "map-of-doubles": {"nag_alpha": torch.ones((2, 1, 1), dtype=torch.float64)},
+    "key": {"k_neg": torch.zeros(3)},
+    "softmax-scale": {"scale": -float("inf")},
+}
+
+
+@pytest.mark.parametrize("case", [*WRONG_NAG, "text"])
+@pytest.mark.parametrize("is_joint", [False, True], ids=["cross", "joint"])
+@EVERY
+def test_an_error_of_nag_has_the_same_words(backend, is_joint, case):
+    if case == "text" and not is_joint:
+        pytest.skip("cross-attention has no queries of the texts")
+    function = nag_joint_attention if is_joint else nag_attention
+    inputs, text = make_joint() if is_joint else (make_inputs(SHAPE, torch.float32, DEVICE), None)
+    call = {**inputs, **NAG, "backend": backend} | ({"text_queries": text} if is_joint else {})
+    changes = WRONG_NAG.get(case, {"text_queries": (1 << 20, 0)})
+    wrong = call | {k: x.to(DEVICE) if torch.is_tensor(x) else x for k, x in changes.items()}
+    cold = message(lambda: function(**wrong))
+    function(**call)
+    assert len(_quick._known) == 1
+    assert message(lambda: function(**wrong)) == cold
+
+
+@pytest.mark.parametrize("share", ["number", "map", "off"])
+@EVERY
+def test_the_bits_of_joint_nag_are_the_same(backend, share, monkeypatch):
+    inputs, text = make_joint()
+    shares = {"number": 0.5, "off": 0.0, "map": torch.tensor([[[0.5]], [[0.0]]], device=DEVICE)}
+    call = {**inputs, **NAG, "nag_alpha": shares[share], "text_queries": text, "backend": backend}
+    cold = nag_joint_attention(**call)
+    if share == "off":
+        # checked again, and the same
+        assert torch.equal(nag_joint_attention(**call), cold)
+        return
+    warm = without_checks(monkeypatch, lambda: nag_joint_attention(**call))
+    assert torch.equal(warm, cold)
 
 
 VARIANTS = {
@@ -162,13 +211,61 @@ def test_what_a_quick_call_would_lose_is_checked(backend):
         nasa_attention(**wrong, alpha=0.5, backend=backend)
 
 
+def test_who_looks_at_operators_sees_them():
+    """A quick call may go past the operator: not where someone is told of operators, or changes
+    what they do."""
+    known = _quick.Known("operator", (), "triton", DEVICE.type, 1.0, "function")
+    assert known.runs() == "function"
+    with torch.inference_mode():
+        assert known.runs() == "function"
+    seen = []
+
+    def look(x):
+        seen.append(known.runs())
+        return x + 1
+
+    x = torch.ones(2)
+    with TorchDispatchMode():
+        look(x)
+    torch.vmap(look)(x)
+    torch.func.functionalize(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    torch.fx.experimental.proxy_tensor.make_fx(look)(x)
+    with torch.profiler.profile():
+        look(x)
+    assert seen == ["operator"] * 6
+    assert known.runs() == "function"
+
+
+@pytest.mark.parametrize("name", ["nasa", "nag"])
+@EVERY
+def test_a_mode_sees_one_operator_in_a_quick_call(backend, name):
+    inputs = make_inputs(SHAPE, torch.float32, DEVICE)
+    more = {"alpha": 0.5} if name == "nasa" else NAG
+    function = nasa_attention if name == "nasa" else nag_attention
+    seen = []
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            seen.append(f.name())
+            return f(*args, **kwargs or {})
+
+    cold = function(**inputs, **more, backend=backend)
+    assert len(_quick._known) == 1
+    with See():
+        warm = function(**inputs, **more, backend=backend)
+    assert torch.equal(warm, cold)
+    assert seen == [f"nasa_kernels::{'forward' if name == 'nasa' else 'nag'}_{backend}"]
+
+
 # ---- the work before an operator -----------------------------------------------------------------
 
 
 def test_a_quick_call_does_little_before_its_operator():
     """Of any back end that checks for itself; counted, since times stray."""
     inputs = make_inputs(SHAPE, torch.bfloat16, DEVICE)
-    known = _quick.Known(lambda q, *args: q, (), "cuda", DEVICE.type, 0.25)
+    operator = lambda q, *args: q  # noqa: E731
+    known = _quick.Known(operator, (), "cuda", DEVICE.type, 0.25, operator)
     key = (("nasa_attention", "cuda", "nasa"), torch.bfloat16, inputs["q"].device, 16)
     _quick._known[key] = known
     mask = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
@@ -180,8 +277,8 @@ def test_a_quick_call_does_little_before_its_operator():
 
     with torch.no_grad():
         plain = count()
-        # the function, `quick`, three questions, a look-up, the operator
-        assert plain <= 10
+        # the function, `quick`, three questions, a look-up, what to call and two questions, the call
+        assert plain <= 14
         assert count(mask_pos=mask) <= plain + 1
         assert count(alpha=alpha) <= plain
         assert count(k_neg=inputs["k_neg"][:1], v_neg=inputs["v_neg"][:1]) <= plain
@@ -205,14 +302,15 @@ def remembered() -> dict:
 
 
 @pytest.mark.parametrize(
-    "call", ["plain", "masks", "alpha", "zero", "broadcast", "unaligned", "joint", "nag"]
+    "call",
+    ["plain", "masks", "alpha", "zero", "broadcast", "unaligned", "joint", "nag", "joint-nag"],
 )
 def test_a_remembered_launch_is_the_one_that_triton_makes(remembered, call):
     """Grid, integers, numbers and constants; the same operands in the same places."""
     found = remembered[call]
-    assert found["launches"] == (3 if call == "nag" else 1)
-    # of NAG Z+, Z-, and what is made of them
-    assert found["planned"] == (3 if call == "nag" else 1)
+    # of NAG that of Z+ and Z-, and that of what is made of them
+    expected = 2 if call.endswith("nag") else 1
+    assert found["launches"] == found["planned"] == expected
     assert found["same"] and found["operands"]
 
 
@@ -220,5 +318,6 @@ def test_the_work_of_a_remembered_launch(remembered):
     plain = remembered["plain"]["calls"]
     # 260 before launches were remembered
     assert plain <= 60
-    for call, more in {"masks": 8, "alpha": 8, "broadcast": 2}.items():
+    # of NAG a second launch
+    for call, more in {"masks": 8, "alpha": 8, "broadcast": 2, "nag": 20}.items():
         assert remembered[call]["calls"] <= plain + more, call

@@ -122,6 +122,14 @@ class BackwardParams(ctypes.Structure):
     )  # fmt: skip
 
 
+class NagParams(ctypes.Structure):
+    _fields_ = fields(
+        o=ADDRESS, z_neg=ADDRESS, alpha_map=ADDRESS, alpha_strides=INT64 * 2, rows=INT64, l=INT,
+        channels=INT, first_text_pos=INT, first_text_neg=INT, alpha=FLOAT, scale=FLOAT, tau=FLOAT,
+        norm=INT, type=INT, row_warps=INT,
+    )  # fmt: skip
+
+
 MASK_TYPES = {torch.bool: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 
 
@@ -454,6 +462,54 @@ def forward_sm90(
     blocks, parts = share(h, b, tiles, blocks)
     call.launch(loaded, blocks, how.threads, how.shared, params, parts)
     return call.memory.download(p.o, like=call.o)
+
+
+# csrc/nag_blend.cu: warps of a block, and channels that one of them keeps
+NAG_WARPS, NAG_CHANNELS = 8, 1280
+
+
+def nag_blend(
+    z_pos: Tensor, z_neg: Tensor, alpha: float | Tensor, nag_scale: float, nag_tau: float,
+    nag_norm: int = 1, text_pos: int = 0, text_neg: int = 0,
+) -> Tensor:  # fmt: skip
+    """What normalised attention guidance makes of Z+ and Z- `[b, l, h, d]`; alpha `[b, l, 1]`."""
+    b, l, h, d = z_pos.shape
+    memory = ptx.Memory()
+    p = NagParams(rows=b * l, l=l, channels=h * d, scale=nag_scale, tau=nag_tau, norm=nag_norm)
+    p.o, p.z_neg = memory.upload(z_pos, "z_pos"), memory.upload(z_neg, "z_neg")
+    if isinstance(alpha, Tensor):
+        p.alpha_map = memory.upload(alpha, "alpha")
+        p.alpha_strides[:] = alpha.stride()[:2]
+    else:
+        p.alpha = alpha
+    p.first_text_pos, p.first_text_neg = l - text_pos - text_neg, l - text_neg
+    p.type = z_pos.dtype == torch.bfloat16
+    p.row_warps = 1
+    while p.row_warps < NAG_WARPS and p.channels > NAG_CHANNELS * p.row_warps:
+        p.row_warps *= 2
+    loaded = kernel("nag_blend", "nag_blend_kernel", z_pos.dtype, p.channels % 8 == 0)
+    blocks, args = -(-p.rows // (NAG_WARPS // p.row_warps)), (bytes(p),)
+    report = loaded.launch(
+        blocks, NAG_WARPS * 32, list(args), memory, 0, check_races=True, count_bank_conflicts=True
+    )
+    REPORTS.append(Launch(loaded, blocks, NAG_WARPS * 32, 0, args, report, memory))
+    return memory.download(p.o, like=z_pos)
+
+
+def nag(
+    q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor, alpha: float | Tensor,
+    nag_scale: float, nag_tau: float, nag_norm: int = 1, mask_pos: Tensor | None = None,
+    mask_neg: Tensor | None = None, path: str | None = None, joint: Joint | None = None,
+) -> Tensor:  # fmt: skip
+    """Normalised attention guidance as the CUDA back end computes it: three launches."""
+    texts = (joint.text_pos, joint.text_neg) if joint else (0, 0)
+    one = joint and joint._replace(rule="nasa", text_pos=0, text_neg=0)
+    z_pos = forward(
+        q, k_pos, v_pos, k_pos, v_pos, 0.0, mask_pos, path=path,
+        joint=joint and one._replace(text_pos=texts[0], text_neg=texts[1]),
+    )  # fmt: skip
+    z_neg = forward(q, k_neg, v_neg, k_neg, v_neg, 0.0, mask_neg, path=path, joint=one)
+    return nag_blend(z_pos, z_neg, alpha, nag_scale, nag_tau, nag_norm, *texts)
 
 
 def backward(

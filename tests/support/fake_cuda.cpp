@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../bench/launch_syntax.h"
 #include "../../csrc/nasa.h"
 #include "../../csrc/share.h"
 
@@ -34,20 +35,16 @@ std::map<const void*, std::string>& names() {
     static std::map<const void*, std::string> map;
     return map;
 }
+void register_kernel(const void* kernel, const char* name) { names()[kernel] = name; }
 std::map<const void*, int> allowed;
 std::vector<FakeDevice> devices(1);
-struct {
-    dim3 grid, block;
-    size_t shared;
-    cudaStream_t stream;
-} configuration;
-
 // What cudaOccupancyMaxActiveBlocksPerMultiprocessor knows of a kernel: a part of its name, and its
 // registers. Without an entry they are no limit.
 std::vector<std::pair<std::string, int>> registers;
 
 // Bytes of the first parameter of a kernel; a Share may follow it.
 size_t parameter_bytes(const std::string& name) {
+    if (name.find("nag_blend") != std::string::npos) return sizeof(nasa::NagParams);
     if (name.find("backward") != std::string::npos ||
         name.find("sum_splits") != std::string::npos) {
         return sizeof(nasa::BackwardParams);
@@ -123,7 +120,6 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
     *blocks = most;
     return cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
@@ -163,38 +159,6 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     return error;
 }
 
-// What the compiler calls for <<<>>> and to register kernels
-cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* kernel) {
-    *handle = reinterpret_cast<cudaKernel_t>(const_cast<void*>(kernel));
-    return cudaSuccess;
-}
-cudaError_t __cudaLaunchKernel(cudaKernel_t handle, dim3 grid, dim3 block, void** arguments,
-                               size_t shared, cudaStream_t stream) {
-    return cudaLaunchKernel(handle, grid, block, arguments, shared, stream);
-}
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-    configuration = {grid, block, shared, stream};
-    return 0;
-}
-cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
-    *grid = configuration.grid;
-    *block = configuration.block;
-    *shared = configuration.shared;
-    *static_cast<cudaStream_t*>(stream) = configuration.stream;
-    return cudaSuccess;
-}
-void** __cudaRegisterFatBinary(void*) {
-    static void* handle;
-    return &handle;
-}
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* kernel, char*, const char* name, int, void*, void*,
-                            void*, void*, int*) {
-    names()[kernel] = name;
-}
-char __cudaInitModule(void**) { return 0; }
-
 // ---- for the test ----------------------------------------------------------------------------
 
 // A new current device: the launchers remember what they asked of the others.
@@ -214,6 +178,10 @@ void test_overlap(bool on) { nasa::overlap_launches(on); }
 int test_backward(const nasa::BackwardParams* p) {
     launches.clear();
     return nasa::backward(*p, nullptr);
+}
+int test_nag_blend(const nasa::NagParams* p) {
+    launches.clear();
+    return nasa::nag_blend(*p, nullptr);
 }
 int test_splits(const nasa::BackwardParams* p) {
     int splits = -1;

@@ -30,7 +30,12 @@ def calls_of_python(function: Callable[[], Any]) -> int:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    from nasa_kernels import nag_attention, nasa_attention, nasa_joint_attention
+    from nasa_kernels import (
+        nag_attention,
+        nag_joint_attention,
+        nasa_attention,
+        nasa_joint_attention,
+    )
 
     def normal(n: int) -> torch.Tensor:
         return torch.randn(2, n, 2, 64).bfloat16()
@@ -53,6 +58,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "unaligned": lambda: nasa_attention(**unaligned, alpha=0.5),
         "joint": lambda: nasa_joint_attention(k=image, v=image, **base, alpha=0.5),
         "nag": lambda: nag_attention(**base, **nag),
+        "joint-nag": lambda: nag_joint_attention(k=image, v=image, **base, **nag),
     }
 
 

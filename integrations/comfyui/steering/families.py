@@ -226,12 +226,7 @@ class HunyuanVideo(Family):
         replace(model, "pe_embedder.forward", self._order_seen)
 
     def refuse(self, conds):
-        for key, name in (("txt_byt5", "glyphs (txt_byt5)"), ("clip_fea", "an image (clip_fea)")):
-            if conds.get(key) is not None:
-                raise ValueError(
-                    f"NASA negative prompt: this call has {name} beside the text of HunyuanVideo, "
-                    "which is not known to this node; leave it out, or guide with cfg"
-                )
+        refuse_beside("HunyuanVideo", conds, txt_byt5="glyphs", clip_fea="an image")
 
     def _order_seen(self, forward: Callable) -> Callable:
         """ComfyUI had the text behind the image, and has it first now. Its positions are 0, and
@@ -243,6 +238,16 @@ class HunyuanVideo(Family):
             return forward(ids, *args, **kwargs)
 
         return positions
+
+
+def refuse_beside(model: str, conds: dict[str, Any], **known: str) -> None:
+    """Raise where one of these conditions brings tokens that are neither text nor image."""
+    for key, name in known.items():
+        if conds.get(key) is not None:
+            raise ValueError(
+                f"NASA negative prompt: this call has {name} ({key}) beside the text of {model}, "
+                "which is not known to this node; leave it out, or guide with cfg"
+            )
 
 
 def _each_refined(forward: Callable) -> Callable:
@@ -282,6 +287,10 @@ class Lumina(Family):
     def image_tokens(self, x):
         size, multiple = self.net.patch_size, self.net.pad_tokens_multiple or 1
         return -(-patches_of(x, size, size) // multiple) * multiple
+
+    def refuse(self, conds):
+        image = "an image to refer to"
+        refuse_beside("Z-Image", conds, ref_latents=image, ref_contexts=image, siglip_feats=image)
 
     def patch(self, model):
         if not hasattr(self.net, "embed_all"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,25 @@ class Term:
     # of the attentions to text, counted as they run; None is all
     layers: frozenset[int] | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("method", self.method, METHODS), ("rule", self.rule, RULES),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(
+                    f"NASA negative prompt: {name} must be one of {', '.join(known)}, got "
+                    f"{value!r}; choose one of them in the node"
+                )
+        if not math.isfinite(self.strength) or self.strength < 0:
+            raise ValueError(
+                f"NASA negative prompt: strength must be 0 or more, got {self.strength}"
+            )
+        if self.sigma_start <= self.sigma_end:
+            raise ValueError(
+                "NASA negative prompt: start_percent must be below end_percent, or this "
+                "node acts in no step"
+            )
+
     def __deepcopy__(self, memo: dict) -> Term:
         """ComfyUI copies the options of a model deeply whenever it is cloned."""
         return self
@@ -51,19 +71,6 @@ class Term:
         return self.layers is None or layer in self.layers
 
 
-@dataclass
-class Encoded:
-    """A term in one call of the network: its tokens, and where they ended up."""
-
-    term: Term
-    tokens: Tensor  # [b, n, c]
-    mask: Tensor | None  # [b, n], of tokens
-    n: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.n = self.tokens.shape[1]
-
-
 def prompt_of(conditioning: Any) -> tuple[Tensor, dict[str, Any]]:
     """Text and settings of a CONDITIONING that is one prompt for the whole image and all steps."""
     if not conditioning:
@@ -74,6 +81,8 @@ def prompt_of(conditioning: Any) -> tuple[Tensor, dict[str, Any]]:
             "give each a node of its own, one after the other"
         )
     text, settings = conditioning[0]
+    if text.shape[1] == 0:
+        raise ValueError("NASA negative prompt: the negative text has no tokens; connect a text")
     for key, name in _REFUSED.items():
         if settings.get(key, _PLAIN.get(key)) != _PLAIN.get(key):
             raise ValueError(

@@ -81,6 +81,7 @@ class Chroma(FluxLike):
     name = "Chroma"
     denoisers = ("ChromaTransformer2DModel",)
     masks_text = True
+    text_options = ("max_sequence_length", "lora_scale")
     processors = (FluxAttnProcessor,)
     block_lists = (
         ("transformer_blocks", Layout(text="encoder_hidden_states")),

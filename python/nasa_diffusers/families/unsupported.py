@@ -11,10 +11,9 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "AuraFlowTransformer2DModel", "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
-    "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
+    "GlmImageTransformer2DModel", "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
     "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
-    "Lumina2Transformer2DModel", "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel",
+    "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
@@ -24,7 +23,7 @@ _because(
 )  # fmt: skip
 _because(
     "its text is read once for all steps, in the same attention as the image",
-    "NucleusMoEImageTransformer2DModel", "PRXTransformer2DModel", "QwenImage21Transformer2DModel",
+    "NucleusMoEImageTransformer2DModel",
     "StableCascadeUNet",
 )  # fmt: skip
 _because(

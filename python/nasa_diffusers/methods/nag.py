@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from nasa_diffusers.methods.base import Method, Strength
 from nasa_kernels import nag_attention, nag_joint_attention
-from nasa_kernels.nag import pair_backend
+from nasa_kernels.nag import reads_image_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class NAG(Method):
         return {"nag_scale": self.scale, "nag_tau": self.tau, "nag_norm": self.norm}
 
     def attends_image_twice(self, streams):
-        return pair_backend(streams.backend, streams.q, streams.k, streams.v) is None
+        return not reads_image_once(streams.backend, streams.q, streams.k, streams.v)
 
     def __str__(self) -> str:
         named = {"scale": self.scale, "tau": self.tau}
