@@ -105,8 +105,9 @@ def expanded(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
     mask_pos: Tensor | None, mask_neg: Tensor | None, alpha_map: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The operands of an operator that was called with what the user gave, expanded to the sizes of
-    q, and of K and V to their heads, as views. An error is worded by the public function, which knows its own name.
+    """The operands of an operator that was called with what the user gave, expanded as views to the
+    batch of q, and K and V to the heads that they have between them. An error is worded by the
+    public function, which knows its own name.
     """
     function = "nasa_kernels"
     _check_queries(function, q)
@@ -175,7 +176,7 @@ def kv_heads(q: Tensor, *keys_values: Tensor) -> int:
 def _check_prompt(
     function: str, q: Tensor, k: Tensor, v: Tensor, side: str, h: int
 ) -> tuple[Tensor, Tensor]:
-    """Check k and v of one side; return them expanded to the batch of q and to h heads, as views."""
+    """Check k and v of one side; return them expanded to the batch of q and h heads, as views."""
     b, _, _, d = q.shape
     n = k.shape[1] if k.dim() == 4 else 0
     if k.shape == v.shape == (b, n, h, d) and _like(q, k) and _like(q, v):

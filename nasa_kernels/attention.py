@@ -46,6 +46,12 @@ def nasa_attention(
     does not hold: nothing is promised of them. Where the kernels of a back end do not know the
     rule yet, Z+ and Z- are two calls, each rounded to the dtype of `q`.
 
+    Keys and values may have fewer heads than `q`, h_kv of them, as in grouped-query attention: with
+    g = h / h_kv heads of `q` to a group, head i looks at head i // g of all four, which is
+    `enable_gqa` of `scaled_dot_product_attention`. The kernels read them where they are, and the
+    bits are those of keys repeated for each head. Gradients of keys and values are summed over the
+    group: each head of `q` makes its own, `[b, n, h, d]` in fp32, and their sum is rounded once.
+
     Results are deterministic, bit for bit, forward and backward. Under autocast the five
     tensors are cast to the autocast dtype, as `scaled_dot_product_attention` does.
 
@@ -54,9 +60,10 @@ def nasa_attention(
             256. Any strides with a contiguous last dimension; nothing is copied, but for a
             negative prompt whose rows do not start on 16 bytes where `"cuda"` runs on Hopper: lay
             it out once, with `.contiguous()`, if you call with it often.
-        k_pos, v_pos: Positive prompt `[b, n_pos, h, d]`, `n_pos >= 0`. b and h may be 1, or
-            strides of 0: one prompt for a whole batch is read where it is.
-        k_neg, v_neg: Negative prompt `[b, n_neg, h, d]`, likewise.
+        k_pos, v_pos: Positive prompt `[b, n_pos, h_kv, d]`, `n_pos >= 0`, h_kv h or a divisor of
+            it. b and h_kv may be 1, or strides of 0: one prompt for a whole batch is read where it
+            is.
+        k_neg, v_neg: Negative prompt `[b, n_neg, h_kv, d]`, likewise, with the same h_kv.
         alpha: Strength of the removal. A finite number, or an fp32 tensor on the device of `q`
             that broadcasts to `[b, l, h]`: 0-d for all, `[b, 1, 1]` per sample, `[b, l, 1]` per
             region. A tensor is differentiated, is read on the device, and never recompiles.

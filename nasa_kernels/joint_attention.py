@@ -68,9 +68,10 @@ def nasa_joint_attention(
         q: Queries `[b, l, h, d]`: of the image, then `text_queries[0]` of the positive text, then
             `text_queries[1]` of the negative text. The positive text's see [shared; pos] and the
             negative text's [shared; neg], in a plain softmax, whatever alpha is.
-        k, v: The image's `[b, n, h, d]`.
-        k_pos, v_pos, k_neg, v_neg: `[b, n_pos, h, d]`, `[b, n_neg, h, d]`. Broadcasting, strides,
-            lengths and dtypes as in `nasa_attention`.
+        k, v: The image's `[b, n, h_kv, d]`.
+        k_pos, v_pos, k_neg, v_neg: `[b, n_pos, h_kv, d]`, `[b, n_neg, h_kv, d]`. Broadcasting,
+            strides, lengths, dtypes, and fewer heads than those of `q`, as in `nasa_attention`; all
+            six have the same h_kv.
         alpha: As in `nasa_attention`; a tensor broadcasts to `[b, l, h]`, and what stands beside
             queries of the text is not used. At 0 the image's O is the plain attention over
             [shared; pos] of the same back end, bit for bit, except for "vsf", whose softmax

@@ -22,7 +22,7 @@ cross-attention take it as the last of their inputs (`backward_NAME` has `needs`
 the record lists more rules than "nasa", forward by `rules` and backward by `backward_rules`.
 
 Shapes, in the terms of `attention.py` and `joint_attention.py`, after `_checks.prepare`:
-q, grad_o [b, l, h, d]; k, v [b, n, h, d] with stride 0 where a prompt is shared; masks [b, n];
+q, grad_o [b, l, h, d]; k, v [b, n, h_kv, d] with stride 0 where a prompt is shared; masks [b, n];
 alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength.
 """
 

@@ -27,7 +27,7 @@ class Negative(NamedTuple):
     """One negative prompt of several, and how strongly it acts.
 
     Attributes:
-        k, v: `[b, n, h, d]`, as `k_neg` and `v_neg` of `nasa_attention`.
+        k, v: `[b, n, h_kv, d]`, as `k_neg` and `v_neg` of `nasa_attention`.
         alpha: As in `nasa_attention`; in joint attention a tensor broadcasts to
             `[b, image queries, h]`.
         mask: Per key, as `mask_neg` of `nasa_attention`.

@@ -51,7 +51,8 @@ def attend(q: Tensor, x: Prompt, scale: float) -> tuple[Tensor, Tensor]:
     """Z [b, h, l, d] in the dtype of q, and its log-sum-exp [b, h, l] in fp32, of one prompt."""
     group = group_of(q, x)
     if group > 1:
-        return of_groups(group, lambda own: attend(own(q), x, scale))
+        z, lse = of_groups(group, lambda own: attend(own(q), x, scale))
+        return z, lse
     return _attention(q, x.k, x.v, attn_mask=x.bias, scale=scale)
 
 

@@ -4,6 +4,7 @@ log-sum-exp, which lets the keys of the prompts be added afterwards.
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,12 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 def of_groups(
     group: int, attend: Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]]
 ) -> tuple[Tensor, ...]:
-    """What `attend(own)` makes of the first head of every group, of the second, and so on, as that of
-    all heads: `own` takes them out of a [b, h, ...], as a view. So keys that a group of heads looks at
-    are read where they are. All are [b, h, l, ...], which lie in memory as [b, l, h, ...].
+    """What `attend(own)` makes of the first head of every group, of the second, and so on, as that
+    of all heads: `own` takes them out of a [b, h, ...], as a view. So keys that a group of heads
+    looks at are read where they are. All are [b, h, l, ...], and in memory [b, l, h, ...].
     """
-    parts = [attend(lambda x, j=j: x[:, j::group]) for j in range(group)]
+    every = slice(None)
+    parts = [attend(itemgetter((every, slice(j, None, group)))) for j in range(group)]
     return tuple(
         # [b, l, h_kv, group, ...]
         torch.stack([x.transpose(1, 2) for x in some], dim=3).flatten(2, 3).transpose(1, 2)
@@ -56,8 +58,8 @@ def of_groups(
 
 
 def _takes_groups(q: Tensor) -> bool:
-    """Whether PyTorch's kernel takes keys of fewer heads. That for CPUs does so in new versions alone,
-    and asks for nothing in the others.
+    """Whether PyTorch's kernel takes keys of fewer heads. That for CPUs does so in new versions
+    alone, and asks for nothing in the others; the one for fp32 does not.
     """
     return q.device.type != "cpu" and q.dtype != torch.float32
 

@@ -393,8 +393,8 @@ class Rows(NamedTuple):
 
 
 def key_gradients(do, q, k, v, mask, rows: Rows, scale, align, needed):
-    """dK and dV of one prompt; empty where they are not `needed`. Where a group of heads looks at one
-    of K and V, each makes a gradient of its own, and their sum is rounded once.
+    """dK and dV of one prompt; empty where they are not `needed`. Where a group of heads looks at
+    one of K and V, each makes a gradient of its own, and their sum is rounded once.
     """
     b, l, h, d = q.shape
     n, group = k.shape[1], group_of(q, k)

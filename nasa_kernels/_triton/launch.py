@@ -104,7 +104,7 @@ def alignment(*tensors: Tensor) -> int:
 
 
 def group_of(q: Tensor, k: Tensor) -> int:
-    """How many heads of q look at each of k, whose heads are expanded where there is one for all."""
+    """How many heads of q look at each of k, which is expanded where one is for all."""
     return q.shape[2] // max(1, k.shape[2])
 
 

@@ -40,6 +40,8 @@ PROMPTS = (
     "prompt_embeds",
     "text_embeddings",
     "text_embedding",
+    "text_bth",
+    "llm_features",
     "cond_embeddings",
 )
 # words in the names of texts that are not the prompt's
@@ -96,6 +98,9 @@ class Caller:
         index, timesteps = self.variables.get("i"), self.variables.get("timesteps")
         # under diffusion forcing a row of it holds the timesteps of all frames
         timesteps = self.variables.get("step_matrix", timesteps)
+        if timesteps is None and self.is_stock:
+            # some loop over those of the scheduler
+            timesteps = getattr(self.pipe.scheduler, "timesteps", None)
         if not isinstance(index, int) or timesteps is None:
             raise RuntimeError(
                 f"nasa_diffusers: start and stop need to know the step, and {self.name} has no "
@@ -143,7 +148,7 @@ class Caller:
         prompt = next((x for name in PROMPTS if _is_text(x := self.variables.get(name))), None)
         others = []
         for name, value in self.variables.items():
-            if "embed" not in name and "concept" not in name:
+            if not any(part in name for part in ("embed", "concept", "text_bth")):
                 continue
             if OTHERS & set(name.split("_")):
                 others += _texts(value)

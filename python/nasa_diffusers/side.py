@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     rope: str = "image_rotary_emb"  # the argument with their positions
     attention: str = "attn"  # the block's attention
     joins: bool = False  # it puts its two arguments one behind the other by itself
+    fixed: bool = False  # its text is keys only, and goes through the blocks as it is
 
 
 @dataclass(eq=False)
@@ -101,6 +102,9 @@ class SideMaths(Protocol):
     def rotate(self, x: Tensor, rope: Rope) -> Tensor: ...
     def text_mask(self, side: Side, options: dict[str, Any]) -> Tensor | None: ...
     def arriving(self, denoiser: Any, side: Side, index: int, negatives: Tensor) -> Tensor: ...
+    def enter(self, side: Side, layout: Layout, given: Tensor, negatives: Tensor) -> Tensor: ...
+    def leave(self, side: Side, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def changes(self, layout: Layout, inputs: dict[str, Any], x: Tensor) -> dict[str, Any]: ...
     def amend(self, side: Side, streams: Streams, o: Tensor) -> Tensor: ...
     def finish(self, attn: Any, o: Tensor, image: int, layout: Layout, rest: Any) -> Any: ...
 
@@ -167,6 +171,8 @@ class SideBlockHook(Hook):
             changes = {text: inputs[self.layout.image], self.layout.image: both}
         args, kwargs = as_called(self.parameters, args, inputs | changes)
         output = self.stock(*args, **kwargs)
+        if self.layout.fixed:
+            return output, negatives
         if self.layout.joins:
             output = output[::-1]
         at = 0 if self.layout.text_first else 1
@@ -179,24 +185,18 @@ class SideBlockHook(Hook):
         self, side: Side, args: tuple, inputs: dict[str, Any], negatives: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A block for which image and text are one sequence; here [image; positive; negatives]."""
-        name, n = self.layout.image, side.lengths[0]
-        given = inputs[name]
+        given = inputs[self.layout.image]
         if given is side.returned and side.behind is not None:
             # nothing lies between the two blocks: no copy
             x = side.behind
         else:
-            parts = [given, negatives]
-            if self.layout.text_first:
-                parts = [given[:, n:], given[:, :n], negatives]
-            x = torch.cat(parts, dim=1)
-        args, kwargs = as_called(self.parameters, args, inputs | {name: x})
+            x = self.family.enter(side, self.layout, given, negatives)
+        changes = self.family.changes(self.layout, inputs, x)
+        args, kwargs = as_called(self.parameters, args, inputs | changes)
         x = self.stock(*args, **kwargs)
-        own = x.shape[1] - side.m
-        output = x[:, :own]
-        if self.layout.text_first:
-            output = torch.cat([output[:, own - n :], output[:, : own - n]], dim=1)
+        output, negatives = self.family.leave(side, self.layout, x)
         side.returned, side.behind = output, x
-        return output, x[:, own:]
+        return output, negatives
 
     def check_attended(self, block: nn.Module, side: Side) -> None:
         attention = getattr(block, self.layout.attention)
@@ -238,20 +238,19 @@ class SideAttentionHook(Hook):
         **options,
     ) -> Any:
         self.family.check_attention(self.name, attn, None)
-        # each [b, l + n + m, h, d]
+        # each [b, l + n + m, h, d], k and v perhaps of fewer heads
         q, k, v, rest = self.family.project(attn, hidden_states, encoder_hidden_states)
         if side.rope is not None:
             q, k = (self.family.rotate(x, side.rope) for x in (q, k))
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1:
-            # several query heads for one of the keys; the stock processor repeats them as well
-            k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         text, is_guided = side.text, self.guided and side.is_guided
         mask = self.family.text_mask(side, options)
-        streams = Streams(q, k, v, side.lengths, side.terms, True, text.backend, mask)
+        with_text = not self.layout.fixed
+        streams = Streams(q, k, v, side.lengths, side.terms, with_text, text.backend, mask)
         if not torch.compiler.is_compiling():
+            b, _, h, d = q.shape
             self.last_call = JointCall(
-                q.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text=True,
+                torch.Size((b, k.shape[1], h, d)), side.lengths, hidden_states.shape[2],
+                self.token_flops, with_text,
                 attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
         o = text.method.joint(streams) if is_guided else keep_apart(streams)

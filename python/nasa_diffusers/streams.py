@@ -19,8 +19,8 @@ from nasa_kernels import nasa_joint_attention
 class Streams(NamedTuple):
     """Q, K and V of all tokens of a block, and whose they are."""
 
-    q: Tensor  # [b, l + n, h, d]
-    k: Tensor
+    q: Tensor  # [b, l + n, h, d], or [b, l, h, d] where text is keys only
+    k: Tensor  # [b, l + n, h, d], or of fewer heads, of which each serves a group
     v: Tensor
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
     terms: tuple[Term, ...]
@@ -30,11 +30,13 @@ class Streams(NamedTuple):
 
     @property
     def image_tokens(self) -> int:
-        return self.q.shape[1] - sum(self.lengths)
+        return self.k.shape[1] - sum(self.lengths)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """`[b, l + n, h, d]` as image, positive text and each negative text."""
-        return x.split([self.image_tokens, *self.lengths], dim=1)
+        has_text = x.shape[1] > self.image_tokens
+        lengths = self.lengths if has_text else [0] * len(self.lengths)
+        return x.split([self.image_tokens, *lengths], dim=1)
 
     def text_queries(self, i: int) -> tuple[int, int]:
         """How many positive tokens and tokens of negative prompt `i` are queries."""

@@ -105,15 +105,10 @@ def z_image(seed: int = 0):
     return _ready(pipe)
 
 
-def _flux2_parts(channels: int, guidance: bool) -> dict[str, Any]:
-    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+def _flux2_vae():
+    from diffusers import AutoencoderKLFlux2
 
-    transformer = Flux2Transformer2DModel(
-        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
-        joint_attention_dim=channels, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16,
-        guidance_embeds=guidance, **HEADS,
-    )  # fmt: skip
-    autoencoder = AutoencoderKLFlux2(
+    return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
@@ -123,9 +118,19 @@ def _flux2_parts(channels: int, guidance: bool) -> dict[str, Any]:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def _flux2_parts(channels: int, guidance: bool) -> dict[str, Any]:
+    from diffusers import Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
+        joint_attention_dim=channels, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16,
+        guidance_embeds=guidance, **HEADS,
+    )  # fmt: skip
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(),
-        "vae": autoencoder,
+        "vae": _flux2_vae(),
         "transformer": transformer,
     }
 

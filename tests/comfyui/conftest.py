@@ -23,6 +23,8 @@ if not HAS_COMFYUI:
 def pytest_terminal_summary(terminalreporter):
     if not HAS_COMFYUI:
         terminalreporter.write_line("No ComfyUI on PYTHONPATH: the tests of its nodes did not run.")
+    elif "NASA_COMFYUI_SERVER" not in os.environ:
+        terminalreporter.write_line("ComfyUI's own server did not run: make comfyui-test.")
 
 
 def _start() -> None:

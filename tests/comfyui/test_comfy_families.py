@@ -1,18 +1,21 @@
 """Every family against an oracle of its own, at strengths above 0, on prompts of unequal size."""
 
+import dataclasses
 import inspect
 import threading
+import types
 
 import pytest
 import torch
 from comfyui.tiny import predict, tiny
 
 CROSS = (
-    "sd15", "sdxl", "wan", "wan-i2v", "vace", "ltxv", "ltx2", "ltx2.3", "pixart", "cosmos1",
-    "cosmos", "anima",
+    "sd15", "sdxl", "wan", "wan-i2v", "wan-camera", "vace", "ltxv", "ltx2", "ltx2.3", "pixart",
+    "cosmos1", "cosmos", "anima",
 )  # fmt: skip
 JOINT = (
-    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "lumina2", "zimage", "krea2",
+    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "hunyuan1.5", "hunyuan-image",
+    "lumina2", "zimage", "krea2",
 )  # fmt: skip
 ALPHA = 0.4
 
@@ -45,7 +48,7 @@ def layers_of(name, net):
     """The text attentions of a stock network in their order, and the bias of what follows each."""
     if name in ("sd15", "sdxl"):
         found = [m.attn2 for m in net.modules() if getattr(m, "attn2", None) is not None]
-    elif name in ("wan", "wan-i2v"):
+    elif name in ("wan", "wan-i2v", "wan-camera"):
         found = [block.cross_attn for block in net.blocks]
         return [(m, m.o.bias) for m in found]
     elif name == "vace":
@@ -71,7 +74,7 @@ def layers_of(name, net):
 def prepared(name, model, text):
     """The text as each layer gets it."""
     net, layers = model.net, len(layers_of(name, model.net))
-    if name in ("wan", "wan-i2v", "vace"):
+    if name in ("wan", "wan-i2v", "wan-camera", "vace"):
         text = net.text_embedding(text)
     elif name == "ltxv":
         text = net.caption_projection(text)
@@ -111,7 +114,7 @@ def by_two_modulated_calls(model, positive, texts, alphas):
         return predict(model, positive)
 
 
-def by_two_calls(name, model, positive, negative, alphas):
+def by_two_calls(name, model, positive, negative, alphas, **call):
     """The stock network, each of whose text attentions is called again with the negative text."""
     with torch.no_grad():
         texts = prepared(name, model, negative)
@@ -146,7 +149,7 @@ def by_two_calls(name, model, positive, negative, alphas):
             module.register_forward_hook(hook(alpha, bias, text, module.forward), with_kwargs=True)
         )
     try:
-        return predict(model, positive)
+        return predict(model, positive, **call)
     finally:
         for handle in handles:
             handle.remove()
@@ -186,7 +189,7 @@ def test_a_text_as_long_as_another_attention(pack, model, lengths, request):
 # ---- joint attention: two stock networks side by side, which exchange the image's rows -----------
 
 
-def in_lockstep(model, positive, negative, alpha, rows_of):
+def in_lockstep(model, positive, negative, alpha, rows_of, **call):
     """The stock network on either text, in two threads. At each joint attention both get
     Z+ - alpha Z- for the image's queries, and keep what their text's queries found. Registers are
     those of the positive's network in both."""
@@ -210,7 +213,7 @@ def in_lockstep(model, positive, negative, alpha, rows_of):
 
         try:
             results[side] = predict(
-                model, text, patched=False, optimized_attention_override=override
+                model, text, patched=False, optimized_attention_override=override, **call
             )
         except BaseException as error:
             barrier.abort()
@@ -228,13 +231,13 @@ def in_lockstep(model, positive, negative, alpha, rows_of):
     return results["+"]
 
 
-def rows_of(name, model):
+def rows_of(name, model, references=0):
     """Of a joint attention of this many queries, those of the image and those of registers; None
     for another attention."""
-    tokens = 128 if name == "hunyuan" else 64
+    tokens = (128 if name in ("hunyuan", "hunyuan1.5") else 64) + references
     registers = model.net.register_tokens.shape[1] if name == "aura" else 0
     # as it was until 2026
-    is_image_first = name == "hunyuan" and "(img, txt), 1)" in inspect.getsource(
+    is_image_first = name.startswith("hunyuan") and "(img, txt), 1)" in inspect.getsource(
         type(model.net).forward_orig
     )
 
@@ -268,6 +271,56 @@ def test_joint_attention(pack, model, request):
     close(predict(model, negative, node(pack, model, positive)), expected, stock)
 
 
+@pytest.mark.parametrize("model", ["flux", "flux2", "qwen", "krea2"], indirect=True)
+def test_images_to_refer_to_are_of_the_image(pack, model, request):
+    """FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit, Krea 2."""
+    name = request.node.callspec.params["model"]
+    image = torch.randn(model.latent, generator=torch.Generator().manual_seed(5))
+    references = {"reference_latents": [image], "reference_latents_method": "index"}
+    model = dataclasses.replace(model, settings={**model.settings, **references})
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    expected = in_lockstep(model, positive, negative, ALPHA, rows_of(name, model, 64))
+    close(predict(model, positive, node(pack, model, negative)), expected, predict(model, positive))
+
+
+@pytest.mark.parametrize("is_added", [False, True], ids=["integers", "added to the scores"])
+@pytest.mark.parametrize("model", ["ltxv"], indirect=True)
+def test_tokens_that_a_mask_hides_are_as_if_they_were_not_there(pack, model, is_added):
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    masked = dataclasses.replace(model, shown=9, is_added=is_added)
+    expected = predict(model, positive[:, :9], node(pack, model, negative[:, :9]))
+    stock = predict(model, positive[:, :9])
+    # one that hides nothing of the negative text may be of the other kind
+    for text, of_text in ((negative, masked), (negative[:, :9], model)):
+        close(predict(masked, positive, node(pack, of_text, text)), expected, stock)
+
+
+@pytest.mark.parametrize(
+    ("model", "conds", "message"),
+    [
+        ("hunyuan1.5", {"conditioning_byt5small": torch.zeros(1, 4, 1472)}, "glyphs .txt_byt5."),
+        ("hunyuan1.5", {"clip_vision_output": types.SimpleNamespace(
+            last_hidden_state=torch.zeros(1, 5, 1152))}, "an image .clip_fea."),
+        ("zimage", {"reference_latents": [torch.zeros(1, 16, 16, 16)]}, "an image to refer to"),
+    ],
+    indirect=["model"], ids=["glyphs", "an image", "an image of Z-Image"],
+)  # fmt: skip
+def test_tokens_that_are_neither_text_nor_image_are_refused(pack, model, conds, message):
+    text = model.text(20, 1)
+    other = dataclasses.replace(model, settings={**model.settings, **conds})
+    guided = node(pack, model, text)
+    if "ref_latents" not in inspect.getsource(type(model.patcher.model).extra_conds) and (
+        "reference_latents" in conds
+    ):
+        pytest.skip("this ComfyUI's Z-Image takes no image to refer to")
+    with pytest.raises(ValueError, match=f"this call has {message} .* leave it out"):
+        predict(other, text, guided)
+    # in the negative text as well
+    if "conditioning_byt5small" in conds:
+        with pytest.raises(ValueError, match=f"this call has {message}"):
+            predict(model, text, node(pack, other, text))
+
+
 @pytest.mark.parametrize("model", CROSS + JOINT, indirect=True, ids=CROSS + JOINT)
 def test_a_prompt_against_itself(pack, model):
     """Projected takes nothing from an equal prompt, whatever the strength: the stock result."""
@@ -275,3 +328,16 @@ def test_a_prompt_against_itself(pack, model):
     stock = predict(model, text)
     actual = predict(model, text, node(pack, model, text, method="NASA projected", strength=2.0))
     assert (actual - stock).norm() < 1e-4 * stock.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["wan", "flux", "ltxv"])
+def test_half_precision_rounds_as_the_stock_network_does(pack, name, dtype):
+    results = []
+    for model in (tiny(name), tiny(name, dtype)):
+        positive, negative = model.text(20, 1), model.text(13, 2)
+        stock = predict(model, positive)
+        results.append((stock, predict(model, positive, node(pack, model, negative))))
+    (stock, guided), (stock_half, guided_half) = results
+    assert (guided_half - guided).norm() < 4 * (stock_half - stock).norm()
+    assert (guided_half - stock_half).norm() > 0.5 * (guided - stock).norm()

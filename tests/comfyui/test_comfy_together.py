@@ -1,11 +1,20 @@
 """Several nodes, every method, CFG, other nodes before and after, and what is refused."""
 
 import asyncio
+import dataclasses
 
 import comfy.patcher_extension
 import pytest
 import torch
-from comfyui.test_comfy_families import ALPHA, close, node
+from comfyui.test_comfy_families import (
+    ALPHA,
+    by_two_calls,
+    close,
+    in_lockstep,
+    layers_of,
+    node,
+    rows_of,
+)
 from comfyui.tiny import predict, sample, tiny
 
 from nasa_kernels import nasa_attention_reference
@@ -30,7 +39,7 @@ def test_comfyui_finds_the_node(pack):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["wan", "sd15", "flux"])
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "hunyuan", "krea2"])
 def test_nodes_in_a_row_add_up(pack, name):
     """One negative prompt at 0.4 is the same prompt twice at 0.2."""
     model = tiny(name)
@@ -43,6 +52,31 @@ def test_nodes_in_a_row_add_up(pack, name):
         close(predict(model, positive, twice), predict(model, positive, once), stock)
         # the first node's MODEL has one term still
         assert len(first.model_options["transformer_options"]["nasa_terms"]) == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "zimage"])
+def test_nodes_in_a_row_have_layers_of_their_own(pack, name):
+    """A node in the first layer and one in the others are one node in all."""
+    model = tiny(name)
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    stock = predict(model, positive)
+    last = {"wan": 2, "sd15": 6, "flux": 3, "zimage": 1}[name]
+    for method in ("NASA", "NASA projected"):
+        settings = {"method": method, "rule": "nasa-cross"}
+        first = node(pack, model, negative, layers="0", **settings)
+        both = node(pack, model, negative, first, layers=f"1-{last}", **settings)
+        whole = node(pack, model, negative, **settings)
+        close(predict(model, positive, both), predict(model, positive, whole), stock)
+        only = predict(model, positive, first)
+        assert (only - predict(model, positive, whole)).norm() > 1e-4 * stock.norm()
+
+
+def test_nodes_of_vsf_in_a_row_are_one_text(pack, model, texts):
+    positive, negative, _ = texts
+    first = node(pack, model, negative[:, :8], method="VSF")
+    both = node(pack, model, negative[:, 8:], first, "VSF")
+    whole = predict(model, positive, node(pack, model, negative, method="VSF"))
+    close(predict(model, positive, both), whole, predict(model, positive))
 
 
 def by_formula(model, positive, negative, formula):
@@ -122,6 +156,50 @@ def test_through_the_sampler(pack, model, texts):
         assert torch.equal(sample(model, model.patcher, positive, other, cfg), stock)
 
 
+def test_cfg_takes_the_guided_prediction(pack, model, texts):
+    positive, negative, other = texts
+    guided = node(pack, model, negative)
+    # after one step the latent is the prediction: uncond + cfg (guided - uncond)
+    uncond = sample(model, model.patcher, other, other, steps=1)
+    cond = sample(model, guided, positive, other, steps=1)
+    actual = sample(model, guided, positive, other, 3.0, steps=1)
+    close(actual, uncond + 3.0 * (cond - uncond), uncond)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_masks_and_several_prompts_of_the_positive_are_obeyed(pack, name):
+    model = tiny(name)
+    first, second, negative = (model.text(n, seed) for n, seed in ((20, 1), (20, 4), (13, 2)))
+    guided = node(pack, model, negative)
+    left = torch.zeros(1, *model.latent[-2:])
+    left[..., : model.latent[-1] // 2] = 1.0
+    alone = [sample(model, guided, text, negative, steps=1) for text in (first, second)]
+    conditioning = []
+    for text, mask in ((first, left), (second, 1.0 - left)):
+        ((text, settings),) = model.conditioning(text)
+        conditioning.append([text, {**settings, "mask": mask, "mask_strength": 1.0}])
+    actual = sample(model, guided, conditioning, negative, steps=1)
+    expected = left * alone[0] + (1.0 - left) * alone[1]
+    close(actual, expected, sample(model, model.patcher, first, negative, steps=1))
+
+
+def test_an_area_of_the_positive_is_obeyed(pack):
+    """Half of the image has a call of its own, of half the size."""
+    model = tiny("sd15")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    guided = node(pack, model, negative)
+    whole = sample(model, guided, positive, negative, steps=1)
+    ((text, settings),) = model.conditioning(positive)
+    area = [text, {**settings, "area": (16, 8, 0, 0), "strength": 1.0}]
+    half, other = (
+        sample(model, patcher, [area], negative, steps=1) for patcher in (guided, model.patcher)
+    )
+    stock = sample(model, model.patcher, positive, negative, steps=1)
+    assert (half[..., :8] - other[..., :8]).norm() > 1e-3 * stock.norm()
+    # where no prompt is, nothing is predicted
+    assert half[..., 8:].abs().max() < 1e-3 * whole.abs().max()
+
+
 def test_the_steps_between_start_and_end(pack, model, texts):
     from nasa_pack.nodes import NasaNegativePrompt
 
@@ -143,6 +221,24 @@ def test_the_steps_between_start_and_end(pack, model, texts):
         assert torch.equal(inside, predict(model, positive, whole, sigma=sigma))
         outside = predict(model, positive, other, sigma=sigma)
         assert torch.equal(outside, predict(model, positive, sigma=sigma))
+
+
+def test_the_steps_are_those_of_a_sampling_that_a_later_node_sets(pack, model, texts):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    from nasa_pack.nodes import NasaNegativePrompt
+
+    late = NasaNegativePrompt.execute(
+        model.patcher, model.conditioning(texts[1]), "NASA", ALPHA, "nasa", 0.5, 1.0, ""
+    ).args[0]
+    middle = float(model.patcher.get_model_object("model_sampling").percent_to_sigma(0.5))
+    # at a shift of 1 the middle of the steps is at a lower sigma than at the model's own 8
+    (shifted,) = ModelSamplingSD3().patch(late, 1.0, 1000)
+    sigma = (middle + 0.5) / 2
+    stock = predict(model, texts[0], sigma=sigma)
+    assert not torch.equal(predict(model, texts[0], late, sigma=sigma), stock)
+    (plain,) = ModelSamplingSD3().patch(model.patcher, 1.0, 1000)
+    expected = predict(model, texts[0], plain, sigma=sigma)
+    assert torch.equal(predict(model, texts[0], shifted, sigma=sigma), expected)
 
 
 # ---- other nodes ---------------------------------------------------------------------------------
@@ -199,13 +295,92 @@ def test_an_ip_adapter_before_is_kept_and_after_is_named(pack):
         predict(model, positive, node(pack, model, negative, before, "NAG", 3.0))
 
 
-def test_a_cache_may_answer_for_the_network(pack, model, texts):
-    positive, negative, _ = texts
-    guided = node(pack, model, negative)
-    kept = predict(model, positive, guided)
-    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-    guided.add_wrapper_with_key(kind, "cache", lambda executor, *args, **kwargs: kept)
-    assert torch.isfinite(predict(model, positive, guided)).all()
+def test_a_patch_of_the_text_that_adds_tokens_is_named(pack):
+    """As an IP-Adapter may, before the projections."""
+    model = tiny("sd15")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+
+    def adapter(n, context, value, extra_options):
+        return n, torch.cat((context, context[:, :4]), 1), torch.cat((value, value[:, :4]), 1)
+
+    before = model.patcher.clone()
+    before.set_model_attn2_patch(adapter)
+    after = node(pack, model, negative)
+    after.set_model_attn2_patch(adapter)
+    for patcher in (node(pack, model, negative, before), after):
+        with pytest.raises(ValueError, match=r"adapter changed the text from 33 tokens to 37"):
+            predict(model, positive, patcher)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_controlnet_adds_what_it_adds_without(pack, name):
+    model = tiny(name)
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    hints = torch.Generator().manual_seed(9)
+    if name == "sd15":
+        control = {"middle": [50 * torch.randn(1, 64, 8, 8, generator=hints)]}
+    else:
+        control = {"input": [torch.randn(1, 64, 128, generator=hints)], "output": []}
+    guided = node(pack, model, negative, method="NASA", rule="nasa")
+    stock = predict(model, positive, control=control)
+    assert (stock - predict(model, positive)).norm() > 1e-3 * stock.norm()
+    actual = predict(model, positive, guided, control=control)
+    if name == "sd15":
+        layers = len(layers_of(name, model.net))
+        expected = by_two_calls(name, model, positive, negative, [ALPHA] * layers, control=control)
+    else:
+        rows = rows_of(name, model)
+        expected = in_lockstep(model, positive, negative, ALPHA, rows, control=control)
+    close(actual, expected, stock)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_easycache(pack, model, texts, place):
+    """ComfyUI's own cache of the network, which leaves out steps."""
+    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
+    positive, negative, other = texts
+    calls = 0
+
+    def counted(executor, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return executor(*args, **kwargs)
+
+    def cached(threshold):
+        patcher = model.patcher if place == "before" else node(pack, model, negative)
+        patcher = nodes.EasyCacheNode.execute(patcher, threshold, 0.0, 1.0, False).args[0]
+        if place == "before":
+            patcher = node(pack, model, negative, patcher)
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        patcher.add_wrapper_with_key(kind, "counted", counted)
+        return sample(model, patcher, positive, other, steps=6)
+
+    plain = sample(model, node(pack, model, negative), positive, other, steps=6)
+    assert torch.equal(cached(0.0), plain)
+    assert calls == 6
+    result = cached(1e6)
+    assert torch.isfinite(result).all()
+    assert calls < 12
+
+
+def test_a_node_that_leaves_out_blocks_is_an_error(pack, model, texts):
+    """As a cache of blocks does."""
+    guided = node(pack, model, texts[1])
+    guided.set_model_patch_replace(lambda args, _: {"img": args["img"]}, "dit", "double_block", 1)
+    with pytest.raises(RuntimeError, match=r"2 of 3 .*the others did not run; .* cache of blocks"):
+        predict(model, texts[0], guided)
+
+    def again(args, extra):
+        return extra["original_block"](args) and extra["original_block"](args)
+
+    guided.set_model_patch_replace(again, "dit", "double_block", 1)
+    with pytest.raises(RuntimeError, match=r"4 of 3 .*more than the network has"):
+        predict(model, texts[0], guided)
+    # and nothing is left behind
+    assert torch.equal(predict(model, texts[0]), predict(model, texts[0], model.patcher.clone()))
+    from nasa_pack.steering.call import CURRENT
+
+    assert CURRENT.get() is None
 
 
 def test_weights_that_a_lora_changed_project_both_prompts(pack, model, texts):
@@ -246,12 +421,13 @@ def test_compiled(pack, model, texts):
     ("conditioning", "message"),
     [
         ([], "is empty; connect a text"),
+        ([[torch.zeros(1, 0, 64), {}]], "the negative text has no tokens"),
         ([[torch.zeros(1, 4, 64), {}]] * 2, "has 2 prompts; give each a node of its own"),
         ([[torch.zeros(1, 4, 64), {"mask": torch.ones(1, 8, 8)}]], "has a mask, which is not"),
         ([[torch.zeros(1, 4, 64), {"area": (8, 8, 0, 0)}]], "has an area, which is not"),
         ([[torch.zeros(1, 4, 64), {"end_percent": 0.5}]], "has a range of steps, which is not"),
     ],
-    ids=["empty", "two", "mask", "area", "steps"],
+    ids=["empty", "no tokens", "two", "mask", "area", "steps"],
 )
 def test_a_conditioning_that_is_no_prompt(pack, model, conditioning, message):
     from nasa_pack.nodes import NasaNegativePrompt
@@ -259,6 +435,27 @@ def test_a_conditioning_that_is_no_prompt(pack, model, conditioning, message):
     arguments = ("NASA", ALPHA, "nasa", 0.0, 1.0, "")
     with pytest.raises(ValueError, match=message):
         NasaNegativePrompt.execute(model.patcher, conditioning, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "PAG"}, "method must be one of NASA, NASA projected, NAG, VSF, got 'PAG'"),
+        ({"rule": "sum"}, "rule must be one of nasa-cross, nasa-text, nasa, got 'sum'"),
+        ({"strength": float("nan")}, "strength must be 0 or more, got nan"),
+        ({"start_percent": 0.7, "end_percent": 0.2}, "start_percent must be below end_percent"),
+    ],
+    ids=["method", "rule", "strength", "steps"],
+)
+def test_settings_of_another_version(pack, model, texts, change, message):
+    from nasa_pack.nodes import NasaNegativePrompt
+
+    settings = {
+        "model": model.patcher, "negative": model.conditioning(texts[1]), "method": "NASA",
+        "strength": ALPHA, "rule": "nasa", "start_percent": 0.0, "end_percent": 1.0, "layers": "",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        NasaNegativePrompt.execute(**{**settings, **change})
 
 
 def test_a_text_of_another_model(pack, model, texts):
@@ -275,6 +472,30 @@ def test_nodes_that_do_not_go_together(pack, model, texts):
     nag = node(pack, model, texts[1], None, "NAG", 3.0)
     with pytest.raises(ValueError, match="NAG takes one negative prompt, and there are 2 nodes"):
         node(pack, model, texts[2], nag, "NAG", 3.0)
+
+
+def test_nodes_that_do_not_go_together_in_joint_attention(pack):
+    model = tiny("flux")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    first = node(pack, model, negative, method="VSF")
+    with pytest.raises(ValueError, match="VSF takes one negative prompt where text and image"):
+        node(pack, model, negative, first, "VSF")
+    first = node(pack, model, negative, rule="nasa-cross")
+    with pytest.raises(ValueError, match="several nodes in a row need the rule nasa-cross"):
+        node(pack, model, negative, first, rule="nasa")
+    # the node before them is as it was
+    assert torch.isfinite(predict(model, positive, first)).all()
+
+
+def test_a_mask_of_tokens_is_refused_in_joint_attention(pack):
+    """As Lumina 2 has it where the mask hides something."""
+    model = tiny("lumina2")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    settings = {**model.settings, "attention_mask": None}
+    masked = dataclasses.replace(model, settings=settings, shown=9)
+    for of_positive, of_negative in ((masked, model), (model, masked)):
+        with pytest.raises(ValueError, match="has a mask of its tokens, which is not obeyed"):
+            predict(of_positive, positive, node(pack, of_negative, negative))
 
 
 @pytest.mark.parametrize(

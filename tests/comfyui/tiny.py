@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import math
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import comfy.conds
 import comfy.model_patcher
 import comfy.sample
 import comfy.supported_models as supported
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-F32 = torch.float32
 
 
 @dataclass
@@ -30,6 +31,10 @@ class Tiny:
     settings: dict[str, Any] = field(default_factory=dict)
     # what the sampler says beside the conditioning
     call: dict[str, Any] = field(default_factory=dict)
+    # tokens that the mask of a text does not hide; None is all
+    shown: int | None = None
+    # what a mask adds to the scores, in place of whether a token is there
+    is_added: bool = False
 
     @property
     def net(self) -> Any:
@@ -42,6 +47,10 @@ class Tiny:
         settings = dict(self.settings)
         if "attention_mask" in settings:
             settings["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.int64)
+            if self.shown is not None:
+                settings["attention_mask"][:, self.shown :] = 0
+            if self.is_added:
+                settings["attention_mask"] = (settings["attention_mask"] - 1.0) * 1e9
         if "t5xxl_ids" in settings:
             settings["t5xxl_ids"] = torch.arange(text.shape[1])
             settings["t5xxl_weights"] = torch.ones(text.shape[1])
@@ -64,9 +73,9 @@ def _small_adapters():
         module.LLMAdapter = adapter
 
 
-def _patcher(kind: str, config: dict[str, Any]) -> Any:
-    settings = getattr(supported, kind)({**config, "dtype": F32})
-    settings.set_inference_dtype(F32, None)
+def _patcher(kind: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    settings = getattr(supported, kind)({**config, "dtype": dtype})
+    settings.set_inference_dtype(dtype, None)
     with _small_adapters():
         model = settings.get_model({}, "", device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -149,6 +158,14 @@ _HUNYUAN = {
     "guidance_embed": False, "vec_in_dim": 32, "byt5": False, "meanflow": False,
     "use_cond_type_embedding": False, "vision_in_dim": None,
 }  # fmt: skip
+_HUNYUAN15 = {
+    **_HUNYUAN, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None,
+    "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 1152,
+}  # fmt: skip
+_HUNYUAN_IMAGE = {
+    **_HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "axes_dim": [32, 32],
+    "vec_in_dim": None,
+}  # fmt: skip
 _AURA = {
     "max_seq": 1024, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "n_heads": 2,
     "dim": 128,
@@ -211,6 +228,10 @@ _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
         {"clip_vision_output": _IMAGE},
     ),
     "vace": ("WAN21_Vace", _VACE, (1, 16, 2, 16, 16), {}),
+    "wan-camera": (
+        "WAN21_Camera", {**_WAN, "model_type": "camera", "in_dim": 32}, (1, 16, 2, 16, 16),
+        {"clip_vision_output": _IMAGE},
+    ),
     "ltx2": ("LTXAV", _LTX2, _PACKED, {}),
     "ltx2.3": ("LTXAV", _LTX23, _PACKED, {}),
     "cosmos1": ("CosmosT2V", _COSMOS1, (1, 16, 1, 16, 16), {}),
@@ -228,6 +249,8 @@ _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
     "sd3": ("SD3", _SD3, (1, 16, 16, 16), _POOLED),
     "aura": ("AuraFlow", _AURA, (1, 4, 16, 16), {}),
     "hunyuan": ("HunyuanVideo", _HUNYUAN, (1, 16, 2, 16, 16), _POOLED),
+    "hunyuan1.5": ("HunyuanVideo15", _HUNYUAN15, (1, 32, 2, 8, 8), _POOLED),
+    "hunyuan-image": ("HunyuanImage21", _HUNYUAN_IMAGE, (1, 64, 8, 8), {}),
     "lumina2": ("Lumina2", _LUMINA, (1, 16, 16, 16), {}),
     "zimage": ("Lumina2", {**_LUMINA, "pad_tokens_multiple": 32}, (1, 16, 16, 16), {}),
 }  # fmt: skip
@@ -237,18 +260,20 @@ LATER: dict[str, dict[str, Any]] = {
     "chroma": {"txt_ids_dims": [], "vec_in_dim": None},
     "flux2": {"txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0},
     "hunyuan": {"meanflow_sum": False},
+    "hunyuan1.5": {"meanflow_sum": True},
+    "hunyuan-image": {"meanflow_sum": False},
 }
 
 
 @cache
-def tiny(name: str) -> Tiny:
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
     kind, config, latent, settings = _SHAPES[name]
     if not hasattr(supported, kind):
         pytest.skip(f"this ComfyUI is older than {kind}")
     config = {**config, **LATER.get(name, {})}
     while True:
         try:
-            patcher = _patcher(kind, config)
+            patcher = _patcher(kind, config, dtype)
             break
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -266,7 +291,7 @@ def noise(model: Tiny, rows: int = 1) -> Tensor:
 
 def predict(
     model: Tiny, text: Tensor, patcher: Any = None, sigma: float = 0.7, rows: int = 1,
-    patched: bool = True, **options: Any,
+    patched: bool = True, control: dict | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """One call of the network on the positive text, as a sampler makes it."""
     patcher = model.patcher if patcher is None else patcher
@@ -277,6 +302,8 @@ def predict(
         conds = base.extra_conds(
             **settings, **model.call, **size, cross_attn=text, noise=x, device=CPU
         )
+        if (concat := base.concat_cond(noise=x, device=CPU)) is not None:
+            conds["c_concat"] = comfy.conds.CONDNoiseShape(concat)
     inputs = {
         key: cond.process_cond(batch_size=rows, area=None).cond for key, cond in conds.items()
     }
@@ -287,18 +314,25 @@ def predict(
     try:
         with torch.inference_mode():
             return base.apply_model(
-                x, torch.full((rows,), sigma), transformer_options=given, **inputs
+                x,
+                torch.full((rows,), sigma),
+                control=copy.deepcopy(control),
+                transformer_options=given,
+                **inputs,
             )
     finally:
         if patched:
             patcher.unpatch_model()
 
 
-def sample(model: Tiny, patcher: Any, positive: Tensor, negative: Tensor, cfg=1.0, steps=2):
-    """Latents of ComfyUI's own sampler."""
+def sample(
+    model: Tiny, patcher: Any, positive: Tensor | list, negative: Tensor, cfg=1.0, steps=2
+) -> Tensor:
+    """Latents of ComfyUI's own sampler; the positive may be a whole conditioning."""
     latent = torch.zeros(model.latent)
+    if isinstance(positive, Tensor):
+        positive = model.conditioning(positive)
     return comfy.sample.sample(
         patcher, comfy.sample.prepare_noise(latent, 3), steps, cfg, "euler", "simple",
-        model.conditioning(positive), model.conditioning(negative), latent, disable_pbar=True,
-        seed=3,
+        positive, model.conditioning(negative), latent, disable_pbar=True, seed=3,
     )  # fmt: skip

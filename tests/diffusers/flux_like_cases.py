@@ -156,7 +156,7 @@ class Fibo(FluxLike):
         ]
 
     def layers(self, rows, tokens, seed):
-        count = self.config["num_layers"] + self.config["num_single_layers"]
+        count = len(self.model.caption_projection)
         return [random(rows, tokens, 12, seed=seed + i) for i in range(count)]
 
     def first_inputs(self):

@@ -1,6 +1,10 @@
 """The small pipelines of families with a side stream, and how each is called."""
 
+import importlib
+from types import SimpleNamespace
+
 import diffusers
+import hunyuan_pipes
 import torch
 from nasa_diffusers import testing_joint
 from nasa_diffusers import testing_side as testing
@@ -41,9 +45,27 @@ PIPES |= {
     ),
     "bria": (testing_joint.bria, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 16}),
     "fibo": (testing_joint.fibo, {"height": 64, "width": 96, "guidance_scale": 1.0}),
+    "lumina2": (testing_joint.lumina2, SMALL | {"guidance_scale": 1.0, "max_sequence_length": 40}),
+    "aura-flow": (
+        testing_joint.aura_flow,
+        {"height": 16, "width": 16, "guidance_scale": 1.0, "max_sequence_length": 16},
+    ),
+    "ernie": (testing_joint.ernie, {"height": 64, "width": 96, "guidance_scale": 1.0}),
+    "qwen21": (testing_joint.qwen_image_21, {"height": 64, "width": 96}),
+    "ideogram4": (
+        testing_joint.ideogram4,
+        {
+            "height": 16, "width": 24, "max_sequence_length": 16, "guidance_scale": 1.0,
+            "guidance_schedule": None,
+        },
+    ),
+    "prx": (
+        testing_joint.prx,
+        {"height": 16, "width": 24, "guidance_scale": 1.0, "use_resolution_binning": False},
+    ),
 }  # fmt: skip
 # under guidance these put both branches into one batch, the pipeline's own negative prompt first
-DOUBLED = ("ltx2", "cogvideox", "bria", "fibo")
+DOUBLED = ("ltx2", "cogvideox", "bria", "fibo", "aura-flow", "ernie", "prx")
 # what switches on classifier-free guidance
 CFG = {
     "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
@@ -55,16 +77,41 @@ CFG = {
 }
 CFG |= {
     name: {"guidance_scale": 3.0, "negative_prompt": "dull"}
-    for name in ("chroma", "ovis", "longcat", "bria", "fibo")
+    for name in (
+        "chroma",
+        "ovis",
+        "longcat",
+        "bria",
+        "fibo",
+        "lumina2",
+        "aura-flow",
+        "ernie",
+        "prx",
+    )
 }
+CFG["qwen21"] = {"true_cfg_scale": 3.0, "negative_prompt": "dull"}
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
     "klein": "Flux2KleinPipeline", "krea2": "Krea2Pipeline", "ltx2": "LTX2Pipeline",
     "cogvideox": "CogVideoXPipeline", "cogview4": "CogView4Pipeline",
     "chroma": "ChromaPipeline", "ovis": "OvisImagePipeline", "longcat": "LongCatImagePipeline",
-    "bria": "BriaPipeline", "fibo": "BriaFiboPipeline",
+    "bria": "BriaPipeline", "fibo": "BriaFiboPipeline", "lumina2": "Lumina2Pipeline",
+    "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
+    "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
+    "ideogram4": "Ideogram4Pipeline",
 }  # fmt: skip
+PIPES |= hunyuan_pipes.PIPES
+CFG |= hunyuan_pipes.CFG
+NEEDS |= hunyuan_pipes.NEEDS
+DOUBLED = (*DOUBLED, *hunyuan_pipes.DOUBLED)
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
+
+if hasattr(diffusers, "PRXPipeline"):
+    # they clean text with a package that need not be there
+    for each in ("pipeline_prx", "pipeline_prx_pixel"):
+        module = importlib.import_module(f"diffusers.pipelines.prx.{each}")
+        if not hasattr(module, "ftfy"):
+            module.ftfy = SimpleNamespace(fix_text=str)
 
 
 def draw(pipe, options, prompt="a cat", *, steps=2, seed=0, **others):
@@ -76,4 +123,4 @@ def draw(pipe, options, prompt="a cat", *, steps=2, seed=0, **others):
         generator=[torch.Generator().manual_seed(seed + i) for i in range(prompts * each)],
         **options | others,
     )  # fmt: skip
-    return torch.cat([x.flatten(1) for x in made], 1)
+    return torch.cat([x.flatten(1) for x in made if x is not None], 1)

@@ -99,7 +99,11 @@ def pipelines():
 
 PIPELINES = pipelines()
 # parameters of an encoding that are no options: texts, rows, guidance, and what was encoded before
-NO_OPTIONS = ("self", "device", "dtype", "kwargs", "do_classifier_free_guidance")
+NO_OPTIONS = (
+    "self", "device", "dtype", "kwargs", "do_classifier_free_guidance", "guidance_scale",
+    # of the image
+    "grid_h", "grid_w",
+)  # fmt: skip
 
 
 def options_of(kind):
@@ -126,6 +130,7 @@ def options_of(kind):
 IRRELEVANT = {"enable_edit_guidance", "enable_safety_guidance"}
 # a negative prompt is encoded without the images that are edited
 EDITED = {"image"}
+EDITING = ("QwenImageEdit", "QwenImage21", "LongCatImageEdit")
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -134,7 +139,7 @@ def test_no_option_of_the_text_is_passed_over(name):
     nothing to a prompt."""
     kind, family = PIPELINES[name]
     passed, known = options_of(kind)
-    irrelevant = IRRELEVANT | (EDITED if name.startswith("QwenImageEdit") else set())
+    irrelevant = IRRELEVANT | (EDITED if name.startswith(EDITING) else set())
     assert passed - irrelevant <= set(family.text_options)
     # what the negative obeys, the prompt obeys as well
     call = set(inspect.signature(kind.__call__).parameters)

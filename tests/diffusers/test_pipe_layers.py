@@ -197,6 +197,12 @@ PROCESSORS = {
     "Ovis": {"OvisImageAttnProcessor"},
     "LongCat": {"LongCatImageAttnProcessor"},
     "Bria": {"BriaAttnProcessor"},
+    "Lumina2": {"Lumina2AttnProcessor2_0"},
+    "AuraFlow": {"AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0"},
+    "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
+    "PRX": {"PRXAttnProcessor2_0"},
+    "QwenImage21": {"QwenImage21AttnProcessor"},
+    "Ideogram4": {"Ideogram4AttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

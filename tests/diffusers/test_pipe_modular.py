@@ -12,7 +12,8 @@ import every_pipeline
 import pytest
 import torch
 import video_parts
-from nasa_diffusers import enable_nasa, nasa, pipelines, testing
+from nasa_diffusers import enable_nasa, nasa, pipelines, testing, testing_joint
+from nasa_diffusers import testing_hunyuan as small
 from nasa_diffusers import testing_side as side
 from PIL import Image
 from seen_calls import check, seen
@@ -91,6 +92,9 @@ MODULAR = {
     "EchoModularPipeline": (
         lambda: side.ltx2("2.3").components, LTX2 | {"sigmas": [1.0, 0.0]}, LTX2_TEXT["2.3"], False,
     ),
+    "ErnieImageModularPipeline": (
+        lambda: testing_joint.ernie().components, {"height": 64, "width": 96}, TEXT, True
+    ),
     "Flux2KleinBaseModularPipeline": (
         lambda: side.klein(is_distilled=False).components, SHORT | {"height": 16, "width": 24},
         text(5, 96), True,
@@ -109,6 +113,14 @@ MODULAR = {
     "HeliosPyramidModularPipeline": (
         lambda: video_parts.helios("HeliosPyramid"), PYRAMID, TEXT, True
     ),
+    "HunyuanVideo15ModularPipeline": (
+        small.hunyuan_video15_parts,
+        {"height": 16, "width": 24, "num_frames": 5}, (TEXT, text(3, 16)), True,
+    ),
+    "Ideogram4ModularPipeline": (
+        lambda: testing_joint.ideogram4().components,
+        SHORT | {"height": 16, "width": 24, "guidance_schedule": [3.0]}, text(5, 13 * 32), False,
+    ),
     "Krea2ModularPipeline": (
         lambda: side.krea2(is_distilled=False).components, KREA, text(5, 2, 32), True
     ),
@@ -123,6 +135,12 @@ MODULAR = {
     "LTX2ModularPipeline": (lambda: side.ltx2().components, LTX2, LTX2_TEXT["2.0"], True),
     "LTXModularPipeline": (
         lambda: video_parts.ltx("LTX"), {"height": 64, "width": 64, "num_frames": 9}, TEXT, True
+    ),
+    "QwenImage21ModularPipeline": (
+        lambda: testing_joint.qwen_image_21().components, {"height": 64, "width": 96}, TEXT, True
+    ),
+    "QwenImage21TurboModularPipeline": (
+        lambda: testing_joint.qwen_image_21().components, {"height": 64, "width": 96}, TEXT, False
     ),
     "QwenImageEditModularPipeline": (qwen, {"image": PHOTO}, TEXT, True),
     "QwenImageEditPlusModularPipeline": (qwen, {"image": [PHOTO, PHOTO]}, TEXT, True),
@@ -188,9 +206,11 @@ def modular(monkeypatch):
         pipe = kind(getattr(package, kind.default_blocks_name)())
         prepare(monkeypatch)
         torch.manual_seed(0)
-        own = {part: x for part, x in parts().items() if part in pipe.component_names}
+        made = {part: x for part, x in parts().items() if part != "guider"}
+        own = {part: x for part, x in made.items() if part in pipe.component_names}
         pipe.register_components(**own)
-        if has_guider and not pipe.guider._enabled:
+        is_off = has_guider and getattr(pipe.guider, "guidance_scale", 3.0) == 1.0
+        if has_guider and (is_off or not pipe.guider._enabled):
             pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0))
         testing._ready(pipe)
         steps = 3 if "transformer_2" in own else 1

@@ -272,12 +272,34 @@ FAULTS = (
         "test_joint.py matches_fp64 and reference and vsf",
     ),
     Fault(
-        "mask-of-the-reference", "reference.py", "* scale + bias[:, None, None, :]", "* scale",
+        "mask-of-the-reference", "reference.py",
+        "* scale + bias[:, None, None, None, :]", "* scale",
         "test_forward.py test_masks and reference and float32",
     ),
     Fault(
         "rule-of-the-joint-reference", "reference.py", '"nasa-cross": (k_neg, v_neg, mask_neg)',
         '"nasa-cross": with_neg', "test_joint.py matches_fp64 and reference and nasa-cross",
+    ),
+    Fault(
+        "head-of-a-group", "_triton/prompt.py", "h = h // GROUP", "h = h % 2",
+        "test_grouped.py cross_attention and triton and nasa-2",
+    ),
+    Fault(
+        "gradients-of-one-head-of-a-group", "_triton/backward.py", ".sum((0, 4))",
+        ".sum(0)[..., 0, :]", "test_grouped.py test_gradients and triton and not joint",
+    ),
+    Fault(
+        "group-of-the-reference", "reference.py",
+        "q.unflatten(2, (k.shape[2], -1))", "q.unflatten(2, (-1, k.shape[2])).transpose(2, 3)",
+        "test_grouped.py cross_attention and reference and nasa-2",
+    ),
+    Fault(
+        "places-in-a-group", "_joint/shared.py", "slice(j, None, group)", "slice(0, None, group)",
+        "test_grouped.py cross_attention and cpu and nasa-2",
+    ),
+    Fault(
+        "other-heads-unchecked", "_quick.py", "x.size(2) != heads and", "False and",
+        "test_grouped.py are_refused and triton and nasa_joint",
     ),
     Fault(
         "dtype-unchecked", "_checks.py", "if x.dtype != q.dtype:", "if False:",

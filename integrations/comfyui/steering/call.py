@@ -38,6 +38,8 @@ class Guide:
         self.layers = family.layers_in(conds)
         self.count = 0
         self.is_aside = False
+        # who changes the text of a UNet before the projections
+        self.text_patch = "another node"
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

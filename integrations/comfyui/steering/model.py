@@ -73,6 +73,12 @@ class Attn2(Slot):
 
             precision = extra_options.get("attn_precision")
             return optimized_attention(q, k, v, heads, attn_precision=precision)
+        if k.shape[1] != sum(guide.lengths):
+            raise ValueError(
+                f"NASA negative prompt: {guide.text_patch} changed the text from "
+                f"{sum(guide.lengths)} tokens to {k.shape[1]} before the attention, so that it is "
+                "not known which are whose; remove that node"
+            )
         by_head = [x.unflatten(-1, (heads, -1)) for x in (q, k, v)]
         if self.previous is None:
             return guide.cross(*by_head, None).flatten(2)
@@ -120,11 +126,15 @@ def apply_model(
     """The wrapper around a call: the negative's tokens go in behind the positive's."""
     options = transformer_options or {}
     sigma = float(t.max())
-    terms = [x for x in options.get(TERMS, ()) if x.holds_at(sigma) and not x.is_off()]
+    base = executor.class_obj
+    terms = [
+        term
+        for term in options.get(TERMS, ())
+        if not term.is_off() and term.holds_at(sigma, base.model_sampling)
+    ]
     guided = guided_rows(options.get("cond_or_uncond", [0]), x)
     if not terms or guided is False:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
-    base = executor.class_obj
     family = options[FAMILY]
     if c_crossattn is None:
         raise ValueError("NASA negative prompt: this model was called without a text to guide")
@@ -149,10 +159,11 @@ def apply_model(
         tokens[-1], lengths[-1] = tokens[-1].repeat(1, times, 1), times * last
         masks[-1] = None if masks[-1] is None else masks[-1].repeat(1, times)
     if any(mask is not None for mask in masks):
-        conds["attention_mask"] = torch.cat(
-            [_mask_like(mask, part) for mask, part in zip(masks, tokens, strict=True)], dim=1
-        )
+        conds["attention_mask"] = _one_mask(masks, tokens)
     guide = Guide(family, terms, lengths, None if guided is True else guided, x, conds)
+    # a block does not tell which patches were before the attention
+    if patches := options.get("patches", {}).get("attn2_patch"):
+        guide.text_patch = name_of(patches[-1])
     token = CURRENT.set(guide)
     try:
         o = executor(
@@ -208,22 +219,41 @@ def encode(
     return tokens.to(positive).expand(x.shape[0], -1, -1), mask
 
 
-def _mask_like(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    return tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens)
+def _one_mask(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor:
+    """Of all prompts `[b, n]`: whether a token is there, in integers, or what is added to its
+    scores, where one of the masks has that. The networks tell them apart by their type."""
+    is_added = any(mask is not None and mask.is_floating_point() for mask in masks)
+    parts = []
+    for mask, text in zip(masks, tokens, strict=True):
+        mask = text.new_ones(text.shape[:2], dtype=torch.int64) if mask is None else mask
+        if is_added and not mask.is_floating_point():
+            mask = (mask.to(text.dtype) - 1) * torch.finfo(text.dtype).max
+        parts.append(mask.to(text.dtype if is_added else torch.int64))
+    return torch.cat(parts, dim=1)
 
 
 def check(guide: Guide, options: dict) -> None:
     """Raise unless every attention to text was guided, or another node answered for the network."""
-    layers = guide.layers
-    if guide.count == layers:
+    if guide.count == guide.layers:
         return
     holder = slot_holder(options, guide.family)
     if guide.count == 0 and holder is None and _may_be_cached(options):
         return
-    who = f"{holder} holds their place" if holder else "the network did not run as it is known"
+    if holder is not None:
+        why = f"{holder} holds their place; move that node before this one, which goes last"
+    elif guide.count < guide.layers:
+        why = (
+            "the others did not run; a node that leaves out blocks (a cache of blocks, skip-layer "
+            "guidance) does not go with this one: remove one of them"
+        )
+    else:
+        why = (
+            "more than the network has; a node that runs blocks again or adds some does not go "
+            "with this one: remove one of them"
+        )
     raise RuntimeError(
-        f"NASA negative prompt: {guide.count} of {layers} attentions to text were guided, {who}; "
-        "move that node before this one, which goes last"
+        f"NASA negative prompt: {guide.count} of {guide.layers} attentions to text were guided, "
+        f"{why}"
     )
 
 

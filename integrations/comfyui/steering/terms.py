@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -32,10 +33,29 @@ class Term:
     method: str
     strength: float
     rule: str
-    sigma_start: float
-    sigma_end: float
+    start_percent: float
+    end_percent: float
     # of the attentions to text, counted as they run; None is all
     layers: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("method", self.method, METHODS), ("rule", self.rule, RULES),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(
+                    f"NASA negative prompt: {name} must be one of {', '.join(known)}, got "
+                    f"{value!r}; choose one of them in the node"
+                )
+        if not math.isfinite(self.strength) or self.strength < 0:
+            raise ValueError(
+                f"NASA negative prompt: strength must be 0 or more, got {self.strength}"
+            )
+        if self.start_percent >= self.end_percent:
+            raise ValueError(
+                "NASA negative prompt: start_percent must be below end_percent, or this node acts "
+                f"in no step; got {self.start_percent} and {self.end_percent}"
+            )
 
     def __deepcopy__(self, memo: dict) -> Term:
         """ComfyUI copies the options of a model deeply whenever it is cloned."""
@@ -44,24 +64,13 @@ class Term:
     def is_off(self) -> bool:
         return self.strength == (1.0 if self.method == "NAG" else 0.0)
 
-    def holds_at(self, sigma: float) -> bool:
-        return self.sigma_end <= sigma <= self.sigma_start
+    def holds_at(self, sigma: float, sampling: Any) -> bool:
+        """By the sampling of the model that runs, which a later node may have changed."""
+        end, start = (sampling.percent_to_sigma(x) for x in (self.end_percent, self.start_percent))
+        return end <= sigma <= start
 
     def acts_on(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
-
-
-@dataclass
-class Encoded:
-    """A term in one call of the network: its tokens, and where they ended up."""
-
-    term: Term
-    tokens: Tensor  # [b, n, c]
-    mask: Tensor | None  # [b, n], of tokens
-    n: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.n = self.tokens.shape[1]
 
 
 def prompt_of(conditioning: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -74,6 +83,8 @@ def prompt_of(conditioning: Any) -> tuple[Tensor, dict[str, Any]]:
             "give each a node of its own, one after the other"
         )
     text, settings = conditioning[0]
+    if text.shape[1] == 0:
+        raise ValueError("NASA negative prompt: the negative text has no tokens; connect a text")
     for key, name in _REFUSED.items():
         if settings.get(key, _PLAIN.get(key)) != _PLAIN.get(key):
             raise ValueError(

@@ -2,17 +2,28 @@
 
 from torch import nn
 
+from nasa_diffusers.families.aura_flow import AuraFlow
 from nasa_diffusers.families.base import Family
-from nasa_diffusers.families.cog import CogVideoX, CogView4
+from nasa_diffusers.families.cog import CogVideoX, CogView3Plus, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
+from nasa_diffusers.families.easyanimate import EasyAnimate
+from nasa_diffusers.families.ernie import ErnieImage
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
+from nasa_diffusers.families.hunyuan_dit import HunyuanDiT
+from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
+from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
+from nasa_diffusers.families.ideogram4 import Ideogram4
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
+from nasa_diffusers.families.lumina2 import Lumina2
+from nasa_diffusers.families.mochi import Mochi
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
+from nasa_diffusers.families.prx import PRX
 from nasa_diffusers.families.qwen import QwenImage
+from nasa_diffusers.families.qwen21 import QwenImage21
 from nasa_diffusers.families.sana import Sana, SanaVideo
 from nasa_diffusers.families.sd3 import StableDiffusion3
 from nasa_diffusers.families.skyreels import SkyReels
@@ -46,12 +57,26 @@ FAMILIES: tuple[Family, ...] = (
     Krea2(),
     LTX2(),
     CogVideoX(),
+    CogView3Plus(),
     CogView4(),
+    HunyuanVideo(),
+    Framepack(),
+    HunyuanVideo15(),
+    HunyuanImage(),
+    HunyuanDiT(),
+    Mochi(),
+    EasyAnimate(),
     Chroma(),
     Ovis(),
     LongCat(),
     Bria(),
     Fibo(),
+    Lumina2(),
+    AuraFlow(),
+    ErnieImage(),
+    PRX(),
+    QwenImage21(),
+    Ideogram4(),
 )
 
 

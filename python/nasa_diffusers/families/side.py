@@ -109,6 +109,27 @@ class SideStream(Joint):
         negative prompts `[b, m, c]`."""
         return negatives
 
+    # ---- a block of one sequence -------------------------------------------------------------
+
+    def enter(self, side: Side, layout: Layout, given: Tensor, negatives: Tensor) -> Tensor:
+        """The block's own tokens and the negative prompts as [image; positive; negatives]."""
+        n, parts = side.lengths[0], [given, negatives]
+        if layout.text_first:
+            parts = [given[:, n:], given[:, :n], negatives]
+        return torch.cat(parts, dim=1)
+
+    def leave(self, side: Side, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what the block has made of them its own tokens, in its order, and the negatives."""
+        n, own = side.lengths[0], x.shape[1] - side.m
+        output = x[:, :own]
+        if layout.text_first:
+            output = torch.cat([output[:, own - n :], output[:, : own - n]], dim=1)
+        return output, x[:, own:]
+
+    def changes(self, layout: Layout, inputs: dict[str, Any], x: Tensor) -> dict[str, Any]:
+        """The arguments of the block that change when `x` goes through it."""
+        return {layout.image: x}
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def project(self, attn: Layer, image: Tensor, text: Tensor | None) -> tuple:
@@ -145,6 +166,13 @@ def complex_rotation(x: Tensor, turn: Tensor) -> Tensor:
     """`[b, n, h, d]` turned by complex numbers, `[n, d / 2]` or `[b, n, d / 2]`."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn.unsqueeze(-2)).flatten(3).type_as(x)
+
+
+def matrix_rotation(x: Tensor, turn: Tensor) -> Tensor:
+    """`[b, n, h, d]` turned pair by pair by matrices, `[b, n, 1, d / 2, 2, 2]`."""
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    turned = turn[..., 0] * pairs[..., 0] + turn[..., 1] * pairs[..., 1]
+    return turned.flatten(3).type_as(x)
 
 
 def linears(block: nn.Module, *without: str) -> tuple[str, ...]:
