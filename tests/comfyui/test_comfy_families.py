@@ -328,3 +328,16 @@ def test_a_prompt_against_itself(pack, model):
     stock = predict(model, text)
     actual = predict(model, text, node(pack, model, text, method="NASA projected", strength=2.0))
     assert (actual - stock).norm() < 1e-4 * stock.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["wan", "flux", "ltxv"])
+def test_half_precision_rounds_as_the_stock_network_does(pack, name, dtype):
+    results = []
+    for model in (tiny(name), tiny(name, dtype)):
+        positive, negative = model.text(20, 1), model.text(13, 2)
+        stock = predict(model, positive)
+        results.append((stock, predict(model, positive, node(pack, model, negative))))
+    (stock, guided), (stock_half, guided_half) = results
+    assert (guided_half - guided).norm() < 4 * (stock_half - stock).norm()
+    assert (guided_half - stock_half).norm() > 0.5 * (guided - stock).norm()

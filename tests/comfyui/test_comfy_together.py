@@ -39,7 +39,7 @@ def test_comfyui_finds_the_node(pack):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["wan", "sd15", "flux"])
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "hunyuan", "krea2"])
 def test_nodes_in_a_row_add_up(pack, name):
     """One negative prompt at 0.4 is the same prompt twice at 0.2."""
     model = tiny(name)

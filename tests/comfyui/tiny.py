@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-F32 = torch.float32
 
 
 @dataclass
@@ -74,9 +73,9 @@ def _small_adapters():
         module.LLMAdapter = adapter
 
 
-def _patcher(kind: str, config: dict[str, Any]) -> Any:
-    settings = getattr(supported, kind)({**config, "dtype": F32})
-    settings.set_inference_dtype(F32, None)
+def _patcher(kind: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    settings = getattr(supported, kind)({**config, "dtype": dtype})
+    settings.set_inference_dtype(dtype, None)
     with _small_adapters():
         model = settings.get_model({}, "", device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -267,14 +266,14 @@ LATER: dict[str, dict[str, Any]] = {
 
 
 @cache
-def tiny(name: str) -> Tiny:
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
     kind, config, latent, settings = _SHAPES[name]
     if not hasattr(supported, kind):
         pytest.skip(f"this ComfyUI is older than {kind}")
     config = {**config, **LATER.get(name, {})}
     while True:
         try:
-            patcher = _patcher(kind, config)
+            patcher = _patcher(kind, config, dtype)
             break
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))

@@ -225,21 +225,23 @@ class HunyuanVideo(Family):
 
     def patch(self, model):
         replace(model, "txt_in.forward", _each_refined)
-        replace(model, "pe_embedder.forward", self._order_seen)
+        replace(model, "pe_embedder.forward", _order_seen)
 
     def refuse(self, conds):
         refuse_beside("HunyuanVideo", conds, txt_byt5="glyphs", clip_fea="an image")
 
-    def _order_seen(self, forward: Callable) -> Callable:
-        """ComfyUI had the text behind the image, and has it first now. Its positions are 0, and
-        the last one of an image is not."""
 
-        def positions(ids: Tensor, *args, **kwargs):
-            if self.is_text_first is None:
-                self.is_text_first = bool(ids[0, -1].any())
-            return forward(ids, *args, **kwargs)
+def _order_seen(forward: Callable) -> Callable:
+    """ComfyUI had the text behind the image, and has it first now. Its positions are 0, and the
+    last one of an image is not."""
 
-        return positions
+    def positions(ids: Tensor, *args, **kwargs):
+        guide = CURRENT.get()
+        if guide is not None and guide.family.is_text_first is None:
+            guide.family.is_text_first = bool(ids[0, -1].any())
+        return forward(ids, *args, **kwargs)
+
+    return positions
 
 
 def refuse_beside(model: str, conds: dict[str, Any], **known: str) -> None:
