@@ -74,6 +74,6 @@ _because(
     "MotifVideoTransformer3DModel",
 )
 _because(
-    "images of several sizes are filled up and masked in the attention that it shares with its text",
+    "images of several sizes are filled up and masked in the attention that its text shares",
     "JoyImageEditPlusTransformer3DModel",
 )
