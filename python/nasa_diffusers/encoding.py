@@ -53,14 +53,15 @@ def encode_prompt(pipe: Any, prompts: list[str], options: Mapping[str, Any]) -> 
     return made if isinstance(made, tuple) else (made,)
 
 
-def takes(pipe: Any, option: str) -> bool:
+def takes(pipe: Any, option: str, without: Sequence[str] = ()) -> bool:
     """Whether the pipeline's encoding has this option."""
-    return option in _own_encoding(pipe)[1]
+    return option in _own_encoding(pipe, without)[1]
 
 
-def check_encodes(pipe: Any) -> None:
-    """An error where the pipeline has no encoding of its own that could be called."""
-    _own_encoding(pipe)
+def check_encodes(pipe: Any, without: Sequence[str] = ()) -> None:
+    """An error where the pipeline has no encoding of its own that could be called; what it asks
+    for of `without` is not needed."""
+    _own_encoding(pipe, without)
 
 
 def call_defaults(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +79,9 @@ def on_device(pipe: Any) -> torch.device:
     return pipe._execution_device
 
 
-def _own_encoding(pipe: Any) -> tuple[Callable, Mapping[str, inspect.Parameter]]:
+def _own_encoding(
+    pipe: Any, without: Sequence[str] = ()
+) -> tuple[Callable, Mapping[str, inspect.Parameter]]:
     encode = getattr(pipe, "encode_prompt", None) or getattr(pipe, "_encode_prompt", None)
     if encode is None:
         raise _cannot_encode(pipe, "it has no encode_prompt")
@@ -86,7 +89,7 @@ def _own_encoding(pipe: Any) -> tuple[Callable, Mapping[str, inspect.Parameter]]
     if "prompt" not in taken:
         raise _cannot_encode(pipe, f"its encode_prompt takes {', '.join(taken)}, and no prompt")
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = {"prompt", "device", "negative_prompt", "max_sequence_length", *FIXED}
+    known = {"prompt", "device", "negative_prompt", "max_sequence_length", *FIXED, *without}
     others = [
         name
         for name, parameter in taken.items()

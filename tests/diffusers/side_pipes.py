@@ -4,6 +4,7 @@ import importlib
 from types import SimpleNamespace
 
 import diffusers
+import hunyuan_pipes
 import torch
 from nasa_diffusers import testing_joint
 from nasa_diffusers import testing_side as testing
@@ -99,6 +100,10 @@ NEEDS = {
     "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
     "ideogram4": "Ideogram4Pipeline",
 }  # fmt: skip
+PIPES |= hunyuan_pipes.PIPES
+CFG |= hunyuan_pipes.CFG
+NEEDS |= hunyuan_pipes.NEEDS
+DOUBLED = (*DOUBLED, *hunyuan_pipes.DOUBLED)
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 
 if hasattr(diffusers, "PRXPipeline"):
@@ -118,4 +123,4 @@ def draw(pipe, options, prompt="a cat", *, steps=2, seed=0, **others):
         generator=[torch.Generator().manual_seed(seed + i) for i in range(prompts * each)],
         **options | others,
     )  # fmt: skip
-    return torch.cat([x.flatten(1) for x in made], 1)
+    return torch.cat([x.flatten(1) for x in made if x is not None], 1)
