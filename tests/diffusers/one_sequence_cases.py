@@ -445,7 +445,114 @@ class Halves(parts.OneSequence):
         return heads(layer, x, linears, (attn.norm_q, attn.norm_k))
 
 
+class HiDreamHeads(parts.Rules):
+    """Normed over all heads; keys of what fills up the image are 0."""
+
+    masks = None
+
+    def of(self, attn, x, kind, masks=None):
+        def project(name):
+            return getattr(attn, f"to_{name}{kind}")(x)
+
+        q, k = (getattr(attn, f"{y}_rms_norm{kind}")(project(y)) for y in "qk")
+        k = k if masks is None else k * masks[..., None]
+        return [y.unflatten(-1, (attn.heads, -1)) for y in (q, k, project("v"))]
+
+    def __call__(
+        self, attn, hidden_states, hidden_states_masks=None, encoder_hidden_states=None, **_
+    ):
+        size = self.parts[0].image.shape[1]
+        masks = None if hidden_states_masks is None else hidden_states_masks[:, :size]
+        image, texts, kind = hidden_states, encoder_hidden_states, "_t"
+        if texts is None:
+            image, texts, kind = image[:, :size], image[:, size:], ""
+        texts = [self.of(attn, x, kind) for x in texts.split(self.lengths, 1)]
+        o, *of_texts = self.mix(self.of(attn, image, "", masks), texts)
+        of_texts = torch.cat(of_texts, 1)
+        if kind:
+            return attn.to_out(o), attn.to_out_t(of_texts)
+        return attn.to_out(torch.cat([o, of_texts], 1))
+
+
+class HiDream(Case):
+    """An image that is not square, and is filled up."""
+
+    cls = "HiDreamImageTransformer2DModel"
+    config = {
+        "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+        "caption_channels": [24, 16], "text_emb_dim": 32, "num_routed_experts": 2,
+        "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4), "max_resolution": (12, 12),
+        "llama_layers": [0, 1, 2, 2], **SIZE,
+    }  # fmt: skip
+    one_block = {"num_layers": 1, "num_single_layers": 1, "llama_layers": [0, 2]}
+    attention, text_first, text = "attn1", False, "encoder_hidden_states_t5"
+    has_mask = False
+    positions = ("image_rotary_emb",)
+
+    def inputs_image(self):
+        return 36
+
+    @property
+    def blocks(self):
+        lists = self.model.double_stream_blocks, self.model.single_stream_blocks
+        double, single = ([each.block for each in blocks] for blocks in lists)
+        return [(double, HiDreamHeads, "encoder_hidden_states"), (single, HiDreamHeads, None)]
+
+    @staticmethod
+    def turn(x, rope):
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rope[..., 0, 0], rope[..., 1, 0]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 8, 12, seed=1), "pooled_embeds": random(2, 32, seed=3),
+            "timesteps": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states_t5": random(2, 7, 24, seed=2),
+            "encoder_hidden_states_llama3": random(3, 2, 7, 16, seed=5),
+        }  # fmt: skip
+
+    def text_of(self, tokens, seed):
+        return random(1, tokens, 24, seed=seed), random(3, 1, tokens, 16, seed=seed + 20)
+
+    def with_text(self, inputs, embeds, mask, rows):
+        t5, llama = embeds
+        return inputs | {
+            "encoder_hidden_states_t5": t5.expand(rows, -1, -1),
+            "encoder_hidden_states_llama3": llama.expand(-1, rows, -1, -1),
+        }
+
+    def own_text(self):
+        names = "encoder_hidden_states_t5", "encoder_hidden_states_llama3"
+        return tuple(self.inputs[name] for name in names), None
+
+    def too_narrow(self, text):
+        return text[0][..., :-1], text[1]
+
+    def part(self, given):
+        x, rope = given["hidden_states"], given["image_rotary_emb"]
+        at = x.shape[1]
+        return SimpleNamespace(
+            image=x, text=given["encoder_hidden_states"], mask=None, image_rope=rope[:, :at],
+            text_rope=rope[:, at:],
+        )  # fmt: skip
+
+    def before(self, index, texts, inputs, negatives):
+        """The last third of a text is of this block's layer."""
+        layer = self.model.config.llama_layers[index]
+        llamas = [inputs["encoder_hidden_states_llama3"], *(embeds[1] for embeds, *_ in negatives)]
+        made, parts_of = [], texts.split([3 * x.shape[2] for x in llamas], 1)
+        for x, llama in zip(parts_of, llamas, strict=True):
+            own = self.model.caption_projection[index](llama[layer]).expand(len(x), -1, -1)
+            made += [x[:, : -own.shape[1]], own]
+        return torch.cat(made, 1)
+
+    def returned(self, image, pos):
+        return torch.cat([image, pos], 1)
+
+
 CASES = {
+    "hidream": HiDream,
     "ideogram4": Ideogram4,
     "qwen21": Qwen21,
     "prx": PRX,
