@@ -8,6 +8,7 @@
 # make gpu       8 minutes on an NVIDIA GPU, one report; elsewhere what it would do; PY=python3: as it is
 # make wheel     one manylinux wheel for every Python and torch, with code for every architecture
 # make hf-kernel the layout of Hugging Face's kernels, without compiled code, in build/hf-kernel
+# make app-test  the page in the browser: its API, as a script, in headless Chromium
 # make site      the pages as a site in build/site, every link checked
 # make format    rewrite the sources in the project's format
 #
@@ -20,6 +21,7 @@ OLDEST := $(VENV)/oldest
 QUANTISED := $(VENV)/quantised
 ADDONS := $(VENV)/addons
 COMFYUI := $(VENV)/comfyui
+APP := $(VENV)/app
 PYTEST = $(PY) -m pytest -q -n $(shell nproc) --dist worksteal --durations 40
 # what is quick and finds most mistakes; Triton's interpreter is slow and has its launchers here
 QUICK = tests/op/test_errors.py tests/op/test_properties.py tests/op/test_triton_launch.py \
@@ -33,7 +35,7 @@ CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: help demo quick test comfyui-test bench gpu format lint wheel hf-kernel site
+.PHONY: help demo quick test comfyui-test bench gpu format lint wheel hf-kernel site app-test
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -79,14 +81,15 @@ bench: $(VENV)/ready-bench
 	$(BENCH) plot
 	$(BENCH) readme
 
-# the system's glibc decides on the tag: Debian 12 gives manylinux_2_34
+# for glibc 2.28, as torch's own wheels, whatever this system's is: cmake/old_glibc.cmake
 wheel: $(VENV)/ready-wheel
 	rm -rf build/wheel
-	NASA_KERNELS_CUDA=1 NASA_KERNELS_CPU=1 \
+	NASA_KERNELS_CUDA=1 NASA_KERNELS_CPU=1 NASA_OLD_GLIBC=1 \
 	    $(PY) -m pip wheel . --no-build-isolation --no-deps -w build/wheel/plain
 	$(PY) -m zipfile -e build/wheel/plain/*.whl build/wheel/unpacked
 	$(PY) tools/sass.py build/wheel/unpacked/nasa_kernels/_C.so
 	PATH=$(abspath $(VENV))/bin:$$PATH $(PY) -m auditwheel repair -w dist \
+	    --only-plat --plat manylinux_2_28_x86_64 \
 	    --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/plain/*.whl
 
 site: $(VENV)/ready-site
@@ -94,6 +97,18 @@ site: $(VENV)/ready-site
 
 $(VENV)/ready-site: $(VENV)/ready
 	$(VENV)/bin/python -m pip install -q "mkdocs-material>=9.5"
+	@touch $@
+
+app-test: $(VENV)/ready-app
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(APP)/bin/python -m pytest -q -rs \
+	    tests/diffusers/test_pipe_app_page.py
+
+# what gradio demands would move packages of the tests; here it sees them and has its own before them
+$(VENV)/ready-app: $(VENV)/ready-test
+	$(PYTHON) -m venv $(APP)
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    $$($(APP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth
+	$(APP)/bin/python -m pip install -q "gradio>=6,<7" "selenium>=4"
 	@touch $@
 
 hf-kernel:

@@ -5,7 +5,7 @@ there are a C++ compiler and CMake, those for GPUs on Linux where there is an nv
 install without torch, as in pip's own build environment, or without either, works: on PyTorch's
 own attention and on Triton. NASA_KERNELS_CPU=1 and NASA_KERNELS_CUDA=1 make what is missing, or a
 build that fails, an error; 0 leaves the kernels out. NASA_CUDA_ARCHS ("9.0a") builds for one's own
-GPU alone.
+GPU alone; NASA_OLD_GLIBC=1 builds for glibc 2.28 and later, as wheels are (cmake/old_glibc.cmake).
 """
 
 import importlib.metadata
@@ -48,6 +48,7 @@ DIFFUSERS = [
 ]
 DISTILL = [*DIFFUSERS, "safetensors", "matplotlib>=3.8"]
 DEMO = ["rich>=13", "numpy"]
+APP = [*DIFFUSERS, "gradio>=6,<7"]
 # nvidia-ml-py: the clock of the GPU around a measurement
 BENCH = [*DEMO, "matplotlib>=3.8", "nvidia-ml-py"]
 TEST = [
@@ -163,9 +164,10 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / folder
         ninja = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
         location = f"-DNASA_TORCH_DIR={torch.submodule_search_locations[0]}"
+        old_glibc = f"-DNASA_OLD_GLIBC={'ON' if mode_of('NASA_OLD_GLIBC') == '1' else 'OFF'}"
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         for command in (
-            ["cmake", "-S", ROOT, "-B", build, *ninja, location, *options],
+            ["cmake", "-S", ROOT, "-B", build, *ninja, location, old_glibc, *options],
             ["cmake", "--build", build, "-j", jobs],
             ["cmake", "--install", build, "--prefix", target],
         ):
@@ -235,6 +237,7 @@ setup(
         "diffusers": DIFFUSERS,
         "distill": DISTILL,
         "demo": [*DISTILL, *DEMO],
+        "app": APP,
         "bench": [*DIFFUSERS, *BENCH],
         "test": [*DISTILL, *DEMO, *BENCH, *TEST],
     },

@@ -3,6 +3,9 @@
 include(CheckCXXCompilerFlag)
 
 nasa_module(_cpu_C csrc/cpu/bindings.cpp csrc/cpu/dispatch.cpp)
+if(NASA_OLD_GLIBC)
+  nasa_for_old_glibc(_cpu_C)
+endif()
 
 # -ffp-contract=off: what is fused is written so, and equal prompts cancel to an exact 0.
 # GCC 12 warns about its own AVX-512 headers.

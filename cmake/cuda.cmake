@@ -43,6 +43,9 @@ endif()
 
 nasa_module(_C csrc/bindings.cpp csrc/choose.cpp ${NASA_KERNELS})
 set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+if(NASA_OLD_GLIBC)
+  nasa_for_old_glibc(_C libpthread.so.0 libdl.so.2 librt.so.1)
+endif()
 # a semicolon would end the definition
 string(REPLACE ";" "," listed "${archs}")
 target_compile_definitions(_C PRIVATE "NASA_CUDA_ARCHS=\"${listed}\"")

@@ -32,6 +32,9 @@ LABELS = {"nasa": "NASA", "projected": "NASA, projected", "nag": "NAG", "vsf": "
 # where each slider ends; at its beginning NASA and VSF are off, NAG nearly
 HIGHEST = {"nasa": 2.0, "projected": 6.0, "nag": 12.0, "vsf": 4.0}
 
+# a report is a table
+CSS = "#report textarea { font-family: monospace }"
+
 
 class Studio:
     """A loaded pipeline that draws for one request at a time."""
@@ -54,7 +57,8 @@ class Studio:
         """What the slider is for one method, in gradio's words."""
         is_nag = METHODS[name] is NAG
         return {
-            "label": "Strength: scale of NAG, off at 1" if is_nag else "Strength: alpha, off at 0",
+            "label": "Scale" if is_nag else "Strength",
+            "info": "1 is off" if is_nag else "0 is off",
             "minimum": 1.05 if is_nag else 0.0,
             "maximum": HIGHEST[name],
             "step": 0.05,
@@ -99,7 +103,7 @@ def make_page(studio: Studio, title: str, prompt: str, negative: str, method: st
     """The page; `prompt` to `steps` are what its fields hold at first."""
     gr = import_gradio()
     with gr.Blocks(title="NASA negative prompts", analytics_enabled=False) as page:
-        gr.Markdown(f"# Negative prompts\n{title}: the same noise, without the negative and with.")
+        gr.Markdown(f"# Negative prompts\n{title}; the same noise, without and with.")
         with gr.Row():
             fields: list[Any] = [
                 gr.Textbox(prompt, label="Prompt", elem_id="prompt"),
@@ -124,12 +128,14 @@ def make_page(studio: Studio, title: str, prompt: str, negative: str, method: st
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Row():
             # png: no pixel is lost
-            picture = {"format": "png", "interactive": False}
-            answers = [
+            picture = {
+                "format": "png", "interactive": False, "buttons": ["download", "fullscreen"]
+            }  # fmt: skip
+            answers: list[Any] = [
                 gr.Image(label="Without", elem_id="without", **picture),
                 gr.Image(label="With the negative prompt", elem_id="with", **picture),
-                gr.Textbox(label="Report", lines=10, elem_id="report", interactive=False),
             ]
+        answers.append(gr.Textbox(label="Report", lines=9, elem_id="report", interactive=False))
         chosen.change(
             lambda name: gr.Slider(**studio.strength_slider(name)), chosen, slider, api_name=False
         )
@@ -174,7 +180,7 @@ def run(options: argparse.Namespace) -> None:
     title, prompt, negative, method = options.model, "a photo of a cat", "blurry", "nasa"
     if options.model is None:
         options.model = shipped_model()
-        title, prompt, negative, method = SHIPPED, "a photo of a shape", "red", "projected"
+        title, prompt, negative, method = SHIPPED, "a photo of a shape", "striped", "projected"
     studio = Studio(load_on_device(options))
     page = make_page(
         studio,
@@ -190,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(
         server_name=options.host, server_port=options.port, share=False, show_error=True,
-        ssr_mode=False, theme=theme, footer_links=[],
+        ssr_mode=False, theme=theme, css=CSS, footer_links=[],
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ PROMPTS = (
     "text_embeddings",
     "text_embedding",
     "text_bth",
+    "llm_features",
     "cond_embeddings",
 )
 # words in the names of texts that are not the prompt's

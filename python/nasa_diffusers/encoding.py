@@ -29,6 +29,9 @@ FIXED: dict[str, Any] = {
     "num_images_per_prompt": 1,
     "num_videos_per_prompt": 1,
     "do_classifier_free_guidance": False,
+    # of an image behind the text
+    "grid_h": 1,
+    "grid_w": 1,
 }
 
 
@@ -86,7 +89,7 @@ def _own_encoding(
     if "prompt" not in taken:
         raise _cannot_encode(pipe, f"its encode_prompt takes {', '.join(taken)}, and no prompt")
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = {"prompt", "device", "negative_prompt", *FIXED, *without}
+    known = {"prompt", "device", "negative_prompt", "max_sequence_length", *FIXED, *without}
     others = [
         name
         for name, parameter in taken.items()

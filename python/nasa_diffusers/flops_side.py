@@ -95,6 +95,31 @@ def _ltx2(video: int, sound: int) -> Callable[[int], dict[str, Any]]:
     return inputs
 
 
+def _flux_like(channels: int, **others: Any) -> Callable[[int], dict[str, Any]]:
+    def inputs(n: int) -> dict[str, Any]:
+        return {
+            "hidden_states": meta(1, IMAGE, 64), "encoder_hidden_states": meta(1, n, channels),
+            "timestep": meta(1), "img_ids": meta(IMAGE, 3), "txt_ids": meta(n, 3),
+            **{name: make(n) for name, make in others.items()},
+        }  # fmt: skip
+
+    return inputs
+
+
+def _fibo_layers(n: int) -> list[Tensor]:
+    return [meta(1, n, 2048)] * 46
+
+
+def _latents(channels: int, size: int, text: int) -> Callable[[int], dict[str, Any]]:
+    def inputs(n: int) -> dict[str, Any]:
+        return {
+            "hidden_states": meta(1, channels, size, size), "timestep": meta(1),
+            "encoder_hidden_states": meta(1, n, text),
+        }  # fmt: skip
+
+    return inputs
+
+
 KLEIN = {
     "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
     "joint_attention_dim": 12288, "guidance_embeds": False,
@@ -137,6 +162,29 @@ MODELS = {
     "LTX-2.3, 512p, 121 frames, 256 tokens": SideModel(
         "LTX2VideoTransformer3DModel", _ltx2(4096, 2048),
         lambda m: (meta(1, m, 4096), meta(1, m, 2048)), 1024, 256, LTX23,
+    ),
+    "Chroma, 1024 px": SideModel(
+        "ChromaTransformer2DModel",
+        _flux_like(4096, attention_mask=lambda n: meta(1, n + IMAGE)),
+        lambda m: meta(1, m, 4096), 512, 32,
+    ),
+    "Ovis-Image, 1024 px": SideModel(
+        "OvisImageTransformer2DModel", _flux_like(2048), lambda m: meta(1, m, 2048), 256, 256
+    ),
+    "LongCat-Image, 1024 px": SideModel(
+        "LongCatImageTransformer2DModel", _flux_like(3584), lambda m: meta(1, m, 3584), 512, 512,
+        {"num_layers": 10, "num_single_layers": 20},
+    ),
+    "Bria Fibo, 1024 px": SideModel(
+        "BriaFiboTransformer2DModel", _flux_like(4096, text_encoder_layers=_fibo_layers),
+        lambda m: (meta(1, m, 4096), _fibo_layers(m)), 1000, 32,
+        {"num_layers": 8, "num_single_layers": 38},
+    ),
+    "AuraFlow, 1024 px": SideModel(
+        "AuraFlowTransformer2DModel", _latents(4, 128, 2048), lambda m: meta(1, m, 2048), 256, 256
+    ),
+    "PRX, 1024 px": SideModel(
+        "PRXTransformer2DModel", _latents(16, 128, 2304), lambda m: meta(1, m, 2304), 256, 32
     ),
 }  # fmt: skip
 MODELS |= {

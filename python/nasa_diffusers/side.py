@@ -247,8 +247,10 @@ class SideAttentionHook(Hook):
         with_text = not self.layout.fixed
         streams = Streams(q, k, v, side.lengths, side.terms, with_text, text.backend, mask)
         if not torch.compiler.is_compiling():
+            b, _, h, d = q.shape
             self.last_call = JointCall(
-                k.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text,
+                torch.Size((b, k.shape[1], h, d)), side.lengths, hidden_states.shape[2],
+                self.token_flops, with_text,
                 attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
         o = text.method.joint(streams) if is_guided else keep_apart(streams)

@@ -14,8 +14,8 @@ CROSS = (
     "cosmos1", "cosmos", "anima",
 )  # fmt: skip
 JOINT = (
-    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "hunyuan1.5", "lumina2", "zimage",
-    "krea2",
+    "flux", "flux2", "chroma", "qwen", "sd3", "aura", "hunyuan", "hunyuan1.5", "hunyuan-image",
+    "lumina2", "zimage", "krea2",
 )  # fmt: skip
 ALPHA = 0.4
 
@@ -234,7 +234,7 @@ def in_lockstep(model, positive, negative, alpha, rows_of, **call):
 def rows_of(name, model, references=0):
     """Of a joint attention of this many queries, those of the image and those of registers; None
     for another attention."""
-    tokens = (128 if name.startswith("hunyuan") else 64) + references
+    tokens = (128 if name in ("hunyuan", "hunyuan1.5") else 64) + references
     registers = model.net.register_tokens.shape[1] if name == "aura" else 0
     # as it was until 2026
     is_image_first = name.startswith("hunyuan") and "(img, txt), 1)" in inspect.getsource(
@@ -328,3 +328,16 @@ def test_a_prompt_against_itself(pack, model):
     stock = predict(model, text)
     actual = predict(model, text, node(pack, model, text, method="NASA projected", strength=2.0))
     assert (actual - stock).norm() < 1e-4 * stock.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["wan", "flux", "ltxv"])
+def test_half_precision_rounds_as_the_stock_network_does(pack, name, dtype):
+    results = []
+    for model in (tiny(name), tiny(name, dtype)):
+        positive, negative = model.text(20, 1), model.text(13, 2)
+        stock = predict(model, positive)
+        results.append((stock, predict(model, positive, node(pack, model, negative))))
+    (stock, guided), (stock_half, guided_half) = results
+    assert (guided_half - guided).norm() < 4 * (stock_half - stock).norm()
+    assert (guided_half - stock_half).norm() > 0.5 * (guided - stock).norm()

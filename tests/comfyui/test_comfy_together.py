@@ -1,6 +1,7 @@
 """Several nodes, every method, CFG, other nodes before and after, and what is refused."""
 
 import asyncio
+import dataclasses
 
 import comfy.patcher_extension
 import pytest
@@ -38,7 +39,7 @@ def test_comfyui_finds_the_node(pack):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["wan", "sd15", "flux"])
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "hunyuan", "krea2"])
 def test_nodes_in_a_row_add_up(pack, name):
     """One negative prompt at 0.4 is the same prompt twice at 0.2."""
     model = tiny(name)
@@ -51,6 +52,31 @@ def test_nodes_in_a_row_add_up(pack, name):
         close(predict(model, positive, twice), predict(model, positive, once), stock)
         # the first node's MODEL has one term still
         assert len(first.model_options["transformer_options"]["nasa_terms"]) == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "zimage"])
+def test_nodes_in_a_row_have_layers_of_their_own(pack, name):
+    """A node in the first layer and one in the others are one node in all."""
+    model = tiny(name)
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    stock = predict(model, positive)
+    last = {"wan": 2, "sd15": 6, "flux": 3, "zimage": 1}[name]
+    for method in ("NASA", "NASA projected"):
+        settings = {"method": method, "rule": "nasa-cross"}
+        first = node(pack, model, negative, layers="0", **settings)
+        both = node(pack, model, negative, first, layers=f"1-{last}", **settings)
+        whole = node(pack, model, negative, **settings)
+        close(predict(model, positive, both), predict(model, positive, whole), stock)
+        only = predict(model, positive, first)
+        assert (only - predict(model, positive, whole)).norm() > 1e-4 * stock.norm()
+
+
+def test_nodes_of_vsf_in_a_row_are_one_text(pack, model, texts):
+    positive, negative, _ = texts
+    first = node(pack, model, negative[:, :8], method="VSF")
+    both = node(pack, model, negative[:, 8:], first, "VSF")
+    whole = predict(model, positive, node(pack, model, negative, method="VSF"))
+    close(predict(model, positive, both), whole, predict(model, positive))
 
 
 def by_formula(model, positive, negative, formula):
@@ -195,6 +221,24 @@ def test_the_steps_between_start_and_end(pack, model, texts):
         assert torch.equal(inside, predict(model, positive, whole, sigma=sigma))
         outside = predict(model, positive, other, sigma=sigma)
         assert torch.equal(outside, predict(model, positive, sigma=sigma))
+
+
+def test_the_steps_are_those_of_a_sampling_that_a_later_node_sets(pack, model, texts):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    from nasa_pack.nodes import NasaNegativePrompt
+
+    late = NasaNegativePrompt.execute(
+        model.patcher, model.conditioning(texts[1]), "NASA", ALPHA, "nasa", 0.5, 1.0, ""
+    ).args[0]
+    middle = float(model.patcher.get_model_object("model_sampling").percent_to_sigma(0.5))
+    # at a shift of 1 the middle of the steps is at a lower sigma than at the model's own 8
+    (shifted,) = ModelSamplingSD3().patch(late, 1.0, 1000)
+    sigma = (middle + 0.5) / 2
+    stock = predict(model, texts[0], sigma=sigma)
+    assert not torch.equal(predict(model, texts[0], late, sigma=sigma), stock)
+    (plain,) = ModelSamplingSD3().patch(model.patcher, 1.0, 1000)
+    expected = predict(model, texts[0], plain, sigma=sigma)
+    assert torch.equal(predict(model, texts[0], shifted, sigma=sigma), expected)
 
 
 # ---- other nodes ---------------------------------------------------------------------------------
@@ -428,6 +472,30 @@ def test_nodes_that_do_not_go_together(pack, model, texts):
     nag = node(pack, model, texts[1], None, "NAG", 3.0)
     with pytest.raises(ValueError, match="NAG takes one negative prompt, and there are 2 nodes"):
         node(pack, model, texts[2], nag, "NAG", 3.0)
+
+
+def test_nodes_that_do_not_go_together_in_joint_attention(pack):
+    model = tiny("flux")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    first = node(pack, model, negative, method="VSF")
+    with pytest.raises(ValueError, match="VSF takes one negative prompt where text and image"):
+        node(pack, model, negative, first, "VSF")
+    first = node(pack, model, negative, rule="nasa-cross")
+    with pytest.raises(ValueError, match="several nodes in a row need the rule nasa-cross"):
+        node(pack, model, negative, first, rule="nasa")
+    # the node before them is as it was
+    assert torch.isfinite(predict(model, positive, first)).all()
+
+
+def test_a_mask_of_tokens_is_refused_in_joint_attention(pack):
+    """As Lumina 2 has it where the mask hides something."""
+    model = tiny("lumina2")
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    settings = {**model.settings, "attention_mask": None}
+    masked = dataclasses.replace(model, settings=settings, shown=9)
+    for of_positive, of_negative in ((masked, model), (model, masked)):
+        with pytest.raises(ValueError, match="has a mask of its tokens, which is not obeyed"):
+            predict(of_positive, positive, node(pack, of_negative, negative))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import diffusers
 import parts
 import torch
 from joint_cases import random
-from side_cases import SIZE, Case, L
-from streams import joint_attention
+from side_cases import SIZE, Case, L, grid_ids
+from streams import heads, joint_attention
 
 
 class Turned(parts.OneSequence):
@@ -86,10 +86,8 @@ class Lumina2(Case):
 
     def returned(self, image, pos):
         own = self.inputs["encoder_attention_mask"].sum(1).tolist()
-        rows = [
-            torch.cat([text[:k], row, text[k:]]) for row, text, k in zip(image, pos, own, strict=True)
-        ]
-        return torch.stack(rows)
+        each = zip(image, pos, own, strict=True)
+        return torch.stack([torch.cat([text[:k], row, text[k:]]) for row, text, k in each])
 
 
 class AuraFlow(Case):
@@ -273,9 +271,7 @@ class Target:
         )  # fmt: skip
         n = segments[-1][1]
         q, k, v = heads_of(attn, hidden_states, rotary_emb)
-        image, pos = (
-            [x[:, rows] for x in (q, k, v)] for rows in (slice(n, None), slice(0, n))
-        )
+        image, pos = ([x[:, rows] for x in (q, k, v)] for rows in (slice(n, None), slice(0, n)))
         negs = [(ks[attn], ks[attn], vs[attn]) for ks, vs in self.kept]
         negs = [[x.expand(len(q), -1, -1, -1) for x in each] for each in negs]
         masks = [
@@ -358,5 +354,96 @@ class Qwen21(Case):
         return keys, values
 
 
-CASES = {"qwen21": Qwen21, "prx": PRX, "lumina2": Lumina2, "aura-flow": AuraFlow, "ernie": Ernie}
+class Ideogram4(Case):
+    """Its text is filled up in front, and the image behind it."""
+
+    cls = "Ideogram4Transformer2DModel"
+    config = {
+        "in_channels": 16, "num_layers": 2, "intermediate_size": 32, "adaln_dim": 16,
+        "llm_features_dim": 24, "mrope_section": (4, 2, 2), **SIZE,
+    }  # fmt: skip
+    attention = "attention"
+    has_mask = True
+
+    @property
+    def blocks(self):
+        return [(self.model.layers, Halves, None)]
+
+    @staticmethod
+    def turn(x, rope):
+        cos, sin = (y[:, :, None] for y in rope)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    def laid_out(self, own):
+        """For tokens of a text, True where they are some: what the pipeline says of each."""
+        rows, n = own.shape
+        image = own.new_ones(rows, 24)
+        ids = torch.zeros(rows, n + 24, 3, dtype=torch.long)
+        ids[:, :n] = ((own.cumsum(1) - 1).clamp(min=0) * own)[..., None]
+        ids[:, n:] = grid_ids(3, 1).long() + 65536
+        both = torch.cat([own, image], 1)
+        indicator = torch.where(both, 2, 0)
+        indicator[:, :n] = torch.where(own, 3, 0)
+        return {
+            "position_ids": ids, "segment_ids": torch.where(both, 1, -1), "indicator": indicator,
+            "hidden_states": torch.cat([torch.zeros(rows, n, 16), random(2, 24, 16, seed=1)], 1),
+        }  # fmt: skip
+
+    def with_image(self, text):
+        return torch.cat([text, torch.zeros(len(text), 24, text.shape[2])], 1)
+
+    def first_inputs(self):
+        own = torch.arange(7) >= torch.tensor([[0], [3]])
+        return {
+            "timestep": torch.tensor([0.5, 0.5]), **self.laid_out(own),
+            "encoder_hidden_states": self.with_image(random(2, 7, 24, seed=2) * own[..., None]),
+        }  # fmt: skip
+
+    def inputs_image(self):
+        return 24
+
+    def out(self, output):
+        return output[0][:, -24:]
+
+    def text_of(self, tokens, seed):
+        return random(1, tokens, 24, seed=seed)
+
+    def with_text(self, inputs, embeds, mask, rows):
+        if mask is None:
+            mask = torch.ones(1, embeds.shape[1], dtype=torch.bool)
+        text = self.with_image(embeds.expand(rows, -1, -1))
+        return inputs | self.laid_out(mask.expand(rows, -1)) | {"encoder_hidden_states": text}
+
+    def own_text(self):
+        text = self.inputs["encoder_hidden_states"][:, :-24]
+        return text, self.inputs["indicator"][:, :-24] == 3
+
+    def part(self, given):
+        x, rope, mask = given["hidden_states"], given["image_rotary_emb"], given["attention_mask"]
+        n = x.shape[1] - 24
+        return SimpleNamespace(
+            image=x[:, n:], text=x[:, :n], mask=mask[:, 0, -1, :n],
+            image_rope=[y[:, n:] for y in rope], text_rope=[y[:, :n] for y in rope],
+        )  # fmt: skip
+
+    def returned(self, image, pos):
+        return torch.cat([pos, image], 1)
+
+
+class Halves(parts.OneSequence):
+    def heads(self, attn, x):
+        layer = SimpleNamespace(heads=attn.num_heads)
+        linears = attn.to_q, attn.to_k, attn.to_v
+        return heads(layer, x, linears, (attn.norm_q, attn.norm_k))
+
+
+CASES = {
+    "ideogram4": Ideogram4,
+    "qwen21": Qwen21,
+    "prx": PRX,
+    "lumina2": Lumina2,
+    "aura-flow": AuraFlow,
+    "ernie": Ernie,
+}
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}

@@ -52,6 +52,13 @@ PIPES |= {
     ),
     "ernie": (testing_joint.ernie, {"height": 64, "width": 96, "guidance_scale": 1.0}),
     "qwen21": (testing_joint.qwen_image_21, {"height": 64, "width": 96}),
+    "ideogram4": (
+        testing_joint.ideogram4,
+        {
+            "height": 16, "width": 24, "max_sequence_length": 16, "guidance_scale": 1.0,
+            "guidance_schedule": None,
+        },
+    ),
     "prx": (
         testing_joint.prx,
         {"height": 16, "width": 24, "guidance_scale": 1.0, "use_resolution_binning": False},
@@ -71,7 +78,14 @@ CFG = {
 CFG |= {
     name: {"guidance_scale": 3.0, "negative_prompt": "dull"}
     for name in (
-        "chroma", "ovis", "longcat", "bria", "fibo", "lumina2", "aura-flow", "ernie",
+        "chroma",
+        "ovis",
+        "longcat",
+        "bria",
+        "fibo",
+        "lumina2",
+        "aura-flow",
+        "ernie",
         "prx",
     )
 }
@@ -84,6 +98,7 @@ NEEDS = {
     "bria": "BriaPipeline", "fibo": "BriaFiboPipeline", "lumina2": "Lumina2Pipeline",
     "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
     "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
+    "ideogram4": "Ideogram4Pipeline",
 }  # fmt: skip
 PIPES |= hunyuan_pipes.PIPES
 CFG |= hunyuan_pipes.CFG

@@ -1,5 +1,10 @@
-"""`python -m nasa_diffusers gallery`: its pictures are those of the library, its page links them."""
+"""`python -m nasa_diffusers gallery`: the pictures are the library's, its page is current."""
 
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from nasa_diffusers import NAG, ProjectedNASA, nasa, testing
@@ -19,7 +24,8 @@ def gallery(checkpoint, out, *more):
 
 
 def test_the_pictures_are_those_of_the_library(checkpoint, tmp_path, capsys):
-    prompts = ["--prompt", "a cat", "--negative", "blurry", "--prompt", "a *dog*", "--negative", "b"]
+    prompts = ["--prompt", "a cat", "--negative", "blurry"]
+    prompts += ["--prompt", "a *dog*", "--negative", "b"]
     more = ["--methods", "projected:1.5,nag:4", "--seeds", "3,4", "--size", "64"]
     assert gallery(checkpoint, tmp_path, *prompts, *more) == 0, capsys.readouterr().err
     pipe = testing.stable_diffusion()
@@ -66,3 +72,38 @@ def test_methods_that_are_none(tmp_path, capsys, methods):
     with pytest.raises(SystemExit):
         gallery(tmp_path, tmp_path, "--prompt", "a", "--negative", "b", "--methods", methods)
     assert f"{methods}: " in capsys.readouterr().err
+
+
+# ---- the page of the docs ------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "gallery" / "index.md"
+COMMAND = re.search(
+    r"python -m nasa_diffusers (gallery .*?)\n\n", (ROOT / "docs" / "README.md").read_text(), re.S
+)
+
+
+def without_backend(text):
+    """Which back end is the best differs between machines."""
+    return re.sub(r" *back end .*\n", "", text)
+
+
+def test_the_page_of_the_docs_is_what_its_command_makes(tmp_path, monkeypatch, capsys):
+    """Its first two columns, drawn again: another CPU rounds otherwise, and no more."""
+    arguments = shlex.split(COMMAND[1].replace("\\\n", " "))
+    seeds = "0,1,2,3,4,5,6,7"
+    assert seeds in arguments and str(PAGE.parent.relative_to(ROOT)) in arguments
+    changed = {seeds: "0,1", str(PAGE.parent.relative_to(ROOT)): str(tmp_path)}
+    monkeypatch.chdir(ROOT)
+    assert main([changed.get(x, x) for x in arguments]) == 0, capsys.readouterr().err
+    text = (
+        (tmp_path / "index.md").read_text().replace("seeds 0, 1.", "seeds 0, 1, 2, 3, 4, 5, 6, 7.")
+    )
+    assert without_backend(text) == without_backend(PAGE.read_text())
+    for i in range(3):
+        again = Image.open(tmp_path / f"{i}.png")
+        # without the labels, which may be cut here
+        rows = [y for y in range(again.height) if y % 112 < 96]
+        shown = Image.open(PAGE.parent / f"{i}.png").crop((0, 0, *again.size))
+        difference = np.abs(np.asarray(again, np.int16) - np.asarray(shown, np.int16))[rows]
+        assert difference.mean() < 1 and (difference > 16).mean() < 0.01

@@ -202,6 +202,7 @@ PROCESSORS = {
     "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
     "PRX": {"PRXAttnProcessor2_0"},
     "QwenImage21": {"QwenImage21AttnProcessor"},
+    "Ideogram4": {"Ideogram4AttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

@@ -117,6 +117,10 @@ MODULAR = {
         small.hunyuan_video15_parts,
         {"height": 16, "width": 24, "num_frames": 5}, (TEXT, text(3, 16)), True,
     ),
+    "Ideogram4ModularPipeline": (
+        lambda: testing_joint.ideogram4().components,
+        SHORT | {"height": 16, "width": 24, "guidance_schedule": [3.0]}, text(5, 13 * 32), False,
+    ),
     "Krea2ModularPipeline": (
         lambda: side.krea2(is_distilled=False).components, KREA, text(5, 2, 32), True
     ),

@@ -282,7 +282,7 @@ ALONE = (
     "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
     *hunyuan_pipes.ALONE,
     "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
-    "QwenImage21Pipeline",
+    "QwenImage21Pipeline", "Ideogram4Pipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 
@@ -363,4 +363,6 @@ def test_each_call_is_what_the_oracle_makes_of_it(name):
 def test_every_one_that_works_is_here():
     rows = [row for row in pipelines.rows() if row.family in FAMILY_NAMES and not row.is_modular]
     works = {row.name for row in rows if row.status != pipelines.REFUSED}
+    # the name that Lumina2Pipeline had before diffusers 0.34, which no longer builds it
+    works.discard("Lumina2Text2ImgPipeline")
     assert works <= {*RUN, *ALONE}

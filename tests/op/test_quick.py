@@ -14,8 +14,8 @@ from support.launches import calls_of_python
 from test_errors import SHAPE, WRONG
 from test_joint import WRONG as WRONG_JOINT
 from test_joint import make as make_joint
-
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import (
     _quick,
@@ -225,7 +225,7 @@ def test_who_looks_at_operators_sees_them():
         return x + 1
 
     x = torch.ones(2)
-    with TorchDispatchMode():
+    with FlopCounterMode(display=False):
         look(x)
     torch.vmap(look)(x)
     torch.func.functionalize(look)(x)
@@ -277,7 +277,7 @@ def test_a_quick_call_does_little_before_its_operator():
 
     with torch.no_grad():
         plain = count()
-        # the function, `quick`, three questions, a look-up, what to call and two questions, the call
+        # the function, `quick`, three questions, a look-up, two more of what to call, and the call
         assert plain <= 14
         assert count(mask_pos=mask) <= plain + 1
         assert count(alpha=alpha) <= plain
@@ -317,7 +317,7 @@ def test_a_remembered_launch_is_the_one_that_triton_makes(remembered, call):
 def test_the_work_of_a_remembered_launch(remembered):
     plain = remembered["plain"]["calls"]
     # 260 before launches were remembered
-    assert plain <= 60
+    assert plain <= 48
     # of NAG a second launch
-    for call, more in {"masks": 8, "alpha": 8, "broadcast": 2, "nag": 20}.items():
+    for call, more in {"masks": 4, "alpha": 4, "broadcast": 2, "nag": 32}.items():
         assert remembered[call]["calls"] <= plain + more, call

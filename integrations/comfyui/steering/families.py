@@ -23,7 +23,7 @@ class Family:
 
     is_joint = False
     # where the text stands in a joint attention
-    is_text_first = True
+    is_text_first: bool | None = True
 
     def __init__(self, net: Any):
         self.net = net
@@ -217,27 +217,31 @@ class HunyuanVideo(Family):
     """The text is refined before the blocks, attending to itself: each prompt alone."""
 
     is_joint = True
+    # of this ComfyUI; not known before the first call
+    is_text_first = None
 
     def layers(self):
         return len(self.net.double_blocks) + len(self.net.single_blocks)
 
     def patch(self, model):
         replace(model, "txt_in.forward", _each_refined)
-        replace(model, "pe_embedder.forward", self._order_seen)
+        replace(model, "pe_embedder.forward", _order_seen)
 
     def refuse(self, conds):
         refuse_beside("HunyuanVideo", conds, txt_byt5="glyphs", clip_fea="an image")
 
-    def _order_seen(self, forward: Callable) -> Callable:
-        """ComfyUI had the text behind the image, and has it first now. Its positions are 0, and
-        the last one of an image is not."""
 
-        def positions(ids: Tensor, *args, **kwargs):
-            if CURRENT.get() is not None:
-                self.is_text_first = bool(ids[0, -1].any())
-            return forward(ids, *args, **kwargs)
+def _order_seen(forward: Callable) -> Callable:
+    """ComfyUI had the text behind the image, and has it first now. Its positions are 0, and the
+    last one of an image is not."""
 
-        return positions
+    def positions(ids: Tensor, *args, **kwargs):
+        guide = CURRENT.get()
+        if guide is not None and guide.family.is_text_first is None:
+            guide.family.is_text_first = bool(ids[0, -1].any())
+        return forward(ids, *args, **kwargs)
+
+    return positions
 
 
 def refuse_beside(model: str, conds: dict[str, Any], **known: str) -> None:

@@ -203,13 +203,13 @@ class QwenImage21(Joint):
             if len(before) == len(texts) and all(map(lambda x, y: x is y, before, texts)):
                 made = found
         if made is None:
-            made = [self.keys_values(denoiser, term, modulation) for term in side.text.terms]
+            made = [self.made_of(denoiser, term, modulation) for term in side.text.terms]
             if owner is not None and not torch.is_grad_enabled():
                 self.kept[owner] = texts, made
         side.inputs["keys_values"] = made
         side.terms = side.text.terms
 
-    def keys_values(self, denoiser: Any, term: Any, modulation: Tensor) -> tuple:
+    def made_of(self, denoiser: Any, term: Any, modulation: Tensor) -> tuple:
         x, m = denoiser.txt_in(term.text), term.text.shape[1]
         nowhere = torch.zeros(m, dtype=torch.bool, device=x.device)
         rope = denoiser.pos_embed([], nowhere, device=x.device)

@@ -11,9 +11,8 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "GlmImageTransformer2DModel", "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
-    "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
-    "MiniMaxH3Transformer3DModel", "MotifVideoTransformer3DModel",
+    "HiDreamImageTransformer2DModel", "JoyImageEditTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
@@ -36,7 +35,7 @@ _because(
 )  # fmt: skip
 _because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel",
     "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
@@ -57,3 +56,16 @@ _because(
     "its pipelines are deprecated in diffusers", "Transformer2DModel", "UNet3DConditionModel",
     "UNetControlNetXSModel", "UVit2DModel",
 )  # fmt: skip
+_because(
+    "a language model draws its prompt as tokens of the image first; its text is only what is to "
+    "be written there",
+    "GlmImageTransformer2DModel",
+)
+_because(
+    "a block attends to its text twice, the second time without the image",
+    "MotifVideoTransformer3DModel",
+)
+_because(
+    "images of several sizes are filled up and masked in the attention that it shares with its text",
+    "JoyImageEditPlusTransformer3DModel",
+)
