@@ -151,17 +151,70 @@ def test_two_threads_share_a_denoiser(pipe):
     assert not torch.equal(*alone)
 
 
-# has parameters that it reads beside its modules, so that stock cannot be offloaded in parts
-WHOLE = ("hunyuan-dit",)
+# of each kind of block one
+KINDS = ("qwen-image", "z-image", "klein", "krea2", "ltx2", "chroma", "aura-flow")
 
 
-def test_weights_that_come_and_go(pipe):
-    if pipe.short_name in WHOLE:
-        pytest.skip("it cannot be offloaded in parts, with or without NASA")
-    made = PIPES[pipe.short_name][0]()
-    made.short_name, made.options, made.steps = pipe.short_name, pipe.options, pipe.steps
+@pytest.mark.parametrize("name", [name for name in KINDS if name in PIPES])
+def test_weights_that_come_and_go(name):
+    build, options = PIPES[name]
+    made = build()
+    made.options, made.steps = options, 1
     with nasa(made, "blurry", NASA(0.5)):
         expected = drawn(made)
     offload_sequentially(made.transformer)
     with nasa(made, "blurry", NASA(0.5)):
         assert relative_error(drawn(made), expected) < 2e-5
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def left_on(model):
+    """What is hooked in the denoiser; diffusers' own contexts of caches leave an empty list of
+    hooks on the whole of it."""
+    hooked = [n for n, m in model.named_modules() if n and hasattr(m, "_diffusers_hook")]
+    return hooked + list(model._forward_pre_hooks) + list(model._forward_hooks)
+
+
+BAD = {
+    "a vector": torch.randn(32),
+    "one prompt without rows": torch.randn(5, 32),
+    "a mask that does not fit": (torch.randn(1, 5, 32), torch.ones(1, 4)),
+    "embeddings of another model": torch.randn(1, 5, 31),
+    "of too many dimensions": torch.randn(1, 2, 3, 5, 32),
+    "one text of three": [torch.randn(1, 5, 32)] * 3,
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_does_not_fit_is_named_and_leaves_nothing(pipe, what):
+    bad = BAD[what]
+    embeds, mask = bad if isinstance(bad, tuple) else (bad, None)
+    before = left_on(pipe.transformer)
+    given = {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
+    named = pytest.raises((ValueError, RuntimeError), match="^(enable_nasa|nasa_diff).*negative")
+    with named, nasa(pipe, None, NASA(0.5), **given):
+        drawn(pipe)
+    assert left_on(pipe.transformer) == before
+
+
+class Foreign:
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def test_a_processor_of_others_is_named_and_leaves_nothing(pipe):
+    before = left_on(pipe.transformer)
+    layers = [m for m in pipe.transformer.modules() if hasattr(m, "processor")]
+    owns = [m.processor for m in layers]
+    assert layers
+    for m in layers:
+        m.processor = Foreign()
+    try:
+        with pytest.raises((ValueError, RuntimeError), match="Foreign"), nasa(pipe, "blurry"):
+            drawn(pipe)
+    finally:
+        for m, processor in zip(layers, owns, strict=True):
+            m.processor = processor
+    assert left_on(pipe.transformer) == before
