@@ -369,7 +369,9 @@ class HunyuanDiT(HunyuanVideo15):
         )
 
     def own_text(self):
-        texts, masks = ([self.inputs[name] for name in pair] for pair in zip(*self.names, strict=True))
+        texts, masks = (
+            [self.inputs[name] for name in pair] for pair in zip(*self.names, strict=True)
+        )
         return tuple(texts), tuple(masks)
 
     def mask_of(self, mask):
