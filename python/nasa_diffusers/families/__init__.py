@@ -19,6 +19,7 @@ from nasa_diffusers.families.ideogram4 import Ideogram4
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
+from nasa_diffusers.families.lumina import LuminaNext
 from nasa_diffusers.families.lumina2 import Lumina2
 from nasa_diffusers.families.mochi import Mochi
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
@@ -65,6 +66,7 @@ FAMILIES: tuple[Family, ...] = (
     HunyuanVideo15(),
     HunyuanImage(),
     HunyuanDiT(),
+    LuminaNext(),
     Mochi(),
     EasyAnimate(),
     Chroma(),

@@ -35,7 +35,7 @@ _because(
 )  # fmt: skip
 _because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel",
     "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
