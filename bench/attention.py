@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[b, l, h, d] in and out, as views; a mask [b, n]."""
+    """[b, l, h, d] in and out, as views; a mask [b, n]. k and v may have fewer heads."""
+    grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return o.transpose(1, 2)

@@ -7,11 +7,13 @@ is exact. Forward only.
     nag         normalised attention guidance in cross-attention
     joint       [image; texts] against themselves by the rule "nasa"; both texts have queries
     joint-projected, joint-nag
+    grouped     cross-attention whose keys have fewer heads than the queries; joint-grouped, joint
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +38,8 @@ Inputs = dict[str, Any]
 # valid tokens of the positive and of the negative prompt
 VALID = 25, 12
 NAG: dict[str, Any] = {"nag_scale": 5.0, "nag_tau": 2.5, "nag_alpha": 0.25}
+# heads of the queries to one of the keys, by model
+GROUPS = {"krea2": 4, "lumina2": 3, "ace-step": 2}
 NOTHING = 0.0  # the alpha at which a call is one without a negative prompt
 
 
@@ -83,6 +87,27 @@ def _exact(x: Inputs, alpha: float, **options: Any) -> tuple[Tensor, Budget]:
     masks = {name: mask for name, mask in x.items() if name.startswith("mask")}
     tensors = {name: y for name, y in x.items() if name not in masks}
     return exact_and_budget(tensors, alpha, **masks, **options)
+
+
+def _group(shape: Shape) -> int:
+    return GROUPS.get(shape.name, 2)
+
+
+def _few_heads(shape: Shape, x: Inputs) -> Inputs:
+    """A head of keys for each group of heads of the queries."""
+    of_keys = slice(None, None, _group(shape))
+    return {name: y if name == "q" else y[:, :, of_keys].contiguous() for name, y in x.items()}
+
+
+def _fewer_bytes(shape: Shape, dtype: torch.dtype, work: Work, keys: int) -> Work:
+    """Of so many tokens, K and V of each, whose heads are fewer."""
+    left_out = shape.b * (shape.h - shape.h // _group(shape)) * shape.d * 2 * keys
+    return replace(work, bytes=work.bytes - left_out * dtype.itemsize)
+
+
+def _grouped_work(shape: Shape, dtype: torch.dtype, guided: bool) -> Work:
+    keys = shape.n_pos + (shape.n_neg if guided else 0)
+    return _fewer_bytes(shape, dtype, _work(shape, dtype, guided), keys)
 
 
 def project(z_pos: Tensor, z_neg: Tensor, alpha: float) -> Tensor:
@@ -185,6 +210,11 @@ def _joint_work(shape: Shape, dtype: torch.dtype, guided: bool) -> Work:
     )
 
 
+def _joint_grouped_work(shape: Shape, dtype: torch.dtype, guided: bool) -> Work:
+    keys = shape.l + shape.n_pos + (shape.n_neg if guided else 0)
+    return _fewer_bytes(shape, dtype, _joint_work(shape, dtype, guided), keys)
+
+
 # ---- the kinds -----------------------------------------------------------------------------------
 
 
@@ -229,7 +259,19 @@ KINDS: dict[str, Kind] = {
         _nag_exact,
         _work,
     ),
+    "grouped": Kind(
+        lambda shape, dtype, device: _few_heads(shape, make_inputs(shape, dtype, device)),
+        lambda x, alpha, backend: nasa_attention(**x, alpha=alpha, backend=backend),
+        lambda x, alpha: _z(x, "pos") - alpha * _z(x, "neg"),
+        _stock,
+        _exact,
+        _grouped_work,
+    ),
     "joint": _joint("nasa", lambda p, n, alpha: p - alpha * n),
+    "joint-grouped": _joint("nasa", lambda p, n, alpha: p - alpha * n)._replace(
+        make=lambda shape, dtype, device: _few_heads(shape, _make_joint(shape, dtype, device)),
+        work=_joint_grouped_work,
+    ),
     "joint-projected": _joint("projected", project),
     "joint-nag": Kind(
         _make_joint,

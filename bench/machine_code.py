@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -218,11 +218,12 @@ def product_loops(blocks: dict[int, Block]) -> list[Loop]:
     return sorted(inner, key=lambda loop: loop.head)
 
 
-def plain_path(blocks: dict[int, Block], loop: Loop) -> list[int]:
+def plain_path(blocks: dict[int, Block], loop: Loop, tiles: int = 1) -> list[int]:
     """Blocks of the shortest way once around the loop that meets all of the work.
 
     Inner loops are passed through once. Of several copies from memory that lie on no common way,
-    as those of a joint attention's segment do, the ones that cost least are taken.
+    as those of a joint attention's segment do, the ones that cost least are taken: as many as there
+    are tiles that come from memory in one turn.
     """
     backward = _back_edges(blocks)
     order = _topological(blocks, loop, backward)
@@ -243,7 +244,8 @@ def plain_path(blocks: dict[int, Block], loop: Loop) -> list[int]:
         if longer is None:
             continue
         stops, path = sorted({*stops, block}, key=order.index), longer
-        if _copies(blocks[block], LOADS):
+        tiles -= _copies(blocks[block], LOADS) > 0
+        if tiles == 0:
             break
     assert path is not None
     return path
@@ -352,6 +354,25 @@ def count(
             raise ValueError(f"{needed} products or copies are not some turns of {made}")
         total += Counter({opcode: n * turns for opcode, n in counts.items()})
     return total + _opcodes(blocks, [b for b in path if b not in repeated])
+
+
+def count_turns(
+    blocks: dict[int, Block], path: list[int], loop: Loop, turns: Callable[[Counter], int]
+) -> Counter:
+    """The same where loops stand in loops: turns(opcodes) is how often the path goes around one, in
+    all, if these are what one turn of it does.
+    """
+    inner = [x for x in loops_of(blocks) if x.body < loop.body and x.body & set(path)]
+    times = dict.fromkeys(path, 1)
+    # an inner loop's turns are those of all turns of the loop around it
+    for turn in sorted(inner, key=lambda x: -len(x.body)):
+        own = [b for b in path if b in turn.body]
+        times |= dict.fromkeys(own, turns(_opcodes(blocks, own)))
+    total: Counter = Counter()
+    for block in path:
+        for opcode, n in _opcodes(blocks, [block]).items():
+            total[opcode] += n * times[block]
+    return total
 
 
 def _opcodes(blocks: dict[int, Block], path: list[int]) -> Counter:

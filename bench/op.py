@@ -32,13 +32,22 @@ ALPHA = 0.5
 # headline cases, measured first: a run that is cut short has their rows
 HEADLINE = ("sdxl-64", "sd15-64", "pixart-1024", "sd21-64")
 NAMES = (*HEADLINE, *(s.name for s in MODEL_SHAPES if s.name not in HEADLINE))
-# what is measured where it is asked for: a part of a clip, a small FLUX, and calls of other kinds
-PARTS = (Shape("wan-2k", 1, 2000, 12, 128, 512, 512), Shape("flux-like", 1, 2048, 4, 128, 256, 256))
+# what is measured where it is asked for: a part of a clip, a small FLUX, models whose keys have
+# fewer heads, and calls of other kinds
+PARTS = (
+    Shape("wan-2k", 1, 2000, 12, 128, 512, 512),
+    Shape("flux-like", 1, 2048, 4, 128, 256, 256),
+    Shape("krea2", 1, 4096, 48, 128, 512, 64),
+    Shape("lumina2", 1, 4096, 24, 96, 256, 64),
+    Shape("ace-step", 1, 750, 16, 128, 256, 256),
+)
 KINDS_OF = {
     "masked": ("pixart-1024",),
     "projected": ("sdxl-64", "sd15-64", "sd15-16", "pixart-1024"),
     "nag": ("sdxl-64", "sd15-64", "sd15-16", "pixart-1024"),
+    "grouped": ("ace-step",),
     "joint": ("flux-like",),
+    "joint-grouped": ("krea2", "lumina2"),
     "joint-projected": ("flux-like",),
     "joint-nag": ("flux-like",),
 }

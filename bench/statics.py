@@ -95,19 +95,41 @@ def plan(gpu: Gpu, shape: Shape) -> Plan:
     keys = CLIP_KEYS if longest <= CLIP_KEYS else BLOCK_KEYS
     if gpu.major == 9 and shape.d in (40, 64, 72, 80, 128, 160):
         return _plan_sm90(shape.d, keys, longest)
-    d = next(size for size in (32, 48, 64, 80, 96, 128, 160, 192, 256) if shape.d <= size)
+    d = padded(shape.d)
 
     def tile(rows: int, d: int) -> int:
         return rows * 2 * (d + 8)
 
-    rows = 32 if d <= 128 and keys == CLIP_KEYS else 16
-    shared = 4 * tile(keys, d) + 8 * tile(rows, d)
+    rows = 32 if (d <= 128 if keys == CLIP_KEYS else d == 80) else 16
+    parked = 4 * 512 if rows == 32 and keys == BLOCK_KEYS else 0
+    shared = 4 * tile(keys, d) + 8 * (tile(rows, d) + parked)
     exists = d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
     if longest <= BLOCK_KEYS and exists and shared <= gpu.shared_per_block:
         return Plan("forward_short", (d, keys, True), 256, shared, rows, keys, True)
     rows = 128 // warps_to_a_row(d)
     shared = 3 * tile(BLOCK_KEYS // 2, d) + tile(rows, d) + 4 * BLOCK_KEYS
     return Plan("forward_long", (d,), 256, shared, rows, BLOCK_KEYS, False)
+
+
+def padded(d: int) -> int:
+    return next(size for size in (32, 48, 64, 80, 96, 128, 160, 192, 256) if d <= size)
+
+
+def backward_plans(d: int) -> tuple[Plan, Plan]:
+    """Of dQ, and of dK and dV, on every GPU: csrc/layouts.h."""
+    d = padded(d)
+
+    def tiles(rows: int) -> int:
+        return 2 * rows * 2 * (d + 8)
+
+    keys = 64 if d in (96, 128) else CLIP_KEYS
+    stage = tiles(GROUP_ROWS) + 3 * GROUP_ROWS * 4
+    of_queries = tiles(GROUP_ROWS) + tiles(CLIP_KEYS) + 4 * CLIP_KEYS
+    of_keys = tiles(keys) + (2 if d <= 80 else 1) * stage
+    return (
+        Plan("backward_queries", (d,), 128, of_queries, GROUP_ROWS, CLIP_KEYS, False),
+        Plan("backward_keys", (d,), 2 * keys, of_keys, GROUP_ROWS, keys, False),
+    )
 
 
 def warps_to_a_row(d: int) -> int:
@@ -209,6 +231,31 @@ def path_counts(
     # a warp has 16 rows of a tile of 64, or all rows of its own
     turns = 1.0 if plan.rows == GROUP_ROWS else GROUP_ROWS / plan.rows / 4
     return _name(blocks, path, counts), turns
+
+
+def keys_counts(plan: Plan, code: list[machine_code.Instruction]) -> tuple[Counter, float]:
+    """The same of backward_keys, for a tile of rows and the keys of a block."""
+    blocks = machine_code.blocks_of(code)
+    loops = machine_code.loops_of(blocks)
+    around = [x for x in loops if any(blocks[b].has(machine_code.PRODUCTS) for b in x.body)]
+    loop = max(around, key=lambda x: len(x.body))
+    path = machine_code.plain_path(blocks, loop, tiles=-1)
+    d = plan.sizes[0]
+    columns = d if d <= 128 else d // 2 if d <= 192 else d // 4
+
+    def turns(opcodes: Counter) -> int:
+        read_transposed = sum(n for opcode, n in opcodes.items() if ".MT88" in opcode)
+        products = sum(n for opcode, n in opcodes.items() if opcode.startswith("HMMA"))
+        copies = sum(n for opcode, n in opcodes.items() if opcode.startswith("LDGSTS"))
+        if read_transposed:
+            # dV and dK, 16 rows and two column tiles for each
+            return 2 * plan.rows // 16 * columns // 16 // read_transposed
+        if products:
+            # a product of one of S and dP
+            return plan.rows // 8 * d // 16 // products
+        return -(-(plan.rows * d // 8) // plan.threads // copies) if copies else 1
+
+    return machine_code.count_turns(blocks, path, loop, turns), plan.threads / 128
 
 
 def _name(blocks, path, counts: Counter) -> Counter:

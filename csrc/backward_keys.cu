@@ -4,27 +4,27 @@
 //
 // For one segment of a joint attention it is launched alone: nasa.h has its shift.
 //
-// A block owns 80 keys of one prompt and head, 16 per warp, and walks over the query rows in tiles
-// of 64. It works on transposed tiles, keys by rows: P^T and dS^T come out of one product as the A
-// operand of the next. Where there are few keys, several blocks share the rows of one tile of keys;
-// their partial sums are added in a fixed order by a second kernel, so no atomics, and the same
-// bits every time.
+// A block owns 80 keys of one prompt and head, or 64, 16 per warp, and walks over the query rows in
+// tiles of 64. It works on transposed tiles, keys by rows: P^T and dS^T come out of one product as
+// the A operand of the next, a few rows at a time, so that an SM has registers for two blocks. Where
+// there are few keys, several blocks share the rows of one tile of keys; their partial sums are added
+// in a fixed order by a second kernel, so no atomics, and the same bits every time.
 #include "launch.h"
 #include "softmax.cuh"
 
 namespace nasa {
 namespace {
 
-constexpr int kKeyWarps = kBackwardKeys / kWarpRows;
-constexpr int kKeyThreads = kKeyWarps * kWarpSize;
-
 template <int kD>
 struct KeysLayout {
     static constexpr int kColumns = backward_columns(kD);
     static constexpr int kShares = kD / kColumns;
+    static constexpr int kKeys = keys_tile(kD);
+    static constexpr int kThreads = kKeys / kWarpRows * kWarpSize;
+    static constexpr int kStep = keys_step(kD);
     static constexpr int kStages = keys_stages(kD);
-    // K, V [80, kD]; per stage Q, dO [64, kD] and lse, shift, w [64] in fp32
-    static constexpr int kV = tile_bytes(kBackwardKeys, kD);
+    // K, V [kKeys, kD]; per stage Q, dO [64, kD] and lse, shift, w [64] in fp32
+    static constexpr int kV = tile_bytes(kKeys, kD);
     static constexpr int kStage = 2 * kV;
     static constexpr int kGrad = tile_bytes(kBackwardRows, kD);
     static constexpr int kRowValues = 2 * kGrad;
@@ -72,42 +72,42 @@ __device__ __forceinline__ void store_gradient(const BackwardParams& p, void* ta
 }
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kKeyThreads, 1)
+__global__ void __launch_bounds__(KeysLayout<kD>::kThreads, keys_resident(kD))
     backward_keys_kernel(const __grid_constant__ BackwardParams p) {
     using Layout = KeysLayout<kD>;
     constexpr int kColumns = Layout::kColumns;
     constexpr int kPitch = Tile<kD>::kPitch;
-    constexpr int kTiles = kBackwardRows / 8;
+    constexpr int kKeys = Layout::kKeys, kThreads = Layout::kThreads, kStep = Layout::kStep;
     const ForwardParams& call = p.call;
     extern __shared__ __align__(16) unsigned char smem[];
 
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
-    const int blocks_pos = (call.prompt[kPos].n + kBackwardKeys - 1) / kBackwardKeys;
-    const int blocks = blocks_pos + (call.prompt[kNeg].n + kBackwardKeys - 1) / kBackwardKeys;
+    const int blocks_pos = (call.prompt[kPos].n + kKeys - 1) / kKeys;
+    const int blocks = blocks_pos + (call.prompt[kNeg].n + kKeys - 1) / kKeys;
     int index = blockIdx.x;
-    const int h = index % call.h;
+    const int h = uniform(index % call.h);
     index /= call.h;
     const int column = index % Layout::kShares * kColumns;
     index /= Layout::kShares;
     const int block = index % blocks;
     index /= blocks;
     const int split = index % p.splits;
-    const int b = index / p.splits;
+    const int b = uniform(index / p.splits);
 
     const int side = block < blocks_pos ? kPos : kNeg;
     if (p.dk[side] == nullptr && p.dv[side] == nullptr) return;
     const Prompt& prompt = call.prompt[side];
-    const int first_key = (side == kPos ? block : block - blocks_pos) * kBackwardKeys;
+    const int first_key = (side == kPos ? block : block - blocks_pos) * kKeys;
     // The row of an absent key may hold NaN. Its weights are 0, and so must its products be.
     const auto present = [&](int key) {
         return key_bias(prompt.mask, b, key, prompt.n) != -INFINITY;
     };
-    load_tile<kD, kBackwardKeys, kKeyThreads>(
+    load_tile<kD, kKeys, kThreads>(
         smem,
         key_rows_of(prompt.k, b, h, call),
         first_key, 0, threadIdx.x, present);
-    load_tile<kD, kBackwardKeys, kKeyThreads>(
+    load_tile<kD, kKeys, kThreads>(
         smem + Layout::kV,
         key_rows_of(prompt.v, b, h, call),
         first_key, 0, threadIdx.x, present);
@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
             smem + Layout::kStage + tile % Layout::kStages * Layout::kStageBytes;
         const int first = (tile < p.first_hidden ? tile : tile + p.hidden) * kBackwardRows;
         const auto exists = [&](int row) { return row < call.l; };
-        load_tile<kD, kBackwardRows, kKeyThreads>(
+        load_tile<kD, kBackwardRows, kThreads>(
             stage,
             rows_of(call.q, b, h, call),
             first, 0, threadIdx.x, exists);
-        load_tile<kD, kBackwardRows, kKeyThreads>(
+        load_tile<kD, kBackwardRows, kThreads>(
             stage + Layout::kGrad,
             rows_of(p.grad_o, b, h, call),
             first, 0, threadIdx.x, exists);
@@ -178,29 +178,38 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
         const uint32_t grad = q + Layout::kGrad;
         const float* values = reinterpret_cast<const float*>(stage + Layout::kRowValues);
 
-        // S^T and dP^T [16 keys, 64 rows]
-        float s[kTiles][4], dp[kTiles][4];
-        clear(s);
-        clear(dp);
-        multiply_transposed<T, kD>(s, k, q);
-        multiply_transposed<T, kD>(dp, k + Layout::kV, grad);
+#pragma unroll 1
+        for (int row = 0; row < kBackwardRows; row += kStep) {
+            const uint32_t q_rows = q + row * kPitch, grad_rows = grad + row * kPitch;
+            // S^T and dP^T [16 keys, kStep rows]
+            float s[kStep / 8][4], dp[kStep / 8][4];
+            clear(s);
+            clear(dp);
+            multiply_transposed<T, kD>(s, k, q_rows);
+            multiply_transposed<T, kD>(dp, k + Layout::kV, grad_rows);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
+            for (int j = 0; j < kStep / 8; ++j) {
+                // of the two rows that this lane has of column tile j
+                const auto two = [&](int which) {
+                    return *reinterpret_cast<const float2*>(values + which * kBackwardRows + row +
+                                                            8 * j + lane % 4 * 2);
+                };
+                const float2 lse = two(0), shift = two(1), weight = two(2);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = 8 * j + lane % 4 * 2 + i % 2;
-                const float score = fmaf(s[j][i], call.scale, bias[i / 2]);
-                const float probability = ptx::exp2(score - values[row]);
-                const float weight = values[2 * kBackwardRows + row];
-                s[j][i] = probability * weight;
-                dp[j][i] = probability * fmaf(weight, dp[j][i], values[kBackwardRows + row]);
+                for (int i = 0; i < 4; ++i) {
+                    const auto mine = [&](float2 x) { return i % 2 == 0 ? x.x : x.y; };
+                    const float score = fmaf(s[j][i], call.scale, bias[i / 2]);
+                    const float probability = ptx::exp2(score - mine(lse));
+                    s[j][i] = probability * mine(weight);
+                    dp[j][i] = probability * fmaf(mine(weight), dp[j][i], mine(shift));
+                }
             }
+            uint32_t weights[kStep / 16][4], ds[kStep / 16][4];
+            pack_fragments<T>(weights, s);
+            pack_fragments<T>(ds, dp);
+            multiply<T, kPitch>(dv, weights, grad_rows + 2 * column);
+            multiply<T, kPitch>(dk, ds, q_rows + 2 * column);
         }
-        uint32_t weights[kTiles / 2][4], ds[kTiles / 2][4];
-        pack_fragments<T>(weights, s);
-        pack_fragments<T>(ds, dp);
-        multiply<T, kPitch>(dv, weights, grad + 2 * column);
-        multiply<T, kPitch>(dk, ds, q + 2 * column);
         __syncthreads();  // no warp reads this stage any more
         if (Layout::kStages == 1 && tile + 1 < last_tile) load_rows(tile + 1);
     }
@@ -216,8 +225,10 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     float* partial = nullptr;
     if (p.partial != nullptr) {
         const int64_t pos = prompt_elements(p, kPos);
-        partial =
-            p.partial + split * 2 * (pos + prompt_elements(p, kNeg)) + (side == kPos ? 0 : 2 * pos);
+        // the split, divided out once more: no register keeps it that long
+        const int64_t of_split = blockIdx.x / (call.h * Layout::kShares * blocks) % p.splits;
+        partial = p.partial + of_split * 2 * (pos + prompt_elements(p, kNeg)) +
+                  (side == kPos ? 0 : 2 * pos);
     }
     // this warp's rows of K are used up: they take dK, then dV
     constexpr int kOutPitch = Tile<kColumns>::kPitch;
@@ -259,8 +270,8 @@ __global__ void __launch_bounds__(256) sum_splits_kernel(const __grid_constant__
 }
 
 int64_t key_blocks(const BackwardParams& p) {
-    return ceil_div(p.call.prompt[kPos].n, kBackwardKeys) +
-           ceil_div(p.call.prompt[kNeg].n, kBackwardKeys);
+    const int keys = keys_tile(padded_head_dim(p.call.d));
+    return ceil_div(p.call.prompt[kPos].n, keys) + ceil_div(p.call.prompt[kNeg].n, keys);
 }
 
 template <typename T, int kD>
@@ -268,7 +279,7 @@ cudaError_t launch_keys(const BackwardParams& p, const Device& device, cudaStrea
     const int64_t blocks = static_cast<int64_t>(p.call.b) * p.splits * key_blocks(p) *
                            KeysLayout<kD>::kShares * p.call.h;
     if (const cudaError_t error = launch<backward_keys_kernel<T, kD>>(
-            device, blocks, kKeyThreads, KeysLayout<kD>::kBytes, stream, p)) {
+            device, blocks, KeysLayout<kD>::kThreads, KeysLayout<kD>::kBytes, stream, p)) {
         return error;
     }
     if (p.partial == nullptr) return cudaSuccess;

@@ -8,7 +8,8 @@
 // per warp; where the head changes it loads K+-, V+- anew. Between the heads there is no
 // barrier. All keys of a row are on chip, so the softmax is not online: the weights P+ and P- of a
 // tile wait in registers, rounded, until Z+ and Z- are made of them: all columns at once, as the sums
-// of a projection want it, or 16 of them where all would not fit.
+// of a projection want it, or 16 of them where all would not fit. With 128 keys a few of P+ are
+// parked in shared memory while the scores of the negative prompt have the registers.
 //
 // The arithmetic of a row, its order included, is that of forward_long.cu: both give the same bits.
 #include "launch.h"
@@ -30,9 +31,12 @@ struct ShortLayout {
     static constexpr bool kProjectsApart = !kHoldsAll && short_projects(kD);
     static constexpr int kPromptTile = tile_bytes(kKeys, kD);
     static constexpr int kRowTile = tile_bytes(kRows, kD);
-    // K+, V+, K-, V- [kKeys, kD]; Q [kShortWarps, kRows, kD]; bias of both [kKeys] in fp32
+    static constexpr int kParked = short_parked(kD, kKeys, kPlain);
+    // K+, V+, K-, V- [kKeys, kD]; Q [kShortWarps, kRows, kD]; what is parked of each warp's P+; bias
+    // of both [kKeys] in fp32
     static constexpr int kQueries = 4 * kPromptTile;
-    static constexpr int kBias = kQueries + kShortWarps * kRowTile;
+    static constexpr int kPark = kQueries + kShortWarps * kRowTile;
+    static constexpr int kBias = kPark + kShortWarps * kParked * kOperandBytes;
     static constexpr int kBytes = short_shared_bytes(kD, kKeys, kPlain);
     static_assert(kBytes >= kBias, "the launcher chooses by this size");
 };
@@ -136,10 +140,24 @@ __global__ void __launch_bounds__(kShortThreads, 1)
             ptx::cp_async_wait<0>();
             __syncwarp();
             Attended<kParts, kKeys> pos, neg;
+            const auto each_parked = [&](auto move) {
+                uint4* place = reinterpret_cast<uint4*>(smem + Layout::kPark);
+                place += warp * Layout::kParked * kWarpSize + lane;
+#pragma unroll
+                for (int i = 0; i < Layout::kParked; ++i) {
+                    move(place[i * kWarpSize], pos.weights[i % kParts][i / kParts]);
+                }
+            };
             attend<T, kD, kPlain>(pos, p.prompt[kPos], p.scale, q_tile, prompts, bias);
             if (both) {
+                each_parked([](uint4& place, const uint32_t (&a)[4]) {
+                    place = make_uint4(a[0], a[1], a[2], a[3]);
+                });
                 attend<T, kD, kPlain>(neg, p.prompt[kNeg], p.scale, q_tile,
                                       prompts + 2 * Layout::kPromptTile, bias + kKeys);
+                each_parked([](const uint4& place, uint32_t (&a)[4]) {
+                    a[0] = place.x, a[1] = place.y, a[2] = place.z, a[3] = place.w;
+                });
             }
             // Q is used up: its tile takes O_s and O
             __syncwarp();

@@ -26,16 +26,25 @@ constexpr int kClipKeys = 80;
 constexpr int tile_bytes(int rows, int d) { return rows * 2 * (d + 8); }
 
 // forward_short: warps of a block, and the m16 fragments of query rows that one of them takes at
-// once. What is read of K and V serves all fragments. The scores of two with 128 keys or with masks
-// would not fit the registers, nor their rows of 160 columns the shared memory of sm_80.
+// once. What is read of K and V serves all fragments. The scores of two with masks would not fit the
+// registers, nor their rows of 160 columns the shared memory of sm_80; with 128 keys those of 64
+// columns would not fit that of sm_86 and sm_120, which one does.
 constexpr int kShortWarps = 8;
 constexpr int short_parts(int d, int keys, bool plain) {
-    return plain && d <= 128 && keys == kClipKeys ? 2 : 1;
+    return plain && (keys == kClipKeys ? d <= 128 : d == 80) ? 2 : 1;
 }
 constexpr int short_rows(int d, int keys, bool plain) { return 16 * short_parts(d, keys, plain); }
-// K+-, V+- [keys, d]; a tile of rows for each warp; the biases in fp32, where scores are not plain
+// A operands of P+ that a warp parks in shared memory while two fragments of scores against 128 keys
+// have the registers
+constexpr int short_parked(int d, int keys, bool plain) {
+    return keys == kBlockKeys && short_parts(d, keys, plain) == 2 ? 4 : 0;
+}
+constexpr int kOperandBytes = 32 * 16;
+// K+-, V+- [keys, d]; for each warp a tile of rows and what is parked; the biases in fp32, where
+// scores are not plain
 constexpr int short_shared_bytes(int d, int keys, bool plain) {
-    return 4 * tile_bytes(keys, d) + kShortWarps * tile_bytes(short_rows(d, keys, plain), d) +
+    return 4 * tile_bytes(keys, d) + kShortWarps * (tile_bytes(short_rows(d, keys, plain), d) +
+                                                    short_parked(d, keys, plain) * kOperandBytes) +
            (plain ? 0 : 2 * keys * 4);
 }
 
@@ -73,9 +82,9 @@ constexpr int long_shared_bytes(int d) {
            kBlockKeys * 4;
 }
 
-// Keys and query rows of a tile of the backward kernels
-constexpr int kBackwardKeys = 80;
+// Query rows of a tile of the backward kernels, and keys of one of backward_queries
 constexpr int kBackwardRows = 64;
+constexpr int kBackwardKeys = 80;
 // Columns of dQ, or of dK and dV, that a block makes: the others are another block's.
 constexpr int backward_columns(int d) { return d <= 128 ? d : d <= 192 ? d / 2 : d / 4; }
 
@@ -84,10 +93,16 @@ constexpr int queries_shared_bytes(int d) {
     return 2 * tile_bytes(kBackwardRows, d) + 2 * tile_bytes(kBackwardKeys, d) + kBackwardKeys * 4;
 }
 
-// backward_keys: K, V [80, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
+// backward_keys: keys of a block, 16 for each warp, and the blocks that an SM has registers for: two
+// of five warps with 168, or, where gradients have more columns than these hold, two of four with 255.
+constexpr int keys_tile(int d) { return d == 96 || d == 128 ? 64 : 80; }
+constexpr int keys_resident(int d) { return d <= 128 ? 2 : 1; }
+// Query rows whose scores a warp has in its registers at once
+constexpr int keys_step(int d) { return d <= 80 ? 32 : 64; }
+// K, V [keys_tile, d]; per stage Q, dO [64, d] and lse, shift, w [64] in fp32
 constexpr int keys_stages(int d) { return d <= 80 ? 2 : 1; }
 constexpr int keys_shared_bytes(int d) {
-    return 2 * tile_bytes(kBackwardKeys, d) +
+    return 2 * tile_bytes(keys_tile(d), d) +
            keys_stages(d) * (2 * tile_bytes(kBackwardRows, d) + 3 * kBackwardRows * 4);
 }
 constexpr int backward_shared_bytes(int d) {

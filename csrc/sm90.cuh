@@ -55,9 +55,6 @@ __device__ __forceinline__ void clear_row(unsigned char* v, int key) {
     }
 }
 
-// A number that all lanes of a warp have alike, from one register of the warp
-__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
-
 // A matrix descriptor of swizzle 128B: 8-row groups lie 1024 bytes apart; kLeading bytes from one
 // atom of 64 columns to the next matter only where n is contiguous.
 template <int kLeading>

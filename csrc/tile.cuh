@@ -20,6 +20,9 @@ struct Tile {
     static constexpr int kPitch = tile_bytes(1, kD);
 };
 
+// A number that all lanes of a warp have alike, from one register of the warp
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
+
 // One head of a [b, rows, h, d] tensor.
 struct Rows {
     const uint16_t* data;

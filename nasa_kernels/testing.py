@@ -107,6 +107,8 @@ def algorithm_1(
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T * scale + bias) v, every step rounded to the dtype of q."""
+    if 1 < k.shape[2] < q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("blhd,bnhd->bhln", q, k) * scale
     if mask is not None:
         scores = scores + additive_bias(mask, q.dtype)[:, None, None, :]

@@ -46,12 +46,9 @@ class NasaNegativePrompt(io.ComfyNode):
         cls, model, negative, method, strength, rule, start_percent, end_percent, layers
     ) -> io.NodeOutput:
         text, settings = prompt_of(negative)
-        sampling = model.get_model_object("model_sampling")
         term = Term(
-            text, settings, method, float(strength), rule,
-            sigma_start=sampling.percent_to_sigma(start_percent),
-            sigma_end=sampling.percent_to_sigma(end_percent),
-            layers=layers_of(layers),
+            text, settings, method, float(strength), rule, float(start_percent),
+            float(end_percent), layers_of(layers),
         )  # fmt: skip
         return io.NodeOutput(steer(model, term))
 

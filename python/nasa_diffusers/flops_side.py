@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from nasa_diffusers import flops_video as video
 from nasa_diffusers.api import choose_layers, in_force, put_on
 from nasa_diffusers.families import family_of
 from nasa_diffusers.guidance import Settings
@@ -37,6 +38,8 @@ class SideModel:
     tokens: int
     tokens_neg: int
     config: dict[str, Any] = field(default_factory=dict)
+    # in place of the denoiser's own, where that looks at values
+    forward: Callable | None = None
 
 
 def meta(*shape: int) -> Tensor:
@@ -92,6 +95,31 @@ def _ltx2(video: int, sound: int) -> Callable[[int], dict[str, Any]]:
     return inputs
 
 
+def _flux_like(channels: int, **others: Any) -> Callable[[int], dict[str, Any]]:
+    def inputs(n: int) -> dict[str, Any]:
+        return {
+            "hidden_states": meta(1, IMAGE, 64), "encoder_hidden_states": meta(1, n, channels),
+            "timestep": meta(1), "img_ids": meta(IMAGE, 3), "txt_ids": meta(n, 3),
+            **{name: make(n) for name, make in others.items()},
+        }  # fmt: skip
+
+    return inputs
+
+
+def _fibo_layers(n: int) -> list[Tensor]:
+    return [meta(1, n, 2048)] * 46
+
+
+def _latents(channels: int, size: int, text: int) -> Callable[[int], dict[str, Any]]:
+    def inputs(n: int) -> dict[str, Any]:
+        return {
+            "hidden_states": meta(1, channels, size, size), "timestep": meta(1),
+            "encoder_hidden_states": meta(1, n, text),
+        }  # fmt: skip
+
+    return inputs
+
+
 KLEIN = {
     "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32,
     "joint_attention_dim": 12288, "guidance_embeds": False,
@@ -135,6 +163,53 @@ MODELS = {
         "LTX2VideoTransformer3DModel", _ltx2(4096, 2048),
         lambda m: (meta(1, m, 4096), meta(1, m, 2048)), 1024, 256, LTX23,
     ),
+    "Chroma, 1024 px": SideModel(
+        "ChromaTransformer2DModel",
+        _flux_like(4096, attention_mask=lambda n: meta(1, n + IMAGE)),
+        lambda m: meta(1, m, 4096), 512, 32,
+    ),
+    "Ovis-Image, 1024 px": SideModel(
+        "OvisImageTransformer2DModel", _flux_like(2048), lambda m: meta(1, m, 2048), 256, 256
+    ),
+    "LongCat-Image, 1024 px": SideModel(
+        "LongCatImageTransformer2DModel", _flux_like(3584), lambda m: meta(1, m, 3584), 512, 512,
+        {"num_layers": 10, "num_single_layers": 20},
+    ),
+    "Bria Fibo, 1024 px": SideModel(
+        "BriaFiboTransformer2DModel", _flux_like(4096, text_encoder_layers=_fibo_layers),
+        lambda m: (meta(1, m, 4096), _fibo_layers(m)), 1000, 32,
+        {"num_layers": 8, "num_single_layers": 38},
+    ),
+    "AuraFlow, 1024 px": SideModel(
+        "AuraFlowTransformer2DModel", _latents(4, 128, 2048), lambda m: meta(1, m, 2048), 256, 256
+    ),
+    "PRX, 1024 px": SideModel(
+        "PRXTransformer2DModel", _latents(16, 128, 2304), lambda m: meta(1, m, 2304), 256, 32
+    ),
+}  # fmt: skip
+MODELS |= {
+    "HunyuanVideo, 544p, 61 frames": SideModel(
+        "HunyuanVideoTransformer3DModel", video.hunyuan_video, lambda m: meta(1, m, 4096), 256, 32
+    ),
+    "HunyuanVideo 1.5, 480p, 121 frames": SideModel(
+        "HunyuanVideo15Transformer3DModel", video.hunyuan_video15,
+        lambda m: (meta(1, m, 3584), meta(1, m, 1472)), 1000, 32, forward=video.forward_15,
+    ),
+    "HunyuanImage 2.1, 2048 px": SideModel(
+        "HunyuanImageTransformer2DModel", video.hunyuan_image, lambda m: meta(1, m, 3584), 1000, 32,
+        video.HUNYUAN_IMAGE,
+    ),
+    "HunyuanDiT, 1024 px": SideModel(
+        "HunyuanDiT2DModel", video.hunyuan_dit, lambda _: (meta(1, 77, 1024), meta(1, 256, 2048)),
+        333, 333, video.HUNYUAN_DIT,
+    ),
+    "EasyAnimate, 512p, 49 frames": SideModel(
+        "EasyAnimateTransformer3DModel", video.easyanimate, lambda m: meta(1, m, 3584), 256, 256,
+        video.EASYANIMATE,
+    ),
+    "CogView3+, 1024 px": SideModel(
+        "CogView3PlusTransformer2DModel", video.cogview3_plus, lambda m: meta(1, m, 4096), 224, 224
+    ),
 }  # fmt: skip
 
 
@@ -156,8 +231,11 @@ class SideCount:
 def count(name: str, method: Method | None = None) -> SideCount:
     """Count one of `MODELS`."""
     model, method = MODELS[name], NASA() if method is None else method
+    kind = getattr(diffusers, model.cls)
+    if model.forward is not None:
+        kind = type(model.cls, (kind,), {"forward": model.forward})
     with torch.device("meta"):
-        denoiser = getattr(diffusers, model.cls)(**model.config).eval()
+        denoiser = kind(**model.config).eval()
     inputs = model.inputs(model.tokens)
 
     @torch.no_grad()

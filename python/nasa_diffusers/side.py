@@ -98,6 +98,7 @@ class SideMaths(Protocol):
 
     def begin(self, denoiser: Any, side: Side, inputs: dict[str, Any]) -> Tensor: ...
     def check_attention(self, name: str, attn: Any, attention_mask: Tensor | None) -> None: ...
+    def called(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]: ...
     def project(self, attn: Any, image: Tensor, text: Tensor | None) -> tuple: ...
     def rotate(self, x: Tensor, rope: Rope) -> Tensor: ...
     def text_mask(self, side: Side, options: dict[str, Any]) -> Tensor | None: ...
@@ -227,6 +228,7 @@ class SideAttentionHook(Hook):
         side.attended = side.block
         if not torch.compiler.is_compiling():
             side.text.reached.add(self.name)
+        args, kwargs = self.family.called(args, kwargs)
         return self.attend(attn, side, *args, **kwargs)
 
     def attend(
@@ -247,8 +249,10 @@ class SideAttentionHook(Hook):
         with_text = not self.layout.fixed
         streams = Streams(q, k, v, side.lengths, side.terms, with_text, text.backend, mask)
         if not torch.compiler.is_compiling():
+            b, _, h, d = q.shape
             self.last_call = JointCall(
-                k.shape, side.lengths, hidden_states.shape[2], self.token_flops, with_text,
+                torch.Size((b, k.shape[1], h, d)), side.lengths, hidden_states.shape[2],
+                self.token_flops, with_text,
                 attends_twice=is_guided and text.method.attends_image_twice(streams),
             )  # fmt: skip
         o = text.method.joint(streams) if is_guided else keep_apart(streams)

@@ -85,7 +85,7 @@ def clip_config(width: int) -> CLIPTextConfig:
 
 
 def vae(shift_factor: float | None = None, channels: int = 4) -> AutoencoderKL:
-    """Four latent `channels`, images twice the size of the latents; those of FLUX.1 and SD3 shift."""
+    """Images twice the size of the latents, those of FLUX.1 and SD3 with a shift."""
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,

@@ -4,6 +4,7 @@
     python -m nasa_distill train --preset sd15 --teacher DIR_OR_ID --data prompts.txt \\
         --negatives neg.txt --out run                   NASA-T; the same command goes on with it
     python -m nasa_distill eval --out results           negative prompts on the shipped model
+    python -m nasa_distill judge --out judge.json       how far the judge can be trusted
     python -m nasa_distill plot --results results/results.json    one picture of it
     python -m nasa_distill sweep --out sweep.png        methods by rising strength, in pictures
     python -m nasa_distill ablate --world world --out ablation    who should see the negatives
@@ -47,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher-steps", type=int, help="of each cycle, instead of the recipe's")
     add("--pairs", type=int, help="noise and image pairs of the warm-up, instead of the recipe's")
     add("--student-steps", type=int, help="of each student's cycles, instead of the recipe's")
+    add("--size", type=int, choices=(32, 64), default=32, help="of the world's images")
+    add("--stage", help="the last stage to run, by the name of its folder; default: all")
     add(
         "--from-shipped",
         action="store_true",
@@ -94,6 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of results.json, results.csv and pictures")
     add("--page", type=Path, help="also write the page to this Markdown file")
 
+    judge = commands.add_parser("judge", help="how far a small world's judge can be trusted")
+    judge.set_defaults(run=run_judge)
+    add = judge.add_argument
+    add("--size", type=int, choices=(32, 64), default=32, help="of the world's images")
+    add("--autoencoder", help="folder of an AutoencoderKL: also what it makes of images")
+    add("--images", type=int, default=2000, help="of each kind (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, help="JSON file")
+    add("--page", type=Path, help="also write the page to this Markdown file")
+
     plot = commands.add_parser("plot", help="results as one picture: what is removed, what breaks")
     plot.set_defaults(run=run_plot)
     add = plot.add_argument
@@ -131,7 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--world", type=Path, required=True, help="folder that the command world made")
     add("--seeds", type=_integers, default=[0, 1, 2], help="e.g. 0,1,2 (default)")
     add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
-    add("--alpha", type=float, default=0.5, help="of NASA in the evaluation")
+    add(
+        "--methods", default="nasa:0.5", help="of the evaluation, as of eval (default: %(default)s)"
+    )
+    add("--variants", help="only these rows, separated by commas; default: all seven")
+    add("--clip", action="store_true", help="also CLIP+ and CLIP-, by the world's own CLIP")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
@@ -161,9 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_world(options: argparse.Namespace) -> None:
-    from nasa_distill.world.make import Recipe, make, make_from_shipped
+    from nasa_distill.world.make import RECIPES, STAGES, make, make_from_shipped
 
-    recipe = Recipe()
+    recipe = RECIPES[options.size]
     names = ("student", "four_step", "joint", "words", "pixart")
     students = dict.fromkeys(names, options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
@@ -175,7 +192,18 @@ def run_world(options: argparse.Namespace) -> None:
         recipe = replace(recipe, pairs=options.pairs)
     if options.from_shipped and options.teacher_steps is not None:
         raise ValueError("world: --from-shipped trains no teacher; leave out --teacher-steps")
-    (make_from_shipped if options.from_shipped else make)(recipe, options.out)
+    stage = options.stage or STAGES[-1]
+    if stage not in STAGES:
+        raise ValueError(f"world: --stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if not options.from_shipped:
+        make(recipe, options.out, stage)
+    elif options.size != 32 or options.stage is not None:
+        raise ValueError(
+            "world: --from-shipped has one stage, and the shipped model draws 32x32 images; leave "
+            "out --size and --stage"
+        )
+    else:
+        make_from_shipped(recipe, options.out)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -183,14 +211,15 @@ def run_train(options: argparse.Namespace) -> None:
     from nasa_distill.train.clip import Clip
     from nasa_distill.train.nasa_t import Run
     from nasa_distill.train.networks import load
-    from nasa_distill.world.captions import read
+    from nasa_distill.world.kinds import world_at
 
     settings = PRESETS[options.preset].changed(**parse_settings(options.set))
     prompts = read_lines(options.data, "--data")
     negatives = read_lines(options.negatives, "--negatives") if options.negatives else []
     if options.preset == "world":
+        world = world_at(Path(options.teacher))
         for line in (*prompts, *negatives):
-            read(line)
+            world.read(line)
     check_data(prompts, negatives, settings)
     teacher, student = load(options.teacher), load(options.student or options.teacher)
     clip = Clip.load(options.clip) if options.clip else None
@@ -251,6 +280,20 @@ def run_sweep(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}")
 
 
+def run_judge(options: argparse.Namespace) -> None:
+    from nasa_distill.world.evaluation import reliability
+    from nasa_distill.world.kinds import WORLDS
+    from nasa_distill.world.large import autoencoder
+
+    world, code = WORLDS[options.size], None
+    if options.images < 1:
+        raise ValueError(f"judge: --images must be at least 1, got {options.images}")
+    if options.autoencoder is not None:
+        code = autoencoder.load(options.autoencoder, world.size)
+    found = reliability.run(world, options.images, options.seed, code)
+    reliability.write(found, options.out, options.page)
+
+
 def run_plot(options: argparse.Namespace) -> None:
     from nasa_distill.world.evaluation import report
 
@@ -266,8 +309,10 @@ def run_pooled(options: argparse.Namespace) -> None:
 
 
 def run_ablate(options: argparse.Namespace) -> None:
-    from nasa_distill.world.evaluation import ablation
+    from nasa_distill.train.clip import Clip
+    from nasa_distill.world.evaluation import ablation, evaluate
 
+    variants = options.variants.split(",") if options.variants else list(ablation.VARIANTS)
     rows = ablation.run(
         PRESETS["world"].changed(**parse_settings(options.set)),
         options.world / "teacher" / "pipeline",
@@ -276,8 +321,10 @@ def run_ablate(options: argparse.Namespace) -> None:
         read_lines(options.world / "negatives.txt", "--world"),
         options.seeds,
         options.out,
-        options.alpha,
+        tuple(map(evaluate.read_method, options.methods.split(","))),
         options.images,
+        Clip.load(options.world / "clip" / "model") if options.clip else None,
+        variants,
     )
     print(ablation.page(rows))
 

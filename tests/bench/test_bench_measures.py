@@ -201,7 +201,7 @@ def test_right_results_get_rows(here, direction, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_call(here, kind, dtype):
-    shape = Shape("small", 1, 48, 2, 16, 40, 40)
+    shape = Shape("small", 1, 48, 4, 16, 40, 40)
     case = Case(shape, dtype, CPU, kind=kind)
     rows = op.run_case(here, case, PROVIDERS_HERE, ["warm"])
     # "stacked" makes no such call

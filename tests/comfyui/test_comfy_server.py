@@ -26,7 +26,11 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "integrations" / "comfyui"
 TREE = Path(comfy.__path__[0]).parent
-WORKFLOW = json.loads((PACK / "workflows" / "sdxl-turbo.json").read_text(encoding="utf-8"))
+EXAMPLES = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((PACK / "workflows").glob("*.json"))
+}
+WORKFLOW = EXAMPLES["sdxl-turbo"]
 # a machine may be busy with other things
 PATIENCE = 300
 
@@ -128,7 +132,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(server, tmp_path_factory):
-    """The example in ComfyUI's own page, queued there: picture, and entry of the history."""
+    """The examples in ComfyUI's own page: their nodes, and of the one that is queued there entry of
+    the history and picture."""
     from comfyui import browser
 
     if browser.CHROMIUM is None:
@@ -142,9 +147,13 @@ def drawn(server, tmp_path_factory):
             # the page opens its own workflow, late
             await page.until("app.graph.nodes.length > 0", PATIENCE)
             await asyncio.sleep(5)
-            await page.run(f"app.loadGraphData({json.dumps(WORKFLOW)})")
-            types = await page.run("app.graph.nodes.map(x => x.type)")
-            missing = await page.run("app.graph.nodes.filter(x => x.has_errors).map(x => x.type)")
+            loaded = {}
+            for name, example in (*EXAMPLES.items(), ("sdxl-turbo", WORKFLOW)):
+                await page.run(f"app.loadGraphData({json.dumps(example)})")
+                loaded[name] = await page.run(
+                    "app.graph.nodes.map(x => [x.type, x.has_errors || x.inputs.some(i => "
+                    "i.link === null && !i.widget), x.widgets?.map(w => w.value) ?? []])"
+                )
             await page.run("app.queuePrompt(0, 1)")
             entry = await asyncio.to_thread(
                 server.until, lambda: next(iter(server.get("/history").values()), None)
@@ -154,15 +163,16 @@ def drawn(server, tmp_path_factory):
             await page.run("app.canvas.ds.scale = 0.85, app.canvas.ds.offset = [90, 270]")
             await page.run("app.graph.setDirtyCanvas(true, true)")
             await asyncio.sleep(2)
-            return types, missing, entry, await page.picture(0, 80, 1700, 640)
+            return loaded, entry, await page.picture(0, 40, 1700, 680)
 
     return asyncio.run(draw())
 
 
 def test_the_example_runs_in_the_page(server, drawn):
-    types, missing, entry, picture = drawn
-    assert sorted(types) == sorted(x["type"] for x in WORKFLOW["nodes"])
-    assert missing == []
+    loaded, entry, picture = drawn
+    for name, example in EXAMPLES.items():
+        expected = [[x["type"], False, x["widgets_values"]] for x in example["nodes"]]
+        assert sorted(loaded[name]) == sorted(expected), name
     assert entry["status"]["status_str"] == "success", entry["status"]
     assert server.image(entry).shape == (512, 512, 3)
     picture = Image.open(io.BytesIO(picture))
@@ -185,7 +195,7 @@ def with_inputs(entry: dict, **inputs) -> dict:
 
 
 def test_the_negative_prompt_acts_at_cfg_1(server, drawn):
-    entry = drawn[2]
+    entry = drawn[1]
     images = [server.image(entry)]
     for strength in (0.0, 1e-6):
         id = server.get("/prompt", {"prompt": with_inputs(entry, strength=strength)})["prompt_id"]
@@ -221,11 +231,11 @@ def refusal(server: Server, prompt: dict) -> str:
     ids=["a method there is not", "of another version", "a strength out of range", "a layer"],
 )
 def test_a_workflow_that_does_not_fit_is_refused(server, drawn, inputs, message):
-    assert re.search(message, refusal(server, with_inputs(drawn[2], **inputs)))
+    assert re.search(message, refusal(server, with_inputs(drawn[1], **inputs)))
 
 
 def test_after_a_refusal_the_server_is_as_it_was(server, drawn):
-    refusal(server, with_inputs(drawn[2], layers="one"))
+    refusal(server, with_inputs(drawn[1], layers="one"))
     # every layer by its number: what is kept of the example does not serve
-    id = server.get("/prompt", {"prompt": with_inputs(drawn[2], layers="0-3")})["prompt_id"]
-    assert np.array_equal(server.image(server.finished(id)), server.image(drawn[2]))
+    id = server.get("/prompt", {"prompt": with_inputs(drawn[1], layers="0-3")})["prompt_id"]
+    assert np.array_equal(server.image(server.finished(id)), server.image(drawn[1]))

@@ -1,32 +1,13 @@
-"""Several nodes, every method, CFG, other nodes before and after, and what is refused."""
+"""Several nodes, every method, CFG, steps, and prompts of the positive side."""
 
 import asyncio
 
-import comfy.patcher_extension
 import pytest
 import torch
-from comfyui.test_comfy_families import (
-    ALPHA,
-    by_two_calls,
-    close,
-    in_lockstep,
-    layers_of,
-    node,
-    rows_of,
-)
+from comfyui.oracle import ALPHA, close, node
 from comfyui.tiny import predict, sample, tiny
 
 from nasa_kernels import nasa_attention_reference
-
-
-@pytest.fixture
-def model():
-    return tiny("wan")
-
-
-@pytest.fixture
-def texts(model):
-    return [model.text(n, seed) for n, seed in ((20, 1), (13, 2), (9, 3))]
 
 
 def test_comfyui_finds_the_node(pack):
@@ -38,7 +19,7 @@ def test_comfyui_finds_the_node(pack):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["wan", "sd15", "flux"])
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "hunyuan", "krea2"])
 def test_nodes_in_a_row_add_up(pack, name):
     """One negative prompt at 0.4 is the same prompt twice at 0.2."""
     model = tiny(name)
@@ -51,6 +32,31 @@ def test_nodes_in_a_row_add_up(pack, name):
         close(predict(model, positive, twice), predict(model, positive, once), stock)
         # the first node's MODEL has one term still
         assert len(first.model_options["transformer_options"]["nasa_terms"]) == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "sd15", "flux", "zimage"])
+def test_nodes_in_a_row_have_layers_of_their_own(pack, name):
+    """A node in the first layer and one in the others are one node in all."""
+    model = tiny(name)
+    positive, negative = model.text(20, 1), model.text(13, 2)
+    stock = predict(model, positive)
+    last = {"wan": 2, "sd15": 6, "flux": 3, "zimage": 1}[name]
+    for method in ("NASA", "NASA projected"):
+        settings = {"method": method, "rule": "nasa-cross"}
+        first = node(pack, model, negative, layers="0", **settings)
+        both = node(pack, model, negative, first, layers=f"1-{last}", **settings)
+        whole = node(pack, model, negative, **settings)
+        close(predict(model, positive, both), predict(model, positive, whole), stock)
+        only = predict(model, positive, first)
+        assert (only - predict(model, positive, whole)).norm() > 1e-4 * stock.norm()
+
+
+def test_nodes_of_vsf_in_a_row_are_one_text(pack, model, texts):
+    positive, negative, _ = texts
+    first = node(pack, model, negative[:, :8], method="VSF")
+    both = node(pack, model, negative[:, 8:], first, "VSF")
+    whole = predict(model, positive, node(pack, model, negative, method="VSF"))
+    close(predict(model, positive, both), whole, predict(model, positive))
 
 
 def by_formula(model, positive, negative, formula):
@@ -197,256 +203,19 @@ def test_the_steps_between_start_and_end(pack, model, texts):
         assert torch.equal(outside, predict(model, positive, sigma=sigma))
 
 
-# ---- other nodes ---------------------------------------------------------------------------------
-
-
-def foreign_override(func, *args, **kwargs):
-    foreign_override.calls += 1
-    return func(*args, **kwargs)
-
-
-def test_an_attention_override_before_is_kept_and_after_is_named(pack, model, texts):
-    positive, negative, _ = texts
-    whole = predict(model, positive, node(pack, model, negative))
-    before = model.patcher.clone()
-    foreign_override.calls = 0
-    before.model_options["transformer_options"]["optimized_attention_override"] = foreign_override
-    kept = predict(model, positive, node(pack, model, negative, before))
-    torch.testing.assert_close(kept, whole)
-    # the image's attention to itself, in 3 blocks
-    assert foreign_override.calls == 3
-    after = node(pack, model, negative)
-    after.model_options["transformer_options"]["optimized_attention_override"] = foreign_override
-    with pytest.raises(RuntimeError, match=r"0 of 3 .*foreign_override holds their place"):
-        predict(model, positive, after)
-
-
-def test_an_ip_adapter_before_is_kept_and_after_is_named(pack):
-    model = tiny("sd15")
-    positive, negative = model.text(20, 1), model.text(13, 2)
-    before = model.patcher.clone()
-    from comfy.ldm.modules.attention import optimized_attention
-
-    seen = set()
-
-    def adapter(q, k, v, extra_options):
-        seen.add(k.shape[1])
-        return optimized_attention(q, k, v, extra_options["n_heads"]) + 0.01 * q
-
-    keys = [("input", 1), ("middle", 0), ("output", 1)]
-    for key in keys:
-        before.set_model_attn2_replace(adapter, *key)
-    plain = predict(model, positive, before)
-    guided = node(pack, model, negative, before)
-    assert (predict(model, positive, guided) - plain).norm() > 1e-3 * plain.norm()
-    # the adapter's part is added whatever the strength: at next to nothing it is there alone
-    faint = predict(model, positive, node(pack, model, negative, before, strength=1e-6))
-    assert (faint - plain).norm() < 1e-4 * plain.norm()
-    after = node(pack, model, negative)
-    after.set_model_attn2_replace(adapter, *keys[0])
-    assert seen == {20}
-    with pytest.raises(RuntimeError, match=r"6 of 7 .*adapter holds their place; move that node"):
-        predict(model, positive, after)
-    with pytest.raises(ValueError, match="adapter adds to the attention .* beside which NAG"):
-        predict(model, positive, node(pack, model, negative, before, "NAG", 3.0))
-
-
-def test_a_patch_of_the_text_that_adds_tokens_is_named(pack):
-    """As an IP-Adapter may, before the projections."""
-    model = tiny("sd15")
-    positive, negative = model.text(20, 1), model.text(13, 2)
-
-    def adapter(n, context, value, extra_options):
-        return n, torch.cat((context, context[:, :4]), 1), torch.cat((value, value[:, :4]), 1)
-
-    before = model.patcher.clone()
-    before.set_model_attn2_patch(adapter)
-    after = node(pack, model, negative)
-    after.set_model_attn2_patch(adapter)
-    for patcher in (node(pack, model, negative, before), after):
-        with pytest.raises(ValueError, match=r"adapter changed the text from 33 tokens to 37"):
-            predict(model, positive, patcher)
-
-
-@pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_a_controlnet_adds_what_it_adds_without(pack, name):
-    model = tiny(name)
-    positive, negative = model.text(20, 1), model.text(13, 2)
-    hints = torch.Generator().manual_seed(9)
-    if name == "sd15":
-        control = {"middle": [50 * torch.randn(1, 64, 8, 8, generator=hints)]}
-    else:
-        control = {"input": [torch.randn(1, 64, 128, generator=hints)], "output": []}
-    guided = node(pack, model, negative, method="NASA", rule="nasa")
-    stock = predict(model, positive, control=control)
-    assert (stock - predict(model, positive)).norm() > 1e-3 * stock.norm()
-    actual = predict(model, positive, guided, control=control)
-    if name == "sd15":
-        layers = len(layers_of(name, model.net))
-        expected = by_two_calls(name, model, positive, negative, [ALPHA] * layers, control=control)
-    else:
-        rows = rows_of(name, model)
-        expected = in_lockstep(model, positive, negative, ALPHA, rows, control=control)
-    close(actual, expected, stock)
-
-
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_easycache(pack, model, texts, place):
-    """ComfyUI's own cache of the network, which leaves out steps."""
-    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
-    positive, negative, other = texts
-    calls = 0
-
-    def counted(executor, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        return executor(*args, **kwargs)
-
-    def cached(threshold):
-        patcher = model.patcher if place == "before" else node(pack, model, negative)
-        patcher = nodes.EasyCacheNode.execute(patcher, threshold, 0.0, 1.0, False).args[0]
-        if place == "before":
-            patcher = node(pack, model, negative, patcher)
-        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-        patcher.add_wrapper_with_key(kind, "counted", counted)
-        return sample(model, patcher, positive, other, steps=6)
-
-    plain = sample(model, node(pack, model, negative), positive, other, steps=6)
-    assert torch.equal(cached(0.0), plain)
-    assert calls == 6
-    result = cached(1e6)
-    assert torch.isfinite(result).all()
-    assert calls < 12
-
-
-def test_a_node_that_leaves_out_blocks_is_an_error(pack, model, texts):
-    """As a cache of blocks does."""
-    guided = node(pack, model, texts[1])
-    guided.set_model_patch_replace(lambda args, _: {"img": args["img"]}, "dit", "double_block", 1)
-    with pytest.raises(RuntimeError, match=r"2 of 3 .*the others did not run; .* cache of blocks"):
-        predict(model, texts[0], guided)
-
-    def again(args, extra):
-        return extra["original_block"](args) and extra["original_block"](args)
-
-    guided.set_model_patch_replace(again, "dit", "double_block", 1)
-    with pytest.raises(RuntimeError, match=r"4 of 3 .*more than the network has"):
-        predict(model, texts[0], guided)
-    # and nothing is left behind
-    assert torch.equal(predict(model, texts[0]), predict(model, texts[0], model.patcher.clone()))
-    from nasa_pack.steering.call import CURRENT
-
-    assert CURRENT.get() is None
-
-
-def test_weights_that_a_lora_changed_project_both_prompts(pack, model, texts):
-    positive, negative, _ = texts
-    lora = model.patcher.clone()
-    name = "diffusion_model.blocks.0.cross_attn.k.weight"
-    change = 0.5 * torch.randn(128, 128, generator=torch.Generator().manual_seed(4))
-    assert lora.add_patches({name: ("diff", (change,))}) == [name]
-    guided = node(pack, model, negative, lora)
-    plain = predict(model, positive, node(pack, model, negative))
-    changed = predict(model, positive, guided)
-    assert (changed - plain).norm() > 1e-3 * plain.norm()
-    again = node(pack, model, positive, lora, "NASA projected", 2.0)
-    stock = predict(model, positive, lora)
-    assert (predict(model, positive, again) - stock).norm() < 1e-4 * stock.norm()
-
-
-def test_compiled(pack, model, texts):
-    """By ComfyUI's own node for it, before and after this one."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    positive, negative, _ = texts
-    plain = predict(model, positive, node(pack, model, negative))
-    compiled = model.patcher.clone()
-    set_torch_compile_wrapper(model=compiled, backend="eager")
-    first = node(pack, model, negative, compiled)
-    last = node(pack, model, negative)
-    set_torch_compile_wrapper(model=last, backend="eager")
-    for patcher in (first, last):
-        torch._dynamo.reset()
-        torch.testing.assert_close(predict(model, positive, patcher), plain, rtol=1e-3, atol=1e-3)
-
-
-# ---- refused -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("conditioning", "message"),
-    [
-        ([], "is empty; connect a text"),
-        ([[torch.zeros(1, 0, 64), {}]], "the negative text has no tokens"),
-        ([[torch.zeros(1, 4, 64), {}]] * 2, "has 2 prompts; give each a node of its own"),
-        ([[torch.zeros(1, 4, 64), {"mask": torch.ones(1, 8, 8)}]], "has a mask, which is not"),
-        ([[torch.zeros(1, 4, 64), {"area": (8, 8, 0, 0)}]], "has an area, which is not"),
-        ([[torch.zeros(1, 4, 64), {"end_percent": 0.5}]], "has a range of steps, which is not"),
-    ],
-    ids=["empty", "no tokens", "two", "mask", "area", "steps"],
-)
-def test_a_conditioning_that_is_no_prompt(pack, model, conditioning, message):
+def test_the_steps_are_those_of_a_sampling_that_a_later_node_sets(pack, model, texts):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
     from nasa_pack.nodes import NasaNegativePrompt
 
-    arguments = ("NASA", ALPHA, "nasa", 0.0, 1.0, "")
-    with pytest.raises(ValueError, match=message):
-        NasaNegativePrompt.execute(model.patcher, conditioning, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"method": "PAG"}, "method must be one of NASA, NASA projected, NAG, VSF, got 'PAG'"),
-        ({"rule": "sum"}, "rule must be one of nasa-cross, nasa-text, nasa, got 'sum'"),
-        ({"strength": float("nan")}, "strength must be 0 or more, got nan"),
-        ({"start_percent": 0.7, "end_percent": 0.2}, "start_percent must be below end_percent"),
-    ],
-    ids=["method", "rule", "strength", "steps"],
-)
-def test_settings_of_another_version(pack, model, texts, change, message):
-    from nasa_pack.nodes import NasaNegativePrompt
-
-    settings = {
-        "model": model.patcher, "negative": model.conditioning(texts[1]), "method": "NASA",
-        "strength": ALPHA, "rule": "nasa", "start_percent": 0.0, "end_percent": 1.0, "layers": "",
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        NasaNegativePrompt.execute(**{**settings, **change})
-
-
-def test_a_text_of_another_model(pack, model, texts):
-    other = torch.randn(1, 7, 32)
-    guided = node(pack, model, other)
-    with pytest.raises(ValueError, match="has 32 channels and this model's text 64; encode it"):
-        predict(model, texts[0], guided)
-
-
-def test_nodes_that_do_not_go_together(pack, model, texts):
-    first = node(pack, model, texts[1])
-    with pytest.raises(ValueError, match="different methods, NAG, NASA; set one for all"):
-        node(pack, model, texts[2], first, "NAG", 3.0)
-    nag = node(pack, model, texts[1], None, "NAG", 3.0)
-    with pytest.raises(ValueError, match="NAG takes one negative prompt, and there are 2 nodes"):
-        node(pack, model, texts[2], nag, "NAG", 3.0)
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [("one", "must be like 0-9, 12"), ("2-1", "must be like"), ("0-3", "must be below 3")],
-)
-def test_layers_that_are_none(pack, model, texts, layers, message):
-    with pytest.raises(ValueError, match=message):
-        node(pack, model, texts[1], layers=layers)
-
-
-def test_a_network_that_is_not_known(pack, model, texts, monkeypatch):
-    from nasa_pack.steering import families
-
-    monkeypatch.setattr(families, "FAMILIES", {"Flux": families.Flux})
-    with pytest.raises(ValueError, match="the network WanModel is not known to this node"):
-        node(pack, model, texts[1])
-
-
-def test_a_guider_with_three_predictions(pack, model, texts):
-    with pytest.raises(ValueError, match="more than a positive and a negative prediction"):
-        predict(model, texts[0], node(pack, model, texts[1]), cond_or_uncond=[2])
+    late = NasaNegativePrompt.execute(
+        model.patcher, model.conditioning(texts[1]), "NASA", ALPHA, "nasa", 0.5, 1.0, ""
+    ).args[0]
+    middle = float(model.patcher.get_model_object("model_sampling").percent_to_sigma(0.5))
+    # at a shift of 1 the middle of the steps is at a lower sigma than at the model's own 8
+    (shifted,) = ModelSamplingSD3().patch(late, 1.0, 1000)
+    sigma = (middle + 0.5) / 2
+    stock = predict(model, texts[0], sigma=sigma)
+    assert not torch.equal(predict(model, texts[0], late, sigma=sigma), stock)
+    (plain,) = ModelSamplingSD3().patch(model.patcher, 1.0, 1000)
+    expected = predict(model, texts[0], plain, sigma=sigma)
+    assert torch.equal(predict(model, texts[0], shifted, sigma=sigma), expected)

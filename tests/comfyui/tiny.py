@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-F32 = torch.float32
 
 
 @dataclass
@@ -74,9 +73,9 @@ def _small_adapters():
         module.LLMAdapter = adapter
 
 
-def _patcher(kind: str, config: dict[str, Any]) -> Any:
-    settings = getattr(supported, kind)({**config, "dtype": F32})
-    settings.set_inference_dtype(F32, None)
+def _patcher(kind: str, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    settings = getattr(supported, kind)({**config, "dtype": dtype})
+    settings.set_inference_dtype(dtype, None)
     with _small_adapters():
         model = settings.get_model({}, "", device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -163,6 +162,10 @@ _HUNYUAN15 = {
     **_HUNYUAN, "in_channels": 65, "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None,
     "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 1152,
 }  # fmt: skip
+_HUNYUAN_IMAGE = {
+    **_HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "axes_dim": [32, 32],
+    "vec_in_dim": None,
+}  # fmt: skip
 _AURA = {
     "max_seq": 1024, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "n_heads": 2,
     "dim": 128,
@@ -247,6 +250,7 @@ _SHAPES: dict[str, tuple[str, dict, tuple[int, ...], dict]] = {
     "aura": ("AuraFlow", _AURA, (1, 4, 16, 16), {}),
     "hunyuan": ("HunyuanVideo", _HUNYUAN, (1, 16, 2, 16, 16), _POOLED),
     "hunyuan1.5": ("HunyuanVideo15", _HUNYUAN15, (1, 32, 2, 8, 8), _POOLED),
+    "hunyuan-image": ("HunyuanImage21", _HUNYUAN_IMAGE, (1, 64, 8, 8), {}),
     "lumina2": ("Lumina2", _LUMINA, (1, 16, 16, 16), {}),
     "zimage": ("Lumina2", {**_LUMINA, "pad_tokens_multiple": 32}, (1, 16, 16, 16), {}),
 }  # fmt: skip
@@ -257,18 +261,19 @@ LATER: dict[str, dict[str, Any]] = {
     "flux2": {"txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0},
     "hunyuan": {"meanflow_sum": False},
     "hunyuan1.5": {"meanflow_sum": True},
+    "hunyuan-image": {"meanflow_sum": False},
 }
 
 
 @cache
-def tiny(name: str) -> Tiny:
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
     kind, config, latent, settings = _SHAPES[name]
     if not hasattr(supported, kind):
         pytest.skip(f"this ComfyUI is older than {kind}")
     config = {**config, **LATER.get(name, {})}
     while True:
         try:
-            patcher = _patcher(kind, config)
+            patcher = _patcher(kind, config, dtype)
             break
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))

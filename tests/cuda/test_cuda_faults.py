@@ -15,6 +15,7 @@ from support import cuda_emulation
 from support.cuda_emulation import assert_as_accurate_as_eager, eager, nvcc
 from test_cuda_backward import autograd, make_grad
 from test_cuda_forward import NAN, Shape, make
+from test_cuda_grouped import grouped
 from test_cuda_joint import make_joint, oracle
 from test_cuda_joint_backward import TILES
 from test_cuda_joint_backward import check as check_joint_gradients
@@ -30,6 +31,7 @@ class Fault(NamedTuple):
     which: int | None = 0  # of the matches; None edits all of them
     joint: bool = False  # looked for beside the shared keys of a joint attention
     rule: str = "nasa"
+    grouped: bool = False  # looked for with keys that serve two heads of the queries each
 
     def __str__(self) -> str:
         return f"{self.file}-{self.name}"
@@ -57,6 +59,9 @@ ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
 # as beside shared keys here: 0 Q, 1-4 and 5-8 K, K, V, V of the prompts, 9 O_s.
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
 PASS = "setp.eq.u32 complete, 0, 0;"
+# csrc/layouts.h: head_at, as the compiler writes it
+HEAD_AT = r"(mul\.wide\.u32\s+(%rd\d+), %r\d+, %r\d+;\s*shl\.b64\s+%rd\d+, \2), 1;"
+HEAD_OF_MAP = r"(mul\.wide\.u32\s+(%rd\d+), %r\d+, %r\d+;\s*shr\.u64\s+%rd\d+, \2), 31;"
 FAULTS = (
     Fault("missing-block-barrier", "forward_short", r"bar\.sync\s+0;", "", -1),
     Fault("late-wait", "forward_short", r"(cp\.async\.wait_group) 0;", r"\1 1;", None),
@@ -121,6 +126,10 @@ FAULTS = (
     Fault("joint-missing-wait", "forward_sm90_long", WAIT, PASS, 9, True),
     Fault("joint-missing-group-barrier", "forward_sm90_long", GROUP_BARRIER, "", 0, True),
     Fault("joint-missing-proxy-fence", "forward_sm90_long", PROXY_FENCE, "", -1, True),
+    *(Fault("grouped-lost-head", file, HEAD_AT, r"\1, 0;", None, grouped=True)
+      for file in ("forward_long", "backward_queries")),
+    *(Fault("grouped-lost-head", file, HEAD_OF_MAP, r"\1, 32;", None, grouped=True)
+      for file in ("forward_sm90_short", "forward_sm90_long")),
     *(Fault("projected-lost-root", file, r"rsqrt\.approx\.ftz\.f32", "mov.f32", None,
             rule="projected")
       for file in ("forward_short", "forward_long", "forward_sm90_short", "forward_sm90_long")),
@@ -203,6 +212,22 @@ def run(file: str, rule: str = "nasa") -> None:
     assert_as_accurate_as_eager(o, eager(**exact_inputs, **how), eager(**inputs, **how))
 
 
+def run_grouped(file: str) -> None:
+    """Two heads of keys for four of the queries, held to the accuracy rule."""
+    shape = SHAPES[file]._replace(l=20, h=4)
+    few, inputs = grouped(make(shape, torch.bfloat16), 2)
+    wide = {name: x.double() for name, x in inputs.items()}
+    if file.startswith("backward"):
+        grad_o = make_grad(inputs)
+        actual = cuda_emulation.backward(grad_o, **few, needs=(True, *(False,) * 5))["q"]
+        exact = autograd(wide, grad_o, 0.5, torch.float64)["q"]
+        low = autograd(inputs, grad_o, 0.5, torch.bfloat16)["q"]
+    else:
+        actual = cuda_emulation.forward(**few, path=PATHS[file])
+        exact, low = eager(**wide, alpha=0.5), eager(**inputs, alpha=0.5)
+    assert_as_accurate_as_eager(actual, exact, low)
+
+
 def faulty_kernel(fault: Fault, sound: ptx.LoadedKernel) -> ptx.LoadedKernel:
     text = cuda_emulation.source(fault.file)
     start = text.index(f".entry {sound.name}")
@@ -238,7 +263,9 @@ def test_a_fault_is_caught(fault, monkeypatch):
 
     monkeypatch.setattr(cuda_emulation, "kernel", kernel)
     with pytest.raises((ptx.Fault, AssertionError)) as caught:
-        if fault.joint:
+        if fault.grouped:
+            run_grouped(fault.file)
+        elif fault.joint:
             run_joint(fault.file)
         else:
             run(fault.file, fault.rule)

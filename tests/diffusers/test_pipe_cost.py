@@ -128,7 +128,9 @@ def test_an_ip_adapter_is_part_of_the_call(sd, monkeypatch):
 
 
 def test_nag_is_three_operators_and_vsf_seven(sd):
-    """NAG: one between two of the stock layer's. VSF: one attention, and what puts its values together."""
+    """NAG: one between two of the stock layer's. VSF: one attention, and what puts its values
+    together.
+    """
     pipe = testing.pixart()
     with nasa(pipe, "blurry", NAG(), backend="triton"):
         names = launches(pipe, pipe.transformer, draw)

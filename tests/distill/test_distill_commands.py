@@ -16,9 +16,9 @@ from nasa_distill.scores import pairs
 from nasa_distill.train.clip import Clip
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world import students, teacher
+from nasa_distill.world import shipped, students, teacher
 from nasa_distill.world.code import PatchCode
-from nasa_distill.world.evaluation import ablation, evaluate, report
+from nasa_distill.world.evaluation import ablation, evaluate, prompts, report
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.make import Recipe, make
 from nasa_distill.world.scene import render, scenes
@@ -50,7 +50,9 @@ def test_the_world_is_made_stage_by_stage(world):
 
 def test_steps_of_the_command_are_those_of_every_student(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr("nasa_distill.world.make.make", lambda recipe, out: made.append(recipe))
+    monkeypatch.setattr(
+        "nasa_distill.world.make.make", lambda recipe, out, last: made.append(recipe)
+    )
     assert main(["world", "--out", str(tmp_path), "--student-steps", "7", "--pairs", "9"]) == 0
     (recipe,) = made
     for name in ("student", "four_step", "joint", "words", "pixart"):
@@ -78,17 +80,21 @@ def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
 def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch):
     names = ("none", "teacher and student (NASA-T)")
     assert set(ablation.VARIANTS.values()) > {ablation.VARIANTS[name] for name in names}
-    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in names})
-    command = ["ablate", "--world", str(world), "--seeds", "5", "--images", "1"]
+    command = ["ablate", "--world", str(world), "--seeds", "5", "--images", "1", "--clip"]
+    command += ["--variants", ",".join(names), "--methods", "nasa:0.5,projected:1"]
     changes = ("steps=1", "batch=1", "lora_rank=2", "lora_first=0", "lora_updates=1", "ema=0")
     small = [f"--set={item}" for item in changes]
     assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "ablation.json").read_text())
-    assert len(rows) == 2 * len(ablation.VARIANTS)
+    assert len(rows) == 3 * len(names)
+    assert all(-1 < row[name] < 1 for row in rows for name in ablation.SCORES)
+    assert len({row["CLIP+"] for row in rows}) == len({row["CLIP-"] for row in rows}) == len(rows)
     assert {row["seed"] for row in rows} == {5}
     # the seed is the same: what differs is who saw the negatives, and that reaches the weights
     assert len({row["student"] for row in rows}) > 1
-    assert "teacher and student (NASA-T) | 0.5 | 1 |" in capsys.readouterr().out
+    assert "teacher and student (NASA-T) | projected 1 | 1 |" in capsys.readouterr().out
+    assert main([*command, "--variants", "everyone", "--out", str(tmp_path)]) == 1
+    assert "variants must be of none, teacher, LoRA teacher" in capsys.readouterr().err
 
 
 def test_the_ablation_is_compared_seed_by_seed():
@@ -114,7 +120,7 @@ def test_evaluation_counts_what_the_judge_sees(world, tmp_path, student):
     assert [(c.steps, str(c.method)) for c in results.cells] == [
         (s, m) for s in (1, 4) for m in ("none", "cfg 2", "nasa 0.5")
     ]
-    assert all(cell.total.n == 2 * len(evaluate.PAIRS) for cell in results.cells)
+    assert all(cell.total.n == 2 * len(prompts.PAIRS) for cell in results.cells)
     page = tmp_path / "docs" / "results.md"
     report.write(results, tmp_path / "out", page)
     assert report.read(tmp_path / "out" / "results.json") == results
@@ -148,7 +154,7 @@ def test_methods_are_those_of_the_pipeline(world, name):
     # SD3 without its T5 appends as many empty tokens as it would have had
     text = {"max_sequence_length": 0} if name == "joint" else {}
     noise = torch.randn(3, *model.latent_shape, generator=generator(0, 0))
-    prompt, negative = evaluate.PAIRS[0]
+    prompt, negative = prompts.PAIRS[0]
 
     def by_hand(output_type="latent", **options):
         call = {"num_inference_steps": 1, "latents": noise, "output_type": output_type} | options
@@ -192,7 +198,7 @@ def test_noise_between_steps_is_of_the_seed(world, name):
     expected = torch.rand(3)
     torch.manual_seed(3)
     for seed in (0, 0, 1):
-        drawn = evaluate.draw(model, *evaluate.PAIRS[0], evaluate.NONE, 4, noise, seed)
+        drawn = evaluate.draw(model, *prompts.PAIRS[0], evaluate.NONE, 4, noise, seed)
         images.append(drawn)
         assert torch.rand(1) == expected[len(images) - 1]  # the shared one is left alone
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
@@ -399,7 +405,8 @@ def test_bad_data_is_one_line(tmp_path, capsys, content, message):
     negatives.write_text("red\n")
     if content is not None:
         data.write_text(content)
-    command = ["train", "--preset", "world", "--teacher", "nowhere", "--out", str(tmp_path)]
+    teacher = str(shipped.path())
+    command = ["train", "--preset", "world", "--teacher", teacher, "--out", str(tmp_path)]
     assert main([*command, "--data", str(data), "--negatives", str(negatives)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

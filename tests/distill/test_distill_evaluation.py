@@ -12,11 +12,12 @@ from nasa_distill.cli import main
 from nasa_distill.intervals import Share
 from nasa_distill.train.networks import load
 from nasa_distill.world import clip, make, shipped, students
-from nasa_distill.world.captions import read
 from nasa_distill.world.code import PatchCode
-from nasa_distill.world.evaluation import evaluate, plot, pooled, report
+from nasa_distill.world.evaluation import evaluate, plot, pooled, prompts, report
 from nasa_distill.world.judge import judge
-from small_world import RECIPE
+from nasa_distill.world.kinds import LARGE, SMALL
+from nasa_distill.world.large.judge import Verdict
+from small_world import RECIPE, UNSEEN
 
 METHODS = (evaluate.NONE, evaluate.Method("projected", 2.0), evaluate.Method("nag", 8.0, 1.25, 1.0))
 
@@ -24,17 +25,29 @@ METHODS = (evaluate.NONE, evaluate.Method("projected", 2.0), evaluate.Method("na
 # ---- prompts and methods -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", evaluate.LISTS)
-def test_every_negative_is_open_in_its_prompt(name):
-    assert len(evaluate.LISTS[name]) == len(evaluate.PAIRS)
-    for prompt, negative in evaluate.LISTS[name]:
-        assert not set(read(prompt)) & set(read(negative))
+EVERY_SCENE = {
+    "small": lambda: judge(SMALL.images(torch.arange(288))),
+    "large": lambda: Verdict(torch.arange(9984), torch.zeros(9984)),
+}
 
 
-def test_what_is_held_out_is_new():
-    assert not set(evaluate.PAIRS) & set(evaluate.HELD_OUT)
+@pytest.mark.parametrize("world", (SMALL, LARGE), ids=lambda world: world.name)
+def test_every_negative_is_open_in_its_prompt(world):
+    """Of the images that the prompt is true of, some show the negative and some do not."""
+    every, rates = EVERY_SCENE[world.name](), world.rates()
+    for pairs in prompts.LISTS[world.name].values():
+        assert len(pairs) == 11
+        for prompt, negative in pairs:
+            follows = every.follows(prompt)
+            shown = rates[follows & every.shows(negative)].sum() / rates[follows].sum()
+            assert 0.04 < shown < 0.8, (prompt, negative, shown)
+
+
+@pytest.mark.parametrize("lists", prompts.LISTS.values(), ids=prompts.LISTS)
+def test_what_is_held_out_is_new(lists):
+    assert not set(lists["first"]) & set(lists["held-out"])
     for number in (0, 1):
-        words = [{pair[number] for pair in pairs} for pairs in evaluate.LISTS.values()]
+        words = [{pair[number] for pair in pairs} for pairs in lists.values()]
         # prompts and negative prompts alike: nearly none is in both lists
         assert len(words[0] & words[1]) <= 1
 
@@ -63,8 +76,8 @@ def test_methods_can_be_named():
 @pytest.fixture
 def student(world, monkeypatch):
     """With two prompt pairs of each list."""
-    monkeypatch.setattr(evaluate, "LISTS", {k: v[:2] for k, v in evaluate.LISTS.items()})
-    monkeypatch.setattr(report, "LISTS", evaluate.LISTS)
+    lists = {name: pairs[:2] for name, pairs in prompts.LISTS["small"].items()}
+    monkeypatch.setitem(prompts.LISTS, "small", lists)
     return world / "four-step" / "pipeline"
 
 
@@ -79,7 +92,7 @@ def test_seeds_add_up(student):
         assert cell.total == alone[0] and cell.total.n == 2 * 2 * 2
     assert both.quality["student, 1 step"].n == 2 * 2 * 2
     assert both.about["seeds"] == "3, 5" and both.about["prompt pairs"] == "held-out"
-    assert report.as_json(both)["pairs"] == [list(pair) for pair in evaluate.HELD_OUT[:2]]
+    assert report.as_json(both)["pairs"] == [list(pair) for pair in prompts.HELD_OUT[:2]]
 
 
 def test_a_run_goes_on_where_it_was(student, tmp_path, monkeypatch):
@@ -306,8 +319,8 @@ def test_a_projection_that_hands_on_what_it_is_given():
 
 def test_the_command_that_begins_with_the_shipped_student(tmp_path, monkeypatch, capsys):
     small = replace(RECIPE, pairs=1)
-    monkeypatch.setattr(make, "Recipe", lambda: small)
-    monkeypatch.setattr(students, "CHECKS", ())
+    monkeypatch.setitem(make.RECIPES, 32, small)
+    monkeypatch.setitem(make.WORLDS, 32, UNSEEN)
     command = ["world", "--from-shipped", "--out", str(tmp_path)]
     assert main(command) == 0, capsys.readouterr().err
     for name in ("words", "joint", "pixart"):

@@ -66,8 +66,14 @@ FAULTS = (
     Fault("weight-of-dv", "backward.cpp", "store(e + at, p * f.c[r]);", "store(e + at, p);",
           BACKWARD),
     Fault(
-        "scale-of-dk", "backward.cpp", "reduce<T>(p, x, b, h, dk, parts, stride, width, p.scale,",
-        "reduce<T>(p, x, b, h, dk, parts, stride, width, 1.f,", BACKWARD,
+        "scale-of-dk", "backward.cpp",
+        "reduce<T>(p, x, b, h, dk, parts_of_group, stride, width, p.scale,",
+        "reduce<T>(p, x, b, h, dk, parts_of_group, stride, width, 1.f,", BACKWARD,
+    ),
+    Fault("head-of-a-group", "keys.h", "h / group_;", "h % heads_;", FORWARD),
+    Fault(
+        "sum-over-a-group", "backward.cpp", "dv, parts_of_group, stride,", "dv, parts, stride,",
+        BACKWARD,
     ),
     Fault("dalpha", "rules.h", "{{zero, zero, zero}, -u_n}", "{{zero, zero, zero}, u_n}", BACKWARD),
     Fault(

@@ -63,11 +63,18 @@ cross_rules = st.sampled_from(CROSS_RULES)
 
 
 @settings(UNTIMED, max_examples=4 * EXAMPLES)
-@given(**CALLS, rule=cross_rules)
-def test_forward(backend, rule, **call):
-    inputs, alpha, options = build(**call)
+@given(**CALLS, rule=cross_rules, group=st.sampled_from([1, 1, 2, 3]))
+def test_forward(backend, rule, shape, group, **call):
+    """`group`: how many heads of q look at one of the keys."""
+    shape = shape._replace(h=shape.h * group)
+    inputs, alpha, options = build(shape, **call)
     options["rule"] = rule
-    o = nasa_attention(**inputs, alpha=alpha, backend=backend, **options)
+    few = {name: x if name == "q" else x[:, :, ::group] for name, x in inputs.items()}
+    o = nasa_attention(**few, alpha=alpha, backend=backend, **options)
+    inputs = {
+        name: x if x.shape[2] in (1, shape.h) else x.repeat_interleave(group, dim=2)
+        for name, x in few.items()
+    }
     exact, budget = exact_and_budget(inputs, alpha, **options)
     budget.check(o, exact)
 

@@ -90,12 +90,14 @@ def test_the_number_of_the_operators_is_that_of_the_sources(module):
 
 
 # of the schemas that the libraries implement, by the number of csrc/abi.h
-SCHEMAS = {1: "DIGEST"}
+SCHEMAS = {1: "247cc22bdf58cb5c"}
 
 
 def test_a_schema_does_not_change_without_the_number():
     """Where this fails, raise `ABI` in nasa_kernels/_library.py and NASA_ABI in csrc/abi.h, and put
     the new digest beside the new number."""
+    if (reason := _cpu.load()) is not None:
+        pytest.skip(f"the CPU's schemas are those of its compiled kernels: {reason}")
     compiled = re.compile(r"m\.impl\(\"(\w+)\"")
     text = "".join(
         (ROOT / "csrc" / name).read_text() for name in ("bindings.cpp", "cpu/bindings.cpp")

@@ -124,6 +124,11 @@ struct Tensor {
 struct Case {
     int64_t b, l, h, d, n[kSegments], text_pos, text_neg;
     Rule rule;
+    int64_t group = 1;  // heads of Q that look at one of K and V
+
+    int64_t h_kv() const { return h / group; }
+    // the heads of q (tensor 0), or of k and v
+    int64_t heads(int tensor) const { return tensor == 0 ? h : h_kv(); }
 };
 
 // q, then k and v of each segment, then alpha, all contiguous
@@ -137,7 +142,7 @@ double score(const Case& c, const Inputs& in, int64_t row, int s, int64_t j) {
     const double bias = in.bias[s].empty() ? 0 : in.bias[s][b * c.n[s] + j];
     if (bias == -INFINITY) return bias;
     const double* const q = &in.x[0][row * c.d];
-    const double* const k = &in.x[1 + 2 * s][((b * c.n[s] + j) * c.h + h) * c.d];
+    const double* const k = &in.x[1 + 2 * s][((b * c.n[s] + j) * c.h_kv() + h / c.group) * c.d];
     double sum = 0;
     for (int64_t i = 0; i < c.d; ++i) sum += q[i] * k[i];
     return sum / std::sqrt(double(c.d)) + bias;
@@ -163,7 +168,8 @@ void add_attention(const Case& c, const Inputs& in, int64_t row, const std::stri
         for (size_t j = 0; j < scores[s].size(); ++j) {
             const double p = weight * std::exp(scores[s][j] - largest) / sum;
             if (p == 0) continue;
-            const double* const v = &in.x[2 + 2 * s][((b * c.n[s] + j) * c.h + h) * c.d];
+            const int64_t at = ((b * c.n[s] + j) * c.h_kv() + h / c.group) * c.d;
+            const double* const v = &in.x[2 + 2 * s][at];
             for (int64_t i = 0; i < c.d; ++i) o[i] += p * v[i];
         }
     }
@@ -263,15 +269,16 @@ double distance(const Tensor& found, const Doubles& exact) {
     return std::sqrt(size > 0 ? error / size : error);
 }
 
-Rows view(const Case& c, const Tensor& y, int64_t n) {
-    return {y.data(), n * c.h * c.d, c.h * c.d, c.d};
+Rows view(const Case& c, const Tensor& y, int64_t n, int64_t heads) {
+    return {y.data(), n * heads * c.d, heads * c.d, c.d};
 }
 
 // q, then k and v of each segment
 std::vector<Tensor> normal_tensors(const Case& c, Type type, bool at_end, std::mt19937& random) {
     std::vector<Tensor> x;
     for (int i = 0; i < 7; ++i) {
-        x.emplace_back(type, c.b * (i == 0 ? c.l : c.n[(i - 1) / 2]) * c.h * c.d, at_end);
+        const int64_t rows = c.b * (i == 0 ? c.l : c.n[(i - 1) / 2]);
+        x.emplace_back(type, rows * c.heads(i) * c.d, at_end);
         x.back().fill(random);
     }
     return x;
@@ -279,12 +286,14 @@ std::vector<Tensor> normal_tensors(const Case& c, Type type, bool at_end, std::m
 
 Call call_of(const Case& c, Type type, const std::vector<Tensor>& x) {
     Call call{};
-    call.q = view(c, x[0], c.l);
+    call.q = view(c, x[0], c.l, c.h);
     for (int s = 0; s < kSegments; ++s) {
-        const Rows k = view(c, x[1 + 2 * s], c.n[s]), v = view(c, x[2 + 2 * s], c.n[s]);
+        const Rows k = view(c, x[1 + 2 * s], c.n[s], c.h_kv());
+        const Rows v = view(c, x[2 + 2 * s], c.n[s], c.h_kv());
         call.segment[s] = {k, v, {}, c.n[s]};
     }
-    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d, call.h_kv = c.h;
+    call.b = c.b, call.l = c.l, call.h = c.h, call.d = c.d;
+    call.h_kv = c.h_kv();
     call.text_pos = c.text_pos, call.text_neg = c.text_neg;
     call.scale = 1 / std::sqrt(float(c.d)), call.rule = c.rule, call.type = type;
     return call;
@@ -297,10 +306,9 @@ double unit_of(Type type) {
 void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool with_mask,
            std::mt19937& random) {
     const int64_t rows = c.b * c.l * c.h;
-    const auto make = [&](int64_t n) { return Tensor(type, c.b * n * c.h * c.d, at_end); };
     std::vector<Tensor> x = normal_tensors(c, type, at_end, random), gradients;
-    for (int i = 0; i < 7; ++i) gradients.push_back(make(i == 0 ? c.l : c.n[(i - 1) / 2]));
-    Tensor o = make(c.l), grad_o = make(c.l);
+    for (const Tensor& like : x) gradients.emplace_back(type, like.count, at_end);
+    Tensor o(type, x[0].count, at_end), grad_o(type, x[0].count, at_end);
     grad_o.fill(random);
     Tensor alpha(Type::kFloat, rows, at_end), dalpha(Type::kFloat, rows, at_end);
     alpha.fill(random, 0.5f);
@@ -309,7 +317,7 @@ void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool w
 
     // what a masked row holds must not count
     for (size_t i = 0; with_mask && i < x[5].count; ++i) {
-        if (bias.at(i / (c.h * c.d)) != -INFINITY) continue;
+        if (bias.at(i / (c.h_kv() * c.d)) != -INFINITY) continue;
         x[5].set(i, NAN);
         x[6].set(i, INFINITY);
     }
@@ -328,7 +336,7 @@ void check(const Kernels& kernels, const Case& c, Type type, bool at_end, bool w
     const Threads threads{serial, 1};
     if (!kernels.forward(call, {o.data(), nullptr, nullptr}, threads)) exit(1);
     Gradients to{};
-    to.grad_o = view(c, grad_o, c.l);
+    to.grad_o = view(c, grad_o, c.l, c.h);
     to.dq = gradients[0].data();
     for (int s = 0; s < kSegments; ++s) {
         to.dk[s] = gradients[1 + 2 * s].data();
@@ -485,6 +493,9 @@ int main(int argc, char** argv) {
         {1, 11, 1, 19, {0, 0, 5}, 0, 0, Rule::kProjected},
         {1, 37, 2, 33, {140, 12, 16}, 4, 3, Rule::kProjected},
         {1, 9, 1, 18, {24, 0, 8}, 0, 4, Rule::kProjected},
+        {2, 21, 4, 20, {0, 12, 9}, 0, 0, Rule::kSum, 2},
+        {1, 19, 6, 17, {14, 7, 9}, 3, 2, Rule::kNasa, 3},
+        {1, 9, 4, 16, {0, 7, 5}, 0, 0, Rule::kProjected, 2},
     };
     for (const Case& c : cases) {
         for (Type type : {Type::kFloat, Type::kHalf, Type::kBfloat16}) {
@@ -497,6 +508,7 @@ int main(int argc, char** argv) {
             // many blocks, each a task; and few, whose heads are tasks
             check_nag(*found, {2, 130, 3, 24, {0, 17, 9}, 0, 0, Rule::kNag}, type, norm, true, random);
             check_nag(*found, {1, 19, 2, 5, {13, 7, 9}, 3, 0, Rule::kNag}, type, norm, false, random);
+            check_nag(*found, {1, 19, 4, 5, {0, 7, 9}, 0, 0, Rule::kNag, 2}, type, norm, true, random);
         }
         for (Rule rule : {Rule::kProjected, Rule::kNag}) {
             check_exact(*found, {1, 50, 2, 21, {0, 77, 77}, 0, 0, rule}, type, random);

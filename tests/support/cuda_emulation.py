@@ -148,12 +148,15 @@ def tile_bytes(rows: int, d: int) -> int:
 
 def short_rows(d: int, keys: int, plain: bool) -> int:
     """Query rows that a warp of forward_short takes at once."""
-    return 32 if plain and d <= 128 and keys == CLIP_KEYS else 16
+    return 32 if plain and (d <= 128 if keys == CLIP_KEYS else d == 80) else 16
 
 
 def short_shared_bytes(d: int, keys: int, plain: bool) -> int:
-    rows = SHORT_WARPS * tile_bytes(short_rows(d, keys, plain), d)
-    return 4 * tile_bytes(keys, d) + rows + (0 if plain else 2 * keys * 4)
+    rows = short_rows(d, keys, plain)
+    # four operands of 32 lanes are parked
+    parked = 4 * 32 * 16 if rows == 32 and keys == BLOCK_KEYS else 0
+    biases = 0 if plain else 2 * keys * 4
+    return 4 * tile_bytes(keys, d) + SHORT_WARPS * (tile_bytes(rows, d) + parked) + biases
 
 
 def is_plain(p: "ForwardParams") -> bool:
@@ -194,9 +197,14 @@ def queries_shared_bytes(d: int) -> int:
     return tiles + BACKWARD_KEYS * 4
 
 
+def keys_tile(d: int) -> int:
+    """Keys of a block of backward_keys."""
+    return 64 if d in (96, 128) else 80
+
+
 def keys_shared_bytes(d: int) -> int:
     stage = 2 * tile_bytes(BACKWARD_ROWS, d) + 3 * BACKWARD_ROWS * 4
-    return 2 * tile_bytes(BACKWARD_KEYS, d) + (2 if d <= 80 else 1) * stage
+    return 2 * tile_bytes(keys_tile(d), d) + (2 if d <= 80 else 1) * stage
 
 
 def has_short(d: int, keys: int) -> bool:
@@ -560,9 +568,9 @@ def launch_queries(call: Call, p: BackwardParams) -> None:
 def launch_keys(call: Call, p: BackwardParams) -> None:
     size = padded(p.call.d)
     blocks = p.call.b * p.call.h * size // backward_columns(size) * p.splits
-    blocks *= sum(-(-p.call.prompt[side].n // BACKWARD_KEYS) for side in (POS, NEG))
+    blocks *= sum(-(-p.call.prompt[side].n // keys_tile(size)) for side in (POS, NEG))
     loaded = kernel("backward_keys", "backward_keys_kernel", call.o.dtype, size)
-    call.launch(loaded, blocks, BACKWARD_KEYS * 2, keys_shared_bytes(size), bytes(p))
+    call.launch(loaded, blocks, keys_tile(size) * 2, keys_shared_bytes(size), bytes(p))
     if p.partial:
         sums = kernel("backward_keys", "sum_splits_kernel", call.o.dtype)
         call.launch(sums, (3, 4), 256, 0, bytes(p))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .call import CURRENT, Guide
-from .families import NET, Family, UNet, family_of
+from .cross_families import UNet
+from .families import family_of
+from .family import NET, Family
 from .terms import Term, together
 
 TERMS, FAMILY, GUIDE = "nasa_terms", "nasa_family", "nasa_guide"
@@ -126,11 +128,15 @@ def apply_model(
     """The wrapper around a call: the negative's tokens go in behind the positive's."""
     options = transformer_options or {}
     sigma = float(t.max())
-    terms = [x for x in options.get(TERMS, ()) if x.holds_at(sigma) and not x.is_off()]
+    base = executor.class_obj
+    terms = [
+        term
+        for term in options.get(TERMS, ())
+        if not term.is_off() and term.holds_at(sigma, base.model_sampling)
+    ]
     guided = guided_rows(options.get("cond_or_uncond", [0]), x)
     if not terms or guided is False:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
-    base = executor.class_obj
     family = options[FAMILY]
     if c_crossattn is None:
         raise ValueError("NASA negative prompt: this model was called without a text to guide")

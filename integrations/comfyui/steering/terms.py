@@ -33,8 +33,8 @@ class Term:
     method: str
     strength: float
     rule: str
-    sigma_start: float
-    sigma_end: float
+    start_percent: float
+    end_percent: float
     # of the attentions to text, counted as they run; None is all
     layers: frozenset[int] | None = None
 
@@ -51,10 +51,10 @@ class Term:
             raise ValueError(
                 f"NASA negative prompt: strength must be 0 or more, got {self.strength}"
             )
-        if self.sigma_start <= self.sigma_end:
+        if self.start_percent >= self.end_percent:
             raise ValueError(
-                "NASA negative prompt: start_percent must be below end_percent, or this "
-                "node acts in no step"
+                "NASA negative prompt: start_percent must be below end_percent, or this node acts "
+                f"in no step; got {self.start_percent} and {self.end_percent}"
             )
 
     def __deepcopy__(self, memo: dict) -> Term:
@@ -64,8 +64,10 @@ class Term:
     def is_off(self) -> bool:
         return self.strength == (1.0 if self.method == "NAG" else 0.0)
 
-    def holds_at(self, sigma: float) -> bool:
-        return self.sigma_end <= sigma <= self.sigma_start
+    def holds_at(self, sigma: float, sampling: Any) -> bool:
+        """By the sampling of the model that runs, which a later node may have changed."""
+        end, start = (sampling.percent_to_sigma(x) for x in (self.end_percent, self.start_percent))
+        return end <= sigma <= start
 
     def acts_on(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers

@@ -1,5 +1,5 @@
-"""AuraFlow: text with eight learned tokens before it beside the image in four blocks of two streams,
-then in one sequence with it in 32 blocks.
+"""AuraFlow: text behind eight learned tokens, beside the image in four blocks of two streams, then
+in one sequence with it in 32 blocks.
 
 Neither has positions in the attention. The pipeline makes zeros of the text's padding, which are
 attended to. A negative prompt gets the learned tokens as a prompt does. Classifier-free guidance is

@@ -29,7 +29,7 @@ JOINED = Layout(text="encoder_hidden_states", joins=True)
 class FluxLike(SideStream):
     doubles_batch = False
     text_parts = ("text_encoder", "tokenizer")
-    text_options = ("max_sequence_length",)
+    text_options: tuple[str, ...] = ("max_sequence_length",)
     block_lists = (
         ("transformer_blocks", Layout(text="encoder_hidden_states")),
         ("single_transformer_blocks", JOINED),

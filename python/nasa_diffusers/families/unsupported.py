@@ -11,25 +11,18 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    
-    "CogView3PlusTransformer2DModel",
-    "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
-    "GlmImageTransformer2DModel",
-    "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
-    "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel",
-    "MiniMaxH3Transformer3DModel", "MochiTransformer3DModel", "MotifVideoTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
     "its text passes blocks that depend on the timestep before it meets the image, so a negative "
     "prompt would have to pass them in every step",
-    "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel",
     "Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel",
 )  # fmt: skip
 _because(
     "its text is read once for all steps, in the same attention as the image",
-    "NucleusMoEImageTransformer2DModel", 
+    "NucleusMoEImageTransformer2DModel",
     "StableCascadeUNet",
 )  # fmt: skip
 _because(
@@ -41,11 +34,8 @@ _because(
     "PriorTransformer", "WuerstchenPrior",
 )  # fmt: skip
 _because(
-    "two texts are joined inside it under one mask", "HunyuanDiT2DModel",
-)  # fmt: skip
-_because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel",
     "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
@@ -66,3 +56,16 @@ _because(
     "its pipelines are deprecated in diffusers", "Transformer2DModel", "UNet3DConditionModel",
     "UNetControlNetXSModel", "UVit2DModel",
 )  # fmt: skip
+_because(
+    "a language model draws its prompt as tokens of the image first; its text is only what is to "
+    "be written there",
+    "GlmImageTransformer2DModel",
+)
+_because(
+    "a block attends to its text twice, the second time without the image",
+    "MotifVideoTransformer3DModel",
+)
+_because(
+    "images of several sizes are filled up and masked in the attention that its text shares",
+    "JoyImageEditPlusTransformer3DModel",
+)

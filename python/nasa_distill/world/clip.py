@@ -19,18 +19,18 @@ from transformers import (
 )
 
 from nasa_distill.train.clip import Clip
-from nasa_distill.world.captions import OWNER, draw_caption, matches, mentions
 from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.kinds import SMALL, World
 from nasa_distill.world.model import TEXT_WIDTH, text_config, tokenize
-from nasa_distill.world.scene import SIZE, renders, scenes
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
 
-def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+def make_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
+    """Eight by eight patches of an image, whatever its size."""
     vision = CLIPVisionConfig(
-        image_size=SIZE,
-        patch_size=4,
+        image_size=size,
+        patch_size=size // 8,
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         projection_dim=TEXT_WIDTH,
@@ -49,13 +49,15 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 class Reader(nn.Module):
     """CLIP, and a head that says which values a caption names; the head is not kept."""
 
-    def __init__(self, tokenizer: CLIPTokenizer):
+    def __init__(self, tokenizer: CLIPTokenizer, world: World):
         super().__init__()
-        self.clip: Any = make_clip(tokenizer)
-        self.named = nn.Linear(TEXT_WIDTH, len(OWNER))
+        self.clip: Any = make_clip(tokenizer, world.size)
+        self.named = nn.Linear(TEXT_WIDTH, world.mentioned)
 
 
-def train_clip(settings: Settings, out: Path, tokenizer: CLIPTokenizer) -> Clip:
+def train_clip(
+    settings: Settings, out: Path, tokenizer: CLIPTokenizer, world: World = SMALL
+) -> Clip:
     """Train, or go on training: images with captions of their own, against those of a batch.
 
     The loss is CLIP's, except that a caption may be true of several images of the batch: all of
@@ -63,24 +65,23 @@ def train_clip(settings: Settings, out: Path, tokenizer: CLIPTokenizer) -> Clip:
     learned late, so the end-of-text tokens must also predict what the caption named.
     """
     torch.manual_seed(settings.seed)
-    images, rates = renders()
 
     def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
-        rows = torch.multinomial(rates, settings.batch, replacement=True, generator=random_)
+        rows = world.draw(settings.batch, random_)
         rng = random.Random(f"{settings.seed} {step}")
-        captions = [draw_caption(scenes()[i], rng) for i in rows.tolist()]
-        noise = 0.1 * torch.randn(images[rows].shape, generator=random_)
+        captions, images = world.captions(rows, rng), world.images(rows)
+        noise = 0.1 * torch.randn(images.shape, generator=random_)
         tokens = tokenize(tokenizer, captions)
-        output = model.clip(input_ids=tokens, pixel_values=images[rows] + noise)
+        output = model.clip(input_ids=tokens, pixel_values=images + noise)
         # [caption, image]
-        contrast = contrastive_loss(output.logits_per_text, matches(captions)[:, rows])
+        contrast = contrastive_loss(output.logits_per_text, world.matches(captions)[:, rows])
         hidden = output.text_model_output.last_hidden_state
         ends = (tokens == tokenizer.eos_token_id)[..., None]  # padding is the same token
         summary = (hidden * ends).sum(1) / ends.sum(1)
-        said = F.binary_cross_entropy_with_logits(model.named(summary), mentions(captions))
+        said = F.binary_cross_entropy_with_logits(model.named(summary), world.mentions(captions))
         return contrast + 5 * said
 
-    model = fit(Reader(tokenizer), loss, settings, out, "clip")
+    model = fit(Reader(tokenizer, world), loss, settings, out, "clip")
     return Clip(model.clip, tokenizer, MEAN, STD)
 
 

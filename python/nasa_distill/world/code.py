@@ -47,6 +47,10 @@ class PatchCode:
     def encode(self, images: Tensor) -> Tensor:
         return ((_patches(images) - self.mean) @ self.analysis).permute(0, 3, 1, 2).contiguous()
 
+    @property
+    def vae(self) -> Any:
+        return make_autoencoder()
+
     def decode(self, codes: Tensor) -> Tensor:
         patches = codes.permute(0, 2, 3, 1) @ self.synthesis + self.mean
         return F.pixel_shuffle(patches.permute(0, 3, 1, 2), PATCH)

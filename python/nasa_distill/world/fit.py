@@ -51,6 +51,7 @@ def fit(
     check: Callable[[Module], Any] | None = None,
     save_every: int = 200,
     check_every: int = 1000,
+    channels_last: bool = True,
 ) -> Module:
     """Train, or go on training, and return the average of the weights.
 
@@ -60,6 +61,7 @@ def fit(
         out: Folder of the log and the checkpoint.
         what: Named by the progress bar, the checkpoint and the errors.
         check: Called on the average every `check_every` steps; its result is logged.
+        channels_last: The layout of weights: in fp32 a sixth faster on a CPU, in bf16 slower.
 
     Raises:
         FloatingPointError: The loss is not finite. The last checkpoint is kept.
@@ -68,8 +70,8 @@ def fit(
     path = out / f"{what}.pt"
     identity = {"what": what, **asdict(settings)}
     state = checkpoint.load(path, identity)
-    # channels last: a sixth faster on a CPU
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average: Any = average_of(module, lambda count: min(settings.ema, count / (count + 9)))
     optimiser = torch.optim.AdamW(
         module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay

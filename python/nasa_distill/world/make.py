@@ -1,13 +1,15 @@
-"""From nothing to a teacher and its students in the small world: eight stages, each resumable.
+"""From nothing to a teacher and its students in a small world, stage by stage, each resumable.
 
-OUT/clip       the world's CLIP
-OUT/teacher    the many-step teacher
-OUT/pairs      its images, and its path to them from noise
-OUT/student    the one-step student that NASA-T begins with
-OUT/four-step  the student of four steps
-OUT/joint      another, with joint attention, of which NASA has several rules
-OUT/words      another with joint attention, which knows its prompt from text tokens alone
-OUT/pixart     another, a PixArt with a T5
+OUT/clip         the world's CLIP
+OUT/autoencoder  its autoencoder, where that is trained
+OUT/teacher      the many-step teacher
+OUT/pairs        its images, and its path to them from noise
+OUT/decoder      the autoencoder with a decoder that was trained longer
+OUT/student      the one-step student that NASA-T begins with
+OUT/four-step    the student of four steps
+OUT/joint        another, with joint attention, of which NASA has several rules (of 32x32 images)
+OUT/words        another with joint attention, which knows its prompt from text tokens alone
+OUT/pixart       another, a PixArt with a T5
 
 The last three can also learn from the shipped student of four steps: `make_from_shipped`.
 """
@@ -23,27 +25,33 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import CLIPTextModel
 
 from nasa_distill.scalars import read_numbers
 from nasa_distill.train.networks import load, model_of
 from nasa_distill.world import clip as world_clip
 from nasa_distill.world import model, shipped, students, t5, teacher
-from nasa_distill.world.captions import draw_caption
-from nasa_distill.world.code import make_autoencoder
+from nasa_distill.world.code import PatchCode
 from nasa_distill.world.fit import Settings
-from nasa_distill.world.scene import RATES, scenes
+from nasa_distill.world.kinds import WORLDS, Code, World
+from nasa_distill.world.large import autoencoder
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of the shipped model and its siblings. It was run in parts, on two CPU cores."""
+    """Of one world; as it stands, of the shipped model and its siblings.
 
+    It was run in parts, on two CPU cores.
+    """
+
+    size: int = 32  # of images, which says of which world
+    autoencoder: tuple[Settings, ...] = ()  # none: its weights are set by hand
     clip: Settings = Settings(steps=600, batch=64, learning_rate=2e-3, ema=0.99)
     teacher: tuple[Settings, ...] = (
         Settings(steps=1800, batch=48, ema=0.996),
         Settings(steps=1600, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
     )
+    decoder: tuple[Settings, ...] = ()  # of a trained autoencoder
+    unet: tuple[int, ...] = model.CHANNELS_OF_UNET
     pairs: int = 51200
     guidance: float = 1.5
     guided_from: int = 800
@@ -56,7 +64,8 @@ class Recipe:
         Settings(steps=800, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     )
-    # from random weights: many small steps
+    sharpen: float = 0.0  # of the students of one step and four: see `students.train`
+    # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
     words: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
@@ -69,15 +78,57 @@ class Recipe:
         read_numbers(self)
 
 
-def make_joint(recipe: Recipe, pairs: students.Pairs, encoder: Any, out: Path) -> None:
-    _make_joint(recipe.joint, recipe.joint_size, pairs, encoder, out)
+# of 64x64 images; not run to its end yet
+LARGE_RECIPE = Recipe(
+    size=64,
+    clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
+    autoencoder=(Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),),
+    decoder=(Settings(steps=4000, batch=16, learning_rate=1e-3, ema=0.995),),
+    teacher=(
+        Settings(steps=4000, batch=48, ema=0.997),
+        Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
+    ),
+    unet=(80, 96),
+    pairs=40960,
+    student=(
+        Settings(steps=3000, batch=64, learning_rate=6e-4, ema=0.99),
+        Settings(steps=2000, batch=64, learning_rate=5e-4, ema=0.99, seed=1),
+    ),
+    four_step=(
+        Settings(steps=1000, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
+        Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
+    ),
+    sharpen=0.5,
+    joint=(),
+)
+RECIPES = {recipe.size: recipe for recipe in (Recipe(), LARGE_RECIPE)}
+STAGES = (
+    "clip",
+    "autoencoder",
+    "teacher",
+    "pairs",
+    "decoder",
+    "student",
+    "four-step",
+    "joint",
+    "words",
+    "pixart",
+)
 
 
-def make_words(recipe: Recipe, pairs: students.Pairs, encoder: Any, out: Path) -> None:
+def make_joint(
+    recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, world: World, out: Path
+) -> None:
+    _make_joint(recipe.joint, recipe.joint_size, pairs, encoder, code, world, out)
+
+
+def make_words(
+    recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, world: World, out: Path
+) -> None:
     """The pooled vector of every prompt is zero, so time alone modulates the blocks."""
     encoder = copy.deepcopy(encoder)
     torch.nn.init.zeros_(encoder.text_projection.weight)
-    _make_joint(recipe.words, recipe.words_size, pairs, encoder, out)
+    _make_joint(recipe.words, recipe.words_size, pairs, encoder, code, world, out)
 
 
 def _make_joint(
@@ -85,58 +136,123 @@ def _make_joint(
     size: tuple[int, int, int],
     pairs: students.Pairs,
     encoder: Any,
+    code: Code,
+    world: World,
     out: Path,
 ) -> None:
     torch.manual_seed(0)
-    pipe = model.make_joint_pipeline(model.make_joint(*size), encoder, make_autoencoder())
-    from_nothing(pipe, pairs, cycles, out)
+    pipe = model.make_joint_pipeline(model.make_joint(*size), encoder, code.vae, world)
+    from_nothing(pipe, pairs, cycles, out, world, code)
 
 
-def make_pixart(recipe: Recipe, pairs: students.Pairs, out: Path) -> None:
-    tokenizer = t5.make_tokenizer()
-    encoder = t5.train(recipe.t5, out / "t5", tokenizer)
+def make_pixart(recipe: Recipe, pairs: students.Pairs, code: Code, world: World, out: Path) -> None:
+    tokenizer = t5.make_tokenizer(world)
+    encoder = t5.train(recipe.t5, out / "t5", tokenizer, world)
     torch.manual_seed(0)
     transformer = model.make_pixart(*recipe.pixart_size)
-    pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, make_autoencoder())
-    from_nothing(pipe, pairs, recipe.pixart, out)
+    pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, code.vae)
+    from_nothing(pipe, pairs, recipe.pixart, out, world, code)
 
 
-def from_nothing(pipe: Any, pairs: students.Pairs, cycles: Sequence[Settings], out: Path) -> None:
+def from_nothing(
+    pipe: Any,
+    pairs: students.Pairs,
+    cycles: Sequence[Settings],
+    out: Path,
+    world: World,
+    code: Code,
+) -> None:
     """A student of four steps from random weights: no teacher is of its architecture."""
     called = model_of(pipe, str(out))
-    student = students.train(called, called.denoiser, pairs, 4, cycles, out, half=True)
+    student = students.train(called, called.denoiser, pairs, 4, cycles, out, world, code, half=True)
     pipe.register_modules(transformer=student)
     pipe.save_pretrained(out / "pipeline")
 
 
-def make(recipe: Recipe, out: Path) -> None:
-    """Run what is missing; see `fit` for what it raises."""
-    tokenizer = model.make_tokenizer()
-    clip = world_clip.train_clip(recipe.clip, out / "clip", tokenizer)
+def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None = None) -> None:
+    """Run what is missing, up to the stage `last`; see `fit` for what it raises.
+
+    Args:
+        world: In the place of the one that the recipe is for.
+    """
+    world, wanted = world or WORLDS[recipe.size], STAGES[: STAGES.index(last) + 1]
+    tokenizer = model.make_tokenizer(world)
+    clip = world_clip.train_clip(recipe.clip, out / "clip", tokenizer, world)
     encoder = world_clip.text_encoder(clip)
     if not (out / "clip" / "model").exists():
         clip.model.save_pretrained(out / "clip" / "model")
         tokenizer.save_pretrained(out / "clip" / "model")
+    write_prompts(out, world)
+    if "autoencoder" not in wanted:
+        return
+    code = make_code(recipe, out / "autoencoder")
+    if "teacher" not in wanted:
+        return
 
-    unet = teacher.train(recipe.teacher, encoder, tokenizer, out / "teacher")
-    save(unet, encoder, out / "teacher" / "pipeline", few_step=False)
+    def save(unet: UNet2DConditionModel, name: str, few_step: bool) -> Path:
+        pipe: Any = model.make_pipeline(unet, encoder, code.vae, few_step, world)
+        path = out / name / "pipeline"
+        pipe.save_pretrained(path)
+        return path
 
-    drawn = load(out / "teacher" / "pipeline")
+    trained = (out / "teacher", world, code, recipe.unet)
+    unet = teacher.train(recipe.teacher, encoder, tokenizer, *trained)
+    drawn = load(save(unet, "teacher", few_step=False))
+    if "pairs" not in wanted:
+        return
     pairs = students.make_pairs(
-        drawn, recipe.pairs, out, recipe.guidance, recipe.ddim_steps, recipe.guided_from
+        drawn,
+        recipe.pairs,
+        out,
+        recipe.guidance,
+        recipe.ddim_steps,
+        recipe.guided_from,
+        world=world,
     )
+    if "decoder" not in wanted:
+        return
+    if recipe.decoder:
+        code = make_decoder(recipe, code, out / "decoder")
+        save(unet, "teacher", few_step=False)
     student = drawn.denoiser
     for steps, cycles, name in (
         (1, recipe.student, "student"),
         (4, recipe.four_step, "four-step"),
     ):
-        student = students.train(drawn, student, pairs, steps, cycles, out / name)
-        save(student, encoder, out / name / "pipeline", few_step=True)
+        if name in wanted:
+            student = students.train(
+                drawn,
+                student,
+                pairs,
+                steps,
+                cycles,
+                out / name,
+                world,
+                code,
+                sharpen=recipe.sharpen,
+            )
+            save(student, name, few_step=True)
     encoder = world_clip.text_encoder(clip, projected=True)
-    make_joint(recipe, pairs, encoder, out / "joint")
-    make_words(recipe, pairs, encoder, out / "words")
-    make_pixart(recipe, pairs, out / "pixart")
-    write_prompts(out)
+    if "joint" in wanted and recipe.joint:
+        make_joint(recipe, pairs, encoder, code, world, out / "joint")
+    if "words" in wanted:
+        make_words(recipe, pairs, encoder, code, world, out / "words")
+    if "pixart" in wanted:
+        make_pixart(recipe, pairs, code, world, out / "pixart")
+
+
+def make_code(recipe: Recipe, out: Path) -> Code:
+    if not recipe.autoencoder:
+        return PatchCode()
+    vae: Any = autoencoder.train(recipe.autoencoder, out)
+    vae.save_pretrained(out / "model")
+    return autoencoder.TrainedCode(vae)
+
+
+def make_decoder(recipe: Recipe, code: Code, out: Path) -> Code:
+    vae: Any = autoencoder.train_decoder(code.vae, recipe.decoder, out)
+    vae.save_pretrained(out / "model")
+    return autoencoder.TrainedCode(vae)
 
 
 def make_from_shipped(recipe: Recipe, out: Path) -> None:
@@ -145,30 +261,24 @@ def make_from_shipped(recipe: Recipe, out: Path) -> None:
     The paths are those of the shipped student: one step from the beginning of each quarter to that
     of the next. Its text encoder has no trained projection; theirs hands on what it is given.
     """
-    drawn = load(shipped.path())
+    drawn, code, world = load(shipped.path()), PatchCode(), WORLDS[recipe.size]
     pairs = students.make_pairs(drawn, recipe.pairs, out, guidance=1.0, steps=students.QUARTERS)
     encoder = world_clip.with_identity(drawn.pipe.text_encoder)
-    make_words(recipe, pairs, encoder, out / "words")
-    make_joint(recipe, pairs, encoder, out / "joint")
-    make_pixart(recipe, pairs, out / "pixart")
-    write_prompts(out)
+    make_words(recipe, pairs, encoder, code, world, out / "words")
+    make_joint(recipe, pairs, encoder, code, world, out / "joint")
+    make_pixart(recipe, pairs, code, world, out / "pixart")
+    write_prompts(out, world)
 
 
-def save(unet: UNet2DConditionModel, encoder: CLIPTextModel, path: Path, few_step: bool) -> None:
-    pipe: Any = model.make_pipeline(unet, encoder, make_autoencoder(), few_step)
-    pipe.save_pretrained(path)
-
-
-def write_prompts(out: Path, count: int = 4000, seed: int = 0) -> None:
+def write_prompts(out: Path, world: World, count: int = 4000, seed: int = 0) -> None:
     """`prompts.txt` and `negatives.txt` for NASA-T: captions, and one or two values each."""
     rng = random.Random(seed)
-    drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=count)
-    captions = [draw_caption(scene, rng) for scene in drawn]
-    values = [value for name in RATES for value in RATES[name]]
-    pairs = [f"{a}, {b}" for a in values for b in values if a != b]
+    rates = world.rates().tolist()
+    captions = [world.caption(i, rng, 0.0) for i in rng.choices(range(len(rates)), rates, k=count)]
+    pairs = [f"{a}, {b}" for a in world.negatives for b in world.negatives if a != b]
     (out / "prompts.txt").write_text(
         "".join(f"{caption}\n" for caption in captions), encoding="utf-8"
     )
     (out / "negatives.txt").write_text(
-        "".join(f"{text}\n" for text in [*values, *pairs]), encoding="utf-8"
+        "".join(f"{text}\n" for text in [*world.negatives, *pairs]), encoding="utf-8"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     LCMScheduler,
@@ -31,10 +32,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from nasa_distill.world.captions import MAX_TOKENS, WORDS
 from nasa_distill.world.code import CHANNELS, GRID
+from nasa_distill.world.kinds import SMALL, World
 
+Autoencoder = AutoencoderTiny | AutoencoderKL
 TEXT_WIDTH = 64
+CHANNELS_OF_UNET = (64, 96)
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The noise of DDPM, which is more than Stable Diffusion's. An attribute of 8x8 latents can be seen
 # until the signal is a tenth of the noise; the prompt can only decide in steps beyond that. At the
@@ -57,7 +60,7 @@ PATCHES: dict[str, Any] = {
 UNMODULATED = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
 
 
-def make_tokenizer() -> CLIPTokenizer:
+def make_tokenizer(world: World = SMALL) -> CLIPTokenizer:
     """CLIP's byte-pair encoding in which every word of the world is one token.
 
     Other words fall apart into letters, for which no model of the world was trained.
@@ -65,7 +68,7 @@ def make_tokenizer() -> CLIPTokenizer:
     letters = string.ascii_lowercase + string.digits + ",."
     tokens = [token for letter in letters for token in (letter, letter + "</w>")]
     merges = []
-    for word in sorted(WORDS):
+    for word in sorted(world.words):
         prefix = word[0]
         for i, letter in enumerate(word[1:], start=2):
             suffix = letter + ("</w>" if i == len(word) else "")
@@ -82,7 +85,7 @@ def make_tokenizer() -> CLIPTokenizer:
         rules.write_text(
             "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
         )
-        return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=MAX_TOKENS)
+        return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=world.max_tokens)
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
@@ -93,7 +96,7 @@ def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -104,8 +107,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(text_config(tokenizer))
 
 
-def make_unet(channels: tuple[int, ...] = (64, 96)) -> UNet2DConditionModel:
-    """2.8 M parameters, text cross-attention at 8x8 and 4x4."""
+def make_unet(channels: tuple[int, ...] = CHANNELS_OF_UNET) -> UNet2DConditionModel:
+    """2.8 M parameters where nothing else is said; text cross-attention at 8x8 and 4x4."""
     levels = len(channels)
     return UNet2DConditionModel(
         sample_size=GRID,
@@ -124,14 +127,15 @@ def make_unet(channels: tuple[int, ...] = (64, 96)) -> UNet2DConditionModel:
 def make_pipeline(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
-    vae: AutoencoderTiny,
+    vae: Autoencoder,
     few_step: bool = False,
+    world: World = SMALL,
 ) -> StableDiffusionPipeline:
     """A stock pipeline: DDIM for a teacher, LCM's scheduler for a one- or few-step student."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=make_tokenizer(),
+        tokenizer=make_tokenizer(world),
         unet=unet,
         scheduler=make_scheduler(few_step),
         safety_checker=None,
@@ -189,14 +193,15 @@ def make_pixart(heads: int, layers: int) -> PixArtTransformer2DModel:
 def make_joint_pipeline(
     transformer: SD3Transformer2DModel,
     text_encoder: CLIPTextModelWithProjection,
-    vae: AutoencoderTiny,
+    vae: Autoencoder,
+    world: World = SMALL,
 ) -> StableDiffusion3Pipeline:
     """A stock pipeline without a T5; both its CLIPs are the world's. For a few steps.
 
     The scheduler is that of the other students and not a rectified flow's: to predict a flow the
     network would have to reproduce every number of the noise.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(world)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=make_scheduler(few_step=True),
@@ -214,7 +219,7 @@ def make_pixart_pipeline(
     transformer: PixArtTransformer2DModel,
     text_encoder: T5EncoderModel,
     tokenizer: PreTrainedTokenizerBase,
-    vae: AutoencoderTiny,
+    vae: Autoencoder,
 ) -> PixArtAlphaPipeline:
     """A stock pipeline with a T5 of the world's. For a few steps."""
     return PixArtAlphaPipeline(
@@ -227,7 +232,7 @@ def make_pixart_pipeline(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
-    """`[b, 16]`, padded and cut as the pipeline does it."""
+    """`[b, max_tokens]`, padded and cut as the pipeline does it."""
     return tokenizer(
         captions,
         padding="max_length",
@@ -239,6 +244,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: list[str]) -> Tensor:
-    """`[b, 16, c]`."""
+    """`[b, max_tokens, c]`."""
     tokens = tokenize(tokenizer, captions).to(text_encoder.device)
     return text_encoder(tokens)[0]

@@ -23,13 +23,13 @@ from nasa_distill.scalars import plain
 from nasa_distill.train import checkpoint, losses
 from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
-from nasa_distill.world.captions import draw_caption
 from nasa_distill.world.fit import Settings, fit
-from nasa_distill.world.scene import scenes
-from nasa_distill.world.teacher import CHECKS, ddim, summary
+from nasa_distill.world.kinds import SMALL, Code, World
+from nasa_distill.world.teacher import ddim, latents, posterior_mean, summary
 
 CHUNK = 128
 QUARTERS = 4
+NEAR = 0.5  # noise through which a drawn latent is taken for one of the world
 
 
 class Pairs(NamedTuple):
@@ -48,6 +48,7 @@ def make_pairs(
     steps: int,
     guided_from: int = 999,
     seed: int = 0,
+    world: World = SMALL,
 ) -> Pairs:
     """Noise, the teacher's latents for it, and the captions; what is in `out` is not made again.
 
@@ -64,7 +65,6 @@ def make_pairs(
     made: list[dict[str, Any]] = []
     teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds
-    rates = torch.tensor([scene.rate for scene in scenes()], dtype=torch.float64)
     for number in tqdm(range(-(-count // CHUNK)), "pairs"):
         path = out / "pairs" / f"{number:04d}.pt"
         identity = {"guidance": guidance, "steps": steps, "seed": seed, "number": number}
@@ -72,8 +72,7 @@ def make_pairs(
         chunk = checkpoint.load(path, identity)
         if chunk is None:
             rng, noise_of = random.Random(f"{seed} {number}"), generator(seed, number)
-            rows = torch.multinomial(rates, CHUNK, replacement=True, generator=noise_of)
-            captions = [draw_caption(scenes()[i], rng, 0.02) for i in rows.tolist()]
+            captions = world.captions(world.draw(CHUNK, noise_of), rng, 0.02)
             noise = torch.randn(CHUNK, *teacher.latent_shape, generator=noise_of)
             text = teacher.encode(captions).embeds
             with torch.autocast(noise.device.type, torch.bfloat16):
@@ -96,6 +95,17 @@ def begins(model: Model, steps: int) -> Tensor:
     return model.last_timestep - quarter * torch.arange(steps)
 
 
+def nearby(drawn: Tensor, known: Tensor, rates: Tensor) -> Tensor:
+    """The mean of the latents of the world that `drawn` may be, seen through a little noise.
+
+    In the mean over rates it is the exact denoiser of the world at that noise, so the loss to it is
+    score distillation without a second score: it makes images sharp and does not keep them apart,
+    which the regression beside it does.
+    """
+    one = torch.ones(len(drawn), 1, 1, 1)
+    return posterior_mean(drawn.float(), one, NEAR * one, known, rates)
+
+
 def train(
     model: Model,
     student: Any,
@@ -103,7 +113,10 @@ def train(
     steps: int,
     cycles: Sequence[Settings],
     out: Path,
+    world: World,
+    code: Code,
     half: bool = False,
+    sharpen: float = 0.0,
 ) -> Any:
     """A student of one step or of four; see `fit` for what it raises.
 
@@ -114,12 +127,16 @@ def train(
         steps: 1 or 4: how many quarters of the path it learns to begin at.
         cycles: As of `teacher.train`.
         half: Multiply matrices in bf16.
+        sharpen: From the second cycle on, the weight of a second loss beside 1 of the first: the
+            distance to the images of the world that are near. Regression alone draws averages of
+            images where a little noise decides between two of them.
     """
     words = sorted(set(pairs.captions))
     index = {caption: i for i, caption in enumerate(words)}
     texts = model.encode(words)
     rows_of = torch.tensor([index[caption] for caption in pairs.captions])
     taught = begins(model, steps)
+    known = latents(world, code).double() if sharpen else torch.empty(0)
 
     def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
@@ -129,16 +146,22 @@ def train(
         rows = torch.randint(len(pairs.x0), (settings.batch,), generator=random_)
         quarter = torch.randint(steps, (settings.batch,), generator=random_)
         x_t, text = pairs.states[quarter, rows], texts.rows(rows_of[rows])
-        return losses.regression_loss(draw(student, x_t, taught[quarter], text), pairs.x0[rows])
+        drawn = draw(student, x_t, taught[quarter], text)
+        value = losses.regression_loss(drawn, pairs.x0[rows])
+        if not (sharpen and number):
+            return value
+        allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * world.rates()
+        near = nearby(drawn.detach(), known, allowed)
+        return value + sharpen * losses.regression_loss(drawn, near)
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
         found = []
-        for prompt in CHECKS:
+        for prompt in world.checks:
             z = torch.randn(256, *model.latent_shape, generator=generator(7, 0))
             text = model.encode([prompt] * len(z))
             drawn = draw(student, z, taught[:1].expand(len(z)), text)
-            found.append({"prompt": prompt, **summary(drawn, prompt)})
+            found.append({"prompt": prompt, **summary(drawn, prompt, world, code)})
         return found
 
     student = copy.deepcopy(student)

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from nasa_distill.world.captions import MAX_TOKENS, OWNER, WORDS, draw_caption, mentions
 from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.kinds import SMALL, World
 from nasa_distill.world.model import TEXT_WIDTH, tokenize
-from nasa_distill.world.scene import scenes
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(world: World = SMALL) -> PreTrainedTokenizerFast:
     """SentencePiece's unigrams, as T5's, in which every word of the world is one token.
 
     Other words fall apart into letters, for which no model of the world was trained.
@@ -29,7 +28,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     space = "\N{LOWER ONE EIGHTH BLOCK}"
     # of two ways to write a word the one with the larger sum is taken
     pieces = [(piece, 0.0) for piece in (PAD, END, UNKNOWN)]
-    pieces += [(space + word, -1.0) for word in WORDS]
+    pieces += [(space + word, -1.0) for word in world.words]
     pieces += [(letter, -10.0) for letter in string.ascii_lowercase + string.digits + ",." + space]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -45,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=END,
         unk_token=UNKNOWN,
-        model_max_length=MAX_TOKENS,
+        model_max_length=world.max_tokens,
     )
 
 
@@ -68,28 +67,31 @@ def make_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
 class Reader(nn.Module):
     """The encoder, and a head that says which values a caption names; the head is not kept."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, world: World):
         super().__init__()
         self.encoder = make_encoder(tokenizer)
-        self.named = nn.Linear(TEXT_WIDTH, len(OWNER))
+        self.named = nn.Linear(TEXT_WIDTH, world.mentioned)
 
 
-def train(settings: Settings, out: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+def train(
+    settings: Settings, out: Path, tokenizer: PreTrainedTokenizerFast, world: World = SMALL
+) -> Any:
     """Train, or go on training; see `fit` for what it raises.
 
     The last token must predict what the caption named; there is no loss on the others.
     """
     torch.manual_seed(settings.seed)
+    rates = world.rates().tolist()
 
     def loss(model: Any, step: int, random_: torch.Generator) -> Tensor:
         rng = random.Random(f"{settings.seed} {step}")
-        drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=settings.batch)
-        captions = [draw_caption(scene, rng) for scene in drawn]
+        drawn = rng.choices(range(len(rates)), rates, k=settings.batch)
+        captions = [world.caption(scene, rng, 0.0) for scene in drawn]
         tokens = tokenize(tokenizer, captions)
         mask = tokens != tokenizer.pad_token_id
         hidden = model.encoder(tokens, attention_mask=mask).last_hidden_state
         closing = hidden[tokens == tokenizer.eos_token_id]
-        return F.binary_cross_entropy_with_logits(model.named(closing), mentions(captions))
+        return F.binary_cross_entropy_with_logits(model.named(closing), world.mentions(captions))
 
-    encoder = fit(Reader(tokenizer), loss, settings, out, "t5").encoder
+    encoder = fit(Reader(tokenizer, world), loss, settings, out, "t5").encoder
     return encoder.eval().requires_grad_(False)

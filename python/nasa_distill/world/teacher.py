@@ -15,18 +15,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from nasa_distill.train.losses import guide
 from nasa_distill.train.seeds import generator
-from nasa_distill.world import model as world
-from nasa_distill.world.captions import draw_caption, matches
-from nasa_distill.world.code import PatchCode
+from nasa_distill.world import model
 from nasa_distill.world.fit import Settings, fit
-from nasa_distill.world.judge import judge
-from nasa_distill.world.scene import renders, scenes
+from nasa_distill.world.kinds import Code, World
 
-CHECKS = (
-    "a photo of a shape",
-    "a photo of a red circle",
-    "a clean photo of a large blue striped triangle on a white background",
-)
+CHUNK = 256  # images of the world, rendered and encoded at once
 P_EMPTY = 0.1  # captions left empty, for classifier-free guidance
 
 
@@ -57,7 +50,13 @@ def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    cycles: Sequence[Settings], text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, out: Path
+    cycles: Sequence[Settings],
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    out: Path,
+    world: World,
+    code: Code,
+    channels: tuple[int, ...] = model.CHANNELS_OF_UNET,
 ) -> UNet2DConditionModel:
     """Train, or go on training, in the folder `out`; see `fit` for what it raises.
 
@@ -66,40 +65,45 @@ def train(
             (Loshchilov and Hutter, 2017), and takes its images from a seed of its own.
     """
     torch.manual_seed(cycles[0].seed)
-    unet: Any = world.make_unet()
-    for number, settings in enumerate(cycles):
-        unet = _cycle(unet, settings, text_encoder, tokenizer, out / f"cycle-{number}")
-    return unet
+    unet: Any = model.make_unet(channels)
+    known, rates = latents(world, code), world.rates()
+    known_64 = known.double()
+    scheduler = DDIMScheduler(**model.NOISE)
 
-
-def _cycle(
-    unet: Any, settings: Settings, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, out: Path
-) -> Any:
-    scheduler = DDIMScheduler(**world.NOISE)
-    images, rates = renders()
-    codes = PatchCode().encode(images)
-
-    def loss(unet: Any, step: int, random_: torch.Generator) -> Tensor:
-        rows = torch.multinomial(rates, settings.batch, replacement=True, generator=random_)
-        rng = random.Random(f"{settings.seed} {step}")
-        captions = [draw_caption(scenes()[i], rng, P_EMPTY) for i in rows.tolist()]
-        text = world.encode(tokenizer, text_encoder, captions)
-        timesteps = torch.randint(1000, (settings.batch,), generator=random_)
-        noise = torch.randn(codes[rows].shape, generator=random_)
-        alpha, sigma = alpha_sigma(scheduler, timesteps)
-        x_t = alpha * codes[rows] + sigma * noise
-        x0 = posterior_mean(x_t, alpha, sigma, codes, matches(captions) * rates)
-        return F.mse_loss(unet(x_t, timesteps, text).sample, x0)
+    def encode(captions: list[str]) -> Tensor:
+        return model.encode(tokenizer, text_encoder, captions)
 
     def check(unet: Any) -> list[dict[str, Any]]:
         return [
-            {"prompt": prompt, "guidance": scale, **summary(codes, prompt)}
-            for prompt in CHECKS
+            {"prompt": prompt, "guidance": scale, **summary(codes, prompt, world, code)}
+            for prompt in world.checks
             for scale in (1.0, 2.0)
-            for codes in [draw(unet, world.encode(tokenizer, text_encoder, [prompt, ""]), scale)]
+            for codes in [draw(unet, encode([prompt, ""]), scale)]
         ]
 
-    return fit(unet.requires_grad_(True), loss, settings, out, "teacher", check)
+    for number, settings in enumerate(cycles):
+
+        def loss(
+            unet: Any, step: int, random_: torch.Generator, how: Settings = settings
+        ) -> Tensor:
+            rows = world.draw(how.batch, random_)
+            captions = world.captions(rows, random.Random(f"{how.seed} {step}"), P_EMPTY)
+            timesteps = torch.randint(1000, (how.batch,), generator=random_)
+            noise = torch.randn(known[rows].shape, generator=random_)
+            alpha, sigma = alpha_sigma(scheduler, timesteps)
+            x_t = alpha * known[rows] + sigma * noise
+            x0 = posterior_mean(x_t, alpha, sigma, known_64, world.matches(captions) * rates)
+            return F.mse_loss(unet(x_t, timesteps, encode(captions)).sample, x0)
+
+        folder = out / f"cycle-{number}"
+        unet = fit(unet.requires_grad_(True), loss, settings, folder, "teacher", check)
+    return unet
+
+
+def latents(world: World, code: Code) -> Tensor:
+    """Of every image of the world: `[n, c, h, w]`."""
+    rows = torch.arange(len(world.rates()))
+    return torch.cat([code.encode(world.images(part)) for part in rows.split(CHUNK)])
 
 
 def draw(unet: Any, texts: Tensor, guidance: float, images: int = 64) -> Tensor:
@@ -111,9 +115,9 @@ def draw(unet: Any, texts: Tensor, guidance: float, images: int = 64) -> Tensor:
     return codes
 
 
-def summary(codes: Tensor, prompt: str) -> dict[str, float]:
-    """What the judge says of latents, read with the linear code."""
-    verdict = judge(PatchCode().decode(codes))
+def summary(codes: Tensor, prompt: str, world: World, code: Code) -> dict[str, float]:
+    """What the judge says of latents."""
+    verdict = world.judge(code.decode(codes))
     valid = verdict.valid
     return {
         "valid": valid.float().mean().item(),
@@ -142,7 +146,7 @@ def ddim(
         guided_from: The first timestep with guidance. Above it the noise hides the image, and
             guidance does more harm than good (Kynkäänniemi et al., 2024).
     """
-    scheduler: Any = DDIMScheduler(**world.NOISE, timestep_spacing="trailing")
+    scheduler: Any = DDIMScheduler(**model.NOISE, timestep_spacing="trailing")
     scheduler.set_timesteps(steps, noise.device)
     text, text_neg = (x.expand(len(noise), -1, -1) for x in (text, text_neg))
     x = noise

@@ -10,7 +10,7 @@ import nasa_diffusers
 from torch import Tensor
 
 from nasa_distill.intervals import Share
-from nasa_distill.world.judge import judge
+from nasa_distill.world.kinds import of_images
 
 
 class Method(NamedTuple):
@@ -58,7 +58,7 @@ class Counts:
 
     @staticmethod
     def of(images: Tensor, prompt: str, negative: str) -> Counts:
-        verdict = judge(images)
+        verdict = of_images(images).judge(images)
         removed, followed, valid = (
             ~verdict.shows(negative),
             verdict.follows(prompt),

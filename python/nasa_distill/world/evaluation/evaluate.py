@@ -24,42 +24,12 @@ from nasa_distill import pictures
 from nasa_distill.scalars import plain
 from nasa_distill.train.networks import Model, load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world.captions import draw_caption, matches
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.evaluation.counts import Cell, Counts, Method, Results
 from nasa_distill.world.evaluation.progress import Made, checksum, commit
-from nasa_distill.world.judge import judge
-from nasa_distill.world.scene import scenes
+from nasa_distill.world.evaluation.prompts import pairs_of
+from nasa_distill.world.kinds import SMALL, world_of
 
-# a prompt, and what must not be in its images; no prompt mentions its negative's attribute
-PAIRS = (
-    ("a photo of a shape", "red"),
-    ("a photo of a circle", "red"),
-    ("a photo of a shape on a white background", "circle"),
-    ("a photo of a red shape", "circle"),
-    ("a photo of a blue square", "striped"),
-    ("a photo of a shape", "striped"),
-    ("a photo of a red circle", "large"),
-    ("a photo of a green triangle", "black"),
-    ("a photo of a shape", "blurry"),
-    ("a photo of a red circle", "watermarked"),
-    ("a photo of a yellow shape", "blurry, watermarked"),
-)
-# written down before anything was drawn for them, and after the rules were chosen on the others
-HELD_OUT = (
-    ("a photo of a square", "blue"),
-    ("a photo of a triangle", "green, yellow"),
-    ("a photo of a large shape", "solid"),
-    ("a photo of a yellow shape on a black background", "triangle"),
-    ("a photo of a blue circle", "small"),
-    ("a photo of a striped shape", "white"),
-    ("a photo of a green shape", "square"),
-    ("a clean photo of a shape", "yellow"),
-    ("a photo of a large red shape", "circle, triangle"),
-    ("a photo of a red striped square on a white background", "blurry"),
-    ("a photo of a small shape", "red, circle"),
-)
-LISTS = {"first": PAIRS, "held-out": HELD_OUT}
 BATCH = 100
 TEACHER_STEPS = 25
 
@@ -102,11 +72,7 @@ def draw(
     noise: Tensor,
     seed: int,
 ) -> Tensor:
-    """Images `[n, 3, 32, 32]` in [-1, 1] from the model's own pipeline.
-
-    Its latents are read by the linear code that its autoencoder computes, in a thousandth of the
-    time.
-    """
+    """Images `[n, 3, size, size]` in [-1, 1] from the model's own pipeline."""
     images = []
     for number, z in enumerate(noise.split(BATCH)):
         call: dict[str, Any] = {"guidance_scale": 0.0}
@@ -122,17 +88,17 @@ def draw(
 
 def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 0.0) -> Counts:
     """Images of captions as the world draws them, with no negative prompt."""
-    rng = random.Random(f"quality {seed}")
-    drawn = rng.choices(scenes(), [scene.rate for scene in scenes()], k=images)
-    captions = [draw_caption(scene, rng) for scene in drawn]
+    world, rng = world_of(model), random.Random(f"quality {seed}")
+    rates = world.rates().tolist()
+    captions = [world.caption(i, rng, 0.0) for i in rng.choices(range(len(rates)), rates, k=images)]
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 1_000))
     total = Counts()
     for number, start in enumerate(range(0, images, BATCH)):
         batch, z = captions[start : start + BATCH], noise[start : start + BATCH]
-        verdict = judge(
+        verdict = world.judge(
             call_pipeline(model, batch, steps, z, seed, number, guidance_scale=guidance)
         )
-        allowed = matches(batch).bool()
+        allowed = world.matches(batch).bool()
         followed = allowed[torch.arange(len(batch)), verdict.scene]
         valid = verdict.valid
         total.add(
@@ -169,7 +135,16 @@ def call_pipeline(
             **model.call_options,
             **options,
         ).images
-    return code().decode(codes).clamp(-1, 1)
+    return decode(model, codes).clamp(-1, 1)
+
+
+@torch.no_grad()
+def decode(model: Model, codes: Tensor) -> Tensor:
+    """Images of latents; those of the small world by the linear code that its autoencoder computes.
+
+    That takes a thousandth of the time.
+    """
+    return code().decode(codes) if world_of(model) is SMALL else model.decode(codes)
 
 
 def read_method(text: str) -> Method:
@@ -206,7 +181,8 @@ def _guided(model: Model, negative: str, method: Method) -> Iterator[None]:
 
 def samples(student: Path, steps: int, seed: int = 0, images: int = 10) -> Image.Image:
     """The first pair of prompts from the same noise, by several methods."""
-    model, (prompt, negative) = load(student), PAIRS[0]
+    model = load(student)
+    prompt, negative = pairs_of(world_of(model), "first")[0]
     noise = torch.randn(images, *model.latent_shape, generator=generator(seed, 0))
     nasa = tuple(Method("nasa", alpha) for alpha in (0.25, 0.5, 1.0))
     projected = (Method("projected", 1.0), Method("projected", 2.0))
@@ -237,17 +213,17 @@ def run(
     Args:
         images: Of each prompt pair and seed.
         more: Methods beside those.
-        pairs: One of `LISTS`.
+        pairs: One of `prompts.NAMES`.
         progress: A file of the cells that are there; the same call goes on with it.
     """
     images, steps = plain(images), [plain(count) for count in steps]
     seeds = [plain(seed) for seed in (seeds if isinstance(seeds, Sequence) else [seeds])]
     if images < 1:
         raise ValueError(f"evaluate.run: images must be at least 1, got {images}")
-    if pairs not in LISTS:
-        raise ValueError(f"evaluate.run: pairs must be one of {', '.join(LISTS)}, got {pairs!r}")
     models = {"student": load(student)} | ({} if teacher is None else {"teacher": load(teacher)})
     distilled = models["student"]
+    world = world_of(distilled)
+    asked_for = pairs_of(world, pairs)
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
     methods = [*methods, *(method for method in more if method not in methods)]
@@ -262,6 +238,8 @@ def run(
         "network": type(distilled.denoiser).__name__,
         "student": checksum(student),
     }
+    if world is not SMALL:
+        about["world"] = world.name
     if distilled.joint:
         pooled = distilled.encode(["red"]).pooled
         has_vector = pooled is not None and bool(pooled.any())
@@ -269,7 +247,7 @@ def run(
     if teacher is not None:
         about["teacher"] = checksum(teacher)
     made = Made(progress, about)
-    count = images * len(LISTS[pairs])
+    count = images * len(asked_for)
     seen = {}
     for model, number, guidance, name in qualities(steps, teacher is not None):
         seen[name] = Counts()
@@ -283,7 +261,7 @@ def run(
     # seed by seed: what was stopped early has all methods
     for seed, cell in tqdm([(seed, cell) for seed in seeds for cell in cells], "cells"):
         key = f"{cell.model}, {cell.steps} steps, {cell.method}, seed {seed}"
-        asked = (models[cell.model], cell.steps, cell.method, LISTS[pairs], images, seed)
+        asked = (models[cell.model], cell.steps, cell.method, asked_for, images, seed)
         cell.add(seed, made.through(key, pair_by_pair, *asked))
     return Results(cells, about, seen)
 

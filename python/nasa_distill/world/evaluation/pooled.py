@@ -25,13 +25,14 @@ from nasa_distill.train.seeds import generator
 from nasa_distill.world.captions import OWNER, read
 from nasa_distill.world.evaluation.evaluate import (
     BATCH,
-    PAIRS,
     Counts,
     call_pipeline,
     checksum,
     commit,
 )
+from nasa_distill.world.evaluation.prompts import PAIRS
 from nasa_distill.world.judge import judge
+from nasa_distill.world.kinds import SMALL, world_of
 from nasa_distill.world.scene import ATTRIBUTES, RATES
 
 # they name the same attributes, and other values
@@ -129,9 +130,15 @@ def run(student: Path, steps: int, images: int, seed: int, alpha: float) -> dict
     """What `page` is made of.
 
     Raises:
-        ValueError: The student has no pooled vector.
+        ValueError: The student has no pooled vector, or is of another world than the prompts here.
     """
     model = load(student)
+    if world_of(model) is not SMALL:
+        raise ValueError(
+            f"pooled.run: the model in {student} must draw the small world's {SMALL.size}x"
+            f"{SMALL.size} images, which the prompts are of; students of other worlds have no "
+            "pooled vector"
+        )
     pooled = model.encode(["red"]).pooled
     if pooled is None or not pooled.any():
         raise ValueError(f"pooled.run: the model in {student} has no pooled vector")

@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 
 from nasa_distill import tables
 from nasa_distill.intervals import Share
-from nasa_distill.world.evaluation import plot
+from nasa_distill.world.evaluation import plot, prompts
 from nasa_distill.world.evaluation.evaluate import (
-    LISTS,
     NONE,
     Cell,
     Counts,
     Method,
     Results,
 )
+from nasa_distill.world.kinds import LARGE, SMALL, WORLDS, World
 
 # methods, and what their strength is
 STRENGTHS = {
@@ -121,8 +121,14 @@ def write_csv(results: Results, path: Path) -> None:
             writer.writerow([*row, round(total.residual / total.n, 5), *results.about.values()])
 
 
+def world_of(results: Results) -> World:
+    """The larger one says so; results of the small one do not."""
+    name = results.about.get("world", SMALL.name)
+    return next(world for world in WORLDS.values() if world.name == name)
+
+
 def pairs_of(results: Results) -> tuple[tuple[str, str], ...]:
-    return LISTS[results.about.get("prompt pairs", "first")]
+    return prompts.pairs_of(world_of(results), results.about.get("prompt pairs", "first"))
 
 
 def student_steps(results: Results) -> list[int]:
@@ -395,6 +401,7 @@ def markdown(results: Results, plots: Sequence[Path], folder: Path) -> str:
         texts = texts | {"title": f"{texts['title']}: {named}"}
     return TEMPLATE.format(
         **texts,
+        **JUDGED[world_of(results).name],
         about=about,
         quality=quality_table(results),
         sections="\n\n".join(sections),
@@ -420,15 +427,31 @@ and `nasa` are the rules of `NASA` ([what each subtracts](../diffusers/joint.md)
 `projected` is `ProjectedNASA`, by alpha, `vsf` is `VSF`, by alpha, and `nag` is `NAG`, by scale,
 with the family's tau and alpha where none are named.""",
 }
+JUDGED = {
+    SMALL.name: {
+        "judge": """Its judge is exact: it finds the nearest of the 288 images
+that there are.""",
+        "valid": "within a mean squared distance of 0.02",
+        "bar": """80 % valid and
+90 % followed for the student, 90 % and 95 % for the teacher.""",
+    },
+    LARGE.name: {
+        "judge": """Its judge is exact: it finds the nearest of the 9984
+images of 64x64 pixels that there are.""",
+        "valid": """within a mean squared distance of 0.01
+  in the 16x16 pixels where it is largest""",
+        "bar": """90 % valid and
+92 % followed for the student in one step, 97 % and 97 % in four, 90 % and 95 % for the teacher.""",
+    },
+}
 TEMPLATE = """# {title}
 
 Made by `python -m nasa_distill eval --page`, which measured every number. The {models} of
-the small world (`nasa_distill.world`). Its judge is exact: it finds the nearest of the 288 images
-that there are.
+the small world (`nasa_distill.world`). {judge}
 
 - **removed**: the attribute that the negative prompt names is not in the image
 - **followed**: every attribute that the prompt names is
-- **valid**: the image is one of the world, within a mean squared distance of 0.02
+- **valid**: the image is one of the world, {valid}
 - **all three** at once
 
 {methods}
@@ -440,8 +463,7 @@ its negative's attribute, so some images lack it by themselves: the row `none` s
 
 ## The models themselves
 
-Captions as the world draws them, no negative prompt. The bar, set before measuring: 80 % valid and
-90 % followed for the student, 90 % and 95 % for the teacher.
+Captions as the world draws them, no negative prompt. The bar, set before measuring: {bar}
 
 {quality}
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from nasa_distill.scalars import plain
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world.evaluation.evaluate import NONE, PAIRS, Counts, Method, draw
-from nasa_distill.world.judge import judge
+from nasa_distill.world.evaluation.evaluate import NONE, Counts, Method, draw
+from nasa_distill.world.evaluation.prompts import pairs_of
+from nasa_distill.world.kinds import of_images, world_of
 
 IMAGES = 100  # judged in each cell
 SHOWN = (2, 4)  # rows and columns
-ENLARGED = 2
+ENLARGED = 64  # pixels of a shown image
 FRAME = 2  # pixels of the small image
 AS_ASKED, STILL_THERE, BROKEN = "#009e73", "#d55e00", "#999999"
 
@@ -53,7 +54,7 @@ def write(model: Path, path: Path, steps: int = 1, seed: int = 0, pair: int = 0)
 
 
 def picture(model: Path, steps: int = 1, seed: int = 0, pair: int = 0) -> Figure:
-    """The picture for one of `evaluate.PAIRS`, by number.
+    """The picture for one of the first list of `prompts`, by number.
 
     Raises:
         ValueError: There is no such pair, or steps below 1.
@@ -61,9 +62,12 @@ def picture(model: Path, steps: int = 1, seed: int = 0, pair: int = 0) -> Figure
     steps, seed, pair = plain(steps), plain(seed), plain(pair)
     if steps < 1:
         raise ValueError(f"sweep.picture: steps must be at least 1, got {steps}")
-    if not 0 <= pair < len(PAIRS):
-        raise ValueError(f"sweep.picture: pair must be from 0 to {len(PAIRS) - 1}, got {pair}")
-    student, (prompt, negative) = load(model), PAIRS[pair]
+    student = load(model)
+    world = world_of(student)
+    pairs = pairs_of(world, "first")
+    if not 0 <= pair < len(pairs):
+        raise ValueError(f"sweep.picture: pair must be from 0 to {len(pairs) - 1}, got {pair}")
+    prompt, negative = pairs[pair]
     noise = torch.randn(IMAGES, *student.latent_shape, generator=generator(seed, pair))
 
     def drawn(method: Method) -> Tensor:
@@ -75,7 +79,7 @@ def picture(model: Path, steps: int = 1, seed: int = 0, pair: int = 0) -> Figure
         axes.set_title(f"{title}{good} of {IMAGES} as asked", fontsize=8, pad=3)
 
     stock = drawn(NONE)
-    there = judge(stock).shows(negative)
+    there = world.judge(stock).shows(negative)
     # where fewer show it, others follow
     shown = torch.argsort((~there).int(), stable=True)[: math.prod(SHOWN)]
 
@@ -131,13 +135,14 @@ def tile(images: Tensor, prompt: str, negative: str) -> Tensor:
     """Images side by side in their frames: `[height, width, 3]` in [0, 1]."""
     rows, columns = SHOWN
     images = images.cpu()
-    verdict = judge(images)
+    verdict = of_images(images).judge(images)
     shows = verdict.shows(negative)
     good = ~shows & verdict.follows(prompt) & verdict.valid.cpu()
     framed = []
     for image, is_good, is_there in zip(images / 2 + 0.5, good, shows, strict=True):
         colour = AS_ASKED if is_good else STILL_THERE if is_there else BROKEN
-        large = image.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
+        times = ENLARGED // image.shape[-1]
+        large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
         framed.append(frame(large, colour))
     lines = [torch.cat(framed[i * columns : (i + 1) * columns], dim=2) for i in range(rows)]
     return torch.cat(lines, dim=1).permute(1, 2, 0).clamp(0, 1)

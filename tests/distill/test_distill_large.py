@@ -1,0 +1,387 @@
+"""The world of 64x64 images: its scenes, captions and judge, and the stages of its models."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from nasa_distill.__main__ import main
+from nasa_distill.train.networks import load
+from nasa_distill.world import kinds, make, shipped, students
+from nasa_distill.world.evaluation import evaluate, prompts, reliability, report
+from nasa_distill.world.kinds import LARGE, SMALL
+from nasa_distill.world.large import autoencoder
+from nasa_distill.world.large.captions import (
+    MENTIONED,
+    Item,
+    draw_caption,
+    holds,
+    mentions,
+    read,
+)
+from nasa_distill.world.large.judge import VALID_BELOW, judge, local_distance
+from nasa_distill.world.large.scene import (
+    IMAGE_RATES,
+    NUMBERS,
+    OBJECT_RATES,
+    OBJECTS,
+    WHOLES,
+    Object,
+    Scene,
+    rates,
+    render,
+    scenes,
+)
+from small_world import CYCLES, RECIPE, TINY
+
+PAIR = Scene(
+    (Object("red", "circle"), Object("blue", "square")),
+    texture="striped",
+    size="large",
+    ground="white",
+    frame="framed",
+    defect="text",
+)
+ALONE = Scene((Object("green", "triangle"),), "solid", "small", "black", "frameless", "blurry")
+
+
+def some(count, seed=0):
+    rows = random.Random(seed).choices(range(len(scenes())), rates().tolist(), k=count)
+    return rows, [scenes()[i] for i in rows]
+
+
+# ---- scenes --------------------------------------------------------------------------------------
+
+
+def test_rates_are_those_of_the_attributes():
+    assert len(rates()) == len(scenes()) == len(set(scenes())) == 9984
+    assert rates().sum().item() == pytest.approx(1)
+
+    def share(is_so):
+        return rates()[torch.tensor([is_so(scene) for scene in scenes()])].sum().item()
+
+    for name, values in (IMAGE_RATES | {"number": NUMBERS}).items():
+        for value, rate in values.items():
+            assert share(lambda s, n=name, v=value: getattr(s, n) == v) == pytest.approx(rate)
+    for name, values in OBJECT_RATES.items():
+        for value, rate in values.items():
+            for slot in (0, -1):
+                found = share(lambda s, n=name, v=value, i=slot: getattr(s.objects[i], n) == v)
+                assert found == pytest.approx(rate)
+
+
+def test_an_object_of_a_pair_is_not_seen_on_the_other_side():
+    """The judge looks for the two halves by themselves."""
+    one, other = Object("red", "circle"), Object("yellow", "square")
+    for thing in OBJECTS:
+        left = [render([Scene((thing, x), *whole) for whole in WHOLES]) for x in (one, other)]
+        right = [render([Scene((x, thing), *whole) for whole in WHOLES]) for x in (one, other)]
+        assert torch.equal(*(x[..., :32] for x in left))
+        assert torch.equal(*(x[..., 32:] for x in right))
+        assert not torch.equal(*left)
+
+
+# ---- the judge -----------------------------------------------------------------------------------
+
+
+def test_the_judge_is_exact_on_renders():
+    rows, drawn = some(300)
+    verdict = judge(render(drawn))
+    assert verdict.scene.tolist() == rows
+    assert verdict.residual.max() == 0 and verdict.valid.all()
+
+
+def test_the_judge_finds_what_comparing_every_render_finds():
+    _, drawn = some(12, seed=1)
+    images = render(drawn)
+    # between two scenes, and so noisy that the nearest is a third
+    images = (images + images.roll(1, 0)) / 2
+    images += 1.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    images = images.clamp(-1, 1)
+    distances = []
+    for start in range(0, len(scenes()), 312):
+        known = render(scenes()[start : start + 312]).flatten(1).double()
+        distances.append(torch.cdist(images.flatten(1).double(), known))
+    assert torch.equal(judge(images).scene, torch.cat(distances, 1).argmin(1))
+
+
+def test_the_judge_refuses_blends():
+    other = PAIR._replace(objects=(Object("yellow", "circle"), PAIR.objects[1]))
+    whole, changed = render([PAIR]), render([other])
+    assert not judge((whole + changed) / 2).valid.any()
+    # small beside the image, and where it is it counts in full
+    assert local_distance(whole, changed) > 5 * (whole - changed).square().mean()
+    assert not judge(torch.zeros(1, 3, 64, 64)).valid.any()
+    noise = 0.05 * torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert judge(whole + noise).valid.all() and local_distance(whole + noise, whole) < VALID_BELOW
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.zeros(3, 64, 64), r"must be \[b, 3, 64, 64\]"),
+        (torch.zeros(1, 3, 32, 32), r"got \[1, 3, 32, 32\]"),
+        (torch.full((1, 3, 64, 64), torch.nan), "must be finite"),
+    ],
+)
+def test_the_judge_refuses(images, message):
+    with pytest.raises(ValueError, match=message):
+        judge(images)
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+
+def test_captions_are_true_of_their_scene():
+    random_ = random.Random(0)
+    rows, drawn = some(400, seed=2)
+    for row, scene in zip(rows, drawn, strict=True):
+        caption = draw_caption(scene, random_)
+        assert holds(caption)[row], (scene, caption)
+        assert 0 < len(caption.split()) <= LARGE.max_tokens - 2
+
+
+@pytest.mark.parametrize(
+    "caption, pair, alone",
+    [
+        ("a photo of a shape", True, True),
+        ("", True, True),
+        ("a photo of a red circle and a blue square", True, False),
+        ("a photo of a blue square and a red circle", True, False),
+        ("a photo of a blue circle and a red square", False, False),
+        # one object is not two
+        ("a photo of a red shape and a circle", False, False),
+        ("a photo of a shape and a shape", True, False),
+        ("a photo of a red square", False, False),
+        ("a photo of a single shape", False, True),
+        ("single, blurry", False, True),
+        ("a framed photo of a striped square with text", True, False),
+        ("a blurry photo of a small green triangle on a black background", False, True),
+        # either
+        ("red, green", True, True),
+        ("red, triangle", False, False),
+    ],
+)
+def test_what_a_caption_is_true_of(caption, pair, alone):
+    verdict = judge(render([PAIR, ALONE]))
+    assert verdict.follows(caption).tolist() == [pair, alone]
+
+
+def test_without_the_square_the_circle_stays():
+    alone = PAIR._replace(objects=PAIR.objects[:1])
+    verdict = judge(render([PAIR, alone]))
+    assert verdict.shows("square").tolist() == [True, False]
+    assert verdict.follows("a photo of a red circle").tolist() == [True, True]
+    assert verdict.shows("red square, yellow").tolist() == [False, False]
+    assert verdict.shows("text, blurry").tolist() == [True, True]
+    assert verdict.shows("").tolist() == [False, False]
+
+
+def test_what_a_caption_names():
+    (item,) = read("a clean photo of a red circle and a square on a black background")
+    assert item == Item((Object("red", "circle"), Object("", "square")), {"clean", "black"})
+    (row,) = mentions(["a clean photo of a red circle and a square"])
+    named = {what for what, is_named in zip(MENTIONED, row.tolist(), strict=True) if is_named}
+    assert named == {"clean", "pair", Object("red", "circle"), Object("", "square")}
+
+
+@pytest.mark.parametrize(
+    "caption, message",
+    [
+        ("a photo of a cat", "'cat' in .* is not a word of this world"),
+        ("a red blue circle", "gives one object two of colour"),
+        ("a circle and a square and a triangle", "more than two objects"),
+    ],
+)
+def test_captions_that_cannot_be_read(caption, message):
+    with pytest.raises(ValueError, match=message):
+        read(caption)
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+FEW = 40  # scenes: encoding all of them takes longer than the rest
+TINY_LARGE = replace(
+    RECIPE, size=64, autoencoder=CYCLES, decoder=(TINY,), unet=(16, 32), sharpen=0.5
+)
+FEW_SCENES = replace(
+    LARGE,
+    rates=lambda: rates()[:FEW],
+    matches=lambda captions: LARGE.matches(captions)[:, :FEW],
+    checks=(),
+)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    out = tmp_path_factory.mktemp("large")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    make.make(TINY_LARGE, out, "four-step", FEW_SCENES)
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_the_stages_end_with_a_stock_pipeline(large):
+    before = {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")}
+    assert large / "autoencoder" / "cycle-1" / "autoencoder.pt" in before
+    assert not (large / "joint").exists()
+    make.make(TINY_LARGE, large, "four-step", FEW_SCENES)
+    assert {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")} == before
+    pipe = StableDiffusionPipeline.from_pretrained(large / "four-step" / "pipeline")
+    assert isinstance(pipe.vae, AutoencoderKL) and pipe.vae_scale_factor == 8
+    call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
+    images = pipe(LARGE.checks[1], **call).images
+    assert images.shape == (1, 3, 64, 64)
+
+
+def test_latents_are_normal_and_images_are_what_they_were():
+    torch.manual_seed(0)
+    model = autoencoder.make_autoencoder((8, 8, 8, 8)).eval()
+    _, drawn = some(64, seed=3)
+    before = autoencoder.TrainedCode(model)
+    images = render(drawn)
+    expected = before.decode(before.encode(images))
+    after = autoencoder.TrainedCode(autoencoder.normalised(model))
+    codes = after.encode(images)
+    torch.testing.assert_close(after.decode(codes), expected, atol=1e-4, rtol=1e-4)
+    assert codes.mean((0, 2, 3)).abs().max() < 0.3
+    torch.testing.assert_close(codes.std((0, 2, 3)), torch.ones(16), atol=0.3, rtol=0)
+
+
+def test_a_longer_trained_decoder_has_the_same_latents(tmp_path):
+    torch.manual_seed(0)
+    model = autoencoder.normalised(autoencoder.make_autoencoder((8, 8, 8, 8)).eval())
+    images = render(some(4, seed=4)[1])
+    before = autoencoder.TrainedCode(copy.deepcopy(model))
+    after = autoencoder.TrainedCode(autoencoder.train_decoder(model, (TINY,), tmp_path))
+    codes = before.encode(images)
+    assert torch.equal(after.encode(images), codes)
+    assert not torch.equal(after.decode(codes), before.decode(codes))
+
+
+def test_what_is_nearby_is_of_the_world_and_allowed():
+    known = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    drawn = (0.6 * known[0] + 0.4 * known[1])[None].float().repeat(2, 1, 1, 1)
+    allowed = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    found = students.nearby(drawn, known, allowed)
+    torch.testing.assert_close(found, known[:2].float(), atol=0.05, rtol=0.05)
+
+
+def test_the_students_of_the_command_know_their_world(large):
+    model = load(large / "student" / "pipeline")
+    assert model.latent_shape == (autoencoder.CHANNELS, autoencoder.GRID, autoencoder.GRID)
+    assert model.encode(["text"]).embeds.shape[1] == LARGE.max_tokens
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--stage", "paint"], "--stage must be one of clip, autoencoder, "),
+        (["--from-shipped"], "the shipped model draws 32x32 images"),
+    ],
+)
+def test_what_the_command_refuses(more, message, tmp_path, capsys):
+    assert main(["world", "--size", "64", "--out", str(tmp_path), *more]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_evaluation_knows_the_world_of_a_model(large, tmp_path, capsys):
+    """By the size of its images: prompts, judge and page are those of the larger world."""
+    student = large / "student" / "pipeline"
+    methods = (evaluate.NONE, evaluate.Method("nasa", 0.5))
+    results = evaluate.run(student, [1], 1, methods=methods)
+    assert results.about["world"] == "large"
+    assert results.quality["student, 1 step"].n == len(prompts.LARGE_PAIRS)
+    assert all(cell.total.n == len(prompts.LARGE_PAIRS) for cell in results.cells)
+    report.write(results, tmp_path, tmp_path / "page.md")
+    assert report.as_json(results)["pairs"] == [list(pair) for pair in prompts.LARGE_PAIRS]
+    page = (tmp_path / "page.md").read_text()
+    assert "the nearest of the 9984" in page and "97 % and 97 % in four" in page
+    # decoded as the pipeline decodes
+    model = load(student)
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    call = {"latents": noise, "num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
+    drawn = evaluate.draw(model, "a photo of a circle", "", evaluate.NONE, 1, noise, 0)
+    torch.testing.assert_close(drawn / 2 + 0.5, model.pipe("a photo of a circle", **call).images)
+    pooled = ["pooled", "--student", str(student), "--out", str(tmp_path / "pooled.json")]
+    assert main(pooled) == 1
+    assert "must draw the small world's 32x32 images" in capsys.readouterr().err
+
+
+def test_nasa_t_reads_prompts_of_its_teachers_world(large, tmp_path, capsys):
+    (tmp_path / "negatives.txt").write_text("glowing\n")
+    teacher = str(large / "teacher" / "pipeline")
+    command = ["train", "--preset", "world", "--teacher", teacher, "--out", str(tmp_path / "run")]
+    command += ["--data", str(large / "prompts.txt")]
+    assert main([*command, "--negatives", str(tmp_path / "negatives.txt")]) == 1
+    assert "'glowing' in 'glowing' is not a word of this world" in capsys.readouterr().err
+    small = [f"--set={item}" for item in ("steps=1", "batch=2", "lora_rank=2", "lora_first=0")]
+    command += ["--negatives", str(large / "negatives.txt"), *small]
+    assert main([*command, "--clip", str(large / "clip" / "model")]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", (SMALL, LARGE), ids=lambda world: world.name)
+def test_how_far_the_judge_is_trusted(world):
+    """What it says of changed renders, counted; and a judge that errs is found out."""
+    few = replace(world, rates=lambda: world.rates()[:50])
+    rows = reliability.run(few, 30, 0)["rows"]
+    assert rows["every render"]["images"] == 50 and rows["noise of 0.05"]["images"] == 30
+    assert rows["every render"]["misread"] == 0 and rows["every render"]["valid"] == 50
+    assert rows["noise of 0.2"]["valid"] <= rows["noise of 0.05"]["valid"] == 30
+    assert rows["smooth noise of 0.2"]["valid"] < 30
+    blind = replace(
+        few,
+        judge=lambda images: world.judge(world.images(torch.zeros(len(images), dtype=torch.long))),
+    )
+    found = reliability.run(blind, 30, 0)
+    assert found["rows"]["every render"]["misread"] == 49
+    assert sum(found["rows"]["every render"]["by attribute"].values()) >= 49
+    assert "| every render | 50 | 98.0 " in reliability.page(found)
+
+
+def test_the_command_that_measures_the_judge(large, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(kinds.WORLDS, 64, FEW_SCENES)
+    out, page = tmp_path / "judge.json", tmp_path / "judge.md"
+    command = ["judge", "--size", "64", "--images", "3", "--out", str(out), "--page", str(page)]
+    vae = ["--autoencoder", str(large / "decoder" / "model")]
+    assert main([*command, *vae]) == 0, capsys.readouterr().err
+    found = json.loads(out.read_text())
+    assert found["rows"]["encoded and decoded"]["images"] == 3
+    assert page.read_text() == reliability.page(found)
+    assert main(["judge", "--size", "32", "--out", str(out), *vae]) == 1
+    assert "must be of images of 32 pixels, got 64" in capsys.readouterr().err
+    assert main([*command, "--autoencoder", str(tmp_path)]) == 1
+    assert "holds no AutoencoderKL" in capsys.readouterr().err
+
+
+def test_the_world_of_a_folder_and_of_its_model(large, tmp_path):
+    """Of networks of the pipeline's own sizes, and of one that is of no world."""
+    for folder, world in ((large / "student" / "pipeline", LARGE), (shipped.path(), SMALL)):
+        assert kinds.world_at(folder) is world
+    assert kinds.world_of(load(large / "student" / "pipeline")) is LARGE
+    assert kinds.of_images(torch.zeros(1, 3, 32, 32)) is SMALL
+    with pytest.raises(ValueError, match="must be 32 or 64 pixels wide, got .1, 3, 48, 48."):
+        kinds.of_images(torch.zeros(1, 3, 48, 48))
+    with pytest.raises(ValueError, match="must hold a pipeline of a small world"):
+        kinds.world_at(tmp_path)
+    for name, config in (("unet", {"sample_size": 64}), ("vae", {"block_out_channels": [1] * 4})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="images of 32 or 64 pixels, got 512"):
+        kinds.world_at(tmp_path)
+
+
+@pytest.mark.parametrize("name", ("small", "large"))
+def test_the_pages_of_the_judges_are_made_of_their_numbers(name):
+    docs = Path(__file__).parents[2] / "docs" / "distill"
+    found = json.loads((docs / "judge" / f"{name}.json").read_text())
+    assert found["about"]["world"] == name
+    assert (docs / f"judge-{name}.md").read_text() == reliability.page(found)
+    half = found["rows"]["50% of another scene"]
+    said = f"{100 * half['valid'] / half['images']:.1f} %"
+    assert said in (docs / "training.md").read_text()
