@@ -548,7 +548,15 @@ std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, 
 #ifndef NASA_DEVICE
 #define NASA_DEVICE CUDA
 #endif
-STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, NASA_DEVICE, m) {
+// Hugging Face's kernel-builder names the namespace of each build and loads it as a Python module. The
+// macros are of its registration.h, which integrations/hf-kernels/aot/torch_binding.cpp includes.
+#ifdef TORCH_EXTENSION_NAME
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+#define NASA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, NASA_DEVICE, m)
+#else
+#define NASA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(nasa_kernels, NASA_DEVICE, m)
+#endif
+NASA_LIBRARY(m) {
     m.impl("forward_cuda", TORCH_BOX(&nasa::forward_cuda));
     m.impl("forward_joint_cuda", TORCH_BOX(&nasa::forward_joint_cuda));
     m.impl("nag_cuda", TORCH_BOX(&nasa::nag_cuda));

@@ -43,6 +43,7 @@ class LayerAlpha:
     guided: Tensor | None = None  # [b] bool, where alpha is not 0; None: the same for all rows
     targets: Targets | None = None  # None: all tokens
     padding: int = 0  # tokens that follow those of a grid, which the region leaves alone
+    leading: int = 0  # and tokens before them
 
     @property
     def learns(self) -> bool:
@@ -93,12 +94,13 @@ class LayerAlpha:
 
     def _resize(self, region: Tensor, queries: int) -> Tensor:
         for frames, height, width in self.grids:
-            if frames * height * width + self.padding == queries:
+            if self.leading + frames * height * width + self.padding == queries:
                 # [1, 1, height, width]
                 region = F.adaptive_avg_pool2d(region[None, None], (height, width))
                 # [b, l, 1]: tokens are frame by frame, row by row
                 values = self.rows * region.flatten(1).repeat(1, frames)[..., None]
-                return F.pad(values, (0, 0, 0, self.padding)) if self.padding else values
+                around = self.leading, self.padding
+                return F.pad(values, (0, 0, *around)) if any(around) else values
         raise ValueError(
             f"nasa_diffusers: a layer has {queries} image tokens, which is none of the grids "
             f"(frames, height, width) {self.grids} of this call; use one alpha per image"

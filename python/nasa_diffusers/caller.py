@@ -38,9 +38,11 @@ COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 PROMPTS = (
     "connector_prompt_embeds",
     "prompt_embeds",
+    "prompt_embeds_t5",
     "text_embeddings",
     "text_embedding",
     "text_bth",
+    "llm_features",
     "cond_embeddings",
 )
 # words in the names of texts that are not the prompt's

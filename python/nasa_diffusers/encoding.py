@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from nasa_diffusers.weights import Fingerprint, Record
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 # what makes other text of theirs before it reaches the denoiser
 CONNECTORS = ("connectors",)
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
 # given to every `encode_prompt` that takes them: one row per prompt, no guidance
 FIXED: dict[str, Any] = {
     "prompt_2": None,
@@ -29,6 +29,9 @@ FIXED: dict[str, Any] = {
     "num_images_per_prompt": 1,
     "num_videos_per_prompt": 1,
     "do_classifier_free_guidance": False,
+    # of an image behind the text
+    "grid_h": 1,
+    "grid_w": 1,
 }
 
 
@@ -50,14 +53,15 @@ def encode_prompt(pipe: Any, prompts: list[str], options: Mapping[str, Any]) -> 
     return made if isinstance(made, tuple) else (made,)
 
 
-def takes(pipe: Any, option: str) -> bool:
+def takes(pipe: Any, option: str, without: Sequence[str] = ()) -> bool:
     """Whether the pipeline's encoding has this option."""
-    return option in _own_encoding(pipe)[1]
+    return option in _own_encoding(pipe, without)[1]
 
 
-def check_encodes(pipe: Any) -> None:
-    """An error where the pipeline has no encoding of its own that could be called."""
-    _own_encoding(pipe)
+def check_encodes(pipe: Any, without: Sequence[str] = ()) -> None:
+    """An error where the pipeline has no encoding of its own that could be called; what it asks
+    for of `without` is not needed."""
+    _own_encoding(pipe, without)
 
 
 def call_defaults(pipe: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +79,9 @@ def on_device(pipe: Any) -> torch.device:
     return pipe._execution_device
 
 
-def _own_encoding(pipe: Any) -> tuple[Callable, Mapping[str, inspect.Parameter]]:
+def _own_encoding(
+    pipe: Any, without: Sequence[str] = ()
+) -> tuple[Callable, Mapping[str, inspect.Parameter]]:
     encode = getattr(pipe, "encode_prompt", None) or getattr(pipe, "_encode_prompt", None)
     if encode is None:
         raise _cannot_encode(pipe, "it has no encode_prompt")
@@ -83,7 +89,7 @@ def _own_encoding(pipe: Any) -> tuple[Callable, Mapping[str, inspect.Parameter]]
     if "prompt" not in taken:
         raise _cannot_encode(pipe, f"its encode_prompt takes {', '.join(taken)}, and no prompt")
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = {"prompt", "device", "negative_prompt", *FIXED}
+    known = {"prompt", "device", "negative_prompt", "max_sequence_length", *FIXED, *without}
     others = [
         name
         for name, parameter in taken.items()

@@ -57,6 +57,7 @@ class Batch(NamedTuple):
     grids: tuple[Grid, ...]  # for a map over the image
     targets: Targets | None  # where reference images stand beside it
     padding: int = 0  # tokens that follow those of a grid
+    leading: int = 0  # and tokens before them
 
 
 class LastText(NamedTuple):
@@ -245,14 +246,15 @@ class Guidance:
                 afresh=afresh,
             )
         grids: tuple[Grid, ...] = ()
-        padding = 0
+        padding = leading = 0
         if settings.alpha.region is not None:
             grids = self.image_tokens.grids(sample, inputs)
             padding = self.image_tokens.padding(sample, inputs)
+            leading = self.image_tokens.leading(sample, inputs)
         targets = self.image_tokens.targets(inputs)
         if targets is not None:
             settings.method.check_references()
-        batch = Batch(rows, sample.device, grids, targets, padding)
+        batch = Batch(rows, sample.device, grids, targets, padding, leading)
         alphas = (self._alpha(settings.alpha, term.weight, batch) for term in negatives)
         terms = tuple(
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
@@ -391,8 +393,9 @@ def _make_alpha(alpha: Alpha, weight: float, batch: Batch) -> LayerAlpha:
         return LayerAlpha(values, guided=guided, targets=batch.targets)
     region = alpha.region.to(batch.device)
     return LayerAlpha(
-        values, region, batch.grids, guided=guided, targets=batch.targets, padding=batch.padding
-    )
+        values, region, batch.grids, guided=guided, targets=batch.targets,
+        padding=batch.padding, leading=batch.leading,
+    )  # fmt: skip
 
 
 def _path_to(denoiser: nn.Module, layers: Iterable[str]) -> list[nn.Module]:

@@ -126,7 +126,7 @@ class Negative:
             if pipe is not None:
                 which = f"{type(pipe).__name__} has no text encoder loaded"
             raise ValueError(f"enable_nasa: {which}; pass negative_prompt_embeds")
-        check_encodes(pipe)
+        check_encodes(pipe, family.encodes_without)
         for name in family.text_parts:
             if getattr(pipe, name, None) is None:
                 raise ValueError(
@@ -245,7 +245,7 @@ def _check_length(pipe: Any, family: Family, max_sequence_length: Any) -> int | 
             f"enable_nasa: max_sequence_length must be a number of tokens, from {least}, got "
             f"{max_sequence_length!r}"
         )
-    if not takes(pipe, "max_sequence_length"):
+    if not takes(pipe, "max_sequence_length", family.encodes_without):
         raise ValueError(
             "enable_nasa: max_sequence_length is fixed by the text encoder of "
             f"{type(pipe).__name__}; leave it out"

@@ -108,6 +108,8 @@ CONDITIONS: dict[str, str] = {
     "SemanticStableDiffusion": EMBEDS,
     "StableDiffusionPipelineSafe": EMBEDS,
     "VisualCloze": EMBEDS,
+    "EasyAnimateControl": "give its encode_prompt an option text_encoder_index: diffusers' own has "
+    "none, and its call asks for it",
     "StableDiffusion3PAG": "with pag_scale=0: perturbed attention has processors of its own there",
 }
 MODULAR = "give negative_prompt_embeds: its blocks encode prompts"

@@ -10,8 +10,23 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import T5Config, T5EncoderModel
 
-from nasa_diffusers.testing import HEADS, T5_SIZE, _ready, letter_tokenizer, vae
-from nasa_diffusers.testing_side import TEXT_SIZE, VISION, _flux2_vae, chat_tokenizer, qwen_vl
+from nasa_diffusers.testing import (
+    HEADS,
+    T5_SIZE,
+    _ready,
+    clip_config,
+    clip_tokenizer,
+    letter_tokenizer,
+    vae,
+)
+from nasa_diffusers.testing_side import (
+    IN_PARTS,
+    TEXT_SIZE,
+    VISION,
+    _flux2_vae,
+    chat_tokenizer,
+    qwen_vl,
+)
 
 FLUX_LIKE: dict[str, Any] = {
     "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": 32,
@@ -265,4 +280,69 @@ def qwen_image_21(seed: int = 0):
     )  # fmt: skip
     # a letter is a token
     pipe.prompt_template_t2i = "a {}."
+    return _ready(pipe)
+
+
+def ideogram4(seed: int = 0):
+    """Ideogram 4 in small: two blocks; of 36 layers of its text encoder thirteen count."""
+    from diffusers import Ideogram4Pipeline, Ideogram4Transformer2DModel
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    torch.manual_seed(seed)
+    config = Qwen3VLConfig(
+        text_config=TEXT_SIZE
+        | {
+            "num_hidden_layers": 36,
+            "rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"},
+        },
+        vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
+    )  # fmt: skip
+
+    def transformer() -> Any:
+        return Ideogram4Transformer2DModel(
+            in_channels=16, num_layers=2, intermediate_size=32, adaln_dim=16,
+            llm_features_dim=13 * 32, mrope_section=(4, 2, 2), **HEADS,
+        )  # fmt: skip
+
+    pipe = Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_flux2_vae(),
+        text_encoder=Qwen3VLModel(config),
+        tokenizer=chat_tokenizer(IN_PARTS),
+        transformer=transformer(),
+        unconditional_transformer=transformer(),
+    )
+    return _ready(pipe)
+
+
+def hidream(seed: int = 0):
+    """HiDream-I1 in small: two blocks of each kind, three layers of Llama."""
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+    from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, caption_channels=[32, 32],
+        text_emb_dim=64, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(8, 4, 4),
+        max_resolution=(12, 12), llama_layers=[0, 1, 1, 1], **HEADS,
+    )  # fmt: skip
+    config = clip_config(32)
+    # a CLIP of long texts
+    config.max_position_embeddings = 248
+    pipe: Any = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(T5Config(**T5_SIZE)),
+        tokenizer_3=letter_tokenizer(),
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(**TEXT_SIZE)),
+        tokenizer_4=letter_tokenizer(),
+        transformer=transformer,
+    )
+    # its images have as many pixels as a square of these latents
+    pipe.default_sample_size = 12
     return _ready(pipe)

@@ -144,7 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--world", type=Path, required=True, help="folder that the command world made")
     add("--seeds", type=_integers, default=[0, 1, 2], help="e.g. 0,1,2 (default)")
     add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
-    add("--alpha", type=float, default=0.5, help="of NASA in the evaluation")
+    add(
+        "--methods", default="nasa:0.5", help="of the evaluation, as of eval (default: %(default)s)"
+    )
+    add("--variants", help="only these rows, separated by commas; default: all seven")
+    add("--clip", action="store_true", help="also CLIP+ and CLIP-, by the world's own CLIP")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")
 
@@ -305,8 +309,10 @@ def run_pooled(options: argparse.Namespace) -> None:
 
 
 def run_ablate(options: argparse.Namespace) -> None:
-    from nasa_distill.world.evaluation import ablation
+    from nasa_distill.train.clip import Clip
+    from nasa_distill.world.evaluation import ablation, evaluate
 
+    variants = options.variants.split(",") if options.variants else list(ablation.VARIANTS)
     rows = ablation.run(
         PRESETS["world"].changed(**parse_settings(options.set)),
         options.world / "teacher" / "pipeline",
@@ -315,8 +321,10 @@ def run_ablate(options: argparse.Namespace) -> None:
         read_lines(options.world / "negatives.txt", "--world"),
         options.seeds,
         options.out,
-        options.alpha,
+        tuple(map(evaluate.read_method, options.methods.split(","))),
         options.images,
+        Clip.load(options.world / "clip" / "model") if options.clip else None,
+        variants,
     )
     print(ablation.page(rows))
 

@@ -24,6 +24,7 @@ from support.cuda_emulation import (
 )
 from test_cuda_backward import make_grad
 from test_cuda_forward import EDGES, MODELS, Shape, make
+from test_cuda_grouped import grouped
 from test_cuda_joint import make_joint
 from test_cuda_joint_backward import TILES, backward
 from test_cuda_joint_backward import make as make_segments
@@ -294,7 +295,7 @@ def told(map_bytes: bytes) -> dict:
     return {"address": words[0], "shape": words[1:5], "strides": words[5:8], "box": box}
 
 
-@pytest.mark.parametrize("how", ["own", "broadcast", "joint"])
+@pytest.mark.parametrize("how", ["own", "broadcast", "grouped", "joint"])
 @pytest.mark.parametrize("shape", SM90, ids=str)
 def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
     inputs, joint = make(shape, torch.bfloat16), None
@@ -303,6 +304,8 @@ def test_hopper_launches_what_the_emulation_runs(recorder, shape, how):
             name: x if name == "q" else x[:1, :, :1].expand(shape.b, -1, shape.h, -1)
             for name, x in inputs.items()
         }
+    elif how == "grouped":
+        inputs, _ = grouped(make(shape._replace(l=17, h=4), torch.bfloat16), 2)
     elif how == "joint":
         joint = make_joint(shape, torch.bfloat16, text_pos=9, text_neg=7)
     cuda_emulation.forward_sm90(**inputs, blocks=1 << 30, joint=joint)
@@ -413,6 +416,20 @@ def test_backward_launches_what_the_emulation_runs(recorder, shape, splits):
     if splits > 1:
         assert records[2].name == emulated(REPORTS[2])[0]
         assert tuple(records[2].grid)[1] == 4
+    elements = 2 * sum(shape.b * n * shape.h * shape.d for n in (shape.n_pos, shape.n_neg))
+    assert recorder.test_partial_elements(ctypes.byref(params)) == elements
+
+
+def test_backward_of_groups_is_summed_by_the_last_launch(recorder):
+    """Also without splits: what a head adds to the keys of its group is scratch of all heads."""
+    shape = MODELS[0]._replace(l=17, h=4)
+    inputs, _ = grouped(make(shape, torch.float16), 2)
+    REPORTS.clear()
+    cuda_emulation.backward(make_grad(inputs), **inputs)
+    params = BackwardParams.from_buffer_copy(REPORTS[0].args[0])
+    records = launches(recorder, A100, params)
+    assert [record.name for record in records] == [emulated(launch)[0] for launch in REPORTS]
+    assert len(records) == 3
     elements = 2 * sum(shape.b * n * shape.h * shape.d for n in (shape.n_pos, shape.n_neg))
     assert recorder.test_partial_elements(ctypes.byref(params)) == elements
 

@@ -108,6 +108,27 @@ class Shared(Rules):
         return image_heads(attn, image), [image_heads(attn, t) for t in texts]
 
 
+class MaybeWithoutText(Shared):
+    """Two streams whose text has projections of its own or has not, before or behind (Mochi,
+    EasyAnimate)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        of_text = image_heads if attn.add_q_proj is None else text_heads
+        texts = encoder_hidden_states.split(self.lengths, 1)
+        o, *texts = self.mix(image_heads(attn, hidden_states), [of_text(attn, t) for t in texts])
+        to_text = getattr(attn, "to_add_out", None) or torch.nn.Identity()
+        return attn.to_out[0](o), to_text(torch.cat(texts, 1))
+
+
+class Unprojected(Shared):
+    """The same where the block projects what comes out (HunyuanVideo's second kind)."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        texts = encoder_hidden_states.split(self.lengths, 1)
+        o, *of_texts = self.mix(*self.of(attn, hidden_states, texts))
+        return o, torch.cat(of_texts, 1)
+
+
 class OneSequence(Rules):
     """[image; texts], whatever the model's own order is: nothing else looks at it."""
 
@@ -159,7 +180,7 @@ def guided(case, rule, negatives, **changes):
     parts = [case.part(given)]
     for embeds, _, mask in negatives:
         text = case.with_text(inputs, embeds, mask, rows)
-        parts.append(case.part(block_inputs(model, first[0], **text)))
+        parts.append(case.negative_part(block_inputs(model, first[0], **text)))
     image, texts, i = parts[0].image, torch.cat([part.text for part in parts], 1), 0
     modulations = []
     if case.modulates_anew:
@@ -206,12 +227,20 @@ class CrossRules:
             [x.unflatten(-1, (attn.heads, -1)) for x in (attn.norm_k(attn.to_k(t)), attn.to_v(t))]
             for t in split
         )
+        o = self.mix(q, pos, negs)
+        if attn.to_gate_logits is not None:
+            o = o * 2 * attn.to_gate_logits(hidden_states).sigmoid()[..., None]
+        return attn.to_out[0](o.flatten(2))
+
+    def mix(self, q, pos, negs):
+        """Of the prompts each K and V, `[b, n, h, d]`."""
         z = attend(q, *pos, self.mask)
         o = z
         for (alpha, own), neg in zip(self.negatives, negs, strict=True):
             alpha = alpha(q.shape[1]) if callable(alpha) else alpha
             if self.rule == "vsf":
-                own = pos[0].new_ones(len(q), neg[0].shape[1], dtype=torch.bool)
+                if own is None:
+                    own = pos[0].new_ones(len(q), neg[0].shape[1], dtype=torch.bool)
                 present = pos[0].new_ones(len(q), pos[0].shape[1], dtype=torch.bool)
                 both = torch.cat([present if self.mask is None else self.mask, own], 1)
                 keys, values = (torch.cat([x, y], 1) for x, y in zip(pos, neg, strict=True))
@@ -223,9 +252,50 @@ class CrossRules:
                 o = published_nag(z.flatten(2), taken, *settings).unflatten(2, z.shape[2:])
             else:
                 o = o - alpha * attend(q, *neg, own)
-        if attn.to_gate_logits is not None:
-            o = o * 2 * attn.to_gate_logits(hidden_states).sigmoid()[..., None]
-        return attn.to_out[0](o.flatten(2))
+        return o
+
+
+class CrossTexts(CrossRules):
+    """HunyuanDiT's: heads are normed, and queries have positions. `texts` are the negative ones as
+    a block takes them."""
+
+    def __init__(self, rule, negatives, texts, positive):
+        super().__init__(rule, negatives, [positive], None)
+        self.texts = texts
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, **_):
+        q = turn_real(self.heads(attn.norm_q, attn, attn.to_q(hidden_states)), image_rotary_emb)
+        pos, *negs = (
+            [self.heads(attn.norm_k, attn, attn.to_k(t)), self.heads(None, attn, attn.to_v(t))]
+            for t in (encoder_hidden_states, *self.texts)
+        )
+        return attn.to_out[0](self.mix(q, pos, negs).flatten(2))
+
+    @staticmethod
+    def heads(norm, attn, x):
+        x = x.unflatten(-1, (attn.heads, -1))
+        return x if norm is None else norm(x)
+
+
+class UnprojectedTexts(CrossRules):
+    """Lumina-Next's: queries and keys are normed before heads are split, the keys' are fewer."""
+
+    def __init__(self, rule, negatives, texts, mask):
+        super().__init__(rule, negatives, [mask.shape[1]], mask)
+        self.texts = texts
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, query_rotary_emb, **_):
+        size = hidden_states.shape[-1] // attn.heads
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (-1, size))
+        q = turn_complex(q, query_rotary_emb)
+        pos, *negs = (
+            [
+                x.unflatten(-1, (-1, size)).repeat_interleave(2, 2)
+                for x in (attn.norm_k(attn.to_k(t)), attn.to_v(t))
+            ]
+            for t in (encoder_hidden_states, *self.texts)
+        )
+        return self.mix(q, pos, negs)
 
 
 def guided_by_cross_attention(case, rule, negatives, **changes):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flux_like_cases
+import hunyuan_cases
 import one_sequence_cases
 import side_cases
 import test_pipe_rows
@@ -22,6 +23,7 @@ CASES = {
     for case in (
         side_cases.Qwen, side_cases.ZImage, side_cases.Flux2, side_cases.Krea2,
         side_cases.CogVideoX, side_cases.CogView4, side_cases.LTX2, *flux_like_cases.CASES.values(),
+        *hunyuan_cases.CASES.values(),
         *one_sequence_cases.CASES.values(),
     )
 }  # fmt: skip
@@ -59,11 +61,11 @@ class Seen:
         case = case.__new__(case)
         case.model, case.rows = self.model, len(self.ours)
         case.inputs = {name: x for name, x in self.inputs.items() if name != "return_dict"}
-        case.image_tokens, targets = tokens_of(self.model, self.inputs)
+        case.look()
         rule = case.rules[0]
         alpha = ALPHA
-        if targets < case.image_tokens:
-            alpha = over(targets, case.image_tokens)
+        if case.targets < case.image_tokens:
+            alpha = over(case.leading, case.targets, case.image_tokens)
             if rule == "nasa":
                 alpha = video_alone(alpha)
         return case.expected(rule, [(negative, alpha, None)])
@@ -126,34 +128,11 @@ def as_rows(output):
     return torch.stack(rows) if isinstance(rows, list) else rows
 
 
-def tokens_of(model, inputs):
-    """How many tokens its image has, and how many of them, the first ones, are made."""
-    if "x" in inputs:
-        _, f, h, w = inputs["x"][0].shape
-        tokens = -(-f * h * w // 4 // 32) * 32
-        return tokens, tokens
-    x = inputs["hidden_states"]
-    tokens = made = x.shape[1]
-    if x.dim() == 4 and hasattr(model.config, "patch_size"):
-        tokens = made = x.shape[2] * x.shape[3] // model.config.patch_size**2
-    if inputs.get("img_shapes") is not None:
-        shapes = inputs["img_shapes"][0]
-        # what is made are all layers, or one image; behind them stands what is edited
-        are_layers = getattr(model.config, "use_layer3d_rope", False)
-        made = sum(f * h * w for f, h, w in (shapes[:-1] if are_layers else shapes[:1]))
-    elif inputs.get("img_ids") is not None:
-        ids = inputs["img_ids"]
-        ids = ids[0] if ids.dim() == 3 else ids
-        # the first one is of the image that is made
-        made = int((ids[:, 0] == ids[0, 0]).sum())
-    elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
-        made = inputs["num_frames"] * inputs["height"] * inputs["width"]
-    return tokens, made
-
-
-def over(targets, tokens):
-    """Alpha of the first tokens, and 0 of those behind them."""
-    return torch.where(torch.arange(tokens) < targets, ALPHA, 0.0).view(1, -1, 1, 1)
+def over(before, targets, tokens):
+    """Alpha of so many tokens, and 0 of those before and behind them."""
+    at = torch.arange(tokens)
+    are = (at >= before) & (at < before + targets)
+    return torch.where(are, ALPHA, 0.0).view(1, -1, 1, 1)
 
 
 def video_alone(alpha):

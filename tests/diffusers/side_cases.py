@@ -45,7 +45,8 @@ class Case:
     tokens = "hidden_states"
     # of a block: what the attention reads, and the oracle's does not
     positions = (
-        "image_rotary_emb", "freqs_cis", "encoder_hidden_states_mask", "attention_mask", "attn_mask"
+        "image_rotary_emb", "freqs_cis", "encoder_hidden_states_mask", "attention_mask",
+        "attn_mask",
     )  # fmt: skip
     text = "encoder_hidden_states"
     text_shape = (7, 32)
@@ -53,7 +54,8 @@ class Case:
     rules = ("nasa-cross", "nasa-text", "nasa", "vsf")
     grid = (1, *L)
     modulates_anew = False  # each block gets a modulation of its own
-    targets = None  # how many image tokens are made, where others stand behind them
+    targets = None  # how many image tokens are made, where others stand behind or before them
+    leading = 0  # how many of them
 
     def __init__(self, **options):
         self.model = made(self.cls, self.config | options)
@@ -69,6 +71,10 @@ class Case:
 
     def out(self, output):
         return output[0]
+
+    def mask_of(self, mask):
+        """As `enable_nasa` takes that of its text, or those of several."""
+        return mask
 
     def before(self, index, texts, inputs, negatives):
         """The tokens of all prompts as the block of this number gets them."""
@@ -93,7 +99,8 @@ class Case:
     def has_mask(self):
         """Whether the model masks its text; Qwen-Image's did not before diffusers 0.37."""
         is_old = self.cls.startswith("Qwen") and not MASKS_TEXT
-        return not self.cls.startswith(("Flux2", "Cog")) and not is_old
+        have_none = "Flux2", "Cog", "ConsisID", "EasyAnimate"
+        return not self.cls.startswith(have_none) and not is_old
 
     def own_text(self):
         """The text of the call as a negative prompt with its mask."""
@@ -108,6 +115,34 @@ class Case:
 
     def text_of(self, tokens, seed):
         return random(1, tokens, *self.text_shape[1:], seed=seed)
+
+    def look(self):
+        """Where the tokens that are made lie, in a call that was seen."""
+        inputs, tokens = self.inputs, self.inputs.get("hidden_states")
+        if tokens is None:
+            _, f, h, w = inputs["x"][0].shape
+            self.image_tokens = self.targets = -(-f * h * w // 4 // 32) * 32
+            return
+        self.image_tokens = self.targets = tokens.shape[1]
+        if tokens.dim() == 4 and hasattr(self.model.config, "patch_size"):
+            patch = self.model.config.patch_size
+            self.image_tokens = self.targets = tokens.shape[2] * tokens.shape[3] // patch**2
+        if inputs.get("img_shapes") is not None:
+            shapes = inputs["img_shapes"][0]
+            # what is made are all layers, or one image; behind them stands what is edited
+            are_layers = getattr(self.model.config, "use_layer3d_rope", False)
+            made = shapes[:-1] if are_layers else shapes[:1]
+            self.targets = sum(f * h * w for f, h, w in made)
+        elif inputs.get("img_ids") is not None:
+            ids = inputs["img_ids"]
+            ids = ids[0] if ids.dim() == 3 else ids
+            # the first one is of the image that is made
+            self.targets = int((ids[:, 0] == ids[0, 0]).sum())
+        elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
+            self.targets = inputs["num_frames"] * inputs["height"] * inputs["width"]
+
+    def negative_part(self, given):
+        return self.part(given)
 
     def expected(self, rule, negatives, **changes):
         return parts.guided(self, rule, negatives, **changes)
@@ -365,7 +400,7 @@ class CogVideoX(Case):
     def part(self, given):
         return SimpleNamespace(
             image=given["hidden_states"], text=given["encoder_hidden_states"], mask=None,
-            image_rope=given["image_rotary_emb"], text_rope=None,
+            image_rope=given.get("image_rotary_emb"), text_rope=None,
         )  # fmt: skip
 
 

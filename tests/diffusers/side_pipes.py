@@ -4,6 +4,7 @@ import importlib
 from types import SimpleNamespace
 
 import diffusers
+import hunyuan_pipes
 import torch
 from nasa_diffusers import testing_joint
 from nasa_diffusers import testing_side as testing
@@ -51,13 +52,24 @@ PIPES |= {
     ),
     "ernie": (testing_joint.ernie, {"height": 64, "width": 96, "guidance_scale": 1.0}),
     "qwen21": (testing_joint.qwen_image_21, {"height": 64, "width": 96}),
+    "ideogram4": (
+        testing_joint.ideogram4,
+        {
+            "height": 16, "width": 24, "max_sequence_length": 16, "guidance_scale": 1.0,
+            "guidance_schedule": None,
+        },
+    ),
+    "hidream": (
+        testing_joint.hidream,
+        {"height": 16, "width": 24, "max_sequence_length": 16, "guidance_scale": 1.0},
+    ),
     "prx": (
         testing_joint.prx,
         {"height": 16, "width": 24, "guidance_scale": 1.0, "use_resolution_binning": False},
     ),
 }  # fmt: skip
 # under guidance these put both branches into one batch, the pipeline's own negative prompt first
-DOUBLED = ("ltx2", "cogvideox", "bria", "fibo", "aura-flow", "ernie", "prx")
+DOUBLED = ("ltx2", "cogvideox", "bria", "fibo", "aura-flow", "ernie", "prx", "hidream")
 # what switches on classifier-free guidance
 CFG = {
     "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
@@ -81,6 +93,7 @@ CFG |= {
         "prx",
     )
 }
+CFG["hidream"] = CFG["prx"]
 CFG["qwen21"] = {"true_cfg_scale": 3.0, "negative_prompt": "dull"}
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
@@ -90,7 +103,12 @@ NEEDS = {
     "bria": "BriaPipeline", "fibo": "BriaFiboPipeline", "lumina2": "Lumina2Pipeline",
     "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
     "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
+    "ideogram4": "Ideogram4Pipeline", "hidream": "HiDreamImagePipeline",
 }  # fmt: skip
+PIPES |= hunyuan_pipes.PIPES
+CFG |= hunyuan_pipes.CFG
+NEEDS |= hunyuan_pipes.NEEDS
+DOUBLED = (*DOUBLED, *hunyuan_pipes.DOUBLED)
 PIPES = {name: each for name, each in PIPES.items() if hasattr(diffusers, NEEDS[name])}
 
 if hasattr(diffusers, "PRXPipeline"):
@@ -110,4 +128,4 @@ def draw(pipe, options, prompt="a cat", *, steps=2, seed=0, **others):
         generator=[torch.Generator().manual_seed(seed + i) for i in range(prompts * each)],
         **options | others,
     )  # fmt: skip
-    return torch.cat([x.flatten(1) for x in made], 1)
+    return torch.cat([x.flatten(1) for x in made if x is not None], 1)

@@ -100,7 +100,9 @@ def pipelines():
 PIPELINES = pipelines()
 # parameters of an encoding that are no options: texts, rows, guidance, and what was encoded before
 NO_OPTIONS = (
-    "self", "device", "dtype", "kwargs", "do_classifier_free_guidance", "guidance_scale"
+    "self", "device", "dtype", "kwargs", "do_classifier_free_guidance", "guidance_scale",
+    # of the image
+    "grid_h", "grid_w",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`python -m nasa_diffusers gallery`: pictures are the library's, the page of the docs is current."""
+"""`python -m nasa_diffusers gallery`: the pictures are the library's, its page is current."""
 
 import re
 import shlex
@@ -96,7 +96,9 @@ def test_the_page_of_the_docs_is_what_its_command_makes(tmp_path, monkeypatch, c
     changed = {seeds: "0,1", str(PAGE.parent.relative_to(ROOT)): str(tmp_path)}
     monkeypatch.chdir(ROOT)
     assert main([changed.get(x, x) for x in arguments]) == 0, capsys.readouterr().err
-    text = (tmp_path / "index.md").read_text().replace("seeds 0, 1.", "seeds 0, 1, 2, 3, 4, 5, 6, 7.")
+    text = (
+        (tmp_path / "index.md").read_text().replace("seeds 0, 1.", "seeds 0, 1, 2, 3, 4, 5, 6, 7.")
+    )
     assert without_backend(text) == without_backend(PAGE.read_text())
     for i in range(3):
         again = Image.open(tmp_path / f"{i}.png")

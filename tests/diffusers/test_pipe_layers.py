@@ -202,6 +202,8 @@ PROCESSORS = {
     "ErnieImage": {"ErnieImageSingleStreamAttnProcessor"},
     "PRX": {"PRXAttnProcessor2_0"},
     "QwenImage21": {"QwenImage21AttnProcessor"},
+    "Ideogram4": {"Ideogram4AttnProcessor"},
+    "HiDream": {"HiDreamAttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

@@ -13,6 +13,7 @@ import pytest
 import torch
 import video_parts
 from nasa_diffusers import enable_nasa, nasa, pipelines, testing, testing_joint
+from nasa_diffusers import testing_hunyuan as small
 from nasa_diffusers import testing_side as side
 from PIL import Image
 from seen_calls import check, seen
@@ -112,6 +113,14 @@ MODULAR = {
     "HeliosPyramidModularPipeline": (
         lambda: video_parts.helios("HeliosPyramid"), PYRAMID, TEXT, True
     ),
+    "HunyuanVideo15ModularPipeline": (
+        small.hunyuan_video15_parts,
+        {"height": 16, "width": 24, "num_frames": 5}, (TEXT, text(3, 16)), True,
+    ),
+    "Ideogram4ModularPipeline": (
+        lambda: testing_joint.ideogram4().components,
+        SHORT | {"height": 16, "width": 24, "guidance_schedule": [3.0]}, text(5, 13 * 32), False,
+    ),
     "Krea2ModularPipeline": (
         lambda: side.krea2(is_distilled=False).components, KREA, text(5, 2, 32), True
     ),
@@ -197,7 +206,8 @@ def modular(monkeypatch):
         pipe = kind(getattr(package, kind.default_blocks_name)())
         prepare(monkeypatch)
         torch.manual_seed(0)
-        own = {part: x for part, x in parts().items() if part in pipe.component_names}
+        made = {part: x for part, x in parts().items() if part != "guider"}
+        own = {part: x for part, x in made.items() if part in pipe.component_names}
         pipe.register_components(**own)
         is_off = has_guider and getattr(pipe.guider, "guidance_scale", 3.0) == 1.0
         if has_guider and (is_off or not pipe.guider._enabled):

@@ -80,17 +80,21 @@ def test_nasa_t_runs_on_the_world_and_goes_on(world, tmp_path, capsys):
 def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch):
     names = ("none", "teacher and student (NASA-T)")
     assert set(ablation.VARIANTS.values()) > {ablation.VARIANTS[name] for name in names}
-    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in names})
-    command = ["ablate", "--world", str(world), "--seeds", "5", "--images", "1"]
+    command = ["ablate", "--world", str(world), "--seeds", "5", "--images", "1", "--clip"]
+    command += ["--variants", ",".join(names), "--methods", "nasa:0.5,projected:1"]
     changes = ("steps=1", "batch=1", "lora_rank=2", "lora_first=0", "lora_updates=1", "ema=0")
     small = [f"--set={item}" for item in changes]
     assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "ablation.json").read_text())
-    assert len(rows) == 2 * len(ablation.VARIANTS)
+    assert len(rows) == 3 * len(names)
+    assert all(-1 < row[name] < 1 for row in rows for name in ablation.SCORES)
+    assert len({row["CLIP+"] for row in rows}) == len({row["CLIP-"] for row in rows}) == len(rows)
     assert {row["seed"] for row in rows} == {5}
     # the seed is the same: what differs is who saw the negatives, and that reaches the weights
     assert len({row["student"] for row in rows}) > 1
-    assert "teacher and student (NASA-T) | 0.5 | 1 |" in capsys.readouterr().out
+    assert "teacher and student (NASA-T) | projected 1 | 1 |" in capsys.readouterr().out
+    assert main([*command, "--variants", "everyone", "--out", str(tmp_path)]) == 1
+    assert "variants must be of none, teacher, LoRA teacher" in capsys.readouterr().err
 
 
 def test_the_ablation_is_compared_seed_by_seed():

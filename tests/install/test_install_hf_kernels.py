@@ -3,8 +3,12 @@
 import ast
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -120,3 +124,69 @@ def test_kernelize_takes_its_layer(repository):
     inputs = make_inputs(SHAPE, torch.float32, "cpu")
     o = layer(**inputs, alpha=0.5)
     torch.testing.assert_close(o, nasa_attention(**inputs, alpha=0.5), rtol=1e-4, atol=1e-5)
+
+
+# ---- the sources for the kernel-builder ----------------------------------------------------------
+
+# what the builder's own header of this name does, for one compilation
+REGISTRATION = """
+#pragma once
+#include <Python.h>
+#define STABLE_TORCH_LIBRARY_IMPL_EXPAND(NAME, DEVICE, MODULE) \\
+    STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, MODULE)
+#define NASA_JOIN_(A, B) A##B
+#define NASA_JOIN(A, B) NASA_JOIN_(A, B)
+#define REGISTER_EXTENSION(NAME) \\
+    PyMODINIT_FUNC NASA_JOIN(PyInit_, NAME)() { \\
+        static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "nasa", nullptr, 0, nullptr}; \\
+        return PyModule_Create(&module); \\
+    }
+"""
+NAME = "_nasa_kernels_cuda_1a2b3c4"
+
+
+@pytest.fixture(scope="module")
+def aot(tmp_path_factory):
+    out = tmp_path_factory.mktemp("aot")
+    subprocess.run([sys.executable, ROOT / "tools" / "hf_kernel.py", "--aot", out], check=True)
+    return out
+
+
+def test_the_builder_gets_every_source_and_no_other(aot):
+    text = (aot / "build.toml").read_text(encoding="utf-8")
+    assert "@" not in text.partition("[general]")[2]
+    listed = set(re.findall(r'"((?:csrc|torch-ext)/[^"]+)"', text))
+    there = {str(path.relative_to(aot)) for path in (aot / "csrc").iterdir()}
+    assert listed == there | {"torch-ext/torch_binding.cpp"}
+    # one more file of kernels must be in the list of cmake/cuda.cmake
+    assert {path.name for path in (ROOT / "csrc").glob("*.cu")} == {
+        Path(name).name for name in listed if name.endswith(".cu")
+    }
+    library = aot / "torch-ext" / "nasa_kernels" / "_cuda" / "extension.py"
+    assert '.glob("_nasa_kernels_*.so"))' in library.read_text(encoding="utf-8")
+    assert not (aot / "torch-ext" / "nasa_kernels" / "_ops.py").exists()
+
+
+def test_the_binding_compiles_under_the_builders_names(aot):
+    """As a Python module of its name, its operators in the namespace of its name."""
+    compiler, include = shutil.which("g++"), Path(sysconfig.get_path("include"))
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    cuda = [Path(x) / "include" for x in homes if x and (Path(x) / "include/cuda.h").is_file()]
+    if compiler is None or not (include / "Python.h").is_file() or not cuda:
+        pytest.skip("needs g++, Python.h and the headers of a CUDA toolkit")
+    (aot / "torch-ext" / "registration.h").write_text(REGISTRATION, encoding="utf-8")
+    torch_headers = Path(torch.__file__).parent / "include"
+    subprocess.run(
+        [
+            compiler, "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror",
+            "-Wno-attributes", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            f"-DTORCH_EXTENSION_NAME={NAME}", "-DPy_LIMITED_API=0x030a0000",
+            "-isystem", torch_headers, "-isystem", cuda[0], "-isystem", include,
+            "-c", aot / "torch-ext" / "torch_binding.cpp", "-o", aot / "binding.o",
+        ],
+        check=True,
+    )  # fmt: skip
+    content = (aot / "binding.o").read_bytes()
+    assert f"PyInit_{NAME}".encode() in content and f"\0{NAME}\0".encode() in content
+    # nothing is registered under the package's own name
+    assert b"\0nasa_kernels\0" not in content

@@ -4,16 +4,24 @@ from torch import nn
 
 from nasa_diffusers.families.aura_flow import AuraFlow
 from nasa_diffusers.families.base import Family
-from nasa_diffusers.families.cog import CogVideoX, CogView4
+from nasa_diffusers.families.cog import CogVideoX, CogView3Plus, CogView4
 from nasa_diffusers.families.cosmos import Cosmos
+from nasa_diffusers.families.easyanimate import EasyAnimate
 from nasa_diffusers.families.ernie import ErnieImage
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
+from nasa_diffusers.families.hunyuan_dit import HunyuanDiT
+from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
+from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
+from nasa_diffusers.families.hidream import HiDream
+from nasa_diffusers.families.ideogram4 import Ideogram4
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
+from nasa_diffusers.families.lumina import LuminaNext
 from nasa_diffusers.families.lumina2 import Lumina2
+from nasa_diffusers.families.mochi import Mochi
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
 from nasa_diffusers.families.prx import PRX
 from nasa_diffusers.families.qwen import QwenImage
@@ -51,7 +59,16 @@ FAMILIES: tuple[Family, ...] = (
     Krea2(),
     LTX2(),
     CogVideoX(),
+    CogView3Plus(),
     CogView4(),
+    HunyuanVideo(),
+    Framepack(),
+    HunyuanVideo15(),
+    HunyuanImage(),
+    HunyuanDiT(),
+    LuminaNext(),
+    Mochi(),
+    EasyAnimate(),
     Chroma(),
     Ovis(),
     LongCat(),
@@ -62,6 +79,8 @@ FAMILIES: tuple[Family, ...] = (
     ErnieImage(),
     PRX(),
     QwenImage21(),
+    Ideogram4(),
+    HiDream(),
 )
 
 

@@ -40,6 +40,10 @@ class ImageTokens:
         """How many tokens follow those of a grid, which a map over the image leaves alone."""
         return 0
 
+    def leading(self, sample: Tensor, inputs: dict[str, Any]) -> int:
+        """How many tokens stand before those of a grid."""
+        return 0
+
     def targets(self, inputs: dict[str, Any]) -> Targets | None:
         """Where reference images stand beside the image that is made: its tokens. The same object
         for the same inputs."""
@@ -67,6 +71,8 @@ class Family:
     text_options: tuple[str, ...] = ()
     # attributes of the pipeline without which it cannot encode a prompt
     text_parts: tuple[str, ...] = ()
+    # what the pipeline's `encode_prompt` may ask for, and `encode` does without
+    encodes_without: tuple[str, ...] = ()
     # `encode_prompt` returns a mask after the embeddings
     masks_text = False
     # one doubled batch per step under classifier-free guidance, or two calls

@@ -13,14 +13,12 @@ isolated modalities carry the prompt and are guided as well: what they are compa
 import torch
 from torch import Tensor
 
-from nasa_diffusers import side as stream
 from nasa_diffusers.alpha import Targets
 from nasa_diffusers.caller import find_caller
-from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
-from nasa_diffusers.families.base import Family, ImageTokens
+from nasa_diffusers.families.base import ImageTokens
+from nasa_diffusers.families.side_cross import SideCross
 from nasa_diffusers.side import Side
-from nasa_diffusers.side_cross import CrossBlockHook, SideCrossHook
 
 try:
     from diffusers.models.transformers import transformer_ltx2 as ltx2
@@ -73,14 +71,14 @@ class LTX2Tokens(ImageTokens):
         return self._targets[key]
 
 
-class LTX2(Family):
+class LTX2(SideCross):
     name = "LTX-2"
     denoisers = ("LTX2VideoTransformer3DModel",)
-    is_beside = True
     masks_text = True
     text_parts = ("text_encoder", "tokenizer", "connectors")
     text_options = ("max_sequence_length",)
-    text_arguments: tuple[str, ...] = (VIDEO, SOUND)
+    attentions = ("attn2", "audio_attn2")
+    text_arguments = (VIDEO, SOUND)
     processors = PROCESSORS
 
     def default_alpha(self, denoiser):
@@ -135,32 +133,8 @@ class LTX2(Family):
     def image_tokens(self, denoiser):
         return LTX2Tokens(self, denoiser)
 
-    def layers(self, denoiser):
-        for i, block in enumerate(denoiser.transformer_blocks):
-            yield f"transformer_blocks.{i}.attn2", block.attn2
-            yield f"transformer_blocks.{i}.audio_attn2", block.audio_attn2
-
-    def layer_hook(self, denoiser, name, cache, guided):
-        return SideCrossHook(name, self, guided)
-
-    def block_hooks(self, denoiser, guided):
-        return [
-            (block, CrossBlockHook(f"transformer_blocks.{i}", block, self, denoiser))
-            for i, block in enumerate(denoiser.transformer_blocks)
-        ]
-
-    def hooked_modules(self, denoiser):
-        blocks = denoiser.transformer_blocks
-        return {
-            name: (blocks[int(name.split(".")[1])], attn) for name, attn in self.layers(denoiser)
-        }
-
-    def carry(self, denoiser, guided_text, inputs, is_guided=True):
-        stream.CALL.side = Side(guided_text, is_guided, {})
-        return {}
-
     def check_call(self, denoiser, inputs):
-        stream.refuse_checkpointing(denoiser)
+        super().check_call(denoiser, inputs)
         caller = find_caller()
         if caller is not None and caller.variables.get("memory_video_token_count"):
             raise RuntimeError(
@@ -169,18 +143,6 @@ class LTX2(Family):
             )
 
     # ---- one layer ---------------------------------------------------------------------------
-
-    def check_layer(self, name, attn):
-        check_own_forward(name, attn)
-        self.check_processor(name, attn)
-
-    def check_processor(self, name, attn):
-        if type(attn.processor) not in self.processors:
-            raise RuntimeError(
-                f"nasa_diffusers: layer {name!r} has the processor "
-                f"{type(attn.processor).__name__}, whose computation NASA does not know and would "
-                f"replace. Restore a stock one, set_attn_processor({self.processors[0].__name__}())"
-            )
 
     def check_alpha(self, name, side):
         if name.endswith("audio_attn2") and side.text.terms[0].alpha.region is not None:
@@ -200,4 +162,4 @@ class LTX2(Family):
         if attn.to_gate_logits is not None:
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             o = (o.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
-        return attn.to_out[1](attn.to_out[0](o))
+        return super().finish(attn, o, hidden_states)

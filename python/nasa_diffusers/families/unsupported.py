@@ -11,18 +11,13 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "CogView3PlusTransformer2DModel",
-    "ConsisIDTransformer3DModel", "EasyAnimateTransformer3DModel",
-    "HiDreamImageTransformer2DModel", "Ideogram4Transformer2DModel",
     "JoyImageEditTransformer3DModel",
-    "MiniMaxH3Transformer3DModel", "MochiTransformer3DModel",
+    "MiniMaxH3Transformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
 _because(
     "its text passes blocks that depend on the timestep before it meets the image, so a negative "
     "prompt would have to pass them in every step",
-    "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideoTransformer3DModel",
     "Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel",
 )  # fmt: skip
 _because(
@@ -39,11 +34,8 @@ _because(
     "PriorTransformer", "WuerstchenPrior",
 )  # fmt: skip
 _because(
-    "two texts are joined inside it under one mask", "HunyuanDiT2DModel",
-)  # fmt: skip
-_because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel",
     "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
@@ -74,6 +66,6 @@ _because(
     "MotifVideoTransformer3DModel",
 )
 _because(
-    "images of several sizes are filled up and masked in the attention that it shares with its text",
+    "images of several sizes are filled up and masked in the attention that its text shares",
     "JoyImageEditPlusTransformer3DModel",
 )

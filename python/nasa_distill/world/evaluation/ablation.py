@@ -1,7 +1,9 @@
 """Which networks should see the negative prompts: the paper's Table 5, on the small world.
 
-Each variant is trained from the same student with several seeds, then judged at alpha 0 and at one
-other alpha: the first shows what training did, the second what NASA adds at inference.
+Each variant is trained from the same student with several seeds, then judged without a negative
+prompt and with several methods: the first shows what training did, the others what they add at
+inference. CLIP+ and CLIP- are the paper's, 100 times the cosine of image and text, of the world's
+own CLIP.
 """
 
 from __future__ import annotations
@@ -12,12 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from nasa_distill import tables
 from nasa_distill.scalars import plain
+from nasa_distill.train.clip import Clip
 from nasa_distill.train.config import Settings
 from nasa_distill.train.nasa_t import Run
 from nasa_distill.train.networks import load
+from nasa_distill.train.seeds import generator
 from nasa_distill.world.evaluation import evaluate
+from nasa_distill.world.evaluation.counts import Method
+from nasa_distill.world.evaluation.prompts import pairs_of
+from nasa_distill.world.kinds import world_of
 
 # teacher, LoRA teacher, student
 VARIANTS = {
@@ -30,6 +41,7 @@ VARIANTS = {
     "all": (True, True, True),
 }
 COLUMNS = ("removed", "followed", "valid", "all three")
+SCORES = ("CLIP+", "CLIP-")  # where there is a CLIP
 
 
 def run(
@@ -40,20 +52,31 @@ def run(
     negatives: Sequence[str],
     seeds: Sequence[int],
     out: Path,
-    alpha: float = 0.5,
+    methods: Sequence[Method],
     images: int = 100,
+    clip: Clip | None = None,
+    variants: Sequence[str] = tuple(VARIANTS),
 ) -> list[dict[str, Any]]:
     """Train and judge every variant with every seed; what is in `out` is not done again.
 
+    Args:
+        methods: Beside no negative prompt.
+        clip: Also what it scores.
+
     Returns:
-        A row per variant and seed, as `ablation.json` has them.
+        A row per variant, seed and method, as `ablation.json` has them.
     """
-    seeds, alpha, images = [plain(seed) for seed in seeds], plain(alpha), plain(images)
+    seeds, images = [plain(seed) for seed in seeds], plain(images)
     if not seeds:
         raise ValueError("ablation.run: seeds must name at least one, got none")
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise ValueError(
+            f"ablation.run: variants must be of {', '.join(VARIANTS)}; got {unknown[0]!r}"
+        )
     rows: list[dict[str, Any]] = []
-    methods = (evaluate.NONE, evaluate.Method("nasa", alpha))
-    for name, (sees_teacher, sees_lora, sees_student) in VARIANTS.items():
+    asked = [evaluate.NONE, *(method for method in methods if method != evaluate.NONE)]
+    for name in variants:
+        sees_teacher, sees_lora, sees_student = VARIANTS[name]
         for seed in seeds:
             folder = out / f"{name.replace(' ', '-')}-{seed}"
             changed = settings.changed(
@@ -65,16 +88,36 @@ def run(
             if not (folder / "pipeline").exists():
                 networks = load(teacher), load(student)
                 Run(changed, *networks, prompts, negatives, folder).train()
-            results = evaluate.run(folder / "pipeline", [changed.student_steps], images, 0, None,
-                                   methods)  # fmt: skip
+            steps = changed.student_steps
+            drawn = folder / "pipeline"
+            progress = folder / "cells.jsonl"
+            results = evaluate.run(drawn, [steps], images, methods=asked, progress=progress)
             for cell in results.cells:
-                shares = cell.total.shares
-                row = {"variant": name, "seed": seed, "alpha": cell.method.strength}
+                shares, method = cell.total.shares, cell.method
+                row = {"variant": name, "seed": seed, "alpha": method.strength}
+                row |= {"method": str(method)}
+                row |= {key: shares[key].value for key in COLUMNS}
+                if clip is not None:
+                    row |= scores(drawn, method, steps, images, clip)
                 # the seed of training, not that of the evaluation, which is always 0
-                rows.append(results.about | row | {key: shares[key].value for key in COLUMNS})
+                rows.append(results.about | row)
     (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(page(rows), encoding="utf-8")
     return rows
+
+
+@torch.no_grad()
+def scores(student: Path, method: Method, steps: int, images: int, clip: Clip) -> dict[str, float]:
+    """Mean cosine of what is judged to its prompt and to its negative prompt."""
+    model = load(student)
+    found: dict[str, list[Tensor]] = {key: [] for key in SCORES}
+    for number, (prompt, negative) in enumerate(pairs_of(world_of(model), "first")):
+        noise = torch.randn(images, *model.latent_shape, generator=generator(0, number))
+        drawn = evaluate.draw(model, prompt, negative, method, steps, noise, 0)
+        seen, said = clip.images(drawn), clip.texts([prompt, negative])
+        for key, text in zip(SCORES, said, strict=True):
+            found[key].append(F.cosine_similarity(seen, text[None], dim=-1))
+    return {key: torch.cat(cosines).mean().item() for key, cosines in found.items()}
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
@@ -84,15 +127,16 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     in training and evaluation, so these cancel. With two seeds or more, spreads are standard
     deviations.
     """
+    shown = columns(rows)
     none = {
-        (row["alpha"], row["seed"], key): row[key]
+        (how(row), row["seed"]): [row[key] for key in shown]
         for row in rows
         if row["variant"] == "none"
-        for key in COLUMNS
     }
     differences = [
-        row | {key: row[key] - none[row["alpha"], row["seed"], key] for key in COLUMNS}
+        row | {key: row[key] - other for key, other in zip(shown, none[pair], strict=True)}
         for row in rows
+        for pair in [(how(row), row["seed"])]
         if row["variant"] != "none"
     ]
     return (
@@ -102,16 +146,31 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def how(row: dict[str, Any]) -> str:
+    """The method of a row; where none is said, it is NASA at that alpha, and 0 is no method."""
+    return row.get("method") or (f"nasa {row['alpha']:g}" if row["alpha"] else "none")
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Those that every row has."""
+    return (*COLUMNS, *(key for key in SCORES if all(key in row for row in rows)))
+
+
 def table(rows: Sequence[dict[str, Any]], sign: str = "") -> str:
     cells = []
+    methods = list(dict.fromkeys(how(row) for row in rows))
+    strengths = {how(row): f"{row['alpha']:g}" for row in rows}
+    only_nasa = all(method == "none" or method.startswith("nasa ") for method in methods)
     for name in VARIANTS:
-        for alpha in sorted({row["alpha"] for row in rows}):
-            chosen = [row for row in rows if (row["variant"], row["alpha"]) == (name, alpha)]
+        for method in methods:
+            chosen = [row for row in rows if (row["variant"], how(row)) == (name, method)]
             if not chosen:
                 continue
-            spreads = [spread([row[key] for row in chosen], sign) for key in COLUMNS]
-            cells.append((name, f"{alpha:g}", len(chosen), *spreads))
-    return tables.markdown(("sees the negatives", "alpha", "seeds", *COLUMNS), cells) + "\n"
+            spreads = [spread([row[key] for row in chosen], sign) for key in columns(rows)]
+            said = strengths[method] if only_nasa else method
+            cells.append((name, said, len(chosen), *spreads))
+    second = "alpha" if only_nasa else "method"
+    return tables.markdown(("sees the negatives", second, "seeds", *columns(rows)), cells) + "\n"
 
 
 def spread(shares: Sequence[float], sign: str) -> str:
