@@ -4,10 +4,10 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
 #include <cstring>
 
 #include "launch_syntax.h"
+#include "one_device.h"
 
 namespace {
 
@@ -64,16 +64,4 @@ cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
     return cudaSuccess;
 }
-
-// ---- torch's, for one device ---------------------------------------------------------------------
-
-int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-    *stream = nullptr;
-    return 0;
-}
-int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
-    *guard = nullptr;
-    return 0;
-}
-int32_t aoti_torch_delete_device_guard(void*) { return 0; }
 }

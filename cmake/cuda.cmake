@@ -82,8 +82,9 @@ endif()
 set(recorder ${CMAKE_BINARY_DIR}/recorder.so)
 set(recorder_sources csrc/choose.cpp ${NASA_KERNELS} tests/support/fake_cuda.cpp)
 set(recorder_headers
-  bench/launch_syntax.h csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h csrc/ptx.cuh csrc/rules.cuh
-  csrc/schedule.cuh csrc/share.h csrc/sm90.cuh csrc/softmax.cuh csrc/tensor_maps.h csrc/tile.cuh)
+  bench/launch_syntax.h bench/one_device.h csrc/device.h csrc/launch.h csrc/layouts.h csrc/nasa.h
+  csrc/ptx.cuh csrc/rules.cuh csrc/schedule.cuh csrc/share.h csrc/sm90.cuh csrc/softmax.cuh
+  csrc/tensor_maps.h csrc/tile.cuh)
 list(TRANSFORM recorder_sources PREPEND ${CMAKE_SOURCE_DIR}/)
 add_custom_command(
   OUTPUT ${recorder}
@@ -113,3 +114,17 @@ add_custom_command(
   DEPENDS ${host_sources} ${recorder_headers} host_bindings $<TARGET_OBJECTS:host_bindings>
   COMMAND_EXPAND_LISTS VERBATIM)
 add_custom_target(host DEPENDS ${host})
+
+# The bindings on CPU tensors, to be loaded after the recorder, whose launchers they call:
+# tests/cuda/test_cuda_calls.py.
+set(calls ${CMAKE_BINARY_DIR}/calls.so)
+set(calls_source ${CMAKE_SOURCE_DIR}/tests/support/fake_torch.cpp)
+add_custom_command(
+  OUTPUT ${calls}
+  COMMAND ${CMAKE_CXX_COMPILER} -std=c++17 -fPIC -shared
+          -isystem ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} ${calls_source}
+          $<TARGET_OBJECTS:host_bindings> -o ${calls} -Wl,-Bsymbolic
+  DEPENDS ${calls_source} ${CMAKE_SOURCE_DIR}/bench/one_device.h host_bindings
+          $<TARGET_OBJECTS:host_bindings>
+  COMMAND_EXPAND_LISTS VERBATIM)
+add_custom_target(calls DEPENDS ${calls} ${recorder})

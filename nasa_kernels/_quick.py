@@ -58,17 +58,18 @@ class Known(NamedTuple):
     backend: str
     device_type: str
     scale: float
-    # what the operator runs, where that is Python of ours; else the operator
-    function: Any
+    # what the operator runs, where that is Python of ours
+    function: Any = None
 
-    def runs(self) -> Any:
-        """What to call: the operator, or at once what it runs, which saves the host as much as a
-        launch costs it. Who looks at operators or transforms them, as modes, tracers and profilers
-        do, gets the operator.
-        """
-        if _included().raw_repr() in _PLAIN and not _is_profiled():
-            return self.function
-        return self.operator
+
+def past_operator(known: Known) -> Any:
+    """What to call where the operator runs Python of ours: that at once, which saves the host as
+    much as a launch costs it. Who looks at operators or transforms them, as modes, tracers and
+    profilers do, gets the operator.
+    """
+    if known.function is None or _is_profiled() or _included().raw_repr() not in _PLAIN:
+        return known.operator
+    return known.function
 
 
 def quick(
@@ -150,7 +151,7 @@ def remember(
         and q.device.type != "meta"
     ):
         modules, name = (record.cross, cross) if cross else (record.joint, joint)
-        function = operator
+        function = None
         if modules is not None:
             function = getattr(importlib.import_module(modules.forward), name)
         key = (asked, q.dtype, q.device, q.shape[3])

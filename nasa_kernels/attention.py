@@ -4,7 +4,7 @@ from torch import Tensor
 
 from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, quick, remember
+from nasa_kernels._quick import REFUSALS, past_operator, quick, remember
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import CROSS_RULES, RULES, nasa_attention_reference
 
@@ -91,7 +91,8 @@ def nasa_attention(
     if plain is not None:
         known, alpha_map, number, factor = plain
         try:
-            return known.runs()(
+            run = known.operator if known.function is None else past_operator(known)
+            return run(
                 q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, factor,
                 *known.rest,
             )  # fmt: skip

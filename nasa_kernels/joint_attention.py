@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, are_two, like, quick, remember
+from nasa_kernels._quick import REFUSALS, are_two, like, past_operator, quick, remember
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
 
@@ -94,7 +94,7 @@ def nasa_joint_attention(
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                return known.runs()(
+                return past_operator(known)(
                     q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
                     *text_queries,
                 )  # fmt: skip

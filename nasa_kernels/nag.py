@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
 from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, are_two, like, quick, remember
+from nasa_kernels._quick import REFUSALS, are_two, like, past_operator, quick, remember
 from nasa_kernels.scalars import real, whole
 
 _INFINITY = float("inf")
@@ -83,7 +83,8 @@ def nag_attention(
         if plain is not None:
             known, alpha_map, alpha, factor = plain
             try:
-                return known.runs()(
+                run = known.operator if known.function is None else past_operator(known)
+                return run(
                     q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, factor,
                     nag_scale, nag_tau, nag_norm,
                 )  # fmt: skip
@@ -159,7 +160,7 @@ def nag_joint_attention(
             # of alpha 0 there is less to do
             if alpha_map is not None or alpha != 0:
                 try:
-                    return known.runs()(
+                    return past_operator(known)(
                         q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor, nag_scale,
                         nag_tau, nag_norm, *text_queries,
                     )  # fmt: skip

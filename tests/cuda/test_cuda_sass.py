@@ -64,6 +64,9 @@ def test_a_block_fits_the_registers(kernels):
             "sm90" in kernel.name and "Li80ELi80E" in kernel.name
         )
         limit = 168 if three_groups else 255
+        if "nag_blend" in kernel.name:
+            # it waits for memory: 24 warps on an SM, of three blocks
+            limit = 80
         assert kernel.registers <= limit, str(kernel)
 
 

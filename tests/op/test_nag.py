@@ -425,7 +425,7 @@ def test_joint_reads_the_image_once(backend, which):
     """Without a gradient one operator of the back end gives O, or Z+ and Z-; with one there are
     two."""
     inputs, (text_pos, text_neg) = make_joint(which), TEXT_QUERIES[which]
-    inputs = {name: x.to("meta") for name, x in inputs.items()}
+    inputs = {name: x.to("meta", torch.bfloat16) for name, x in inputs.items()}
     options = STRONG | {"text_queries": (text_pos, text_neg), "backend": backend}
 
     def count():

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .call import CURRENT, Guide
-from .families import NET, Family, UNet, family_of
+from .cross_families import UNet
+from .families import family_of
+from .family import NET, Family
 from .terms import Term, together
 
 TERMS, FAMILY, GUIDE = "nasa_terms", "nasa_family", "nasa_guide"

@@ -14,6 +14,7 @@ from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
 from nasa_diffusers.families.hunyuan_dit import HunyuanDiT
 from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
 from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
+from nasa_diffusers.families.hidream import HiDream
 from nasa_diffusers.families.ideogram4 import Ideogram4
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
@@ -79,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
     PRX(),
     QwenImage21(),
     Ideogram4(),
+    HiDream(),
 )
 
 

@@ -11,7 +11,7 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "HiDreamImageTransformer2DModel", "JoyImageEditTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
     "MiniMaxH3Transformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
@@ -66,6 +66,6 @@ _because(
     "MotifVideoTransformer3DModel",
 )
 _because(
-    "images of several sizes are filled up and masked in the attention that it shares with its text",
+    "images of several sizes are filled up and masked in the attention that its text shares",
     "JoyImageEditPlusTransformer3DModel",
 )

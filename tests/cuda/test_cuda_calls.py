@@ -1,0 +1,84 @@
+"""What the operators of csrc/bindings.cpp hand to the launchers, NAG's three launches above all.
+
+The bindings run on CPU tensors, with the runtime that writes launches down, in a process of their
+own: tests/support/recorded_calls.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import cuda_emulation
+from support.cuda_emulation import nvcc
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the bindings cannot be built")
+ROOT = Path(__file__).parents[2]
+GPUS = pytest.mark.parametrize("gpu", ["hopper", "ampere"])
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict:
+    build = cuda_emulation.build("calls")
+    path = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests/support/recorded_calls.py", build],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@GPUS
+@pytest.mark.parametrize("call", ["number", "map", "unaligned", "joint"])
+def test_nag_is_z_pos_then_z_neg_then_what_is_made_of_them(recorded, gpu, call):
+    z_pos, z_neg, end = recorded[gpu][call]
+    # O is Z+ first, and Z- is where nobody else looks
+    assert (z_pos["o"], z_neg["o"], end["o"], end["z_neg"]) == ("o", "new", "o", "new")
+    for launch, side, keys in ((z_pos, "pos", 77), (z_neg, "neg", 33)):
+        assert launch["q"] == "q" and launch["keys"] == [keys, 0]
+        assert (launch["alpha"], launch["alpha_map"]) == (0.0, None)
+        if call != "unaligned":
+            assert (launch["k"], launch["v"]) == (f"k_{side}", f"v_{side}")
+            kernel = "hopper" if gpu == "hopper" else "generic"
+            assert launch["is_aligned"] and launch["kernel"] == kernel
+    assert (z_pos["mask"], z_neg["mask"]) == (None, "mask")
+    assert (end["rows"], end["l"], end["channels"], end["is_bf16"]) == (32, 16, 256, 1)
+
+
+@GPUS
+def test_the_numbers_and_the_map_of_nag(recorded, gpu):
+    number, mapped, joint = (recorded[gpu][call][2] for call in ("number", "map", "joint"))
+    assert number["numbers"] == [0.25, 3.0, 2.5, 1] and number["alpha_map"] is None
+    assert mapped["numbers"] == [0.0, 3.0, 2.5, 2]
+    assert (mapped["alpha_map"], mapped["alpha_strides"]) == ("map", [1, 0])
+    assert (joint["alpha_map"], joint["alpha_strides"]) == ("rows", [9, 1])
+    assert number["texts"] == mapped["texts"] == [16, 16] and joint["texts"] == [9, 13]
+
+
+@GPUS
+def test_nag_without_a_share_is_one_launch(recorded, gpu):
+    (launch,) = recorded[gpu]["off"]
+    assert launch["o"] == "o" and launch["k"] == "k_pos" and launch["keys"] == [77, 0]
+
+
+@GPUS
+def test_a_negative_that_starts_anywhere_is_no_reason_to_read_the_positive_slowly(recorded, gpu):
+    z_pos, z_neg, _ = recorded[gpu]["unaligned"]
+    assert z_pos["is_aligned"] and not z_neg["is_aligned"] and z_neg["kernel"] == "generic"
+
+
+@GPUS
+def test_beside_the_image_both_halves_have_its_attention(recorded, gpu):
+    z_pos, z_neg, _ = recorded[gpu]["joint"]
+    assert z_pos["shared"] == z_neg["shared"] == "shared"
+    # in the second launch the negative prompt stands where the positive one did
+    assert z_pos["texts"] == [9, 13] and z_neg["texts"] == [16, 16]
+
+
+def test_what_the_operator_refuses(recorded):
+    norm, *maps = recorded["refusals"]
+    assert "nag_norm must be 1 or 2, got 3" in norm
+    assert all("alpha_map must be fp32 and broadcast to [2, 16, 1]" in text for text in maps)

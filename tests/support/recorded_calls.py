@@ -1,0 +1,119 @@
+"""What the operators of csrc/bindings.cpp launch, on CPU tensors, with fake_cuda.cpp's runtime.
+
+Run as a program with the folder of the build, since its operators are then those of this process;
+prints of each call its launches, with the addresses in them named after the tensors.
+"""
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support.cuda_emulation import MAPPED_BYTES, MAPS, ForwardParams, NagParams
+
+# major, multiprocessors, shared memory of a block and of a multiprocessor
+HOPPER, AMPERE = (9, 132, 232448, 233472), (8, 108, 166912, 167936)
+
+
+class Record(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char * 256), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
+        ("sizes", ctypes.c_uint64 * 3), ("arguments", ctypes.c_ubyte * 4096),
+    ]  # fmt: skip
+
+
+class Recorder:
+    def __init__(self, build: Path):
+        self.library = ctypes.CDLL(str(build / "recorder.so"), mode=ctypes.RTLD_GLOBAL)
+        self.library.test_launch.restype = ctypes.POINTER(Record)
+        torch.ops.load_library(build / "calls.so")
+
+    def launches_of(self, operator: str, tensors: dict[str, torch.Tensor], *others) -> list[dict]:
+        """`tensors` are q, k and v of both prompts; more of them are named in the result."""
+        first = self.library.test_launches()
+        call = getattr(torch.ops.nasa_kernels, operator).default
+        names = {x.data_ptr(): name for name, x in tensors.items()}
+        o = call(*list(tensors.values())[:5], *others)
+        names[o.data_ptr()] = "o"
+        found = range(first, self.library.test_launches())
+        return [self._told(self.library.test_launch(i).contents, names) for i in found]
+
+    def _told(self, record: Record, names: dict[int, str]) -> dict[str, Any]:
+        kernel, content = record.kernel.decode(), bytes(record.arguments)
+
+        def name(address: int) -> str | None:
+            return names.get(address, "new") if address else None
+
+        if "nag_blend" in kernel:
+            nag = NagParams.from_buffer_copy(content)
+            return {
+                "kernel": "nag_blend", "o": name(nag.o), "z_neg": name(nag.z_neg),
+                "alpha_map": name(nag.alpha_map), "alpha_strides": list(nag.alpha_strides),
+                "rows": nag.rows, "l": nag.l, "channels": nag.channels,
+                "texts": [nag.first_text_pos, nag.first_text_neg],
+                "numbers": [nag.alpha, nag.scale, nag.tau, nag.norm], "is_bf16": nag.type,
+            }  # fmt: skip
+        is_hopper = "sm90" in kernel
+        p = ForwardParams.from_buffer_copy(content[MAPS * MAPPED_BYTES * is_hopper :])
+        pos, neg = p.prompt
+        return {
+            "kernel": "hopper" if is_hopper else "generic", "q": name(p.q.data), "o": name(p.o),
+            "k": name(pos.k.data), "v": name(pos.v.data), "mask": name(pos.mask.data),
+            "keys": [pos.n, neg.n], "alpha": p.alpha, "alpha_map": name(p.alpha_map),
+            "shared": name(p.shared.o.data), "is_aligned": p.aligned,
+            "texts": [p.shared.first_text_pos, p.shared.first_text_neg],
+        }  # fmt: skip
+
+
+def main(build: Path) -> None:
+    import nasa_kernels.ops  # noqa: F401, the schemas
+
+    recorder = Recorder(build)
+
+    def normal(n: int, h: int = 2, d: int = 64) -> torch.Tensor:
+        return torch.randn(2, n, h, d).bfloat16()
+
+    def tensors() -> dict[str, torch.Tensor]:
+        # two heads of the keys for four of the queries
+        return {
+            "q": normal(16, 4), "k_pos": normal(77), "v_pos": normal(77), "k_neg": normal(33),
+            "v_neg": normal(33), "mask": torch.ones(2, 33, dtype=torch.bool),
+            "map": torch.rand(2, 1, 1), "rows": torch.rand(2, 9, 1),
+            "shared": normal(16, 4),
+        }  # fmt: skip
+
+    found: dict[str, Any] = {}
+    lse, settings = torch.rand(2, 4, 16), (3.0, 2.5)
+    for gpu, limits in (("hopper", HOPPER), ("ampere", AMPERE)):
+        recorder.library.test_use_device(*limits)
+        x = tensors()
+        # masks, map, alpha, scale
+        number = (None, x["mask"], None, 0.25, 0.125)
+        mapped = (None, x["mask"], x["map"], 0.0, 0.125)
+        of_rows = (None, x["mask"], x["rows"], 0.0, 0.125)
+        odd = torch.randn(2, 33, 2, 65).bfloat16()[..., 1:]
+        unaligned = x | {"k_neg": odd, "v_neg": odd}
+        joint = (x["shared"], lse, *settings, 1, 4, 3)
+        found[gpu] = {
+            "number": recorder.launches_of("nag_cuda", x, *number, *settings, 1),
+            "map": recorder.launches_of("nag_cuda", x, *mapped, *settings, 2),
+            "off": recorder.launches_of("nag_cuda", x, *number[:3], 0.0, 0.125, *settings, 1),
+            "unaligned": recorder.launches_of("nag_cuda", unaligned, *number, *settings, 1),
+            "joint": recorder.launches_of("nag_joint_cuda", x, *of_rows, *joint),
+        }
+    refusals = []
+    x = tensors()
+    for alpha, norm in ((None, 3), (torch.rand(2, 16, 4), 1), (torch.rand(3), 1)):
+        try:
+            recorder.launches_of("nag_cuda", x, None, None, alpha, 0.5, 0.125, *settings, norm)
+            refusals.append("")
+        except RuntimeError as error:
+            refusals.append(str(error).splitlines()[0])
+    print(json.dumps(found | {"refusals": refusals}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
