@@ -28,6 +28,7 @@ alpha_map [b, l, h] in fp32, or None and then `alpha` is the strength.
 
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -308,6 +309,14 @@ def _register_joint_gradient(backend: Backend) -> Any:
     _connect(attention, backward, (0, 1, 2, 3, 4, 5, 6, 9))
     return attention
 
+
+# a process has one of each operator
+if hasattr(torch.ops.nasa_kernels, "forward_joint_cuda"):
+    raise ImportError(
+        "nasa_kernels: its operators are in this process already, from another copy of the package "
+        "or from this one before it was loaded again; restart Python, and where two are installed "
+        f"keep one (this is {Path(__file__).parent})"
+    )
 
 # what follows the first launch in the CUDA C++ kernels, implemented by the compiled extension
 _define(

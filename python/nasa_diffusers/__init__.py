@@ -12,13 +12,20 @@ try:
     from nasa_diffusers.api import Handle, disable_nasa, enable_nasa, nasa
     from nasa_diffusers.methods import NAG, NASA, VSF, Method, ProjectedNASA
     from nasa_diffusers.report import Report
-except ModuleNotFoundError as error:
-    if error.name not in ("diffusers", "transformers", "accelerate", "peft", "PIL", "tqdm"):
-        raise
-    raise ModuleNotFoundError(
-        f'nasa_diffusers needs {error.name}; pip install "nasa-kernels[diffusers]"',
-        name=error.name,
-    ) from error
+except ImportError as error:
+    name = error.name or ""
+    if name in ("diffusers", "transformers", "accelerate", "peft", "PIL", "tqdm"):
+        raise ModuleNotFoundError(
+            f'nasa_diffusers needs {name}; pip install "nasa-kernels[diffusers]"', name=name
+        ) from error
+    # a name that the other half does not have; not what a copy of it says of itself
+    if name.partition(".")[0] == "nasa_kernels":
+        raise ImportError(
+            f"nasa_diffusers in {__path__[0]} belongs with a nasa_kernels of the same version, and "
+            f"found: {error}; install nasa-kernels again, and where two are installed keep one",
+            name=name,
+        ) from error
+    raise
 
 __all__ = [
     "NAG",

@@ -38,6 +38,7 @@ COUNTING_IMAGES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 PROMPTS = (
     "connector_prompt_embeds",
     "prompt_embeds",
+    "prompt_embeds_t5",
     "text_embeddings",
     "text_embedding",
     "text_bth",

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from nasa_diffusers.weights import Fingerprint, Record
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 # what makes other text of theirs before it reaches the denoiser
 CONNECTORS = ("connectors",)
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
 # given to every `encode_prompt` that takes them: one row per prompt, no guidance
 FIXED: dict[str, Any] = {
     "prompt_2": None,

@@ -19,6 +19,11 @@ def _pix2pix(caller: Caller) -> Layout:
     return True, False, False
 
 
+def _prompt_first(caller: Caller) -> Layout:
+    """[prompt, negative]"""
+    return True, False
+
+
 def _semantic(caller: Caller) -> Layout:
     """[negative, prompt, each edit]"""
     return False, True, *[False] * caller.variables.get("enabled_editing_prompts", 0)
@@ -31,6 +36,7 @@ def _safe(caller: Caller) -> Layout:
 
 # under classifier-free guidance; all others: [negative, prompt]
 LAYOUTS: dict[str, Callable[[Caller], Layout]] = {
+    "LuminaPipeline": _prompt_first,
     "StableDiffusionInstructPix2PixPipeline": _pix2pix,
     "StableDiffusionXLInstructPix2PixPipeline": _pix2pix,
     "SemanticStableDiffusionPipeline": _semantic,

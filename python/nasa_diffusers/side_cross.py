@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nasa_diffusers.chain import as_called
-from nasa_diffusers.layer import Hook, key_mask
+from nasa_diffusers.layer import Hook
 from nasa_diffusers.prompts import KeysValues, Signed
 from nasa_diffusers.side import CALL, Side
 
@@ -33,6 +33,7 @@ class CrossMaths(Protocol):
     def check_alpha(self, name: str, side: Side) -> None: ...
     def queries(self, attn: Any, hidden_states: Tensor) -> Tensor: ...
     def turn(self, q: Tensor, options: dict[str, Any]) -> Tensor: ...
+    def text_mask(self, name: str, mask: Tensor, tokens: int) -> Tensor: ...
     def keys_values(self, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]: ...
     def finish(self, attn: Any, o: Tensor, hidden_states: Tensor) -> Tensor: ...
 
@@ -77,7 +78,7 @@ class SideCrossHook(Hook):
         attn: Any,
         hidden_states: Tensor,  # [b, l, c]
         encoder_hidden_states: Tensor | None = None,  # [b, n + m, c]
-        attention_mask: Tensor | None = None,  # additive [b, 1, n], over the positive text
+        attention_mask: Tensor | None = None,  # as the block gives it, over the positive text
         **kwargs,
     ) -> Tensor:
         side = CALL.side
@@ -95,7 +96,8 @@ class SideCrossHook(Hook):
         parts = zip(k.split(side.lengths, dim=1), v.split(side.lengths, dim=1), strict=True)
         pos, *negatives = (KeysValues(*part) for part in parts)
         if attention_mask is not None:
-            pos = pos._replace(mask=key_mask(self.name, attention_mask, side.lengths[0]))
+            mask = self.family.text_mask(self.name, attention_mask, side.lengths[0])
+            pos = pos._replace(mask=mask)
         if not torch.compiler.is_compiling():
             self.last_call = CrossCall(q.shape, side.lengths, encoder_hidden_states.shape[2])
         signed = [

@@ -297,3 +297,25 @@ def hunyuan_dit(seed: int = 0):
 
     torch.manual_seed(seed)
     return _ready(HunyuanDiTPipeline(**hunyuan_dit_parts()))
+
+
+def lumina(seed: int = 0):
+    """Lumina-Next in small: two blocks with gates that are open."""
+    from diffusers import LuminaNextDiT2DModel, LuminaPipeline
+    from transformers import GemmaConfig, GemmaModel
+
+    torch.manual_seed(seed)
+    transformer: Any = LuminaNextDiT2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, cross_attention_dim=32,
+    )  # fmt: skip
+    for layer in transformer.layers:
+        torch.nn.init.normal_(layer.gate)
+    pipe = LuminaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=GemmaModel(GemmaConfig(**TEXT_SIZE)),
+        tokenizer=letter_tokenizer(),
+    )
+    return _ready(pipe)

@@ -10,7 +10,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import T5Config, T5EncoderModel
 
-from nasa_diffusers.testing import HEADS, T5_SIZE, _ready, letter_tokenizer, vae
+from nasa_diffusers.testing import (
+    HEADS,
+    T5_SIZE,
+    _ready,
+    clip_config,
+    clip_tokenizer,
+    letter_tokenizer,
+    vae,
+)
 from nasa_diffusers.testing_side import (
     IN_PARTS,
     TEXT_SIZE,
@@ -305,4 +313,36 @@ def ideogram4(seed: int = 0):
         transformer=transformer(),
         unconditional_transformer=transformer(),
     )
+    return _ready(pipe)
+
+
+def hidream(seed: int = 0):
+    """HiDream-I1 in small: two blocks of each kind, three layers of Llama."""
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+    from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, caption_channels=[32, 32],
+        text_emb_dim=64, num_routed_experts=2, num_activated_experts=1, axes_dims_rope=(8, 4, 4),
+        max_resolution=(12, 12), llama_layers=[0, 1, 1, 1], **HEADS,
+    )  # fmt: skip
+    config = clip_config(32)
+    # a CLIP of long texts
+    config.max_position_embeddings = 248
+    pipe: Any = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(T5Config(**T5_SIZE)),
+        tokenizer_3=letter_tokenizer(),
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(**TEXT_SIZE)),
+        tokenizer_4=letter_tokenizer(),
+        transformer=transformer,
+    )
+    # its images have as many pixels as a square of these latents
+    pipe.default_sample_size = 12
     return _ready(pipe)

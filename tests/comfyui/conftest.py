@@ -54,3 +54,15 @@ def pack():
     sys.modules["nasa_pack"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def model():
+    from comfyui.tiny import tiny
+
+    return tiny("wan")
+
+
+@pytest.fixture
+def texts(model):
+    return [model.text(n, seed) for n, seed in ((20, 1), (13, 2), (9, 3))]

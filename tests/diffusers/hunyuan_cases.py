@@ -1,5 +1,6 @@
 """More small denoisers, as in `side_cases.py`: those whose text has no positions."""
 
+import contextlib
 from math import prod
 from types import SimpleNamespace
 
@@ -369,7 +370,9 @@ class HunyuanDiT(HunyuanVideo15):
         )
 
     def own_text(self):
-        texts, masks = ([self.inputs[name] for name in pair] for pair in zip(*self.names, strict=True))
+        texts, masks = (
+            [self.inputs[name] for name in pair] for pair in zip(*self.names, strict=True)
+        )
         return tuple(texts), tuple(masks)
 
     def mask_of(self, mask):
@@ -402,6 +405,51 @@ class HunyuanDiT(HunyuanVideo15):
             return self.out(model(**inputs, return_dict=False))
 
 
+class Lumina(Case):
+    """Cross-attention to a text that each block norms; the block projects what comes out."""
+
+    cls = "LuminaNextDiT2DModel"
+    config = {
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_layers": 2,
+        "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 8, "cross_attention_dim": 32,
+    }  # fmt: skip
+    rules, grid = ("nasa", "vsf"), (1, 2, 3)
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for i, layer in enumerate(self.model.layers):
+            layer.gate.copy_(random(4, seed=i))
+
+    def inputs_image(self):
+        return 6
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 4, 6, seed=1), "timestep": torch.tensor([0.5, 0.5]),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+            "encoder_mask": (torch.arange(7) < torch.tensor([[7], [5]])).long(),
+            "image_rotary_emb": torch.polar(torch.ones(8, 8, 4), random(8, 8, 4, seed=7)),
+            "cross_attention_kwargs": {},
+        }  # fmt: skip
+
+    def own_text(self):
+        return self.inputs["encoder_hidden_states"], self.inputs["encoder_mask"].bool()
+
+    def look(self):
+        self.image_tokens = self.targets = self.inputs["hidden_states"][0, 0].numel() // 4
+
+    def expected(self, rule, negatives, **changes):
+        """Blocks that are told of no negative prompt, and norm it themselves."""
+        inputs = self.inputs | changes
+        with contextlib.ExitStack() as stack:
+            for layer in self.model.layers:
+                texts = [layer.norm1_context(e.expand(self.rows, -1, -1)) for e, _, _ in negatives]
+                mask = inputs["encoder_mask"].bool()
+                make = parts.UnprojectedTexts(rule, negatives, texts, mask)
+                stack.enter_context(parts.attention([layer.attn2], make))
+            return self.out(self.model(**inputs, return_dict=False))
+
+
 CASES = {
     "cogview3+": CogView3Plus,
     "consisid": ConsisID,
@@ -413,6 +461,7 @@ CASES = {
     "hunyuan-image": HunyuanImage,
     "hunyuan-image-refiner": ImageRefiner,
     "hunyuan-dit": HunyuanDiT,
+    "lumina": Lumina,
     "mochi": Mochi,
     "easyanimate": EasyAnimate,
 }

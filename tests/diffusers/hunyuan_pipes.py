@@ -36,8 +36,10 @@ PIPES = {
     ),
     "hunyuan-image": (lambda: small.hunyuan_image(), {"height": 16, "width": 24}),
     "hunyuan-dit": (small.hunyuan_dit, HUNYUAN_DIT | {"guidance_scale": 1.0}),
+    "lumina": (small.lumina, {"height": 16, "width": 32, "guidance_scale": 1.0}),
 }  # fmt: skip
 CFG = {
+    "lumina": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "hunyuan-dit": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "mochi": {"guidance_scale": 3.0, "negative_prompt": "dull"},
     "easyanimate": {"guidance_scale": 3.0, "negative_prompt": ["dull"]},
@@ -48,7 +50,7 @@ NEEDS = {
     "cogview3+": "CogView3PlusPipeline", "hunyuan-video": "HunyuanVideoPipeline",
     "mochi": "MochiPipeline", "easyanimate": "EasyAnimatePipeline",
     "hunyuan-video-1.5": "HunyuanVideo15Pipeline", "hunyuan-image": "HunyuanImagePipeline",
-    "hunyuan-dit": "HunyuanDiTPipeline",
+    "hunyuan-dit": "HunyuanDiTPipeline", "lumina": "LuminaPipeline",
 }  # fmt: skip
 # whose batch is [negative, prompt]
 DOUBLED = ("cogview3+", "mochi", "easyanimate", "hunyuan-dit")
@@ -57,7 +59,7 @@ TWO_TEXTS = (
 )  # fmt: skip
 # diffusers cannot draw with them in one step
 TWO_STEPS = ("mochi",)
-ALONE = tuple(NEEDS.values())
+ALONE = (*NEEDS.values(), "LuminaText2ImgPipeline")
 
 
 def photo(width=48, height=32):

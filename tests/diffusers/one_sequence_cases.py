@@ -375,19 +375,18 @@ class Ideogram4(Case):
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat([-second, first], -1) * sin
 
-    def laid_out(self, own):
+    def laid_out(self, own, image):
         """For tokens of a text, True where they are some: what the pipeline says of each."""
         rows, n = own.shape
-        image = own.new_ones(rows, 24)
         ids = torch.zeros(rows, n + 24, 3, dtype=torch.long)
         ids[:, :n] = ((own.cumsum(1) - 1).clamp(min=0) * own)[..., None]
         ids[:, n:] = grid_ids(3, 1).long() + 65536
-        both = torch.cat([own, image], 1)
+        both = torch.cat([own, own.new_ones(rows, 24)], 1)
         indicator = torch.where(both, 2, 0)
         indicator[:, :n] = torch.where(own, 3, 0)
         return {
             "position_ids": ids, "segment_ids": torch.where(both, 1, -1), "indicator": indicator,
-            "hidden_states": torch.cat([torch.zeros(rows, n, 16), random(2, 24, 16, seed=1)], 1),
+            "hidden_states": torch.cat([torch.zeros(rows, n, 16), image], 1),
         }  # fmt: skip
 
     def with_image(self, text):
@@ -396,15 +395,21 @@ class Ideogram4(Case):
     def first_inputs(self):
         own = torch.arange(7) >= torch.tensor([[0], [3]])
         return {
-            "timestep": torch.tensor([0.5, 0.5]), **self.laid_out(own),
+            "timestep": torch.tensor([0.5, 0.5]), **self.laid_out(own, random(2, 24, 16, seed=1)),
             "encoder_hidden_states": self.with_image(random(2, 7, 24, seed=2) * own[..., None]),
         }  # fmt: skip
 
     def inputs_image(self):
         return 24
 
+    alone = False  # without the rows of padding, of which stock makes something else
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.alone = True
+
     def out(self, output):
-        return output[0][:, -24:]
+        return output[0][:, -24:] if self.alone else output[0]
 
     def text_of(self, tokens, seed):
         return random(1, tokens, 24, seed=seed)
@@ -413,7 +418,9 @@ class Ideogram4(Case):
         if mask is None:
             mask = torch.ones(1, embeds.shape[1], dtype=torch.bool)
         text = self.with_image(embeds.expand(rows, -1, -1))
-        return inputs | self.laid_out(mask.expand(rows, -1)) | {"encoder_hidden_states": text}
+        image = inputs["hidden_states"][:, -24:]
+        own = {"encoder_hidden_states": text}
+        return inputs | self.laid_out(mask.expand(rows, -1), image) | own
 
     def own_text(self):
         text = self.inputs["encoder_hidden_states"][:, :-24]
@@ -438,7 +445,114 @@ class Halves(parts.OneSequence):
         return heads(layer, x, linears, (attn.norm_q, attn.norm_k))
 
 
+class HiDreamHeads(parts.Rules):
+    """Normed over all heads; keys of what fills up the image are 0."""
+
+    masks = None
+
+    def of(self, attn, x, kind, masks=None):
+        def project(name):
+            return getattr(attn, f"to_{name}{kind}")(x)
+
+        q, k = (getattr(attn, f"{y}_rms_norm{kind}")(project(y)) for y in "qk")
+        k = k if masks is None else k * masks[..., None]
+        return [y.unflatten(-1, (attn.heads, -1)) for y in (q, k, project("v"))]
+
+    def __call__(
+        self, attn, hidden_states, hidden_states_masks=None, encoder_hidden_states=None, **_
+    ):
+        size = self.parts[0].image.shape[1]
+        masks = None if hidden_states_masks is None else hidden_states_masks[:, :size]
+        image, texts, kind = hidden_states, encoder_hidden_states, "_t"
+        if texts is None:
+            image, texts, kind = image[:, :size], image[:, size:], ""
+        texts = [self.of(attn, x, kind) for x in texts.split(self.lengths, 1)]
+        o, *of_texts = self.mix(self.of(attn, image, "", masks), texts)
+        of_texts = torch.cat(of_texts, 1)
+        if kind:
+            return attn.to_out(o), attn.to_out_t(of_texts)
+        return attn.to_out(torch.cat([o, of_texts], 1))
+
+
+class HiDream(Case):
+    """An image that is not square, and is filled up."""
+
+    cls = "HiDreamImageTransformer2DModel"
+    config = {
+        "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+        "caption_channels": [24, 16], "text_emb_dim": 32, "num_routed_experts": 2,
+        "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4), "max_resolution": (12, 12),
+        "llama_layers": [0, 1, 2, 2], **SIZE,
+    }  # fmt: skip
+    one_block = {"num_layers": 1, "num_single_layers": 1, "llama_layers": [0, 2]}
+    attention, text_first, text = "attn1", False, "encoder_hidden_states_t5"
+    has_mask = False
+    positions = ("image_rotary_emb",)
+
+    def inputs_image(self):
+        return 36
+
+    @property
+    def blocks(self):
+        lists = self.model.double_stream_blocks, self.model.single_stream_blocks
+        double, single = ([each.block for each in blocks] for blocks in lists)
+        return [(double, HiDreamHeads, "encoder_hidden_states"), (single, HiDreamHeads, None)]
+
+    @staticmethod
+    def turn(x, rope):
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rope[..., 0, 0], rope[..., 1, 0]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 4, 8, 12, seed=1), "pooled_embeds": random(2, 32, seed=3),
+            "timesteps": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states_t5": random(2, 7, 24, seed=2),
+            "encoder_hidden_states_llama3": random(3, 2, 7, 16, seed=5),
+        }  # fmt: skip
+
+    def text_of(self, tokens, seed):
+        return random(1, tokens, 24, seed=seed), random(3, 1, tokens, 16, seed=seed + 20)
+
+    def with_text(self, inputs, embeds, mask, rows):
+        t5, llama = embeds
+        return inputs | {
+            "encoder_hidden_states_t5": t5.expand(rows, -1, -1),
+            "encoder_hidden_states_llama3": llama.expand(-1, rows, -1, -1),
+        }
+
+    def own_text(self):
+        names = "encoder_hidden_states_t5", "encoder_hidden_states_llama3"
+        return tuple(self.inputs[name] for name in names), None
+
+    def too_narrow(self, text):
+        return text[0][..., :-1], text[1]
+
+    def part(self, given):
+        x, rope = given["hidden_states"], given["image_rotary_emb"]
+        at = x.shape[1]
+        return SimpleNamespace(
+            image=x, text=given["encoder_hidden_states"], mask=None, image_rope=rope[:, :at],
+            text_rope=rope[:, at:],
+        )  # fmt: skip
+
+    def before(self, index, texts, inputs, negatives):
+        """The last third of a text is of this block's layer."""
+        layer = self.model.config.llama_layers[index]
+        llamas = [inputs["encoder_hidden_states_llama3"], *(embeds[1] for embeds, *_ in negatives)]
+        made, parts_of = [], texts.split([3 * x.shape[2] for x in llamas], 1)
+        for x, llama in zip(parts_of, llamas, strict=True):
+            own = self.model.caption_projection[index](llama[layer]).expand(len(x), -1, -1)
+            made += [x[:, : -own.shape[1]], own]
+        return torch.cat(made, 1)
+
+    def returned(self, image, pos):
+        return torch.cat([image, pos], 1)
+
+
 CASES = {
+    "hidream": HiDream,
     "ideogram4": Ideogram4,
     "qwen21": Qwen21,
     "prx": PRX,

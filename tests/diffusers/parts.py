@@ -277,6 +277,27 @@ class CrossTexts(CrossRules):
         return x if norm is None else norm(x)
 
 
+class UnprojectedTexts(CrossRules):
+    """Lumina-Next's: queries and keys are normed before heads are split, the keys' are fewer."""
+
+    def __init__(self, rule, negatives, texts, mask):
+        super().__init__(rule, negatives, [mask.shape[1]], mask)
+        self.texts = texts
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, query_rotary_emb, **_):
+        size = hidden_states.shape[-1] // attn.heads
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (-1, size))
+        q = turn_complex(q, query_rotary_emb)
+        pos, *negs = (
+            [
+                x.unflatten(-1, (-1, size)).repeat_interleave(2, 2)
+                for x in (attn.norm_k(attn.to_k(t)), attn.to_v(t))
+            ]
+            for t in (encoder_hidden_states, *self.texts)
+        )
+        return self.mix(q, pos, negs)
+
+
 def guided_by_cross_attention(case, rule, negatives, **changes):
     """The stock denoiser on texts side by side, under processors that tell them apart."""
     model, inputs = case.model, case.inputs | changes

@@ -59,13 +59,17 @@ PIPES |= {
             "guidance_schedule": None,
         },
     ),
+    "hidream": (
+        testing_joint.hidream,
+        {"height": 16, "width": 24, "max_sequence_length": 16, "guidance_scale": 1.0},
+    ),
     "prx": (
         testing_joint.prx,
         {"height": 16, "width": 24, "guidance_scale": 1.0, "use_resolution_binning": False},
     ),
 }  # fmt: skip
 # under guidance these put both branches into one batch, the pipeline's own negative prompt first
-DOUBLED = ("ltx2", "cogvideox", "bria", "fibo", "aura-flow", "ernie", "prx")
+DOUBLED = ("ltx2", "cogvideox", "bria", "fibo", "aura-flow", "ernie", "prx", "hidream")
 # what switches on classifier-free guidance
 CFG = {
     "qwen-image": {"true_cfg_scale": 3.0, "negative_prompt": "dull"},
@@ -89,6 +93,7 @@ CFG |= {
         "prx",
     )
 }
+CFG["hidream"] = CFG["prx"]
 CFG["qwen21"] = {"true_cfg_scale": 3.0, "negative_prompt": "dull"}
 NEEDS = {
     "qwen-image": "QwenImagePipeline", "z-image": "ZImagePipeline", "flux2": "Flux2Pipeline",
@@ -98,7 +103,7 @@ NEEDS = {
     "bria": "BriaPipeline", "fibo": "BriaFiboPipeline", "lumina2": "Lumina2Pipeline",
     "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
     "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
-    "ideogram4": "Ideogram4Pipeline",
+    "ideogram4": "Ideogram4Pipeline", "hidream": "HiDreamImagePipeline",
 }  # fmt: skip
 PIPES |= hunyuan_pipes.PIPES
 CFG |= hunyuan_pipes.CFG

@@ -203,6 +203,7 @@ PROCESSORS = {
     "PRX": {"PRXAttnProcessor2_0"},
     "QwenImage21": {"QwenImage21AttnProcessor"},
     "Ideogram4": {"Ideogram4AttnProcessor"},
+    "HiDream": {"HiDreamAttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

@@ -145,7 +145,7 @@ def test_a_loop_of_ones_own_has_to_say_what_is_doubled(pipe):
     keep = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    if pipe.short_name in ("z-image", *DOUBLED):
+    if pipe.short_name in ("z-image", "lumina", *DOUBLED):
         pipe.draw(steps=steps_of(pipe), **CFG[pipe.short_name])
     else:
         pipe.draw(["a cat", "a dog"], steps=1)

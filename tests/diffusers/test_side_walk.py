@@ -282,7 +282,7 @@ ALONE = (
     "OvisImagePipeline", "LongCatImagePipeline", "BriaPipeline", "BriaFiboPipeline",
     *hunyuan_pipes.ALONE,
     "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
-    "QwenImage21Pipeline", "Ideogram4Pipeline",
+    "QwenImage21Pipeline", "Ideogram4Pipeline", "HiDreamImagePipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 

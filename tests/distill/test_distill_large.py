@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -373,3 +374,14 @@ def test_the_world_of_a_folder_and_of_its_model(large, tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="images of 32 or 64 pixels, got 512"):
         kinds.world_at(tmp_path)
+
+
+@pytest.mark.parametrize("name", ("small", "large"))
+def test_the_pages_of_the_judges_are_made_of_their_numbers(name):
+    docs = Path(__file__).parents[2] / "docs" / "distill"
+    found = json.loads((docs / "judge" / f"{name}.json").read_text())
+    assert found["about"]["world"] == name
+    assert (docs / f"judge-{name}.md").read_text() == reliability.page(found)
+    half = found["rows"]["50% of another scene"]
+    said = f"{100 * half['valid'] / half['images']:.1f} %"
+    assert said in (docs / "training.md").read_text()

@@ -243,3 +243,30 @@ shipped.path()
     files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     ours = ROOT / "python" / "nasa_distill" / "models" / folder.name
     assert files == {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
+
+
+def test_two_installs_side_by_side(installed, tmp_path):
+    """Halves of different versions, and two copies in one process: a sentence each."""
+    copy = tmp_path / "nasa_kernels"
+    shutil.copytree(packages_of(installed) / "nasa_kernels", copy, ignore=IGNORED)
+    twice = """
+import sys, nasa_kernels
+for name in [name for name in sys.modules if name.startswith("nasa_kernels")]:
+    del sys.modules[name]
+sys.path.insert(0, "")
+import nasa_kernels
+"""
+    said = run(installed, twice, tmp_path).stderr.strip().splitlines()[-1]
+    assert said.startswith(
+        "ImportError: nasa_kernels: its operators are in this process already, from another copy"
+    )
+    assert said.endswith(f"keep one (this is {copy})")
+
+    # an older one, which has not what this nasa_diffusers needs
+    (copy / "nag.py").write_text("def nag_attention(): ...\n")
+    (copy / "__init__.py").write_text("")
+    done = run(installed, "import nasa_diffusers", tmp_path)
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"ImportError: nasa_diffusers in {packages_of(installed)}")
+    assert "belongs with a nasa_kernels of the same version, and found: cannot import" in said
+    assert str(copy) in said

@@ -11,6 +11,7 @@ from nasa_diffusers.families.ernie import ErnieImage
 from nasa_diffusers.families.flux import Flux
 from nasa_diffusers.families.flux2 import Flux2
 from nasa_diffusers.families.flux_like import Bria, Chroma, Fibo, LongCat, Ovis
+from nasa_diffusers.families.hidream import HiDream
 from nasa_diffusers.families.hunyuan_dit import HunyuanDiT
 from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
 from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
@@ -18,6 +19,7 @@ from nasa_diffusers.families.ideogram4 import Ideogram4
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
+from nasa_diffusers.families.lumina import LuminaNext
 from nasa_diffusers.families.lumina2 import Lumina2
 from nasa_diffusers.families.mochi import Mochi
 from nasa_diffusers.families.pixart import Allegro, Latte, PixArt
@@ -64,6 +66,7 @@ FAMILIES: tuple[Family, ...] = (
     HunyuanVideo15(),
     HunyuanImage(),
     HunyuanDiT(),
+    LuminaNext(),
     Mochi(),
     EasyAnimate(),
     Chroma(),
@@ -77,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
     PRX(),
     QwenImage21(),
     Ideogram4(),
+    HiDream(),
 )
 
 

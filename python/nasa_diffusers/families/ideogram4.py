@@ -1,9 +1,11 @@
-"""Ideogram 4: thirteen layers of Qwen3-VL's text before the image, in one sequence through 34 blocks.
+"""Ideogram 4: thirteen layers of Qwen3-VL's text before the image, in one sequence in 34 blocks.
 
 The pipeline knows no negative prompt: what it subtracts is made by a second transformer without a
 text, which is left alone. Text is projected token by token and counts from 0; its padding, before
 it, is masked. The image stands elsewhere, whatever the text.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ TEXT, IMAGE = 3, 2
 
 class Ideogram4Tokens(ImageTokens):
     """The last tokens, by their positions: time, row and column."""
+
+    family: Ideogram4
 
     def grids(self, sample, inputs):
         count = self.family.count(inputs["indicator"])

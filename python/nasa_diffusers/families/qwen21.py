@@ -49,10 +49,7 @@ class FirstBlockHook(Hook):
     def new_forward(self, block: nn.Module, *args, **kwargs) -> Any:
         side = stream.CALL.side
         if side is not None:
-            # the blocks run on other tokens: their attention is their own
-            stream.CALL.side = None
             self.family.begin(self.denoiser, side, kwargs["modulation"])
-            stream.CALL.side = side
         return self.stock(*args, **kwargs)
 
 
@@ -194,6 +191,7 @@ class QwenImage21(Joint):
         stream.CALL.side = Side(guided_text, is_guided, {"kv_cache": inputs.get("kv_cache")})
         return {}
 
+    @torch.compiler.disable
     def begin(self, denoiser: Any, side: Side, modulation: Tensor) -> None:
         """Keys and values of each negative prompt, by block, `[r, m, h, d]`."""
         owner, texts = side.inputs["kv_cache"], [term.text for term in side.text.terms]
@@ -203,7 +201,10 @@ class QwenImage21(Joint):
             if len(before) == len(texts) and all(map(lambda x, y: x is y, before, texts)):
                 made = found
         if made is None:
+            # the blocks run on other tokens: their attention is their own
+            stream.CALL.side = None
             made = [self.made_of(denoiser, term, modulation) for term in side.text.terms]
+            stream.CALL.side = side
             if owner is not None and not torch.is_grad_enabled():
                 self.kept[owner] = texts, made
         side.inputs["keys_values"] = made

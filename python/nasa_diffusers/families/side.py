@@ -132,6 +132,10 @@ class SideStream(Joint):
 
     # ---- one layer ---------------------------------------------------------------------------
 
+    def called(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What an attention is called with, under the names of image and text in a processor."""
+        return args, kwargs
+
     def project(self, attn: Layer, image: Tensor, text: Tensor | None) -> tuple:
         """Q, K and V of [image; positive; negatives], `[b, l + n + m, h, d]` each, and whatever
         else `finish` needs of the layer's input."""

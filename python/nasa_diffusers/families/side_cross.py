@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nasa_diffusers import side as stream
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.families.base import Denoiser, Family, Layer
+from nasa_diffusers.layer import key_mask
 from nasa_diffusers.side import Side
 from nasa_diffusers.side_cross import CrossBlockHook, SideCrossHook
 
@@ -87,6 +88,10 @@ class SideCross(Family):
     def turn(self, q: Tensor, options: dict[str, Any]) -> Tensor:
         """Queries `[b, l, h, d]` at the positions in the options of an attention."""
         return q
+
+    def text_mask(self, name: str, mask: Tensor, tokens: int) -> Tensor:
+        """That of the positive text, which a block gives to the layer `name`, as `[b, n]`."""
+        return key_mask(name, mask, tokens)
 
     def finish(self, attn: Layer, o: Tensor, hidden_states: Tensor) -> Tensor:
         return self.output(attn, o)

@@ -11,7 +11,7 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "HiDreamImageTransformer2DModel", "JoyImageEditTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
     "MiniMaxH3Transformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
@@ -35,7 +35,7 @@ _because(
 )  # fmt: skip
 _because(
     "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "DreamLiteUNetModel", "LuminaNextDiT2DModel",
+    "AceStepTransformer1DModel", "DreamLiteUNetModel",
     "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
@@ -66,6 +66,6 @@ _because(
     "MotifVideoTransformer3DModel",
 )
 _because(
-    "images of several sizes are filled up and masked in the attention that it shares with its text",
+    "images of several sizes are filled up and masked in the attention that its text shares",
     "JoyImageEditPlusTransformer3DModel",
 )

@@ -78,7 +78,7 @@ class Recipe:
         read_numbers(self)
 
 
-# of 64x64 images. From random weights to the student of four steps in some three hours of one core
+# of 64x64 images; not run to its end yet
 LARGE_RECIPE = Recipe(
     size=64,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),

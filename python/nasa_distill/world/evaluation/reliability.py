@@ -96,15 +96,22 @@ def page(found: dict[str, Any]) -> str:
         said = ", ".join(f"{key} {count}" for key, count in sorted(wrong.items())) or "-"
         cells.append((name, row["images"], *shares, both, said))
     about = "\n".join(f"- {name}: {value}" for name, value in found["about"].items())
-    return HEAD + about + "\n\n" + tables.markdown(head, cells) + "\n"
+    return (
+        HEAD.format(world=found["about"]["world"])
+        + about
+        + "\n\n"
+        + tables.markdown(head, cells)
+        + "\n"
+    )
 
 
-HEAD = """# How far the judge of a small world can be trusted
+HEAD = """# How far the judge of a world can be trusted: {world}
 
 Made by `python -m nasa_distill judge`, which measured every number: verdicts on renders whose scene
 is known, and on renders that were changed. In percent, with Wilson's 95 % interval; what was
-misread, in images. A blend is no image of its scene, so there `valid` should be 0. White noise is
-of every pixel by itself; smooth noise is of patches of 8x8 pixels, as an error of latents is.
+misread, in images. A blend is no image of its scene, so there `valid` should be 0, and halfway a
+third scene may well be the nearest. White noise is of every pixel by itself; smooth noise is of
+patches of 8x8 pixels, as an error of latents is. Pixels run from -1 to 1.
 
 """
 
