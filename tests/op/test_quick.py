@@ -281,6 +281,10 @@ def test_a_quick_call_does_little_before_its_operator():
         assert count(mask_pos=mask) <= plain + 1
         assert count(alpha=alpha) <= plain
         assert count(k_neg=inputs["k_neg"][:1], v_neg=inputs["v_neg"][:1]) <= plain
+        # NAG looks at its settings as well
+        _quick._known[("nag_attention", "cuda"), *key[1:]] = known
+        nag = calls_of_python(lambda: nag_attention(**inputs, **NAG, backend="cuda"))
+        assert nag <= plain + 1
 
 
 @pytest.fixture(scope="module")
