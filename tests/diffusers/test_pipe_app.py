@@ -8,6 +8,7 @@ import torch
 from nasa_diffusers import NAG, NASA, VSF, ProjectedNASA, app, nasa, testing
 from nasa_diffusers.cli import main
 from nasa_diffusers.drawing import METHODS, enlarged
+from PIL import Image
 
 FIELDS = {
     "prompt": "a cat", "negative": "blurry", "method": "nasa", "strength": 0.5, "steps": 1,
@@ -155,9 +156,14 @@ def test_a_second_request_waits(studio):
 
 
 def test_a_video_is_a_file(studio):
-    frames = [enlarged(drawn(seed=seed)) for seed in (0, 1)]
+    frames = [drawn(seed=seed) for seed in (0, 1)]
     path = studio.picture(frames)
-    assert path.endswith(".gif") and studio.picture(frames) != path
+    assert path.endswith(".gif") and Image.open(path).n_frames == 2
+    assert studio.picture(frames) != path
+    for _ in range(3 * app.WAITING):
+        studio.picture(frames)
+    # those that nobody can be waiting for are gone
+    assert len(list(app.Path(path).parent.iterdir())) == app.WAITING
 
 
 @pytest.mark.parametrize("name", METHODS)
