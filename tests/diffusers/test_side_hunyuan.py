@@ -146,3 +146,17 @@ def test_weights_that_hooks_bring(change):
     change(pipe.transformer)
     with nasa(pipe, "blurry", NASA(0.5)):
         assert relative_error(draw(pipe, options), expected) < 2e-5
+
+
+def test_lumina_next_puts_the_prompt_first():
+    """Where the pipeline's own negative prompt is the same text, the order of its batch says it."""
+    pipe, options = small.lumina(), PIPES["lumina"][1]
+    rows = []
+    keep = pipe.transformer.register_forward_hook(lambda _, __, output: rows.extend(output[0]))
+    call = options | {"guidance_scale": 3.0, "negative_prompt": "a cat"}
+    draw(pipe, call, steps=1)
+    with nasa(pipe, "blurry", NASA(0.5)):
+        draw(pipe, call, steps=1)
+    keep.remove()
+    assert relative_error(rows[2], rows[0]) > 1e-4
+    assert relative_error(rows[3], rows[1]) < 1e-6
