@@ -445,7 +445,9 @@ GRIDS_TEXT = """## Grids that whole tiles do not fill
 Of the layers at batch 1, 4 and 16 these do less than 0.85 (batch 1) or 0.95 of what the GPU could
 while its fullest SM works. **most** is what whole tiles allow, however they are spread. Smaller
 tiles would do better here and cost more everywhere: a product has 16 rows a warp, or 64 on Hopper,
-and a tile of half the rows would read K and V from shared memory twice as often.
+and a tile of half the rows would read K and V from shared memory twice as often. Triton's kernels
+of streamed keys have a program for each tile instead of a share of them: a GPU works them off in
+rounds of all programs that it holds.
 
 """
 
