@@ -44,10 +44,10 @@ __device__ __forceinline__ void load_operands(uint32_t (&a)[kD / 16][4], uint32_
     for (int k = 0; k < kD / 16; ++k) ptx::ldmatrix_x4(a[k], rows + 32 * k);
 }
 
-// multiply_transposed with a in registers
+// c += a b^T as multiply_transposed does it, a in registers
 template <typename T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_transposed(float (&c)[kTiles][4],
-                                                    const uint32_t (&a)[kD / 16][4], uint32_t b) {
+__device__ __forceinline__ void multiply_held(float (&c)[kTiles][4],
+                                              const uint32_t (&a)[kD / 16][4], uint32_t b) {
     constexpr int kPitch = Tile<kD>::kPitch;
     b += lane_of_b_transposed<kPitch>();
 #pragma unroll
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
                 reinterpret_cast<float(&)[kHalfTiles][4]>(s[half * kHalfTiles]);
             if constexpr (Layout::kHoldsQ) {
                 if (block == 0 && half == 0) load_operands<kD>(q, ptx::shared_address(warp_rows));
-                multiply_transposed<T, kD>(scores, q, k);
+                multiply_held<T, kD>(scores, q, k);
             } else {
                 multiply_transposed<T, kD>(scores, ptx::shared_address(warp_rows), k);
             }
