@@ -143,7 +143,8 @@ def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
         efficiency[str(b)] = round(statics.grid_efficiency(b * tiles, slots), 3)
     bound = max(pipes, key=pipes.__getitem__)
     return Row("model", gpu.name, f"sm_{ARCHES[gpu.name]}", str(shape), name, kernel.registers,
-               kernel.shared, resident, efficiency, unit, pipes, bound, None, tiles=tiles)  # fmt: skip
+               kernel.shared, resident, efficiency, unit, pipes, bound, None,
+               tiles=tiles)  # fmt: skip
 
 
 INTRODUCTION = """# The Triton kernels by what can be counted
