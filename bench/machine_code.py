@@ -23,7 +23,7 @@ LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s
 PRODUCTS = ("HGMMA", "HMMA")
 # tiles to and from memory; rows that lie on 16 bytes
 STORES, LOADS = ("UTMASTG", "STG"), ("UTMALDG", "LDGSTS")
-WIDE = (".2D", ".3D", ".4D", ".128", ".128.ZFILL")
+WIDE = (".2D", ".3D", ".4D", ".128")
 # these end a block; a call without a condition comes back, one with a condition is a jump
 ENDS = ("BRA", "EXIT", "CALL", "RET", "BRX", "JMX")
 # what these cost in the search for the shortest way. A call leads to the slow path of something;
