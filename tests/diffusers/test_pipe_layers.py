@@ -204,6 +204,7 @@ PROCESSORS = {
     "QwenImage21": {"QwenImage21AttnProcessor"},
     "Ideogram4": {"Ideogram4AttnProcessor"},
     "HiDream": {"HiDreamAttnProcessor"},
+    "JoyImageEdit": {"JoyImageAttnProcessor"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}
