@@ -19,6 +19,7 @@ from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.families.base import ImageTokens
 from nasa_diffusers.families.side_cross import SideCross
 from nasa_diffusers.side import Side
+from nasa_diffusers.weights import OwnWeights
 
 try:
     from diffusers.models.transformers import transformer_ltx2 as ltx2
@@ -128,6 +129,28 @@ class LTX2(SideCross):
         side.terms = side.text.terms
         return {VIDEO: video, SOUND: sound}
 
+    def before_blocks(self, denoiser):
+        names = ("caption_projection", "prompt_adaln")
+        parts = (getattr(denoiser, f"{of}{name}", None) for name in names for of in ("", "audio_"))
+        return [part for part in parts if part is not None]
+
+    def in_block(self, block):
+        return [OwnWeights(block)]
+
+    def kept_with(self, denoiser, inputs):
+        if not _follows_time(denoiser):
+            return []
+        video = inputs.get("sigma")
+        sound = inputs.get("audio_sigma")
+        sound = video if sound is None else sound
+        if video is None:
+            return None
+        return [video.reshape(-1, 1), sound.reshape(-1, 1)]
+
+    def cache_limit(self, denoiser):
+        # 1.2 GiB are one negative prompt of 1024 tokens in 48 layers
+        return super().cache_limit(denoiser) if _follows_time(denoiser) else 2 << 30
+
     # ---- hooks -------------------------------------------------------------------------------
 
     def image_tokens(self, denoiser):
@@ -154,6 +177,9 @@ class LTX2(SideCross):
     def queries(self, attn, hidden_states):
         return attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
 
+    def projections(self, attn):
+        return attn.to_k, attn.to_v, attn.norm_k
+
     def keys_values(self, attn, text):
         k, v = attn.norm_k(attn.to_k(text)), attn.to_v(text)
         return k.unflatten(2, (attn.heads, -1)), v.unflatten(2, (attn.heads, -1))
@@ -163,3 +189,8 @@ class LTX2(SideCross):
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             o = (o.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
         return super().finish(attn, o, hidden_states)
+
+
+def _follows_time(denoiser):
+    """Whether a block modulates its texts by the time, as 2.3's do."""
+    return getattr(denoiser, "prompt_adaln", None) is not None
