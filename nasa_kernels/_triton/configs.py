@@ -59,7 +59,7 @@ def most_registers(
     """What the forward kernel is held to where the compiler would take a few registers more than
     three programs of a multiprocessor have, and needs none of them: 77 keys of d 40 on Hopper.
 
-    has_more: It has masks, a map of alpha or a projection, and would spill.
+    has_more: It has masks, a map of alpha, a projection or a second result, and may spill.
     """
     of_clip = all(cut is None or 0 < sum(cut) <= 80 for cut in cuts)
     return 168 if architecture(device) == 90 and 32 < d <= 48 and of_clip and not has_more else None

@@ -375,7 +375,7 @@ def plan(
         "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
     }  # fmt: skip
     extras = (mask_pos, mask_neg, alpha_map)
-    has_more = rule == PROJECTED or any(x is not None for x in extras)
+    has_more = rule == PROJECTED or is_pair or any(x is not None for x in extras)
     registers = most_registers(d, (pos_cut, neg_cut), has_more, q.device)
     options = compiler_options(config, registers)
     grid = Grid(tiles, 1)
