@@ -81,7 +81,7 @@ class SideCrossHook(Hook):
     ):
         super().__init__()
         self.name, self.family, self.cache, self.guided = name, family, cache, guided
-        self.in_block = family.in_block(block)
+        self.block = block
         self.last_call: CrossCall | None = None
 
     def new_forward(
@@ -130,8 +130,9 @@ class SideCrossHook(Hook):
         pos = KeysValues(*self.family.keys_values(attn, text[:, :n]))
         # one row for all where they are equal
         rows = 1 if all(prompts.are_uniform) else text.shape[0]
+        made_with = [*self.family.in_block(self.block), *self.family.projections(attn)]
         ((k, v),), _ = self.cache.through(
-            attn, [*self.family.projections(attn), *self.in_block], side.made_by, prompts,
+            attn, made_with, side.made_by, prompts,
             lambda: [self.family.keys_values(attn, text[:rows, n:])],
         )  # fmt: skip
         return [pos, *_apart(k, v, side.lengths[1:])]
