@@ -282,7 +282,7 @@ def test_a_quick_call_does_little_before_its_operator():
         assert count(alpha=alpha) <= plain
         assert count(k_neg=inputs["k_neg"][:1], v_neg=inputs["v_neg"][:1]) <= plain
         # NAG looks at its settings as well
-        _quick._known[("nag_attention", "cuda"), *key[1:]] = known
+        _quick._known[(("nag_attention", "cuda"), *key[1:])] = known
         nag = calls_of_python(lambda: nag_attention(**inputs, **NAG, backend="cuda"))
         assert nag <= plain + 1
 
