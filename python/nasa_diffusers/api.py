@@ -108,7 +108,7 @@ def put_on(
     guided: Sequence[dict[str, bool]],  # for each denoiser, its layers
 ) -> Handle:
     """Attach the hooks: what `enable_nasa` does once all settings are read."""
-    cache = TextCache()
+    cache = TextCache(max(family.cache_limit(denoiser) for denoiser in denoisers))
     guidances = [
         Guidance(pipe, denoiser, family, settings, chosen, cache)
         for denoiser, chosen in zip(denoisers, guided, strict=True)

@@ -19,6 +19,8 @@ from nasa_diffusers.weights import Fingerprint, Record, version
 
 DEFAULT_LIMIT = 512 << 20
 MAX_OLDER_CALLS = 4
+# of prompts whose keys and values change with the time: the steps of a distilled schedule
+MAX_OLDER_TIMES = 16
 # the length of a text [r, n, c] after equal padding at its end is folded into one token
 FoldedLength = Callable[[Tensor], int]
 
@@ -151,6 +153,7 @@ class TextCache:
         folded_lengths: Sequence[FoldedLength] = (),
         *,
         afresh: bool = False,
+        older_calls: int = MAX_OLDER_CALLS,
     ) -> Prompts:
         """The prompts of a denoiser call: known ones where their values are known.
         `folded_lengths` are for text, one for each; image prompts have none. `afresh` compares
@@ -166,7 +169,7 @@ class TextCache:
             # of text and of image prompts so many each
             are_text = bool(folded_lengths)
             same_kind = [other for other in older if bool(other.folded_lengths) == are_text]
-            for other in same_kind[:-MAX_OLDER_CALLS]:
+            for other in same_kind[:-older_calls]:
                 older.remove(other)
             self._calls = [*older, prompts]
             return prompts

@@ -15,7 +15,13 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from nasa_diffusers import side
 from nasa_diffusers.alpha import Alpha, Grid, LayerAlpha, Targets
-from nasa_diffusers.cache import TextCache, all_tokens
+from nasa_diffusers.cache import (
+    MAX_OLDER_CALLS,
+    MAX_OLDER_TIMES,
+    Prompts,
+    TextCache,
+    all_tokens,
+)
 from nasa_diffusers.caller import Caller, find_caller
 from nasa_diffusers.chain import Watch, as_called, attach, detach
 from nasa_diffusers.encoding import call_defaults, reference
@@ -236,15 +242,8 @@ class Guidance:
                     f"prompt has {channels}; encode both with the encoders of this pipeline"
                 )
         prompts_seen = None
-        if not (torch.is_grad_enabled() or self.family.is_beside):
-            prompts_seen = self.cache.recognise(
-                [text, *(embeds for embeds, _ in placed)],
-                [
-                    self.family.folded_length if mask is None else all_tokens
-                    for mask in (None, *(mask for _, mask in placed))
-                ],
-                afresh=afresh,
-            )
+        if not torch.is_grad_enabled():
+            prompts_seen = self._recognise(text, placed, inputs, afresh)
         grids: tuple[Grid, ...] = ()
         padding = leading = 0
         if settings.alpha.region is not None:
@@ -260,6 +259,31 @@ class Guidance:
             Term(embeds, mask, alpha) for (embeds, mask), alpha in zip(placed, alphas, strict=True)
         )
         return GuidedText(text, terms, settings.method, settings.backend, prompts_seen)
+
+    def _recognise(
+        self,
+        text: Tensor,
+        placed: list[tuple[Tensor, Tensor | None]],
+        inputs: dict[str, Any],
+        afresh: bool,
+    ) -> Prompts | None:
+        """Where keys and values of these prompts are kept."""
+        negatives = [embeds for embeds, _ in placed]
+        if not self.family.is_beside:
+            lengths = [
+                self.family.folded_length if mask is None else all_tokens
+                for mask in (None, *(mask for _, mask in placed))
+            ]
+            return self.cache.recognise([text, *negatives], lengths, afresh=afresh)
+        others = self.family.kept_with(self.denoiser, inputs)
+        if others is None:
+            return None
+        # what changes more often first: it is compared first
+        texts = [*others, *negatives]
+        older = MAX_OLDER_TIMES if others else MAX_OLDER_CALLS
+        return self.cache.recognise(
+            texts, [all_tokens] * len(texts), afresh=afresh, older_calls=older
+        )
 
     def _images(self, kwargs: dict[str, Any], afresh: bool) -> Images | None:
         """The image prompts of an IP-Adapter, or the images that go beside the text, where the

@@ -30,6 +30,7 @@ from nasa_diffusers.joint import JointCall, refuse_skipped_scores
 from nasa_diffusers.layer import Hook
 from nasa_diffusers.prompts import Term
 from nasa_diffusers.streams import Streams, keep_apart
+from nasa_diffusers.weights import Fingerprint
 
 Rope = Any  # a tensor, or a tuple of them, each [tokens, ...] or [b, tokens, ...]
 
@@ -56,7 +57,10 @@ class Side:
     lengths: list[int] = field(default_factory=list)  # n, then that of each negative prompt
     terms: tuple[Term, ...] = ()  # after the text projections
     rope: Rope | None = None  # of [image; positive; negatives]
-    # of cross-attention, by the argument of a block: the negative prompts, [b, m, c]
+    # of cross-attention: what the negative prompts passed before the blocks, where keys and values
+    # that are made of them are kept
+    made_by: Fingerprint | None = None
+    # by the argument of a block: the negative prompts, [b, m, c]
     texts: dict[str, Tensor] = field(default_factory=dict)
     # by the block that takes them, the tokens of all negative prompts, [b, m, c]
     states: dict[int, Tensor] = field(default_factory=dict)

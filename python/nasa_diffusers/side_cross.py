@@ -3,7 +3,8 @@ attend to it, or that have several texts.
 
 As in `side.py`, the prompt stays in its argument. Each block's hook appends the negative prompts to
 the block's texts, so that the block modulates them as it does the prompt; the hook on the attention
-takes them apart again. These texts do not change from block to block.
+takes them apart again. These texts do not change from block to block, so keys and values of the
+negative prompts are kept, of those that are modulated by the time for each time.
 
 Names: b batch, l queries, n text tokens, m tokens of all negative prompts, h heads, d head_dim.
 """
@@ -17,10 +18,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nasa_diffusers.cache import TextCache
 from nasa_diffusers.chain import as_called
 from nasa_diffusers.layer import Hook
 from nasa_diffusers.prompts import KeysValues, Signed
 from nasa_diffusers.side import CALL, Side
+from nasa_diffusers.weights import Fingerprint
 
 
 class CrossMaths(Protocol):
@@ -29,6 +32,9 @@ class CrossMaths(Protocol):
     text_arguments: tuple[str, ...]  # of a block
 
     def begin(self, denoiser: Any, side: Side, inputs: dict[str, Any]) -> dict[str, Tensor]: ...
+    def before_blocks(self, denoiser: Any) -> list[nn.Module]: ...
+    def in_block(self, block: Any) -> list[nn.Module]: ...
+    def projections(self, attn: Any) -> tuple[nn.Module | None, ...]: ...
     def check_processor(self, name: str, attn: Any) -> None: ...
     def check_alpha(self, name: str, side: Side) -> None: ...
     def queries(self, attn: Any, hidden_states: Tensor) -> Tensor: ...
@@ -54,6 +60,8 @@ class CrossBlockHook(Hook):
         inputs = dict(zip(self.parameters, args, strict=False)) | kwargs
         if not side.texts:
             side.texts = self.family.begin(self.denoiser, side, inputs)
+            if side.text.is_cached:
+                side.made_by = Fingerprint(self.family.before_blocks(self.denoiser))
         both = {
             name: torch.cat([inputs[name], side.texts[name]], dim=1)
             for name in self.family.text_arguments
@@ -68,9 +76,12 @@ class CrossBlockHook(Hook):
 class SideCrossHook(Hook):
     """Guided attention to a text with the negative prompts behind it."""
 
-    def __init__(self, name: str, family: CrossMaths, guided: bool):
+    def __init__(
+        self, name: str, block: nn.Module, family: CrossMaths, cache: TextCache, guided: bool
+    ):
         super().__init__()
-        self.name, self.family, self.guided = name, family, guided
+        self.name, self.family, self.cache, self.guided = name, family, cache, guided
+        self.block = block
         self.last_call: CrossCall | None = None
 
     def new_forward(
@@ -92,20 +103,44 @@ class SideCrossHook(Hook):
         self.family.check_processor(self.name, attn)
         self.family.check_alpha(self.name, side)
         q = self.family.turn(self.family.queries(attn, hidden_states), kwargs)
-        k, v = self.family.keys_values(attn, encoder_hidden_states)
-        parts = zip(k.split(side.lengths, dim=1), v.split(side.lengths, dim=1), strict=True)
-        pos, *negatives = (KeysValues(*part) for part in parts)
+        pos, *negatives = self.keys_values(attn, side, encoder_hidden_states)
         if attention_mask is not None:
             mask = self.family.text_mask(self.name, attention_mask, side.lengths[0])
             pos = pos._replace(mask=mask)
         if not torch.compiler.is_compiling():
-            self.last_call = CrossCall(q.shape, side.lengths, encoder_hidden_states.shape[2])
+            rows = negatives[0].k.shape[0]
+            self.last_call = CrossCall(
+                q.shape, side.lengths, encoder_hidden_states.shape[2], rows,
+                is_kept=side.made_by is not None,
+            )  # fmt: skip
         signed = [
             Signed(prompt._replace(mask=term.mask), term.alpha)
             for prompt, term in zip(negatives, side.terms, strict=True)
         ]
         o = side.text.method.cross(q, pos, signed, side.text.backend)
         return self.family.finish(attn, o.flatten(2), hidden_states)
+
+    def keys_values(self, attn: Any, side: Side, text: Tensor) -> list[KeysValues]:
+        """Of `[b, n + m, c]`, the prompt's and those of each negative prompt."""
+        prompts = side.text.prompts
+        if side.made_by is None or prompts is None:
+            k, v = self.family.keys_values(attn, text)
+            return _apart(k, v, side.lengths)
+        n = side.lengths[0]
+        pos = KeysValues(*self.family.keys_values(attn, text[:, :n]))
+        # one row for all where they are equal
+        rows = 1 if all(prompts.are_uniform) else text.shape[0]
+        made_with = [*self.family.in_block(self.block), *self.family.projections(attn)]
+        ((k, v),), _ = self.cache.through(
+            attn, made_with, side.made_by, prompts,
+            lambda: [self.family.keys_values(attn, text[:rows, n:])],
+        )  # fmt: skip
+        return [pos, *_apart(k, v, side.lengths[1:])]
+
+
+def _apart(k: Tensor, v: Tensor, lengths: list[int]) -> list[KeysValues]:
+    parts = zip(k.split(lengths, dim=1), v.split(lengths, dim=1), strict=True)
+    return [KeysValues(*part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,8 @@ class CrossCall:
     q: torch.Size  # [b, l, h, d]
     lengths: list[int]  # n_pos, then n_neg of each negative prompt
     channels: int
+    rows: int  # of K and V of the negative prompts: b, or 1 for all
+    is_kept: bool  # they are
 
     @property
     def texts(self) -> list[tuple[int, int, int]]:
@@ -122,11 +159,17 @@ class CrossCall:
 
     @property
     def attention_flops(self) -> int:
-        """Q K-^T and P- V-, and to_k and to_v of the negative texts, in every call."""
+        """Q K-^T and P- V-, and to_k and to_v of the negative texts where nothing is kept."""
         b, queries, h, d = self.q
-        return sum(4 * b * n * h * d * (queries + self.channels) for n in self.lengths[1:])
+        each_call = sum(4 * b * n * h * d * queries for n in self.lengths[1:])
+        return each_call if self.is_kept else each_call + self._projections
 
     @property
     def projection_flops(self) -> int:
-        """Nothing is kept from call to call: the text may change with the time."""
-        return 0
+        """to_k and to_v of the negative texts, once for each prompt and time."""
+        return self._projections if self.is_kept else 0
+
+    @property
+    def _projections(self) -> int:
+        _, _, h, d = self.q
+        return sum(4 * self.rows * n * self.channels * h * d for n in self.lengths[1:])

@@ -220,10 +220,14 @@ LTX2_VERSIONS: dict[str, dict[str, Any]] = {
         "audio_cross_attn_mod": True, "use_prompt_embeddings": False, "perturbed_attn": True,
     },
 }  # fmt: skip
+# its texts are modulated, and not by the time
+LTX2_VERSIONS["2.5"] = LTX2_VERSIONS["2.3"] | {
+    "use_prompt_adaln_single": False, "use_keyframes_abs_pos_embedding": True,
+}  # fmt: skip
 
 
 def ltx2(version: str = "2.0", seed: int = 0):
-    """LTX-2 or 2.3 in small: two blocks of video and sound, a connector for each text."""
+    """LTX-2, 2.3 or 2.5 in small: two blocks of video and sound, a connector for each text."""
     import diffusers
     from diffusers.pipelines.ltx2 import LTX2TextConnectors
     from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder

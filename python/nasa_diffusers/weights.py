@@ -102,6 +102,24 @@ def _hooks(module: nn.Module) -> list[int]:
     return [i for hooks in held for i, hook in hooks.items() if not hasattr(hook, "only_watches")]
 
 
+class OwnWeights(nn.Module):
+    """The weights that a module holds itself, without those of its parts."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        # the same dictionary: what takes the place of a weight is seen
+        self._parameters = module._parameters
+
+
+OWN_WEIGHTS: weakref.WeakKeyDictionary[nn.Module, OwnWeights] = weakref.WeakKeyDictionary()
+
+
+def own_weights(module: nn.Module) -> OwnWeights:
+    """The same object for the same module."""
+    found = OWN_WEIGHTS.get(module)
+    return OWN_WEIGHTS.setdefault(module, OwnWeights(module)) if found is None else found
+
+
 class Record:
     """A fingerprint to keep, with a spread of the weights' values but without the weights."""
 

@@ -160,3 +160,19 @@ def test_lumina_next_puts_the_prompt_first():
     keep.remove()
     assert relative_error(rows[2], rows[0]) > 1e-4
     assert relative_error(rows[3], rows[1]) < 1e-6
+
+
+@needs_glyphs
+@pytest.mark.parametrize("name", ["hunyuan-video-1.5", "hunyuan-image"])
+def test_nasa_as_the_guider_of_the_pipeline(name):
+    """It gets both texts of the pipeline's own negative prompt, and leaves no hooks behind."""
+    from nasa_diffusers.guider import NASAGuidance
+
+    build, options = PIPES[name]
+    pipe = build()
+    with nasa(pipe, 'so "dull"', NASA(0.5)):
+        expected = draw(pipe, options)
+    pipe.guider = NASAGuidance(alpha=0.5)
+    drawn = draw(pipe, options | {"negative_prompt": 'so "dull"'})
+    assert relative_error(drawn, expected) < 2e-5
+    assert not pipe.transformer._forward_pre_hooks

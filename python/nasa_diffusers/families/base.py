@@ -14,7 +14,7 @@ from diffusers.models import attention_processor as stock
 from torch import Tensor, nn
 
 from nasa_diffusers.alpha import Grid, Targets
-from nasa_diffusers.cache import TextCache
+from nasa_diffusers.cache import DEFAULT_LIMIT, TextCache
 from nasa_diffusers.chain import check_own_forward
 from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.guided_text import GuidedText
@@ -133,6 +133,15 @@ class Family:
         """The length of a text `[r, n, c]` without a mask after equal padding at its end is folded:
         n where the model's padding is not equal."""
         return text.shape[1]
+
+    def cache_limit(self, denoiser: Denoiser) -> int:
+        """Bytes of keys and values that are kept, where the user sets nothing else."""
+        return DEFAULT_LIMIT
+
+    def kept_with(self, denoiser: Denoiser, inputs: dict[str, Any]) -> list[Tensor] | None:
+        """Of prompts beside the text: what their keys and values depend on besides them and
+        weights, each `[r, n]`; None where they are made in every call."""
+        return None
 
     def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, TextHook]]:
         """The modules that receive the text before the blocks do, each with a hook for it."""

@@ -16,6 +16,7 @@ from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.families.base import project_keys_values, token_grid
 from nasa_diffusers.families.side_cross import SideCross
 from nasa_diffusers.families.two_texts import as_one, present, read_two
+from nasa_diffusers.weights import own_weights
 
 SECOND = "encoder_hidden_states_t5"
 # how many tokens the pipelines encode to, by the number of the encoder
@@ -105,6 +106,10 @@ class HunyuanDiT(SideCross):
         text = torch.cat([first, second], dim=1)
         return torch.where(are[..., None], text, denoiser.text_embedding_padding.to(text)), are
 
+    def before_blocks(self, denoiser):
+        # and what stands for padding
+        return [denoiser.text_embedder, own_weights(denoiser)]
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def grids(self, denoiser, sample, inputs):
@@ -116,6 +121,10 @@ class HunyuanDiT(SideCross):
     def turn(self, q, options):
         rope = options.get("image_rotary_emb")
         return q if rope is None else apply_rotary_emb(q, rope, sequence_dim=1)
+
+    def projections(self, attn):
+        fused = getattr(attn, "to_kv", None)
+        return attn.to_k, attn.to_v, attn.norm_k, fused
 
     def keys_values(self, attn, text):
         k, v = (x.unflatten(2, (attn.heads, -1)) for x in project_keys_values(attn, text))

@@ -41,6 +41,9 @@ class LuminaNext(SideCross):
         texts = [term.text.expand(rows, -1, -1) for term in side.terms]
         return {"encoder_hidden_states": torch.cat(texts, dim=1)}
 
+    def in_block(self, block):
+        return [block.norm1_context]
+
     # ---- one layer ---------------------------------------------------------------------------
 
     def grids(self, denoiser, sample, inputs):
@@ -54,6 +57,9 @@ class LuminaNext(SideCross):
 
     def turn(self, q, options):
         return apply_rotary_emb(q, options["query_rotary_emb"], use_real=False)
+
+    def projections(self, attn):
+        return attn.to_k, attn.to_v, attn.norm_k
 
     def keys_values(self, attn, text):
         head_dim = attn.inner_dim // attn.heads

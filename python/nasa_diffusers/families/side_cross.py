@@ -34,6 +34,17 @@ class SideCross(Family):
         those of the first block."""
         raise NotImplementedError
 
+    def before_blocks(self, denoiser: Denoiser) -> list[nn.Module]:
+        """What the negative prompts pass there, and what else a block does to them depends on."""
+        return []
+
+    def in_block(self, block: Any) -> list[nn.Module]:
+        """What a block does to its texts before its layers project them."""
+        return []
+
+    def kept_with(self, denoiser, inputs):
+        return []
+
     # ---- hooks -------------------------------------------------------------------------------
 
     def blocks(self, denoiser: Denoiser) -> Iterator[tuple[str, Any]]:
@@ -46,7 +57,8 @@ class SideCross(Family):
                 yield f"{name}.{attention}", getattr(block, attention)
 
     def layer_hook(self, denoiser, name, cache, guided):
-        return SideCrossHook(name, self, guided)
+        block = denoiser.get_submodule(name.rpartition(".")[0])
+        return SideCrossHook(name, block, self, cache, guided)
 
     def block_hooks(self, denoiser, guided):
         return [
