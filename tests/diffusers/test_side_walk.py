@@ -285,6 +285,7 @@ ALONE = (
     *hunyuan_pipes.ALONE,
     "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
     "QwenImage21Pipeline", "Ideogram4Pipeline", "HiDreamImagePipeline",
+    "JoyImageEditPipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 
