@@ -254,7 +254,9 @@ def count(name: str, method: Method | None = None) -> SideCount:
     prompt = Negative.from_embeds(model.negative(model.tokens_neg), None, family)
     read = in_force(method, family, denoiser, prompt)
     settings = Settings(prompt, **read, window=Window(), backend=None, cfg=False)
-    put_on(pipe, [denoiser], family, settings, [choose_layers(denoiser, family, None)])  # type: ignore[arg-type]
+    handle = put_on(pipe, [denoiser], family, settings, [choose_layers(denoiser, family, None)])  # type: ignore[arg-type]
+    # weights are of 4 bytes here, of 2 where models of this size run
+    handle.cache_limit *= 2
     return SideCount(name, model.tokens, model.tokens_neg, stock, call(), call())
 
 
