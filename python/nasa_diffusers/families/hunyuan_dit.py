@@ -106,6 +106,11 @@ class HunyuanDiT(SideCross):
         text = torch.cat([first, second], dim=1)
         return torch.where(are[..., None], text, denoiser.text_embedding_padding.to(text)), are
 
+    def kept_with(self, denoiser, inputs):
+        names = (SECOND, "text_embedding_mask", "text_embedding_mask_t5")
+        others = [inputs.get(name) for name in names]
+        return None if any(x is None for x in others) else others
+
     def before_blocks(self, denoiser):
         # and what stands for padding
         return [denoiser.text_embedder, own_weights(denoiser)]

@@ -160,18 +160,22 @@ class LTX2(SideCross):
         return [own_weights(block)]
 
     def kept_with(self, denoiser, inputs):
-        if not _follows_time(denoiser):
-            return []
+        if not self.follows_time(denoiser):
+            return [inputs[SOUND]]
         video = inputs.get("sigma")
         sound = inputs.get("audio_sigma")
         sound = video if sound is None else sound
         if video is None:
             return None
-        return [video.reshape(-1, 1), sound.reshape(-1, 1)]
+        return [video.reshape(-1, 1), sound.reshape(-1, 1), inputs[SOUND]]
+
+    def follows_time(self, denoiser):
+        # 2.3's blocks modulate their texts by it
+        return getattr(denoiser, "prompt_adaln", None) is not None
 
     def cache_limit(self, denoiser):
-        # 1.2 GiB are one negative prompt of 1024 tokens in 48 layers
-        return super().cache_limit(denoiser) if _follows_time(denoiser) else 2 << 30
+        # 2.3 GiB are a prompt and a negative one of 1024 tokens each, in 48 layers
+        return super().cache_limit(denoiser) if self.follows_time(denoiser) else 3 << 30
 
     # ---- hooks -------------------------------------------------------------------------------
 
@@ -211,8 +215,3 @@ class LTX2(SideCross):
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             o = (o.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
         return super().finish(attn, o, hidden_states)
-
-
-def _follows_time(denoiser):
-    """Whether a block modulates its texts by the time, as 2.3's do."""
-    return getattr(denoiser, "prompt_adaln", None) is not None
