@@ -279,8 +279,9 @@ class Guidance:
         if others is None:
             return None
         # what changes more often first: it is compared first
-        texts = [*others, *negatives]
-        older = MAX_OLDER_TIMES if others else MAX_OLDER_CALLS
+        texts = [*others, text, *negatives]
+        follows_time = self.family.follows_time(self.denoiser)
+        older = MAX_OLDER_TIMES if follows_time else MAX_OLDER_CALLS
         return self.cache.recognise(
             texts, [all_tokens] * len(texts), afresh=afresh, older_calls=older
         )

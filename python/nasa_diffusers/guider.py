@@ -92,6 +92,12 @@ class NASAGuidance(BaseGuidance):
         return [self._prepare_batch(data, 0, "pred_cond")]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
+        if "audio_encoder_hidden_states" in input_fields:
+            raise ValueError(
+                "NASAGuidance: this pipeline has a guider for the picture and one for the sound, "
+                "which share their calls; leave both as they are and call enable_nasa(pipe, "
+                "negative_prompt_embeds=(video, sound))"
+            )
         fields = {name: x[1] for name, x in input_fields.items() if isinstance(x, tuple)}
         self._keep({name: getattr(data, x, None) for name, x in fields.items() if x is not None})
         return [self._prepare_batch_from_block_state(input_fields, data, 0, "pred_cond")]
@@ -165,6 +171,9 @@ class NASAGuidance(BaseGuidance):
             self._negative = (text, second), (mask, second_mask)
 
     def _attach(self, denoiser: nn.Module, embeds: Any, mask: Any) -> None:
+        caller = find_caller()
+        if caller is not None and caller.is_modular:
+            _check_takes_negatives(caller.pipe)
         owner: Any = _Owner(_own(denoiser))
         self._handle = enable_nasa(
             owner,
@@ -197,6 +206,15 @@ class _Owner:
     @property
     def components(self) -> dict[str, nn.Module]:
         return {"transformer": self.transformer}
+
+
+def _check_takes_negatives(pipe: Any) -> None:
+    if "negative_prompt" not in pipe.blocks.input_names:
+        raise ValueError(
+            f"NASAGuidance: {type(pipe).__name__} takes no negative_prompt, its blocks encode an "
+            "empty one; leave its guider as it is and call enable_nasa(pipe, "
+            "negative_prompt_embeds=...)"
+        )
 
 
 def _own(denoiser: Any) -> nn.Module:

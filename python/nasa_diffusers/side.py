@@ -57,8 +57,7 @@ class Side:
     lengths: list[int] = field(default_factory=list)  # n, then that of each negative prompt
     terms: tuple[Term, ...] = ()  # after the text projections
     rope: Rope | None = None  # of [image; positive; negatives]
-    # of cross-attention: what the negative prompts passed before the blocks, where keys and values
-    # that are made of them are kept
+    # of cross-attention: what texts passed before the blocks, where keys and values are kept
     made_by: Fingerprint | None = None
     # by the argument of a block: the negative prompts, [b, m, c]
     texts: dict[str, Tensor] = field(default_factory=dict)

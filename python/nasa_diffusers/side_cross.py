@@ -3,8 +3,8 @@ attend to it, or that have several texts.
 
 As in `side.py`, the prompt stays in its argument. Each block's hook appends the negative prompts to
 the block's texts, so that the block modulates them as it does the prompt; the hook on the attention
-takes them apart again. These texts do not change from block to block, so keys and values of the
-negative prompts are kept, of those that are modulated by the time for each time.
+takes them apart again. These texts do not change from block to block, so keys and values are
+kept, of those that are modulated by the time for each time.
 
 Names: b batch, l queries, n text tokens, m tokens of all negative prompts, h heads, d head_dim.
 """
@@ -81,7 +81,7 @@ class SideCrossHook(Hook):
     ):
         super().__init__()
         self.name, self.family, self.cache, self.guided = name, family, cache, guided
-        self.in_block = family.in_block(block)
+        self.block = block
         self.last_call: CrossCall | None = None
 
     def new_forward(
@@ -126,15 +126,14 @@ class SideCrossHook(Hook):
         if side.made_by is None or prompts is None:
             k, v = self.family.keys_values(attn, text)
             return _apart(k, v, side.lengths)
-        n = side.lengths[0]
-        pos = KeysValues(*self.family.keys_values(attn, text[:, :n]))
         # one row for all where they are equal
         rows = 1 if all(prompts.are_uniform) else text.shape[0]
+        made_with = [*self.family.in_block(self.block), *self.family.projections(attn)]
         ((k, v),), _ = self.cache.through(
-            attn, [*self.family.projections(attn), *self.in_block], side.made_by, prompts,
-            lambda: [self.family.keys_values(attn, text[:rows, n:])],
+            attn, made_with, side.made_by, prompts,
+            lambda: [self.family.keys_values(attn, text[:rows])],
         )  # fmt: skip
-        return [pos, *_apart(k, v, side.lengths[1:])]
+        return _apart(k, v, side.lengths)
 
 
 def _apart(k: Tensor, v: Tensor, lengths: list[int]) -> list[KeysValues]:

@@ -111,6 +111,15 @@ class OwnWeights(nn.Module):
         self._parameters = module._parameters
 
 
+OWN_WEIGHTS: weakref.WeakKeyDictionary[nn.Module, OwnWeights] = weakref.WeakKeyDictionary()
+
+
+def own_weights(module: nn.Module) -> OwnWeights:
+    """The same object for the same module."""
+    found = OWN_WEIGHTS.get(module)
+    return OWN_WEIGHTS.setdefault(module, OwnWeights(module)) if found is None else found
+
+
 class Record:
     """A fingerprint to keep, with a spread of the weights' values but without the weights."""
 

@@ -68,6 +68,8 @@ class Seen:
             alpha = over(case.leading, case.targets, case.image_tokens)
             if rule == "nasa":
                 alpha = video_alone(alpha)
+        elif case.made is not None and not case.made.all():
+            alpha = video_alone(torch.where(case.made, ALPHA, 0.0).view(1, -1, 1, 1))
         return case.expected(rule, [(negative, alpha, None)])
 
 

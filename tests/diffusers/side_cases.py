@@ -1,5 +1,6 @@
 """The small denoisers with a side stream: one call of each, and what the oracle asks about it."""
 
+import inspect
 from types import SimpleNamespace
 
 import diffusers
@@ -56,6 +57,7 @@ class Case:
     modulates_anew = False  # each block gets a modulation of its own
     targets = None  # how many image tokens are made, where others stand behind or before them
     leading = 0  # how many of them
+    made = None  # which are made, [l], where those that are given may lie anywhere
 
     def __init__(self, **options):
         self.model = made(self.cls, self.config | options)
@@ -140,6 +142,10 @@ class Case:
             self.targets = int((ids[:, 0] == ids[0, 0]).sum())
         elif inputs.get("audio_hidden_states") is not None and inputs.get("num_frames") is not None:
             self.targets = inputs["num_frames"] * inputs["height"] * inputs["width"]
+        elif inputs.get("audio_hidden_states") is not None:
+            # what is given is less noisy
+            times = inputs["timestep"][0]
+            self.made = times == times.max()
 
     def negative_part(self, given):
         return self.part(given)
@@ -479,6 +485,10 @@ class LTX23(LTX2):
     channels = (32, 16)
 
 
+class LTX25(LTX23):
+    config = LTX2.config | LTX2_VERSIONS["2.5"]
+
+
 CASES = {
     "qwen": Qwen,
     "qwen-edit": QwenEdit,
@@ -491,8 +501,12 @@ CASES = {
     "cogview4": CogView4,
     "ltx2": LTX2,
     "ltx2.3": LTX23,
+    "ltx2.5": LTX25,
 }
 CASES = {name: case for name, case in CASES.items() if hasattr(diffusers, case.cls)}
+LTX2_OPTIONS = inspect.signature(getattr(diffusers, LTX2.cls, object).__init__).parameters
+if "use_prompt_adaln_single" not in LTX2_OPTIONS:
+    CASES.pop("ltx2.5", None)
 if not MASKS_TEXT:
     # Edit 2511 and Layered came with it
     CASES = {

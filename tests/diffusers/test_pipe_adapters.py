@@ -259,6 +259,20 @@ def test_ip_adapter_of_sdxl(draw):
     assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, steps=2, **image))
 
 
+def test_ip_adapter_in_four_steps_of_dmd2(draw):
+    pipe, oracle = testing.stable_diffusion_xl(), testing.stable_diffusion_xl()
+    options = {"steps": 4, "timesteps": [999, 749, 499, 249], "ip_adapter_image_embeds": [IMAGE]}
+    for each in (pipe, oracle):
+        each.scheduler = diffusers.LCMScheduler.from_config(each.scheduler.config)
+        load_ip_adapter(each)
+        each.set_ip_adapter_scale(0.6)
+    stock = draw(pipe, **options)
+    with nasa(pipe, "blurry", alpha=0.5):
+        ours = draw(pipe, **options)
+    assert_same_image(ours, draw_with_oracle(oracle, draw, 0.5, **options))
+    assert relative_error(ours, stock) > 1e-4
+
+
 @pytest.mark.parametrize("method", ["nasa", "nag"])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("scale", [0.6, 0.0])

@@ -5,6 +5,7 @@ import types
 
 import diffusers
 import pytest
+import side_pipes
 import torch
 from nasa_diffusers import enable_nasa, testing
 from nasa_diffusers.methods import METHODS
@@ -95,6 +96,86 @@ def test_other_modular_pipelines(family, monkeypatch):
     handle.disable()
     pipe = modular(classic, NASAGuidance(alpha=0.5), family)
     assert torch.equal(draw(pipe, **frames), wanted) and not torch.equal(wanted, stock)
+
+
+SIDE = {
+    "qwen-image": ("qwenimage", "QwenImageModularPipeline"),
+    "z-image": ("z_image", "ZImageModularPipeline"),
+    "ltx2": ("ltx2", "LTX2ModularPipeline"),
+    "klein": ("flux2", "Flux2KleinBaseModularPipeline"),
+}
+
+
+def of_side(name, guidance):
+    """A classic pipeline with a side stream, a modular one of its parts, and how both draw."""
+    package, kind = SIDE[name]
+    if name not in side_pipes.PIPES or not hasattr(diffusers, kind):
+        pytest.skip("a newer diffusers has it")
+    build, options = side_pipes.PIPES[name]
+    made = build(is_distilled=False) if name == "klein" else build()
+    if name == "qwen-image":
+        # the blocks have theirs in their code
+        encoders = importlib.import_module("diffusers.modular_pipelines.qwenimage.encoders")
+        made.prompt_template_encode = encoders.QWENIMAGE_PROMPT_TEMPLATE
+        made.prompt_template_encode_start_idx = encoders.QWENIMAGE_PROMPT_TEMPLATE_START_IDX
+    cls = getattr(diffusers, kind)
+    blocks = getattr(getattr(diffusers.modular_pipelines, package), cls.default_blocks_name)
+    pipe = cls(blocks())
+    parts = {x: part for x, part in made.components.items() if x in pipe.component_names}
+    pipe.register_components(**parts)
+    pipe.update_components(guider=guidance)
+    pipe.set_progress_bar_config(disable=True)
+    own = {x: options[x] for x in options if x in pipe.blocks.input_names}
+    negative = {"negative_prompt": "a dog"} if "negative_prompt" in pipe.blocks.input_names else {}
+
+    def draw_modular(steps=2):
+        latents = pipe(
+            prompt="a cat", num_inference_steps=steps, output="latents",
+            generator=torch.Generator().manual_seed(0), **own, **negative,
+        )  # fmt: skip
+        if name == "qwen-image":
+            # [b, c, 1, height, width]
+            b, c, _, height, width = latents.shape
+            latents = made._pack_latents(latents, b, c, height, width)
+        return latents.flatten(1)
+
+    return made, lambda: side_pipes.draw(made, options), draw_modular
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
+def test_pipelines_with_a_side_stream(name):
+    guidance = NASAGuidance(alpha=0.5)
+    classic, draw_classic, draw_modular = of_side(name, guidance)
+    stock = draw_classic()
+    handle = enable_nasa(classic, "a dog", alpha=0.5)
+    wanted = draw_classic()
+    handle.disable()
+    assert torch.equal(draw_modular(), wanted) and not torch.equal(wanted, stock)
+    # one call a step, and nothing is left
+    calls = []
+    counter = classic.transformer.register_forward_hook(lambda *_: calls.append(1))
+    draw_modular(steps=3)
+    counter.remove()
+    assert len(calls) == 3
+    assert torch.equal(draw_classic(), stock)
+    guidance.disable()
+    assert torch.equal(draw_modular(), stock)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ltx2", "a guider for the picture and one for the sound"),
+        ("klein", "Flux2KleinBaseModularPipeline takes no negative_prompt"),
+    ],
+)
+def test_pipelines_that_it_cannot_guide(name, why):
+    classic, draw_classic, draw_modular = of_side(name, NASAGuidance(alpha=0.5))
+    stock = draw_classic()
+    with pytest.raises(ValueError, match=f"NASAGuidance: .*{why}.*negative_prompt_embeds"):
+        draw_modular()
+    assert torch.equal(draw_classic(), stock)
+    assert not classic.transformer._forward_pre_hooks
 
 
 def test_disabled_it_is_stock(classic):

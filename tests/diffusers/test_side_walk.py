@@ -9,6 +9,7 @@ import inspect
 import diffusers
 import hunyuan_pipes
 import pytest
+import side_pipes  # noqa: F401  with what PRX cleans its text
 import torch
 from drawing import relative_error
 from nasa_diffusers import NASA, nasa, pipelines, testing, testing_joint
@@ -154,6 +155,8 @@ LTX2 = {
 CHROMA = SMALL | OTHER | {"guidance_scale": 3.0, "max_sequence_length": 16}
 COG = {"height": 32, "width": 32, "guidance_scale": 3.0, "max_sequence_length": 16, **OTHER}
 DFR = {"height": 32, "width": 32, "frame_rate": 25.0, "max_sequence_length": 16, "sigmas": [0.9]}
+# a reference of half the size behind the video
+GIVEN = {"reference_latents": noise(4, 5, 8, 8)}
 # of 13 frames, with generated ones at 6 and 12
 REFINED = {
     "num_frames": 13, "latents": noise(4, 7, 16, 16), "audio_latents": noise(2, 16, 2),
@@ -213,8 +216,7 @@ RUN = {
         lambda name: of_parts(name, side.ltx2("2.3")), LTX2, [*LAST, True, True]
     ),
     "LTX2DFRPipeline": (
-        lambda name: of_parts(name, side.ltx2("2.3"), transformer=with_slots()),
-        DFR | {"num_frames": 9}, [True],
+        lambda name: of_parts(name, side.ltx2("2.5")), DFR | {"num_frames": 9} | GIVEN, [True],
     ),
     # a call for each of two tiles
     "LTX2DFRTemporalRefinePipeline": (
@@ -283,6 +285,7 @@ ALONE = (
     *hunyuan_pipes.ALONE,
     "Lumina2Pipeline", "AuraFlowPipeline", "ErnieImagePipeline", "PRXPipeline",
     "QwenImage21Pipeline", "Ideogram4Pipeline", "HiDreamImagePipeline",
+    "JoyImageEditPipeline",
 )  # fmt: skip
 THERE = [name for name in RUN if hasattr(diffusers, name)]
 

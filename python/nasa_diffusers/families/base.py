@@ -139,9 +139,13 @@ class Family:
         return DEFAULT_LIMIT
 
     def kept_with(self, denoiser: Denoiser, inputs: dict[str, Any]) -> list[Tensor] | None:
-        """Of prompts beside the text: what their keys and values depend on besides them and
-        weights, each `[r, n]`; None where they are made in every call."""
+        """Of prompts beside the text: what keys and values depend on besides them, the text and
+        weights, each `[r, ...]`; None where they are made in every call."""
         return None
+
+    def follows_time(self, denoiser: Denoiser) -> bool:
+        """Whether that changes from step to step."""
+        return False
 
     def text_hooks(self, denoiser: Denoiser, cache: TextCache) -> list[tuple[nn.Module, TextHook]]:
         """The modules that receive the text before the blocks do, each with a hook for it."""

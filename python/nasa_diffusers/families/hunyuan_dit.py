@@ -16,7 +16,7 @@ from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.families.base import project_keys_values, token_grid
 from nasa_diffusers.families.side_cross import SideCross
 from nasa_diffusers.families.two_texts import as_one, present, read_two
-from nasa_diffusers.weights import OwnWeights
+from nasa_diffusers.weights import own_weights
 
 SECOND = "encoder_hidden_states_t5"
 # how many tokens the pipelines encode to, by the number of the encoder
@@ -106,9 +106,14 @@ class HunyuanDiT(SideCross):
         text = torch.cat([first, second], dim=1)
         return torch.where(are[..., None], text, denoiser.text_embedding_padding.to(text)), are
 
+    def kept_with(self, denoiser, inputs):
+        names = (SECOND, "text_embedding_mask", "text_embedding_mask_t5")
+        others = [inputs.get(name) for name in names]
+        return None if any(x is None for x in others) else others
+
     def before_blocks(self, denoiser):
         # and what stands for padding
-        return [denoiser.text_embedder, OwnWeights(denoiser)]
+        return [denoiser.text_embedder, own_weights(denoiser)]
 
     # ---- one layer ---------------------------------------------------------------------------
 

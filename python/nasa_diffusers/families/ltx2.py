@@ -19,7 +19,7 @@ from nasa_diffusers.encoding import encode_prompt
 from nasa_diffusers.families.base import ImageTokens
 from nasa_diffusers.families.side_cross import SideCross
 from nasa_diffusers.side import Side
-from nasa_diffusers.weights import OwnWeights
+from nasa_diffusers.weights import own_weights
 
 try:
     from diffusers.models.transformers import transformer_ltx2 as ltx2
@@ -30,15 +30,19 @@ else:
 
 # of Echo, which runs this denoiser
 MEMORY_FIRST = "puts its memory_images before the video that is made, and would guide them instead"
+# of given tokens, one for each tile
+MAX_LAYOUTS = 31
 VIDEO, SOUND = "encoder_hidden_states", "audio_encoder_hidden_states"
 
 
 class LTX2Tokens(ImageTokens):
-    """The video that is made comes first; frames and references that are given may follow."""
+    """The video that is made comes first; frames and references that are given may follow. Where a
+    call does not say how large it is, those are given that are less noisy than the others."""
 
     def __init__(self, family, denoiser):
         super().__init__(family, denoiser)
         self._targets: dict[tuple, Targets] = {}
+        self._by_noise: tuple[Targets, ...] = ()
 
     def _own(self, inputs):
         sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
@@ -59,8 +63,10 @@ class LTX2Tokens(ImageTokens):
 
     def targets(self, inputs):
         sample, own = inputs["hidden_states"], self._own(inputs)
-        if own is None or sample.is_meta:
+        if sample.is_meta:
             return None
+        if own is None:
+            return self._less_noisy(sample, inputs.get("timestep"))
         frames, height, width = own
         key = frames * height * width, sample.shape[1], sample.device
         if key[0] >= key[1]:
@@ -70,6 +76,22 @@ class LTX2Tokens(ImageTokens):
             are = torch.arange(key[1], device=sample.device) < key[0]
             self._targets = {key: Targets(are)}
         return self._targets[key]
+
+    def _less_noisy(self, sample, timestep):
+        """As LTX2DFRPipeline says it: a token's timestep is that of the step times what is to be
+        made of it."""
+        if timestep is None or timestep.dim() != 2 or timestep.shape[1] != sample.shape[1]:
+            return None
+        # [l], the same in every row
+        are = timestep[0] >= 0.999 * timestep[0].max()
+        if are.all():
+            return None
+        for known in self._by_noise:
+            if known.are.device == are.device and torch.equal(known.are, are):
+                return known
+        # another thread may do the same: both make the same
+        self._by_noise = (*self._by_noise[-MAX_LAYOUTS:], Targets(are))
+        return self._by_noise[-1]
 
 
 class LTX2(SideCross):
@@ -135,21 +157,25 @@ class LTX2(SideCross):
         return [part for part in parts if part is not None]
 
     def in_block(self, block):
-        return [OwnWeights(block)]
+        return [own_weights(block)]
 
     def kept_with(self, denoiser, inputs):
-        if not _follows_time(denoiser):
-            return []
+        if not self.follows_time(denoiser):
+            return [inputs[SOUND]]
         video = inputs.get("sigma")
         sound = inputs.get("audio_sigma")
         sound = video if sound is None else sound
         if video is None:
             return None
-        return [video.reshape(-1, 1), sound.reshape(-1, 1)]
+        return [video.reshape(-1, 1), sound.reshape(-1, 1), inputs[SOUND]]
+
+    def follows_time(self, denoiser):
+        # 2.3's blocks modulate their texts by it
+        return getattr(denoiser, "prompt_adaln", None) is not None
 
     def cache_limit(self, denoiser):
-        # 1.2 GiB are one negative prompt of 1024 tokens in 48 layers
-        return super().cache_limit(denoiser) if _follows_time(denoiser) else 2 << 30
+        # 2.3 GiB are a prompt and a negative one of 1024 tokens each, in 48 layers
+        return super().cache_limit(denoiser) if self.follows_time(denoiser) else 3 << 30
 
     # ---- hooks -------------------------------------------------------------------------------
 
@@ -189,8 +215,3 @@ class LTX2(SideCross):
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
             o = (o.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
         return super().finish(attn, o, hidden_states)
-
-
-def _follows_time(denoiser):
-    """Whether a block modulates its texts by the time, as 2.3's do."""
-    return getattr(denoiser, "prompt_adaln", None) is not None
