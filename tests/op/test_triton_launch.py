@@ -138,7 +138,7 @@ def launch_all(b: int, l: int, n: int = 1) -> None:
     _, *kept = joint.attention(*arguments)
     joint.pair(q, *(k,) * 6, None, None, 1.0, 0, 0)
     joint_backward.backward(q, *kept, *arguments, [True] * 8)
-    nag.blend(q, q, None, 0.5, 2.0, 2.5)
+    nag.blend(q, q, q, None, 0.5, 2.0, 2.5, 1)
 
 
 @pytest.mark.parametrize(("b", "l"), [(70_000, 1), (1, 70_000 * 64)], ids=["heads", "queries"])
