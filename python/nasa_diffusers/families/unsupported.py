@@ -33,8 +33,15 @@ _because(
     "PriorTransformer", "WuerstchenPrior",
 )  # fmt: skip
 _because(
-    "keys and values have fewer heads than queries there",
-    "AceStepTransformer1DModel", "DreamLiteUNetModel",
+    "its prompt is read together with lyrics and the timbre of a recording, so a negative prompt "
+    "would need those of the call", "AceStepTransformer1DModel",
+)  # fmt: skip
+_because(
+    "its prompt is encoded for a task, when editing together with the image of the call",
+    "DreamLiteUNetModel",
+)  # fmt: skip
+_because(
+    "the start and the duration of the sound, which the call sets, are tokens of its text",
     "StableAudioDiTModel",
 )  # fmt: skip
 _because("its attention is a difference of two, with layers of its own", "StableAudio3DiTModel")
