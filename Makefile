@@ -101,7 +101,7 @@ $(VENV)/ready-site: $(VENV)/ready
 
 app-test: $(VENV)/ready-app
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(APP)/bin/python -m pytest -q -rs \
-	    tests/diffusers/test_pipe_app_page.py
+	    tests/diffusers/test_pipe_app_page.py tests/diffusers/test_pipe_recipes.py
 
 # what gradio demands would move packages of the tests; here it sees them and has its own before them
 $(VENV)/ready-app: $(VENV)/ready-test

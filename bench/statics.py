@@ -10,6 +10,7 @@ The tallest pipe bounds a kernel only if everything else hides under it. Trust r
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ YARDSTICK = ROOT / "docs" / "kernels" / "yardstick.json"  # by tools/yardstick.p
 BATCHES = (1, 4, 16)
 GROUP_ROWS = 64  # the unit of all counts
 CLIP_KEYS, BLOCK_KEYS = 80, 128
+BACKWARD_DIMS = (40, 64, 80, 128, 160)
 
 
 class Gpu(NamedTuple):
@@ -61,6 +63,17 @@ SHAPES = (
     Shape("flux-text", 1, 4608, 24, 128, 512, 512),
     Shape("sd3-text", 1, 4429, 24, 64, 333, 333),
 )
+# The layers whose grids are looked at, with the batches: the work of a launch is to be so much of
+# what the GPU could do while its fullest SM works.
+GRIDS = {
+    "sd15-64": (1, 4, 16), "sd15-16": (16,), "sdxl-64": (1, 4, 16), "sdxl-32": (4, 16),
+    "pixart-1024": (1, 4, 16), "wan-1.3b": (1, 4), "wan-14b": (1,), "flux-text": (1, 4),
+    "sd3-text": (1, 4),
+}  # fmt: skip
+
+
+def wanted(b: int) -> float:
+    return 0.85 if b == 1 else 0.95
 
 
 # ---- what a launcher launches --------------------------------------------------------------------
@@ -296,6 +309,7 @@ class Row:
     bound: str
     share_of_floor: float | None  # predicted, at batch 4
     projected_issue: float | None = None  # under rule "projected", where prompts stay on chip
+    tiles: int | None = None  # of all heads, at batch 1
 
 
 def rows_of(
@@ -319,6 +333,27 @@ def rows_of(
                     path, turns = projected[how]
                     row = replace(row, projected_issue=round(path.total() * turns, 1))
                 found.append(row)
+    return found
+
+
+def backward_rows(library: Path, gpus: tuple[Gpu, ...] = GPUS) -> list[Row]:
+    """Of dQ what resides alone: its walks over the keys are counted nowhere."""
+    known = machine_code.registers(library)
+    found = []
+    for arch in dict.fromkeys(gpu.arch for gpu in gpus):
+        names = {p: _mangled(known, arch, p) for d in BACKWARD_DIMS for p in backward_plans(d)}
+        of_keys = [name for p, name in names.items() if p.kernel == "backward_keys"]
+        code = machine_code.disassemble(library, arch, of_keys)
+        for gpu, d in itertools.product((gpu for gpu in gpus if gpu.arch == arch), BACKWARD_DIMS):
+            for how in backward_plans(d):
+                registers, pipes = known[arch, names[how]], {}
+                if how.kernel == "backward_keys":
+                    pipes = cycles(gpu, how, d, *keys_counts(how, code[names[how]]))
+                bound = max(pipes, key=pipes.__getitem__, default="-")
+                resident = blocks_per_sm(gpu, how, registers)
+                unit = f"{how.rows} rows x {how.keys} keys"
+                found.append(Row("model", gpu.name, arch, f"backward, d{d}", str(how), registers,
+                                 how.shared, resident, {}, unit, pipes, bound, None))  # fmt: skip
     return found
 
 
@@ -355,7 +390,7 @@ def _row(gpu: Gpu, shape: Shape, registers: int, counts: Counter, turns: float) 
             useful = _useful_products(gpu, shape) / blocks
             share = round(useful / pipes[bound] * grid["4"], 2)
     return Row("model", gpu.name, gpu.arch, str(shape), str(how), registers, how.shared, resident,
-               grid, unit, pipes, bound, share)  # fmt: skip
+               grid, unit, pipes, bound, share, tiles=tiles)  # fmt: skip
 
 
 def _useful_products(gpu: Gpu, shape: Shape) -> float:
@@ -397,9 +432,23 @@ and data sheets. No time on this page was measured, and measured rows stand else
   runs, in tiles, at batch 1, 4 and 16. `forward_long` launches a block for each tile instead.
 * **of floor** is the useful products and bytes at the rates of the data sheet over the largest
   pipe, times the grid at batch 4: what is left if everything overlaps.
+* **backward** rows have `backward_queries`, which makes dQ, and `backward_keys`, which makes dK and
+  dV: the counts are those of a tile of query rows under the keys of a block.
 * **yardstick** rows are a public kernel, counted in the same way: the loop over keys of
   FlashAttention-2's forward, from the source that PyPI has, by the same nvcc
   (`tools/yardstick.py`). It attends to one prompt, as a turn of `forward_long` does.
+"""
+
+
+GRIDS_TEXT = """## Grids that whole tiles do not fill
+
+Of the layers at batch 1, 4 and 16 these do less than 0.85 (batch 1) or 0.95 of what the GPU could
+while its fullest SM works. **most** is what whole tiles allow, however they are spread. Smaller
+tiles would do better here and cost more everywhere: a product has 16 rows a warp, or 64 on Hopper,
+and a tile of half the rows would read K and V from shared memory twice as often. Triton's kernels
+of streamed keys have a program for each tile instead of a share of them: a GPU works them off in
+rounds of all programs that it holds.
+
 """
 
 
@@ -420,7 +469,7 @@ def page(rows: list[Row]) -> str:
         out.append("|---" * 16 + "|")
         for row in mine:
             grid = " / ".join(f"{row.grid[str(b)]:.2f}" for b in BATCHES) if row.grid else "-"
-            pipes = [row.cycles["issue"], row.projected_issue]
+            pipes = [row.cycles.get("issue"), row.projected_issue]
             pipes += [row.cycles.get(n) for n in ("exponential", "tensor", "shared", "memory")]
             cells = [
                 row.kind, row.shape, f"`{row.kernel}`", row.registers, row.shared,
@@ -429,7 +478,45 @@ def page(rows: list[Row]) -> str:
             ]  # fmt: skip
             out.append("| " + " | ".join(str(cell) for cell in cells) + " |")
         out.append("")
-    return "\n".join(out)
+    return "\n".join([*out, grids(rows)])
+
+
+class Uneven(NamedTuple):
+    gpu: Gpu
+    layer: str
+    b: int
+    tiles: int
+    grid: float
+
+    @property
+    def most(self) -> float:
+        """The efficiency of whole tiles that are spread as evenly as can be."""
+        return grid_efficiency(self.tiles, self.gpu.sms)
+
+
+def uneven(rows: list[Row]) -> list[Uneven]:
+    """The launches of GRIDS that do less than is wanted."""
+    gpus = {gpu.name: gpu for gpu in GPUS}
+    return [
+        Uneven(gpus[row.gpu], name, b, b * row.tiles, row.grid[str(b)])
+        for row in rows
+        for name, batches in GRIDS.items()
+        for b in batches
+        if row.shape.startswith(f"{name}-b") and row.kernel.startswith("forward")
+        and "projected" not in row.kernel and row.tiles and row.grid
+        and row.grid[str(b)] < wanted(b)
+    ]  # fmt: skip
+
+
+def grids(rows: list[Row]) -> str:
+    """The section of a page that says which launches these are."""
+    lines = [
+        f"| {x.gpu.name} | {x.gpu.sms} | {x.layer} | {x.b} | {x.tiles} | {x.tiles / x.gpu.sms:.2f} "
+        f"| {x.grid:.3f} | {x.most:.3f} |"
+        for x in uneven(rows)
+    ]
+    head = "| GPU | SMs | layer | batch | tiles | for each SM | grid | most |"
+    return GRIDS_TEXT + "\n".join([head, "|---" * 8 + "|", *lines]) + "\n"
 
 
 def recorded() -> list[Row]:
@@ -445,7 +532,7 @@ def library_of(path: Path | None) -> Path:
 
 
 def run(library: Path | None = None, write: bool = False) -> int:
-    rows = rows_of(library_of(library))
+    rows = rows_of(library_of(library)) + backward_rows(library_of(library))
     if write:
         ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)

@@ -29,7 +29,7 @@ ROWS = ROOT / "docs" / "kernels" / "statics-triton.json"
 # head_dim and keys of each prompt, of all SHAPES
 SIZES = tuple(sorted({(shape.d, shape.n_pos) for shape in SHAPES}))
 # the GPUs of the page
-ARCHES = {"A100": 80, "H100": 90}
+ARCHES = {"A100": 80, "RTX 4090": 89, "H100": 90, "B200": 100, "RTX 5090": 120}
 PRODUCTS = (*machine_code.PRODUCTS, "UTCHMMA")
 
 
@@ -143,7 +143,8 @@ def _row(gpu: Gpu, shape: Shape, kernel: Compiled) -> Row:
         efficiency[str(b)] = round(statics.grid_efficiency(b * tiles, slots), 3)
     bound = max(pipes, key=pipes.__getitem__)
     return Row("model", gpu.name, f"sm_{ARCHES[gpu.name]}", str(shape), name, kernel.registers,
-               kernel.shared, resident, efficiency, unit, pipes, bound, None)  # fmt: skip
+               kernel.shared, resident, efficiency, unit, pipes, bound, None,
+               tiles=tiles)  # fmt: skip
 
 
 INTRODUCTION = """# The Triton kernels by what can be counted

@@ -117,14 +117,15 @@ add_custom_target(host DEPENDS ${host})
 
 # The bindings on CPU tensors, to be loaded after the recorder, whose launchers they call:
 # tests/cuda/test_cuda_calls.py.
+add_library(fake_torch OBJECT tests/support/fake_torch.cpp)
+target_include_directories(fake_torch SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+set_target_properties(fake_torch PROPERTIES EXCLUDE_FROM_ALL ON)
 set(calls ${CMAKE_BINARY_DIR}/calls.so)
-set(calls_source ${CMAKE_SOURCE_DIR}/tests/support/fake_torch.cpp)
 add_custom_command(
   OUTPUT ${calls}
-  COMMAND ${CMAKE_CXX_COMPILER} -std=c++17 -fPIC -shared
-          -isystem ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES} ${calls_source}
+  COMMAND ${CMAKE_CXX_COMPILER} -shared $<TARGET_OBJECTS:fake_torch>
           $<TARGET_OBJECTS:host_bindings> -o ${calls} -Wl,-Bsymbolic
-  DEPENDS ${calls_source} ${CMAKE_SOURCE_DIR}/bench/one_device.h host_bindings
-          $<TARGET_OBJECTS:host_bindings>
+          -L${NASA_TORCH_DIR}/lib -ltorch -ltorch_cpu -lc10
+  DEPENDS fake_torch host_bindings $<TARGET_OBJECTS:fake_torch> $<TARGET_OBJECTS:host_bindings>
   COMMAND_EXPAND_LISTS VERBATIM)
 add_custom_target(calls DEPENDS ${calls} ${recorder})

@@ -25,6 +25,8 @@ struct LongLayout {
     static constexpr int kColumns = long_columns(kD);
     static constexpr int kShares = kD / kColumns;  // warps to a row
     static constexpr int kRows = long_rows(kD);
+    // whether Q stays in registers, beside Z+, Z- and the scores
+    static constexpr bool kHoldsQ = kD <= 80;
     static constexpr int kTile = tile_bytes(kHalfKeys, kD);
     static_assert(kColumns % 16 == 0, "ldmatrix.x4 brings 16 columns of V");
     // K or V [64, kD] of each stage; Q [kRows, kD]; bias [128] in fp32
@@ -33,6 +35,32 @@ struct LongLayout {
     static constexpr int kBytes = kBias + kBlockKeys * static_cast<int>(sizeof(float));
     static_assert(kBytes == long_shared_bytes(kD), "bindings refuse a head_dim by this size");
 };
+
+// The A operands of 16 rows of a tile
+template <int kD>
+__device__ __forceinline__ void load_operands(uint32_t (&a)[kD / 16][4], uint32_t rows) {
+    rows += lane_of_a<Tile<kD>::kPitch>();
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) ptx::ldmatrix_x4(a[k], rows + 32 * k);
+}
+
+// c += a b^T as multiply_transposed does it, a in registers
+template <typename T, int kD, int kTiles>
+__device__ __forceinline__ void multiply_held(float (&c)[kTiles][4],
+                                              const uint32_t (&a)[kD / 16][4], uint32_t b) {
+    constexpr int kPitch = Tile<kD>::kPitch;
+    b += lane_of_b_transposed<kPitch>();
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+#pragma unroll
+        for (int j = 0; j < kTiles; j += 2) {
+            uint32_t fb[4];
+            ptx::ldmatrix_x4(fb, b + 8 * j * kPitch + 32 * k);
+            ptx::mma_m16n8k16<T>(c[j], a[k], fb[0], fb[1]);
+            ptx::mma_m16n8k16<T>(c[j + 1], a[k], fb[2], fb[3]);
+        }
+    }
+}
 
 // The sums of the warps that share a row, added up in the order of their columns by each of them.
 // `scratch` is read and written by all warps of the block.
@@ -154,6 +182,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     // [16, kColumns] of this warp
     float z[kColumns / 8][4], z_neg[kColumns / 8][4];
     OnlineSoftmax softmax, softmax_neg;
+    uint32_t q[Layout::kHoldsQ ? kD / 16 : 1][4] = {};
     clear(z);
     const auto park = [&] {
         softmax_neg = softmax;
@@ -178,9 +207,14 @@ __global__ void __launch_bounds__(kLongThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t k = take([&](int at) { load_values(at, block, half); });
-            multiply_transposed<T, kD>(
-                reinterpret_cast<float(&)[kHalfTiles][4]>(s[half * kHalfTiles]),
-                ptx::shared_address(warp_rows), k);
+            float(&scores)[kHalfTiles][4] =
+                reinterpret_cast<float(&)[kHalfTiles][4]>(s[half * kHalfTiles]);
+            if constexpr (Layout::kHoldsQ) {
+                if (block == 0 && half == 0) load_operands<kD>(q, ptx::shared_address(warp_rows));
+                multiply_held<T, kD>(scores, q, k);
+            } else {
+                multiply_transposed<T, kD>(scores, ptx::shared_address(warp_rows), k);
+            }
         }
         const float left = finish_any_scores(s, prompt, p.scale, bias, first);
         float rescale[2];

@@ -26,6 +26,7 @@ from nasa_kernels._checks import expanded
 from nasa_kernels._triton.configs import (
     forward_config,
     head_cut,
+    most_registers,
     resident_cut,
 )
 from nasa_kernels._triton.grid import Grid, grid_of
@@ -373,7 +374,10 @@ def plan(
         "BLOCK_N": config.BLOCK_N, "GROUP": group_of(q, k_pos),
         "ALIGN": alignment(q, k_pos, v_pos, k_neg, v_neg),
     }  # fmt: skip
-    options = compiler_options(config)
+    extras = (mask_pos, mask_neg, alpha_map)
+    has_more = rule == PROJECTED or is_pair or any(x is not None for x in extras)
+    registers = most_registers(d, (pos_cut, neg_cut), has_more, q.device)
+    options = compiler_options(config, registers)
     grid = Grid(tiles, 1)
     if not single:
         # O is as Q is, and any numbers do

@@ -217,8 +217,7 @@ def attention(
     """Both launches: O, and O_s and s of the first one. The public function checked shapes, dtypes
     and layouts.
     """
-    # not `empty`, which takes twice as long to ask
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    o = rows_like(q)
     o_shared, lse_shared = attend_shared(q, k, v, scale)
     _add_prompts(
         q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, o, None, mask_pos, mask_neg,
@@ -227,15 +226,20 @@ def attention(
     return o, o_shared, lse_shared
 
 
+def rows_like(q, less=0):
+    """A new contiguous tensor of q's rows but for so many."""
+    if not less:
+        # half of what it costs the host to ask for sizes
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    b, l, h, d = q.shape
+    return q.new_empty((b, l - less, h, d))
+
+
 def pair(
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
 ):  # fmt: skip
     """Both launches: Z+ and Z-, each without the queries of the other text."""
-    b, l, h, d = q.shape
-    z_pos, z_neg = (
-        torch.empty((b, rows, h, d), dtype=q.dtype, device=q.device)
-        for rows in (l - text_neg, l - text_pos)
-    )
+    z_pos, z_neg = rows_like(q, text_neg), rows_like(q, text_pos)
     o_shared, lse_shared = attend_shared(q, k, v, scale)
     _add_prompts(
         q, k_pos, v_pos, k_neg, v_neg, o_shared, lse_shared, z_pos, z_neg, mask_pos, mask_neg,
@@ -252,8 +256,7 @@ def nag(
     z_pos, z_neg = pair(
         q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
     )
-    # not `empty`, which takes twice as long to ask
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    o = rows_like(q)
     return blend(
         z_pos, z_neg, o, alpha_map, alpha, nag_scale, nag_tau, nag_norm, text_pos, text_neg
     )

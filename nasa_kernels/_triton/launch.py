@@ -108,15 +108,18 @@ def group_of(q: Tensor, k: Tensor) -> int:
     return q.shape[2] // max(1, k.shape[2])
 
 
-def compiler_options(config: Config) -> dict[str, Any]:
+def compiler_options(config: Config, registers: int | None = None) -> dict[str, Any]:
     """How a kernel is compiled. Fusion of a product and a sum is asked for in every launch: the
     default differs between versions of Triton, and with it the bits.
+
+    registers: The most that a thread may have; None is the compiler's choice.
     """
-    return {
+    options = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }
+    return options if registers is None else options | {"maxnreg": registers}
 
 
 def strides_or_zeros(x: Tensor | None, dimensions: int) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class Studio:
         self.pipe = pipe
         self.denoiser = find_denoisers(pipe)[0]
         self.family = family_of(self.denoiser)
-        self.folder = Path(tempfile.mkdtemp(prefix="nasa-app-"))
+        self.folder = tempfile.TemporaryDirectory(prefix="nasa-app-")
         self.lock = threading.Lock()
         self.drawn = 0
 
@@ -95,14 +95,19 @@ class Studio:
         images = [enlarged(image) for image in images]
         if len(images) == 1:
             return images[0]
+        folder = Path(self.folder.name)
         self.drawn += 1
-        return str(save(images, self.folder / f"video-{self.drawn}"))
+        # the page has its own copy of what was answered
+        (folder / f"video-{self.drawn - WAITING}.gif").unlink(missing_ok=True)
+        return str(save(images, folder / f"video-{self.drawn}"))
 
 
 def make_page(studio: Studio, title: str, prompt: str, negative: str, method: str, steps: int):
     """The page; `prompt` to `steps` are what its fields hold at first."""
     gr = import_gradio()
-    with gr.Blocks(title="NASA negative prompts", analytics_enabled=False) as page:
+    with gr.Blocks(
+        title="NASA negative prompts", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
         gr.Markdown(f"# Negative prompts\n{title}; the same noise, without and with.")
         with gr.Row():
             fields: list[Any] = [

@@ -34,10 +34,14 @@ except ImportError as error:
 # what blocks call the text that they hand to a guider, and its mask
 TEXTS = ("prompt_embeds", "encoder_hidden_states", "cap_feats")
 MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask", "prompt_embeds_mask")
+# of models with two texts, the second and its mask
+SECOND = ("encoder_hidden_states_2", "encoder_attention_mask_2")
 
 
 class NASAGuidance(BaseGuidance):
     """One batch a step, guided away from the negative prompt of the call inside the attention.
+
+    For modular pipelines, and those of HunyuanVideo 1.5 and HunyuanImage, which have a guider.
 
     Args:
         alpha: Strength; `None` takes the default of the model's family.
@@ -64,7 +68,9 @@ class NASAGuidance(BaseGuidance):
         super().__init__(start, stop, enabled)
         self.method = _read(method, alpha, options)
         self.layers = layers
-        self._negative: tuple[Tensor | None, Tensor | None] = (None, None)
+        # or of each two, and the first text, by which it is known again
+        self._negative: tuple[Any, Any] = (None, None)
+        self._text: Tensor | None = None
         self._handle: Handle | None = None
         self._settings: Settings | None = None
 
@@ -157,11 +163,14 @@ class NASAGuidance(BaseGuidance):
     def _keep(self, negatives: dict[str, Any]) -> None:
         text = next((negatives[name] for name in TEXTS if negatives.get(name) is not None), None)
         mask = next((negatives[name] for name in MASKS if negatives.get(name) is not None), None)
-        if self._handle is not None and text is not self._negative[0]:
+        if self._handle is not None and text is not self._text:
             self._detach()
-        self._negative = text, mask
+        self._text, self._negative = text, (text, mask)
+        second, second_mask = (negatives.get(name) for name in SECOND)
+        if second is not None:
+            self._negative = (text, second), (mask, second_mask)
 
-    def _attach(self, denoiser: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
+    def _attach(self, denoiser: nn.Module, embeds: Any, mask: Any) -> None:
         caller = find_caller()
         if caller is not None and caller.is_modular:
             _check_takes_negatives(caller.pipe)

@@ -346,3 +346,39 @@ def hidream(seed: int = 0):
     # its images have as many pixels as a square of these latents
     pipe.default_sample_size = 12
     return _ready(pipe)
+
+
+def joy_image_edit(seed: int = 0):
+    """JoyImage Edit in small: two blocks."""
+    from diffusers import AutoencoderKLWan, JoyImageEditPipeline, JoyImageEditTransformer3DModel
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = Qwen3VLConfig(
+        text_config=TEXT_SIZE
+        | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
+        vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
+    )  # fmt: skip
+    transformer: Any = JoyImageEditTransformer3DModel(
+        in_channels=16, hidden_size=32, num_attention_heads=2, text_dim=32, mlp_width_ratio=2.0,
+        num_layers=2, rope_dim_list=[4, 6, 6],
+    )  # fmt: skip
+    for name, weight in transformer.named_parameters():
+        if "modulate_table" in name:
+            torch.nn.init.normal_(weight)
+    pipe: Any = JoyImageEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ),
+        text_encoder=Qwen3VLForConditionalGeneration(config),
+        tokenizer=chat_tokenizer(),
+        transformer=transformer,
+        processor=ReadsText(),
+    )  # fmt: skip
+    # a letter is a token
+    pipe.prompt_template_encode = dict.fromkeys(("image", "multiple_images"), "a {}.")
+    pipe.prompt_template_encode_start_idx = dict.fromkeys(("image", "multiple_images"), 2)
+    return _ready(pipe)

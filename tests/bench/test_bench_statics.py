@@ -73,7 +73,8 @@ def test_hoppers_kernels_issue_no_more_than_was_asked(shape, most):
 def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
     rows = statics.recorded()
     assert {r.kind for r in rows} == {"model"}
-    assert len(rows) == len(statics.GPUS) * len(statics.SHAPES)
+    both = 2 * len(statics.BACKWARD_DIMS)
+    assert len(rows) == len(statics.GPUS) * (len(statics.SHAPES) + both)
     assert statics.PAGE.read_text() == statics.page(rows)
 
 
@@ -96,6 +97,39 @@ def test_no_kernel_became_worse(gpu):
             assert cycles <= 1.02 * old.cycles[pipe], f"{now.kernel}: {pipe} {cycles}"
         if old.projected_issue is not None:
             assert now.projected_issue <= 1.02 * old.projected_issue
+
+
+@built
+def test_the_backward_kernels_became_no_worse():
+    before = {(r.gpu, r.kernel): r for r in statics.recorded()}
+    hopper = [gpu for gpu in statics.GPUS if gpu.name == "H100"]
+    found = statics.backward_rows(LIBRARY, tuple(hopper))
+    assert len(found) == 2 * len(statics.BACKWARD_DIMS)
+    for now in found:
+        old = before[now.gpu, now.kernel]
+        assert now.shared <= old.shared and now.blocks_per_sm >= old.blocks_per_sm, now
+        for pipe, cycles in now.cycles.items():
+            assert cycles <= 1.02 * old.cycles[pipe], f"{now.kernel}: {pipe} {cycles}"
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
+def test_two_blocks_of_each_backward_kernel_share_an_sm(gpu):
+    """One of four or five warps hides no latency. Only d 160 has no room for a second."""
+    rows = [r for r in statics.recorded() if r.gpu == gpu and "backward" in r.kernel]
+    assert len(rows) == 2 * len(statics.BACKWARD_DIMS)
+    for r in rows:
+        assert r.blocks_per_sm >= 2 or "160" in r.kernel, r
+
+
+def test_the_tensor_cores_bound_pixart_on_a100():
+    """With 16 rows a warp shared memory did: 2928 cycles."""
+    r = row("A100", "pixart-1024")
+    assert r.bound == "tensor" and r.cycles["shared"] <= 2400
+
+
+def test_a_grid_does_less_than_is_wanted_only_where_no_whole_tiles_do_more():
+    found = statics.uneven(statics.recorded())
+    assert found and all(x.grid >= x.most - 0.001 for x in found), found
 
 
 def test_a_small_gpu_has_eight_warps_on_an_sm():

@@ -44,18 +44,23 @@ def test_hoppers_kernels_issue_no_more_than_was_asked(shape, kernel, most):
     assert row(shape, kernel).cycles["issue"] <= most
 
 
-def test_three_programs_of_the_commonest_layer_share_a_multiprocessor():
-    assert row("sdxl-64", "forward").blocks_per_sm == 3
-    assert row("sdxl-64", "forward projected").blocks_per_sm == 3
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [("sdxl-64", "forward"), ("sdxl-64", "forward projected"), ("sd15-64", "forward")],
+)
+def test_three_programs_of_the_commonest_layers_share_a_multiprocessor(shape, kernel):
+    assert row(shape, kernel).blocks_per_sm == 3
 
 
 def test_layers_in_batches_fill_a_gpu():
-    """As far as whole tiles of 64 queries can: 1024 of them on 108 multiprocessors are 0.948."""
-    for r in triton_statics.recorded():
-        if r.kernel == "forward" and r.shape.startswith(
-            ("sdxl", "pixart", "sd15-64", "wan", "flux")
-        ):
-            assert r.grid["4"] >= 0.945 and r.grid["16"] >= 0.95, r
+    """As far as whole tiles can; streamed ones, which nobody spreads, nearly so."""
+    rows = triton_statics.recorded()
+    assert {r.gpu for r in rows} == set(ARCHES)
+    found = statics.uneven(rows)
+    for x in found:
+        assert x.grid >= (0.94 if x.layer == "sd3-text" else x.most - 0.001), x
+    # below 148 multiprocessors one layer, by 0.002
+    assert {(x.layer, x.b) for x in found if x.gpu.sms < 148} <= {("sd15-16", 16)}
 
 
 def test_the_rows_cover_every_shape():

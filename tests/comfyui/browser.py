@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,13 @@ class Page:
 
     async def until(self, script: str, seconds: float) -> Any:
         """Its value once it is true."""
-        async with asyncio.timeout(seconds):
+
+        async def wait():
             while not (value := await self.run(script)):
                 await asyncio.sleep(0.5)
             return value
+
+        return await asyncio.wait_for(wait(), seconds)
 
     async def picture(self, left: int, top: int, width: int, height: int) -> bytes:
         clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
@@ -70,9 +74,10 @@ async def opened(url: str, profile: Path, size: tuple[int, int], seconds: float)
     )
     try:
         port = profile / "DevToolsActivePort"
-        async with asyncio.timeout(seconds):
-            while not (port.exists() and port.read_text()):
-                await asyncio.sleep(0.2)
+        deadline = time.monotonic() + seconds
+        while not (port.exists() and port.read_text()):
+            assert time.monotonic() < deadline, f"Chromium did not start in {seconds} s"
+            await asyncio.sleep(0.2)
         address = f"http://127.0.0.1:{port.read_text().split()[0]}/json"
         async with aiohttp.ClientSession() as session:
             async with session.get(address) as answer:

@@ -126,6 +126,37 @@ def test_easycache(pack, model, texts, place):
     assert calls < 12
 
 
+def test_an_answer_for_the_network_is_taken_after_a_step_that_ran(pack, model, texts):
+    guided = node(pack, model, texts[1])
+    answer = predict(model, texts[0], guided)
+    answered = node(pack, model, texts[1])
+    is_there = True
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    answered.add_wrapper_with_key(
+        kind, "cache", lambda executor, *args, **kw: answer if is_there else executor(*args, **kw)
+    )
+    with pytest.raises(RuntimeError, match="0 of 3 attentions to text were guided, the others did"):
+        predict(model, texts[0], answered)
+    is_there = False
+    assert torch.equal(predict(model, texts[0], answered), answer)
+    is_there = True
+    assert torch.isfinite(predict(model, texts[0], answered)).all()
+    # or after a step in which the node did not act yet
+    from nasa_pack.nodes import NasaNegativePrompt
+
+    conditioning = model.conditioning(texts[1])
+    late = NasaNegativePrompt.execute(
+        model.patcher, conditioning, "NASA", ALPHA, "nasa", 0.5, 1.0, ""
+    ).args[0]
+    late.add_wrapper_with_key(
+        kind, "cache", lambda executor, *args, **kw: answer if is_there else executor(*args, **kw)
+    )
+    is_there = False
+    predict(model, texts[0], late, sigma=0.99)
+    is_there = True
+    assert torch.isfinite(predict(model, texts[0], late, sigma=0.1)).all()
+
+
 def test_a_node_that_leaves_out_blocks_is_an_error(pack, model, texts):
     """As a cache of blocks does."""
     guided = node(pack, model, texts[1])

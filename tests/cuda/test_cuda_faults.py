@@ -251,8 +251,7 @@ def test_without_a_fault_the_projected_call_is_green(file):
     run(file, "projected")
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_fault_is_caught(fault, monkeypatch):
+def plant_in_calls(fault: Fault, monkeypatch) -> None:
     sound = cuda_emulation.kernel
 
     def kernel(file: str, name: str, *sizes) -> ptx.LoadedKernel:
@@ -262,6 +261,22 @@ def test_a_fault_is_caught(fault, monkeypatch):
         return faulty_kernel(fault, loaded)
 
     monkeypatch.setattr(cuda_emulation, "kernel", kernel)
+
+
+def test_a_parked_operand_that_is_lost_is_caught(monkeypatch):
+    """Of two fragments of rows against 128 keys, without masks."""
+    inputs = make(Shape("fault", 1, 32, 1, 120, 100, 72), torch.bfloat16)
+    parked = Fault("lost-operand", "forward_short", r"st\.shared\.v4\.[bu]32[^;]*;", "")
+    plant_in_calls(parked, monkeypatch)
+    with pytest.raises((ptx.Fault, AssertionError)):
+        o = cuda_emulation.forward(**inputs, path="short")
+        wide = {name: x.double() for name, x in inputs.items()}
+        assert_as_accurate_as_eager(o, eager(**wide, alpha=0.5), eager(**inputs, alpha=0.5))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_caught(fault, monkeypatch):
+    plant_in_calls(fault, monkeypatch)
     with pytest.raises((ptx.Fault, AssertionError)) as caught:
         if fault.grouped:
             run_grouped(fault.file)

@@ -137,11 +137,7 @@ def test_forward_launches_what_the_emulation_runs(recorder, shape):
 # ---- persistent grids ----------------------------------------------------------------------------
 
 # the layers at the batches that fill a GPU, and what is asked of the grid there
-BATCHED = [(name, b, 0.85 if b == 1 else 0.95) for name, batches in {
-    "sd15-64": (1, 4, 16), "sd15-16": (16,), "sdxl-64": (1, 4, 16), "sdxl-32": (4, 16),
-    "pixart-1024": (1, 4, 16), "wan-1.3b": (1, 4), "wan-14b": (1,), "flux-text": (1, 4),
-    "sd3-text": (1, 4),
-}.items() for b in batches]  # fmt: skip
+BATCHED = [(name, b, statics.wanted(b)) for name, batches in statics.GRIDS.items() for b in batches]
 # 2560 tiles of 32 rows for 170 SMs: 15.06 for each, and no tile is cut
 UNEVEN = {("RTX 5090", "sdxl-32", 4): 0.94}
 

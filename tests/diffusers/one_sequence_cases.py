@@ -551,7 +551,71 @@ class HiDream(Case):
         return torch.cat([image, pos], 1)
 
 
+class JoyHeads(parts.Rules):
+    """One projection for queries, keys and values of each stream."""
+
+    def of(self, attn, x, kind):
+        qkv = getattr(attn, f"{kind}_attn_qkv")(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
+        norms = [getattr(attn, f"{kind}_attn_{y}_norm") for y in "qk"]
+        return [norms[0](qkv[0]), norms[1](qkv[1]), qkv[2]]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *_, **__):
+        texts = [self.of(attn, x, "txt") for x in encoder_hidden_states.split(self.lengths, 1)]
+        o, *of_texts = self.mix(self.of(attn, hidden_states, "img"), texts)
+        return attn.img_attn_proj(o), attn.txt_attn_proj(torch.cat(of_texts, 1))
+
+
+class Joy(Case):
+    """With an image that is edited, which the model puts behind the one that is made."""
+
+    cls = "JoyImageEditTransformer3DModel"
+    config = {
+        "in_channels": 4, "hidden_size": 32, "num_attention_heads": 2, "text_dim": 32,
+        "mlp_width_ratio": 2.0, "num_layers": 2, "rope_dim_list": [4, 6, 6],
+    }  # fmt: skip
+    text_first, targets, has_mask = False, 24, False
+    turn = staticmethod(parts.turn_real)
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for name, weight in self.model.named_parameters():
+            if "modulate_table" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+
+    @property
+    def blocks(self):
+        return [(self.model.double_blocks, JoyHeads, "encoder_hidden_states")]
+
+    def inputs_image(self):
+        return 48
+
+    def first_inputs(self):
+        return {
+            "hidden_states": random(2, 2, 4, 1, 8, 12, seed=1),
+            "timestep": torch.tensor([500.0, 500.0]),
+            "encoder_hidden_states": random(2, 7, 32, seed=2),
+        }  # fmt: skip
+
+    def with_text(self, inputs, embeds, mask, rows):
+        return inputs | {"encoder_hidden_states": embeds.expand(rows, -1, -1)}
+
+    def part(self, given):
+        image, text = given["image_rotary_emb"]
+        return SimpleNamespace(
+            image=given["hidden_states"], text=given["encoder_hidden_states"], mask=None,
+            image_rope=image, text_rope=text,
+        )  # fmt: skip
+
+
+class JoyCounted(Joy):
+    """Text has positions after those of the image."""
+
+    config = Joy.config | {"rope_type": "mrope"}
+
+
 CASES = {
+    "joy": Joy,
+    "joy-mrope": JoyCounted,
     "hidream": HiDream,
     "ideogram4": Ideogram4,
     "qwen21": Qwen21,

@@ -63,6 +63,7 @@ PIPES |= {
         testing_joint.hidream,
         {"height": 16, "width": 24, "max_sequence_length": 16, "guidance_scale": 1.0},
     ),
+    "joy": (testing_joint.joy_image_edit, {"height": 32, "width": 48, "guidance_scale": 1.0}),
     "prx": (
         testing_joint.prx,
         {"height": 16, "width": 24, "guidance_scale": 1.0, "use_resolution_binning": False},
@@ -93,6 +94,7 @@ CFG |= {
         "prx",
     )
 }
+CFG["joy"] = CFG["prx"]
 CFG["hidream"] = CFG["prx"]
 CFG["qwen21"] = {"true_cfg_scale": 3.0, "negative_prompt": "dull"}
 NEEDS = {
@@ -104,6 +106,7 @@ NEEDS = {
     "aura-flow": "AuraFlowPipeline", "ernie": "ErnieImagePipeline",
     "prx": "PRXPipeline", "qwen21": "QwenImage21Pipeline",
     "ideogram4": "Ideogram4Pipeline", "hidream": "HiDreamImagePipeline",
+    "joy": "JoyImageEditPipeline",
 }  # fmt: skip
 PIPES |= hunyuan_pipes.PIPES
 CFG |= hunyuan_pipes.CFG

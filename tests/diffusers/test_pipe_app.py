@@ -2,12 +2,15 @@
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from nasa_diffusers import NAG, NASA, VSF, ProjectedNASA, app, nasa, testing
 from nasa_diffusers.cli import main
 from nasa_diffusers.drawing import METHODS, enlarged
+from nasa_diffusers.families import FAMILIES
+from PIL import Image
 
 FIELDS = {
     "prompt": "a cat", "negative": "blurry", "method": "nasa", "strength": 0.5, "steps": 1,
@@ -155,9 +158,14 @@ def test_a_second_request_waits(studio):
 
 
 def test_a_video_is_a_file(studio):
-    frames = [enlarged(drawn(seed=seed)) for seed in (0, 1)]
+    frames = [drawn(seed=seed) for seed in (0, 1)]
     path = studio.picture(frames)
-    assert path.endswith(".gif") and studio.picture(frames) != path
+    assert path.endswith(".gif") and Image.open(path).n_frames == 2
+    assert studio.picture(frames) != path
+    for _ in range(3 * app.WAITING):
+        studio.picture(frames)
+    # those that nobody can be waiting for are gone
+    assert len(list(app.Path(path).parent.iterdir())) == app.WAITING
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -187,3 +195,13 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
 def test_the_shipped_model_is_the_default():
     assert (app.Path(app.shipped_model()) / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_defaults_of_every_family_are_on_the_slider(family):
+    studio = object.__new__(app.Studio)
+    # what a family asks of a denoiser for its defaults
+    studio.family, studio.denoiser = family, SimpleNamespace(config=SimpleNamespace())
+    for name in METHODS:
+        slider = studio.strength_slider(name)
+        assert slider["minimum"] < slider["value"] <= slider["maximum"]

@@ -204,6 +204,16 @@ PROCESSORS = {
     "QwenImage21": {"QwenImage21AttnProcessor"},
     "Ideogram4": {"Ideogram4AttnProcessor"},
     "HiDream": {"HiDreamAttnProcessor"},
+    "JoyImageEdit": {"JoyImageAttnProcessor"},
+    "CogView3Plus": {"CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"},
+    "HunyuanVideo": {"HunyuanVideoAttnProcessor2_0"},
+    "Framepack": {"HunyuanVideoAttnProcessor2_0"},
+    "HunyuanVideo15": {"HunyuanVideo15AttnProcessor2_0"},
+    "HunyuanImage": {"HunyuanImageAttnProcessor"},
+    "HunyuanDiT": {"FusedHunyuanAttnProcessor2_0", "HunyuanAttnProcessor2_0"},
+    "LuminaNext": {"LuminaAttnProcessor2_0"},
+    "Mochi": {"MochiAttnProcessor2_0"},
+    "EasyAnimate": {"EasyAnimateAttnProcessor2_0"},
     "Fibo": {"BriaAttnProcessor", "BriaFiboAttnProcessor"},
 }
 PROCESSORS |= {"AnimateDiff": PROCESSORS["UNet"], "Latte": PROCESSORS["PixArt"]}

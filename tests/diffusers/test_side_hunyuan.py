@@ -146,3 +146,33 @@ def test_weights_that_hooks_bring(change):
     change(pipe.transformer)
     with nasa(pipe, "blurry", NASA(0.5)):
         assert relative_error(draw(pipe, options), expected) < 2e-5
+
+
+def test_lumina_next_puts_the_prompt_first():
+    """Where the pipeline's own negative prompt is the same text, the order of its batch says it."""
+    pipe, options = small.lumina(), PIPES["lumina"][1]
+    rows = []
+    keep = pipe.transformer.register_forward_hook(lambda _, __, output: rows.extend(output[0]))
+    call = options | {"guidance_scale": 3.0, "negative_prompt": "a cat"}
+    draw(pipe, call, steps=1)
+    with nasa(pipe, "blurry", NASA(0.5)):
+        draw(pipe, call, steps=1)
+    keep.remove()
+    assert relative_error(rows[2], rows[0]) > 1e-4
+    assert relative_error(rows[3], rows[1]) < 1e-6
+
+
+@needs_glyphs
+@pytest.mark.parametrize("name", ["hunyuan-video-1.5", "hunyuan-image"])
+def test_nasa_as_the_guider_of_the_pipeline(name):
+    """It gets both texts of the pipeline's own negative prompt, and leaves no hooks behind."""
+    from nasa_diffusers.guider import NASAGuidance
+
+    build, options = PIPES[name]
+    pipe = build()
+    with nasa(pipe, 'so "dull"', NASA(0.5)):
+        expected = draw(pipe, options)
+    pipe.guider = NASAGuidance(alpha=0.5)
+    drawn = draw(pipe, options | {"negative_prompt": 'so "dull"'})
+    assert relative_error(drawn, expected) < 2e-5
+    assert not pipe.transformer._forward_pre_hooks

@@ -68,8 +68,8 @@ def test_prompts_of_unequal_length_with_a_negative_each(pipe):
     if pipe.short_name == "qwen-image" and not MASKS_TEXT:
         # stock attended to its padding, too, before diffusers 0.37
         prompts = ["a cat", "a dog"]
-    if pipe.short_name == "qwen21":
-        # the image stands where the longest prompt ends
+    if pipe.short_name in ("qwen21", "joy"):
+        # the image stands where the longest prompt ends; padding is attended to
         prompts = ["a cat", "a dog"]
     with nasa(pipe, negatives, NASA(0.5)):
         both = pipe.draw(prompts)

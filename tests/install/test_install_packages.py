@@ -164,6 +164,7 @@ def test_the_wheel(wheel):
     }
     assert any('sys_platform == "linux"' in x for x in triton.values())
     assert any(name.startswith("triton-windows") and "win32" in x for name, x in triton.items())
+    assert {"app", "demo", "diffusers", "distill"} <= set(fields.get_all("Provides-Extra"))
     for field in ("Author", "Keywords", "License-Expression", "Summary", "Requires-Python"):
         assert fields[field]
     assert len(fields.get_all("Classifier")) > 5

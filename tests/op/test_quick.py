@@ -281,6 +281,10 @@ def test_a_quick_call_does_little_before_its_operator():
         assert count(mask_pos=mask) <= plain + 1
         assert count(alpha=alpha) <= plain
         assert count(k_neg=inputs["k_neg"][:1], v_neg=inputs["v_neg"][:1]) <= plain
+        # NAG looks at its settings as well
+        _quick._known[(("nag_attention", "cuda"), *key[1:])] = known
+        nag = calls_of_python(lambda: nag_attention(**inputs, **NAG, backend="cuda"))
+        assert nag <= plain + 1
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +321,7 @@ def test_the_work_of_a_remembered_launch(remembered):
     plain = remembered["plain"]["calls"]
     # 260 before launches were remembered
     assert plain <= 48
-    # of NAG a second launch
-    for call, more in {"masks": 4, "alpha": 4, "broadcast": 2, "nag": 32}.items():
+    # of NAG a second launch, of joint attention PyTorch's own and what it needs
+    most = {"masks": 4, "alpha": 4, "broadcast": 2, "nag": 32, "joint": 36, "joint-nag": 66}
+    for call, more in most.items():
         assert remembered[call]["calls"] <= plain + more, call

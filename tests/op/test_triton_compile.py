@@ -79,8 +79,10 @@ def test_registers_memory_and_instructions(version, arch):
             # a word, outside of the loops
             assert row["stack"] <= 16 and max(row["ldl"], row["stl"]) <= 2, where
         if of_77_keys and arch == 90:
-            # of 128 threads, and 65,536 registers of a multiprocessor: three programs, or two
-            assert row["registers"] <= (168 if row["model"] == "sdxl-64" else 184), where
+            # of 128 threads, and 65,536 registers of a multiprocessor: three programs; two of the
+            # projected rule at d 40
+            three = row["model"] == "sdxl-64" or row["rule"] != "projected"
+            assert row["registers"] <= (168 if three else 184), where
 
 
 @pytest.mark.parametrize("arch", [86, 89, 120], ids=lambda arch: f"sm_{arch}")

@@ -84,6 +84,25 @@ def test_a_second_tile_of_queries_gives_way_to_the_prompts(monkeypatch):
         assert forward_config(72, torch.bfloat16, widths, q.device).num_stages == stages
 
 
+@pytest.mark.parametrize(
+    ("arch", "d", "cuts", "has_more", "expected"),
+    [
+        (90, 40, ((64, 16), (64, 16)), False, 168),
+        (90, 40, ((64, 16), None), False, 168),  # a void prompt
+        (90, 40, ((64, 16), (64, 16)), True, None),  # masks take more
+        (90, 40, ((128,), (64, 16)), False, None),  # so do more keys
+        (90, 40, ((), (64, 16)), False, None),  # and streamed ones
+        (90, 64, ((64, 16), (64, 16)), False, None),  # 167 by the compiler's choice
+        (80, 40, ((64, 16), (64, 16)), False, None),
+    ],
+)
+def test_registers_are_held_where_a_third_program_fits(
+    monkeypatch, arch, d, cuts, has_more, expected
+):
+    monkeypatch.setattr(configs, "architecture", lambda device: arch)
+    assert configs.most_registers(d, cuts, has_more, torch.device("cpu")) == expected
+
+
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
@@ -119,7 +138,7 @@ def launch_all(b: int, l: int, n: int = 1) -> None:
     _, *kept = joint.attention(*arguments)
     joint.pair(q, *(k,) * 6, None, None, 1.0, 0, 0)
     joint_backward.backward(q, *kept, *arguments, [True] * 8)
-    nag.blend(q, q, None, 0.5, 2.0, 2.5)
+    nag.blend(q, q, q, None, 0.5, 2.0, 2.5, 1)
 
 
 @pytest.mark.parametrize(("b", "l"), [(70_000, 1), (1, 70_000 * 64)], ids=["heads", "queries"])

@@ -23,6 +23,8 @@ class Family:
 
     def __init__(self, net: Any):
         self.net = net
+        # whether a call before this one went through the network
+        self.has_run = False
 
     def __deepcopy__(self, memo: dict) -> Family:
         return self

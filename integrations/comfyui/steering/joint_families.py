@@ -125,11 +125,15 @@ class Lumina(Family):
         return len(self.net.layers)
 
     def lengths(self, lengths):
-        multiple = self.net.pad_tokens_multiple or 1
+        multiple = self._multiple()
         return [-(-n // multiple) * multiple for n in lengths]
 
+    def _multiple(self) -> int:
+        # Z-Image's, which a ComfyUI before it does not know
+        return getattr(self.net, "pad_tokens_multiple", None) or 1
+
     def image_tokens(self, x):
-        size, multiple = self.net.patch_size, self.net.pad_tokens_multiple or 1
+        size, multiple = self.net.patch_size, self._multiple()
         return -(-patches_of(x, size, size) // multiple) * multiple
 
     def refuse(self, conds):

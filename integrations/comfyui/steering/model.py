@@ -135,9 +135,11 @@ def apply_model(
         if not term.is_off() and term.holds_at(sigma, base.model_sampling)
     ]
     guided = guided_rows(options.get("cond_or_uncond", [0]), x)
-    if not terms or guided is False:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
     family = options[FAMILY]
+    if not terms or guided is False:
+        # of a step outside of all windows a cache may have the answer of the next
+        family.has_run = family.has_run or not terms
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
     if c_crossattn is None:
         raise ValueError("NASA negative prompt: this model was called without a text to guide")
     family.refuse(conds)
@@ -237,9 +239,12 @@ def _one_mask(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor:
 def check(guide: Guide, options: dict) -> None:
     """Raise unless every attention to text was guided, or another node answered for the network."""
     if guide.count == guide.layers:
+        guide.family.has_run = True
         return
     holder = slot_holder(options, guide.family)
-    if guide.count == 0 and holder is None and _may_be_cached(options):
+    # a cache has an answer of a step before
+    is_after = guide.family.has_run and _may_be_cached(options)
+    if guide.count == 0 and holder is None and is_after:
         return
     if holder is not None:
         why = f"{holder} holds their place; move that node before this one, which goes last"

@@ -16,6 +16,7 @@ from nasa_diffusers.families.hunyuan_dit import HunyuanDiT
 from nasa_diffusers.families.hunyuan_glyphs import HunyuanImage, HunyuanVideo15
 from nasa_diffusers.families.hunyuan_video import Framepack, HunyuanVideo
 from nasa_diffusers.families.ideogram4 import Ideogram4
+from nasa_diffusers.families.joy import JoyImageEdit
 from nasa_diffusers.families.krea2 import Krea2
 from nasa_diffusers.families.ltx import LTXVideo
 from nasa_diffusers.families.ltx2 import LTX2
@@ -81,6 +82,7 @@ FAMILIES: tuple[Family, ...] = (
     QwenImage21(),
     Ideogram4(),
     HiDream(),
+    JoyImageEdit(),
 )
 
 

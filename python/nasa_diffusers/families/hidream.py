@@ -2,7 +2,7 @@
 one sequence in 32 blocks.
 
 The text is T5's, then Llama's last layer, then the layer of Llama that each block has for itself,
-which is put there before it and thrown away after it. All are the channels of a prompt here.
+which is put there before it and thrown away after it. All of them are channels of a prompt here.
 Text stands at position 0, and its padding is attended to. An image that is not square is filled up
 to the largest size; keys of what fills it up are 0. Classifier-free guidance is one doubled batch.
 """

@@ -7,6 +7,8 @@ it, is masked. The image stands elsewhere, whatever the text.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -59,9 +61,22 @@ class Ideogram4(SideStream):
         return self.counts[indicator]
 
     def encode(self, pipe, prompts, **options):
+        # padding changes nothing, and a prompt is padded to 2048 tokens
+        longest = max(self.chat_tokens(pipe, prompt) for prompt in prompts)
+        limit = options.get("max_sequence_length", longest)
+        if longest <= limit:
+            options |= {"max_sequence_length": longest}
         # before an image of one token
         embeds, _, _, indicator = encode_prompt(pipe, prompts, options)
         return self.read_embeds(embeds[:, :-1], indicator[:, :-1] == TEXT)
+
+    def chat_tokens(self, pipe: Any, prompt: str) -> int:
+        """How many tokens the prompt has in its chat."""
+        message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
+        chat = pipe.tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=False
+        )
+        return len(pipe.tokenizer(chat, add_special_tokens=False)["input_ids"])
 
     def read_embeds(self, embeds, mask):
         """Without what no row attends to: the padding lies before the text."""
@@ -92,7 +107,9 @@ class Ideogram4(SideStream):
 
     def prepare(self, denoiser, side, term):
         text = denoiser.llm_cond_proj(denoiser.llm_cond_norm(term.text))
-        return text + denoiser.embed_image_indicator.weight[0].to(text.dtype), term.mask
+        # that of a text
+        kind = torch.zeros(1, dtype=torch.long, device=text.device)
+        return text + denoiser.embed_image_indicator(kind).to(text.dtype), term.mask
 
     def arrange(self, denoiser, side, rope):
         n, rows = side.lengths[0], len(rope[0])

@@ -11,7 +11,6 @@ def _because(reason: str, *denoisers: str) -> None:
 _because(
     "text and image share its attention and the text changes from block to block, in an order "
     "and with positions of its own",
-    "JoyImageEditTransformer3DModel",
     "MiniMaxH3Transformer3DModel",
     "Flux3Transformer2DModel",
 )  # fmt: skip
