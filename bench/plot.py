@@ -118,7 +118,7 @@ def roofline(rows: list[Row]) -> Figure | None:
     timed = [r for r in timed if r.direction == "forward"]
     rates = rates_of(rows)
     dtypes = [r.dtype for r in timed]
-    dtype = max(set(dtypes), key=dtypes.count, default="")
+    dtype = max(sorted(set(dtypes)), key=dtypes.count, default="")
     matrix = rates.matrix.get(dtype)
     if not timed or not rates.copy or not matrix:
         return None
