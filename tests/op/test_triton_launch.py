@@ -100,7 +100,15 @@ def test_registers_are_held_where_a_third_program_fits(
     monkeypatch, arch, d, cuts, has_more, expected
 ):
     monkeypatch.setattr(configs, "architecture", lambda device: arch)
+    monkeypatch.setattr(configs, "SPILLS_AT_168", False)
     assert configs.most_registers(d, cuts, has_more, torch.device("cpu")) == expected
+
+
+def test_registers_are_not_held_where_triton_would_spill(monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(configs, "SPILLS_AT_168", True)
+    cuts = ((64, 16), (64, 16))
+    assert configs.most_registers(40, cuts, False, torch.device("cpu")) is None
 
 
 class Launch(NamedTuple):
