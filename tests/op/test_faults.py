@@ -201,7 +201,7 @@ FAULTS = (
     ),
     Fault(
         "quick-beside-no-device", "_quick.py", "if x.is_meta:", "if False:",
-        "test_quick.py words_that_it_has and triton and k-device",
+        "test_quick.py of_no_device and triton",
     ),
     Fault(
         "quick-forgets-gradients", "_quick.py", "if q.requires_grad or", "if False and",

@@ -78,6 +78,17 @@ def test_an_error_has_the_words_that_it_has_without(backend, case):
         assert message(lambda: nag_attention(**wrong, **NAG)) == cold
 
 
+@EVERY
+def test_a_tensor_of_no_device_is_named_where_modes_see_the_operator_too(backend):
+    """The operator itself would compute nothing and return a tensor of no device."""
+    call = {**make_inputs(SHAPE, torch.float32, DEVICE), "alpha": 0.5, "backend": backend}
+    wrong = call | {"k_pos": call["k_pos"].to("meta")}
+    cold = message(lambda: nasa_attention(**wrong))
+    nasa_attention(**call)
+    with FlopCounterMode(display=False):
+        assert message(lambda: nasa_attention(**wrong)) == cold
+
+
 @pytest.mark.parametrize("case", [*WRONG_JOINT, "k-pos", "half-v"])
 @EVERY
 def test_an_error_of_joint_attention_has_the_same_words(backend, case):
