@@ -37,9 +37,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         bias = bias[:, None, None, :]
     # [b, h, l, d]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    z = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # said where it is so alone: a graph with sizes of its own compares them to a symbol, no bool
+    of_groups = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, **of_groups)
     return z.transpose(1, 2).to(dtype)
 
 
