@@ -140,6 +140,7 @@ IRRELEVANT = {
     # its encoding has no such parameter
     "EasyAnimateControl": {"text_encoder_index"},
     "LuminaPipeline": {"max_sequence_length"},
+    "LuminaText2Img": {"max_sequence_length"},
     # rows
     "HunyuanImage": {"batch_size"},
     "HunyuanVideo15": {"batch_size"},

@@ -30,7 +30,7 @@ _compiled: dict[tuple, tuple] = {}
 
 def compile_triton(
     fn, args: dict, constexprs: dict, num_warps: int = 4, num_stages: int = 3, arch: int = 90,
-    enable_fp_fusion: bool = True,
+    enable_fp_fusion: bool = True, maxnreg: int | None = None,
 ) -> tuple[LoadedKernel, object, list[str]]:  # fmt: skip
     """``(kernel, Triton's compiled kernel, names of the arguments it takes)``; cached."""
     # imported here: the interpreter also serves where Triton is not installed
@@ -55,12 +55,13 @@ def compile_triton(
             attributes[i,] = [["tt.divisibility", 16]]
     key = (
         fn, tuple(signature.items()), tuple(map(str, constants.items())), tuple(attributes),
-        num_warps, num_stages, arch, enable_fp_fusion,
+        num_warps, num_stages, arch, enable_fp_fusion, maxnreg,
     )  # fmt: skip
     if key not in _compiled:
         source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
         options = {
             "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion,
+            "maxnreg": maxnreg,
         }  # fmt: skip
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         names = [name for name, kind in signature.items() if kind != "constexpr"]
@@ -106,6 +107,7 @@ def run_triton(
     num_stages: int = 3,
     arch: int = 90,
     enable_fp_fusion: bool = True,
+    maxnreg: int | None = None,
     edit: Callable[[str], str] | None = None,
     **launch_options,
 ) -> Report:
@@ -115,7 +117,7 @@ def run_triton(
     copied apart.
     """
     kernel, compiled, names = compile_triton(
-        fn, args, constexprs, num_warps, num_stages, arch, enable_fp_fusion
+        fn, args, constexprs, num_warps, num_stages, arch, enable_fp_fusion, maxnreg
     )
     if edit:
         kernel = load(edit(compiled.asm["ptx"]))
@@ -176,12 +178,15 @@ def triton_on_cpu(arch: int = 90, **launch_options) -> Iterator[list[Report]]:
 
     reports: list[Report] = []
 
-    def run(fn, *values, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **named):
+    def run(
+        fn, *values, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, maxnreg=None,
+        **named,
+    ):  # fmt: skip
         args = dict(zip(fn.arg_names, values, strict=False)) | named
         constexprs = {p.name: args.pop(p.name) for p in fn.params if p.is_constexpr}
         options = {
             "num_warps": num_warps, "num_stages": num_stages, "arch": arch,
-            "enable_fp_fusion": enable_fp_fusion,
+            "enable_fp_fusion": enable_fp_fusion, "maxnreg": maxnreg,
         }  # fmt: skip
         reports.append(run_triton(fn, grid, args, constexprs, **options, **launch_options))
 
