@@ -297,6 +297,8 @@ Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Tensor& q, con
     nag.alpha_stride_b = p.alpha_stride_b;
     nag.alpha_stride_l = p.alpha_stride_l;
     nag.rows = int64_t{p.b} * p.l;
+    STD_TORCH_CHECK(nag.rows <= kMaxRows, "nasa_kernels: NAG takes at most ", kMaxRows,
+                    " queries of all images, got ", nag.rows, "; split the batch");
     nag.l = p.l;
     nag.channels = p.h * p.d;
     nag.first_text_neg = p.l - static_cast<int>(text_neg);

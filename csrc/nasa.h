@@ -115,7 +115,7 @@ struct NagParams {
     const void* z_neg;       // [b, l, h d], contiguous
     const float* alpha_map;  // [b, l], of the image's queries, or null: then the number `alpha`
     int64_t alpha_stride_b, alpha_stride_l;
-    int64_t rows;  // b l
+    int64_t rows;  // b l, at most 2^30
     int l, channels;
     int first_text_pos, first_text_neg;
     float alpha, scale, tau;

@@ -79,6 +79,7 @@ def test_beside_the_image_both_halves_have_its_attention(recorded, gpu):
 
 
 def test_what_the_operator_refuses(recorded):
-    norm, *maps = recorded["refusals"]
+    norm, rows, *maps = recorded["refusals"]
     assert "nag_norm must be 1 or 2, got 3" in norm
+    assert "at most 1073741824 queries of all images, got 2147483648; split the batch" in rows
     assert all("alpha_map must be fp32 and broadcast to [2, 16, 1]" in text for text in maps)

@@ -105,8 +105,11 @@ def main(build: Path) -> None:
             "joint": recorder.launches_of("nag_joint_cuda", x, *of_rows, *joint),
         }
     refusals = []
-    x = tensors()
-    for alpha, norm in ((None, 3), (torch.rand(2, 16, 4), 1), (torch.rand(3), 1)):
+    many = {name: each[:1].expand(2**27, *each.shape[1:]) for name, each in tensors().items()}
+    for x, alpha, norm in (
+        (tensors(), None, 3), (many, None, 1),
+        (tensors(), torch.rand(2, 16, 4), 1), (tensors(), torch.rand(3), 1),
+    ):  # fmt: skip
         try:
             recorder.launches_of("nag_cuda", x, None, None, alpha, 0.5, 0.125, *settings, norm)
             refusals.append("")
