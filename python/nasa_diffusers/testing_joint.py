@@ -25,6 +25,7 @@ from nasa_diffusers.testing_side import (
     VISION,
     _flux2_vae,
     chat_tokenizer,
+    qwen3_vl_config,
     qwen_vl,
 )
 
@@ -253,15 +254,10 @@ def qwen_image_21(seed: int = 0):
         QwenImage21Pipeline,
         QwenImage21Transformer2DModel,
     )
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = Qwen3VLConfig(
-        text_config=TEXT_SIZE
-        | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
-        vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
-        image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
-    )  # fmt: skip
+    config = qwen3_vl_config()
     autoencoder = AutoencoderKLQwenImage21(
         base_dim=8, decoder_base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
         temperal_downsample=[False] * 4, latents_mean=[0.0] * 8, latents_std=[1.0] * 8,
@@ -351,15 +347,10 @@ def hidream(seed: int = 0):
 def joy_image_edit(seed: int = 0):
     """JoyImage Edit in small: two blocks."""
     from diffusers import AutoencoderKLWan, JoyImageEditPipeline, JoyImageEditTransformer3DModel
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = Qwen3VLConfig(
-        text_config=TEXT_SIZE
-        | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
-        vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
-        image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
-    )  # fmt: skip
+    config = qwen3_vl_config()
     transformer: Any = JoyImageEditTransformer3DModel(
         in_channels=16, hidden_size=32, num_attention_heads=2, text_dim=32, mlp_width_ratio=2.0,
         num_layers=2, rope_dim_list=[4, 6, 6],

@@ -174,18 +174,25 @@ def klein(seed: int = 0, is_distilled: bool = True):
     return _ready(pipe)
 
 
-def krea2(seed: int = 0, is_distilled: bool = True):
-    """Krea 2 Turbo in small, or Krea 2: two blocks over one sequence."""
-    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
-    from transformers import Qwen3VLConfig, Qwen3VLModel
+def qwen3_vl_config() -> Any:
+    """Of a small Qwen3-VL."""
+    from transformers import Qwen3VLConfig
 
-    torch.manual_seed(seed)
-    config = Qwen3VLConfig(
+    return Qwen3VLConfig(
         text_config=TEXT_SIZE
         | {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
         vision_config=VISION | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
         image_token_id=1, video_token_id=2, vision_start_token_id=0, vision_end_token_id=0,
     )  # fmt: skip
+
+
+def krea2(seed: int = 0, is_distilled: bool = True):
+    """Krea 2 Turbo in small, or Krea 2: two blocks over one sequence."""
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+    from transformers import Qwen3VLModel
+
+    torch.manual_seed(seed)
+    config = qwen3_vl_config()
     transformer: Any = Krea2Transformer2DModel(
         in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=32,
