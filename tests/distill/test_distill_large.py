@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
-from nasa_distill.world import kinds, make, shipped, students
+from nasa_distill.train.seeds import generator
+from nasa_distill.world import kinds, make, shipped, students, teacher
 from nasa_distill.world.evaluation import evaluate, prompts, reliability, report
 from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.large import autoencoder
@@ -36,7 +37,7 @@ from nasa_distill.world.large.scene import (
     render,
     scenes,
 )
-from small_world import CYCLES, RECIPE, TINY
+from small_world import CYCLES, RECIPE
 
 PAIR = Scene(
     (Object("red", "circle"), Object("blue", "square")),
@@ -206,7 +207,14 @@ def test_captions_that_cannot_be_read(caption, message):
 
 FEW = 40  # scenes: encoding all of them takes longer than the rest
 TINY_LARGE = replace(
-    RECIPE, size=64, autoencoder=CYCLES, decoder=(TINY,), unet=(16, 32), sharpen=0.5
+    RECIPE,
+    size=64,
+    autoencoder=CYCLES,
+    unet=(16, 32),
+    floor=1.0,
+    plain_cycles=1,
+    sharpen=0.5,
+    exact=True,
 )
 FEW_SCENES = replace(
     LARGE,
@@ -258,10 +266,86 @@ def test_a_longer_trained_decoder_has_the_same_latents(tmp_path):
     model = autoencoder.normalised(autoencoder.make_autoencoder((8, 8, 8, 8)).eval())
     images = render(some(4, seed=4)[1])
     before = autoencoder.TrainedCode(copy.deepcopy(model))
-    after = autoencoder.TrainedCode(autoencoder.train_decoder(model, (TINY,), tmp_path))
+    known = torch.zeros(len(scenes()), autoencoder.CHANNELS, autoencoder.GRID, autoencoder.GRID)
+    recipe = replace(TINY_LARGE, decoder=CYCLES)
+    after = make.make_decoder(recipe, autoencoder.TrainedCode(model), known, tmp_path)
     codes = before.encode(images)
     assert torch.equal(after.encode(images), codes)
     assert not torch.equal(after.decode(codes), before.decode(codes))
+    kept = AutoencoderKL.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(autoencoder.TrainedCode(kept).decode(codes), after.decode(codes))
+
+
+def test_another_scene_differs_in_one_attribute():
+    rng, seen = random.Random(0), set()
+    for scene in some(300, seed=5)[1]:
+        other = autoencoder.other(scene, rng)
+        assert other in scenes()
+        here, there = (
+            [*x, *(value for thing in x.objects for value in thing)][1:] for x in (scene, other)
+        )
+        changed = [i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
+        assert len(changed) == 1
+        seen.update(changed)
+    assert seen == set(range(9))
+
+
+def whitened(known, rates, floor):
+    """By Cholesky's factor instead of eigenvectors: `|L^-1 x|^2` of `C + floor I = L L^T`."""
+    x = known.flatten(1).double()
+    mean = (rates[:, None] * x).sum(0) / rates.sum()
+    covariance = sum(r * torch.outer(v, v) for r, v in zip(rates, x - mean, strict=True))
+    inverse = torch.linalg.inv(covariance + floor * torch.eye(x.shape[1], dtype=x.dtype))
+    return inverse * covariance.trace() / (inverse @ covariance).trace()
+
+
+def test_whitening_weighs_each_direction_by_its_variance():
+    random_ = torch.Generator().manual_seed(0)
+    known = torch.randn(9, 2, 2, 2, generator=random_) * torch.tensor([5.0, 0.5]).view(2, 1, 1)
+    rates = torch.rand(9, generator=random_).double()
+    rates /= rates.sum()
+    ours = teacher.whitening(known, rates, 0.3).double()
+    torch.testing.assert_close(ours @ ours, whitened(known, rates, 0.3), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, ours.T)
+    # the mean variance is what it was
+    spread = known.flatten(1).double() - rates @ known.flatten(1).double()
+    before, after = ((rates[:, None] * x.square()).sum() for x in (spread, spread @ ours))
+    assert after.item() == pytest.approx(before.item(), rel=1e-4)
+    weigh = teacher.weigher(known, rates, 0.3)
+    torch.testing.assert_close(weigh(known).flatten(1), known.flatten(1) @ ours.float())
+    assert teacher.weigher(known, rates, None)(known) is known
+
+
+def test_exact_pairs_end_at_images_of_which_the_caption_is_true(tmp_path):
+    # far apart, so that no path of eight steps ends between two
+    known = 4 * torch.randn(FEW, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    states, x0, captions = students.exact_pairs(known, FEW_SCENES, 130, tmp_path, 8)
+    assert states.shape == (4, *x0.shape) == (4, 2 * students.CHUNK, 2, 4, 4)
+    distance = torch.cdist(x0.flatten(1).double(), known.flatten(1).double())
+    assert distance.min(1).values.max() < 1e-3
+    allowed = FEW_SCENES.matches(captions).bool()
+    assert allowed[torch.arange(len(x0)), distance.argmin(1)].all()
+    assert len(set(distance.argmin(1).tolist())) > FEW / 2
+    assert torch.equal(states[0, : students.CHUNK], noise_of_chunk(0))
+    again = students.exact_pairs(known, FEW_SCENES, 130, tmp_path, 8)
+    assert torch.equal(again.states, states) and again.captions == captions
+    with pytest.raises(ValueError, match="exact_pairs: steps must be a multiple of 4, got 6"):
+        students.exact_pairs(known, FEW_SCENES, 1, tmp_path, 6)
+    with pytest.raises(ValueError, match="is of a run with"):
+        students.exact_pairs(known, FEW_SCENES, 1, tmp_path, 4)
+
+
+def noise_of_chunk(number):
+    random_ = generator(0, number)
+    FEW_SCENES.draw(students.CHUNK, random_)
+    return torch.randn(students.CHUNK, 2, 4, 4, generator=random_)
+
+
+def test_a_student_that_weighs_needs_the_latents(large):
+    model = load(large / "student" / "pipeline")
+    for how in ({"sharpen": 0.5}, {"floor": 1.0}):
+        with pytest.raises(ValueError, match="sharpen and floor need known"):
+            students.train(model, None, None, 1, (), large, LARGE, None, **how)
 
 
 def test_what_is_nearby_is_of_the_world_and_allowed():

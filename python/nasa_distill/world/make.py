@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from nasa_distill.scalars import read_numbers
-from nasa_distill.train.networks import load, model_of
+from nasa_distill.train import checkpoint
+from nasa_distill.train.networks import Model, load, model_of
 from nasa_distill.world import clip as world_clip
 from nasa_distill.world import model, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
@@ -64,7 +66,11 @@ class Recipe:
         Settings(steps=800, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     )
-    sharpen: float = 0.0  # of the students of one step and four: see `students.train`
+    # of teacher and students of one step and four: see `teacher.train` and `students.train`
+    floor: float | None = None
+    plain_cycles: int = 0  # the teacher's first ones, without `floor`
+    sharpen: float = 0.0
+    exact: bool = False  # the students' pairs: see `students.exact_pairs`
     # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
@@ -83,10 +89,14 @@ LARGE_RECIPE = Recipe(
     size=64,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
     autoencoder=(Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),),
-    decoder=(Settings(steps=4000, batch=16, learning_rate=1e-3, ema=0.995),),
+    decoder=(
+        Settings(steps=7000, batch=16, learning_rate=2e-3, ema=0.995),
+        Settings(steps=2500, batch=16, learning_rate=7e-4, ema=0.995, seed=1),
+    ),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
+        Settings(steps=6000, batch=48, ema=0.997, seed=2),
     ),
     unet=(80, 96),
     pairs=40960,
@@ -98,7 +108,10 @@ LARGE_RECIPE = Recipe(
         Settings(steps=1000, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
         Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
     ),
+    floor=1.0,
+    plain_cycles=2,
     sharpen=0.5,
+    exact=True,
     joint=(),
 )
 RECIPES = {recipe.size: recipe for recipe in (Recipe(), LARGE_RECIPE)}
@@ -188,6 +201,7 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
     code = make_code(recipe, out / "autoencoder")
     if "teacher" not in wanted:
         return
+    known = make_latents(world, code, out / "autoencoder" / "latents.pt")
 
     def save(unet: UNet2DConditionModel, name: str, few_step: bool) -> Path:
         pipe: Any = model.make_pipeline(unet, encoder, code.vae, few_step, world)
@@ -195,24 +209,17 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
         pipe.save_pretrained(path)
         return path
 
-    trained = (out / "teacher", world, code, recipe.unet)
-    unet = teacher.train(recipe.teacher, encoder, tokenizer, *trained)
+    trained = (out / "teacher", world, known, code, recipe.unet)
+    floors = [None if n < recipe.plain_cycles else recipe.floor for n in range(len(recipe.teacher))]
+    unet = teacher.train(recipe.teacher, floors, encoder, tokenizer, *trained)
     drawn = load(save(unet, "teacher", few_step=False))
     if "pairs" not in wanted:
         return
-    pairs = students.make_pairs(
-        drawn,
-        recipe.pairs,
-        out,
-        recipe.guidance,
-        recipe.ddim_steps,
-        recipe.guided_from,
-        world=world,
-    )
+    pairs = make_pairs(recipe, drawn, known, out, world)
     if "decoder" not in wanted:
         return
     if recipe.decoder:
-        code = make_decoder(recipe, code, out / "decoder")
+        code = make_decoder(recipe, code, known, out / "decoder")
         save(unet, "teacher", few_step=False)
     student = drawn.denoiser
     for steps, cycles, name in (
@@ -230,6 +237,8 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
                 world,
                 code,
                 sharpen=recipe.sharpen,
+                known=known,
+                floor=recipe.floor,
             )
             save(student, name, few_step=True)
     encoder = world_clip.text_encoder(clip, projected=True)
@@ -249,8 +258,33 @@ def make_code(recipe: Recipe, out: Path) -> Code:
     return autoencoder.TrainedCode(vae)
 
 
-def make_decoder(recipe: Recipe, code: Code, out: Path) -> Code:
-    vae: Any = autoencoder.train_decoder(code.vae, recipe.decoder, out)
+def make_latents(world: World, code: Code, path: Path) -> Tensor:
+    """`teacher.latents`, kept beside the autoencoder that they are of."""
+    made = checkpoint.load(path, {})
+    if made is None:
+        made = {"latents": teacher.latents(world, code), "settings": {}}
+        checkpoint.save(made, path)
+    return made["latents"]
+
+
+def make_pairs(
+    recipe: Recipe, drawn: Model, known: Tensor, out: Path, world: World
+) -> students.Pairs:
+    if recipe.exact:
+        return students.exact_pairs(known, world, recipe.pairs, out, recipe.ddim_steps)
+    return students.make_pairs(
+        drawn,
+        recipe.pairs,
+        out,
+        recipe.guidance,
+        recipe.ddim_steps,
+        recipe.guided_from,
+        world=world,
+    )
+
+
+def make_decoder(recipe: Recipe, code: Code, known: Tensor, out: Path) -> Code:
+    vae: Any = autoencoder.train_decoder(code.vae, known, recipe.decoder, out)
     vae.save_pretrained(out / "model")
     return autoencoder.TrainedCode(vae)
 

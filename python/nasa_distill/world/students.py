@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +26,8 @@ from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import SMALL, Code, World
-from nasa_distill.world.teacher import ddim, latents, posterior_mean, summary
+from nasa_distill.world.model import NOISE
+from nasa_distill.world.teacher import alpha_sigma, ddim, posterior_mean, summary, weigher
 
 CHUNK = 128
 QUARTERS = 4
@@ -58,28 +60,64 @@ def make_pairs(
         ValueError: `out` holds pairs that were made otherwise, or `steps` has no quarters.
     """
     count, guidance, steps, guided_from, seed = plain([count, guidance, steps, guided_from, seed])
-    if steps % QUARTERS:
-        raise ValueError(
-            f"students.make_pairs: steps must be a multiple of {QUARTERS}, got {steps}"
-        )
-    made: list[dict[str, Any]] = []
+    _check_quarters("make_pairs", steps)
     teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds
+
+    def draw(captions: list[str], noise: Tensor) -> Iterator[Tensor]:
+        text = teacher.encode(captions).embeds
+        with torch.autocast(noise.device.type, torch.bfloat16):
+            yield from ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
+
+    identity = {"guidance": guidance, "steps": steps, "seed": seed, "guided_from": guided_from}
+    return _pairs(draw, teacher.latent_shape, world, count, out, identity)
+
+
+def exact_pairs(
+    known: Tensor, world: World, count: int, out: Path, steps: int, seed: int = 0
+) -> Pairs:
+    """As `make_pairs`, of the teacher that a network only comes near: `posterior_mean` itself.
+
+    Every path ends at an image of the world of which the caption is true, so no guidance is needed.
+    """
+    count, steps, seed = plain([count, steps, seed])
+    _check_quarters("exact_pairs", steps)
+    scheduler, exact = DDIMScheduler(**NOISE, timestep_spacing="trailing"), known.double()
+    scheduler.set_timesteps(steps)
+
+    def draw(captions: list[str], noise: Tensor) -> Iterator[Tensor]:
+        allowed, x = world.matches(captions) * world.rates(), noise
+        for t in scheduler.timesteps:
+            alpha, sigma = alpha_sigma(scheduler, t.expand(len(x)))
+            x0 = posterior_mean(x, alpha, sigma, exact, allowed)
+            x = scheduler.step(x0, t, x).prev_sample
+            yield x
+
+    identity = {"teacher": "exact", "steps": steps, "seed": seed}
+    return _pairs(draw, known.shape[1:], world, count, out, identity)
+
+
+def _pairs(
+    draw: Callable[[list[str], Tensor], Iterable[Tensor]],
+    shape: Sequence[int],
+    world: World,
+    count: int,
+    out: Path,
+    identity: dict[str, Any],
+) -> Pairs:
+    """Of what `draw` gives after each step, for captions and noise."""
+    made: list[dict[str, Any]] = []
+    seed, steps = identity["seed"], identity["steps"]
     for number in tqdm(range(-(-count // CHUNK)), "pairs"):
-        path = out / "pairs" / f"{number:04d}.pt"
-        identity = {"guidance": guidance, "steps": steps, "seed": seed, "number": number}
-        identity["guided_from"] = guided_from
-        chunk = checkpoint.load(path, identity)
+        path, named = out / "pairs" / f"{number:04d}.pt", identity | {"number": number}
+        chunk = checkpoint.load(path, named)
         if chunk is None:
             rng, noise_of = random.Random(f"{seed} {number}"), generator(seed, number)
             captions = world.captions(world.draw(CHUNK, noise_of), rng, 0.02)
-            noise = torch.randn(CHUNK, *teacher.latent_shape, generator=noise_of)
-            text = teacher.encode(captions).embeds
-            with torch.autocast(noise.device.type, torch.bfloat16):
-                drawn = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
-                *states, x0 = [noise, *drawn][:: steps // QUARTERS]
+            noise = torch.randn(CHUNK, *shape, generator=noise_of)
+            *states, x0 = [noise, *draw(captions, noise)][:: steps // QUARTERS]
             chunk = {"states": torch.stack(states), "x0": x0, "captions": captions}
-            chunk["settings"] = identity
+            chunk["settings"] = named
             checkpoint.save(chunk, path)
         made.append(chunk)
     return Pairs(
@@ -87,6 +125,13 @@ def make_pairs(
         torch.cat([chunk["x0"] for chunk in made]),
         [caption for chunk in made for caption in chunk["captions"]],
     )
+
+
+def _check_quarters(function: str, steps: int) -> None:
+    if steps % QUARTERS:
+        raise ValueError(
+            f"students.{function}: steps must be a multiple of {QUARTERS}, got {steps}"
+        )
 
 
 def begins(model: Model, steps: int) -> Tensor:
@@ -117,6 +162,8 @@ def train(
     code: Code,
     half: bool = False,
     sharpen: float = 0.0,
+    known: Tensor | None = None,
+    floor: float | None = None,
 ) -> Any:
     """A student of one step or of four; see `fit` for what it raises.
 
@@ -130,13 +177,22 @@ def train(
         sharpen: From the second cycle on, the weight of a second loss beside 1 of the first: the
             distance to the images of the world that are near. Regression alone draws averages of
             images where a little noise decides between two of them.
+        known: The `latents` of the world, for `sharpen` and `floor`.
+        floor: Of the `teacher.whitening` of both losses; None: the plain squared error.
+
+    Raises:
+        ValueError: `sharpen` or `floor` is set without `known`.
     """
+    if known is None:
+        if sharpen or floor is not None:
+            raise ValueError("students.train: sharpen and floor need known, the world's latents")
+        known = torch.empty(0)
     words = sorted(set(pairs.captions))
     index = {caption: i for i, caption in enumerate(words)}
     texts = model.encode(words)
     rows_of = torch.tensor([index[caption] for caption in pairs.captions])
     taught = begins(model, steps)
-    known = latents(world, code).double() if sharpen else torch.empty(0)
+    known_64, whiten = known.double(), weigher(known, world.rates(), floor)
 
     def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
@@ -147,12 +203,12 @@ def train(
         quarter = torch.randint(steps, (settings.batch,), generator=random_)
         x_t, text = pairs.states[quarter, rows], texts.rows(rows_of[rows])
         drawn = draw(student, x_t, taught[quarter], text)
-        value = losses.regression_loss(drawn, pairs.x0[rows])
+        value = losses.regression_loss(whiten(drawn), whiten(pairs.x0[rows]))
         if not (sharpen and number):
             return value
         allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * world.rates()
-        near = nearby(drawn.detach(), known, allowed)
-        return value + sharpen * losses.regression_loss(drawn, near)
+        near = nearby(drawn.detach(), known_64, allowed)
+        return value + sharpen * losses.regression_loss(whiten(drawn), whiten(near))
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:

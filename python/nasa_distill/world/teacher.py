@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from nasa_distill.train.losses import guide
@@ -40,7 +39,29 @@ def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rat
     log_rates = rates.double().log()
     fit_ = (a * (x @ c.T) - a**2 * c.square().sum(1) / 2) / s**2
     weight = (fit_ + log_rates).softmax(1)
-    return (weight @ c).to(x_t.dtype).view_as(x_t)
+    return (weight.to(x_t.dtype) @ known.flatten(1).to(x_t.dtype)).view_as(x_t)
+
+
+def whitening(known: Tensor, rates: Tensor, floor: float) -> Tensor:
+    """`W`, symmetric `[d, d]`, for losses `|W (x_0 - target)|^2` in which small differences count.
+
+        W^2 = g V diag(1 / (eigenvalue + floor)) V^T,    with g such that W keeps the mean variance
+
+    The ground of an image is most of its variance and the colour of a small object a hundredth of
+    it, so of the plain squared error a network learns the one long before the other. The target is
+    exact, so the best network is the same.
+
+    Args:
+        known, rates: As of `posterior_mean`; rates `[n]`, adding up to 1.
+        floor: Added to the variance in each direction.
+    """
+    x, r = known.flatten(1).double(), rates.double()
+    x = x - r @ x
+    eigenvalues, directions = torch.linalg.eigh((r[:, None] * x).T @ x)
+    eigenvalues = eigenvalues.clamp(min=0)
+    weight = 1 / (eigenvalues + floor)
+    weight *= eigenvalues.sum() / (eigenvalues * weight).sum()
+    return (directions * weight.sqrt() @ directions.T).float()
 
 
 def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +72,12 @@ def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(
     cycles: Sequence[Settings],
+    floors: Sequence[float | None],
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     out: Path,
     world: World,
+    known: Tensor,
     code: Code,
     channels: tuple[int, ...] = model.CHANNELS_OF_UNET,
 ) -> UNet2DConditionModel:
@@ -63,11 +86,12 @@ def train(
     Args:
         cycles: Each begins with the average of the one before, at a learning rate that rises again
             (Loshchilov and Hutter, 2017), and takes its images from a seed of its own.
+        floors: Of the `whitening` of the loss in each cycle; None: the plain squared error.
+        known: The `latents` of the world.
     """
     torch.manual_seed(cycles[0].seed)
     unet: Any = model.make_unet(channels)
-    known, rates = latents(world, code), world.rates()
-    known_64 = known.double()
+    rates, known_64 = world.rates(), known.double()
     scheduler = DDIMScheduler(**model.NOISE)
 
     def encode(captions: list[str]) -> Tensor:
@@ -81,10 +105,15 @@ def train(
             for codes in [draw(unet, encode([prompt, ""]), scale)]
         ]
 
-    for number, settings in enumerate(cycles):
+    for number, (settings, floor) in enumerate(zip(cycles, floors, strict=True)):
+        whiten = weigher(known, rates, floor)
 
         def loss(
-            unet: Any, step: int, random_: torch.Generator, how: Settings = settings
+            unet: Any,
+            step: int,
+            random_: torch.Generator,
+            how: Settings = settings,
+            whiten: Callable[[Tensor], Tensor] = whiten,
         ) -> Tensor:
             rows = world.draw(how.batch, random_)
             captions = world.captions(rows, random.Random(f"{how.seed} {step}"), P_EMPTY)
@@ -93,11 +122,19 @@ def train(
             alpha, sigma = alpha_sigma(scheduler, timesteps)
             x_t = alpha * known[rows] + sigma * noise
             x0 = posterior_mean(x_t, alpha, sigma, known_64, world.matches(captions) * rates)
-            return F.mse_loss(unet(x_t, timesteps, encode(captions)).sample, x0)
+            return whiten(unet(x_t, timesteps, encode(captions)).sample - x0).square().mean()
 
         folder = out / f"cycle-{number}"
         unet = fit(unet.requires_grad_(True), loss, settings, folder, "teacher", check)
     return unet
+
+
+def weigher(known: Tensor, rates: Tensor, floor: float | None) -> Callable[[Tensor], Tensor]:
+    """`whitening` as a function of latents `[b, c, h, w]`; of None, of what does nothing."""
+    if floor is None:
+        return lambda x: x
+    matrix = whitening(known, rates, floor)
+    return lambda x: (x.flatten(1) @ matrix).view_as(x)
 
 
 def latents(world: World, code: Code) -> Tensor:

@@ -6,7 +6,8 @@ have mean 0 and variance 1 in each channel over the world, so their scaling fact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
-from nasa_distill.world.large.scene import SIZE, Scene, rates, render, scenes
+from nasa_distill.world.large.scene import (
+    IMAGE_RATES,
+    OBJECT_RATES,
+    SIZE,
+    Scene,
+    rates,
+    render,
+    scenes,
+)
 
 CHANNELS = 16
 GRID = SIZE // 8
@@ -25,7 +34,7 @@ GRID = SIZE // 8
 # then have costs half of this in squared error, less than a bound of 41 dB
 KL = 3e-4
 ENCODED = 256  # images at once
-NOISE = 0.3  # the most that the decoder sees
+NOISE, BLEND = 0.5, 0.35  # the most of either that the decoder sees
 MEASURED = 512  # images, for the mean and variance of latents
 
 
@@ -55,7 +64,8 @@ def train(
         cycles: As of `teacher.train`.
     """
 
-    def loss(model: Any, images: Tensor, random_: torch.Generator) -> Tensor:
+    def loss(model: Any, rows: Tensor, random_: torch.Generator) -> Tensor:
+        images = render([scenes()[i] for i in rows.tolist()])
         with torch.autocast("cpu", torch.bfloat16):
             found = model.encode(images).latent_dist
             noise = torch.randn(found.mean.shape, generator=random_)
@@ -72,31 +82,65 @@ def train(
     return normalised(model).eval().requires_grad_(False)
 
 
-def train_decoder(model: Any, cycles: Sequence[Settings], out: Path) -> AutoencoderKL:
-    """The same latents with a better decoder, which has seen latents with noise, as a student's.
+def train_decoder(
+    model: Any, known: Tensor, cycles: Sequence[Settings], out: Path
+) -> AutoencoderKL:
+    """The same latents with a better decoder, which has seen latents that are a little wrong.
 
-    Networks on the latents need not wait for it. See `fit` for what it raises.
+    What networks draw lies beside the latents of images, and often on the way to those of a scene
+    that differs in one attribute. The decoder learns to give back the nearer image. Networks on the
+    latents need not wait for it.
+
+    Args:
+        model: An autoencoder of the world.
+        known: The latents of all scenes, in their order.
+        cycles: As of `teacher.train`; the last in fp32, since products in bf16 leave noise of their
+            own in images.
+
+    See `fit` for what it raises.
     """
-
-    def loss(model: Any, images: Tensor, random_: torch.Generator) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            codes = encode(model, images)
-            strength = NOISE * torch.rand(len(images), 1, 1, 1, generator=random_)
-            noise = torch.randn(codes.shape, generator=random_)
-            drawn = model.decode(codes + strength * noise).sample
-        return F.mse_loss(drawn.float(), images)
+    where = {scene: i for i, scene in enumerate(scenes())}
 
     for number, settings in enumerate(cycles):
+        half = number < len(cycles) - 1
+
+        def loss(model: Any, rows: Tensor, random_: torch.Generator, half: bool = half) -> Tensor:
+            seed = int(torch.randint(2**31, (), generator=random_))
+            others = [where[other(scenes()[i], random.Random(seed + i))] for i in rows.tolist()]
+            strength = torch.rand(2, len(rows), 1, 1, 1, generator=random_)
+            blend, noise = BLEND * strength[0], NOISE * strength[1]
+            codes = torch.lerp(known[rows], known[others], blend)
+            codes = codes + noise * torch.randn(codes.shape, generator=random_)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                drawn = model.decode(codes).sample
+            return F.mse_loss(drawn.float(), render([scenes()[i] for i in rows.tolist()]))
+
         for part in (model.decoder, model.post_quant_conv):
             part.requires_grad_(True)
         model = _fit(model, loss, settings, out / f"cycle-{number}", "decoder")
     return model.eval().requires_grad_(False)
 
 
+def other(scene: Scene, rng: random.Random) -> Scene:
+    """One that differs in one attribute, of one object or of the image."""
+    slot = rng.randrange(len(scene.objects))
+    name = rng.choice([*OBJECT_RATES, *IMAGE_RATES])
+    if name in IMAGE_RATES:
+        return scene._replace(**{name: _another(getattr(scene, name), IMAGE_RATES[name], rng)})
+    things = list(scene.objects)
+    value = _another(getattr(things[slot], name), OBJECT_RATES[name], rng)
+    things[slot] = things[slot]._replace(**{name: value})
+    return scene._replace(objects=tuple(things))
+
+
+def _another(value: str, values: Iterable[str], rng: random.Random) -> str:
+    return rng.choice([x for x in values if x != value])
+
+
 def _fit(model: Any, loss: Callable, settings: Settings, out: Path, what: str) -> Any:
     def of_step(model: Any, step: int, random_: torch.Generator) -> Tensor:
         rows = torch.multinomial(rates(), settings.batch, replacement=True, generator=random_)
-        return loss(model, render([scenes()[i] for i in rows.tolist()]), random_)
+        return loss(model, rows, random_)
 
     def check(model: Any) -> dict[str, float]:
         rows = torch.multinomial(rates(), 200, replacement=True, generator=generator(7, 0))
