@@ -320,7 +320,8 @@ def test_the_pipeline_begins_where_the_student_was_taught(world, name, steps):
 # ---- one loop for all ----------------------------------------------------------------------------
 
 
-def test_fit_stops_and_goes_on(tmp_path):
+@pytest.mark.parametrize("muon", [None, 0.01])
+def test_fit_stops_and_goes_on(tmp_path, muon):
     def loss(module, step, random_):
         x = torch.randn(8, 3, generator=random_)
         return (module(x) - x.sum(1, keepdim=True)).square().mean()
@@ -337,7 +338,7 @@ def test_fit_stops_and_goes_on(tmp_path):
             raise Stop
         return loss(linear, step, random_)
 
-    settings = Settings(steps=10, learning_rate=0.1, warmup=1)
+    settings = Settings(steps=10, learning_rate=0.1, warmup=1, muon=muon)
     whole = fit(module(), loss, settings, tmp_path / "whole", "line", save_every=3)
     with pytest.raises(Stop):
         fit(module(), interrupted, settings, tmp_path / "broken", "line", save_every=3)
@@ -345,6 +346,9 @@ def test_fit_stops_and_goes_on(tmp_path):
     assert torch.equal(whole.weight, resumed.weight)
     logs = [(tmp_path / name / "line.jsonl").read_text() for name in ("whole", "broken")]
     assert logs[0] == logs[1]
+    other = replace(settings, muon=0.02)
+    with pytest.raises(ValueError, match="is of a run with muon="):
+        fit(module(), loss, other, tmp_path / "whole", "line")
 
     with pytest.raises(FloatingPointError, match="loss of the line is nan at step 0; nothing was"):
         fit(module(), lambda *_: torch.tensor(torch.nan), settings, tmp_path / "nan", "line")

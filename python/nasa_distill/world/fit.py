@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nasa_distill.scalars import read_numbers
-from nasa_distill.train import checkpoint
+from nasa_distill.train import checkpoint, muon
 from nasa_distill.train.average import average_of, resume
 from nasa_distill.train.seeds import generator
 
@@ -22,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Settings:
-    """AdamW, its schedule and the average. These and the data decide the result."""
+    """The optimisers, their schedule and the average. These and the data decide the result."""
 
     steps: int
     batch: int = 64
@@ -31,15 +31,16 @@ class Settings:
     weight_decay: float = 1e-4
     ema: float = 0.998
     seed: int = 0
+    muon: float | None = None  # learning rate of `Muon`, for matrices; None: AdamW for everything
 
     def __post_init__(self) -> None:
         read_numbers(self)
 
 
-def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
+def schedule(settings: Settings, step: int) -> float:
+    """Of learning rates: linear warm-up, then half a cosine down to nothing."""
     warm = min(1.0, (step + 1) / settings.warmup)
-    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def fit(
@@ -73,14 +74,13 @@ def fit(
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average: Any = average_of(module, lambda count: min(settings.ema, count / (count + 9)))
-    optimiser = torch.optim.AdamW(
-        module.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    optimisers = make_optimisers(module, settings)
     start = 0
     if state is not None:
         module.load_state_dict(state["module"])
         average.module.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(optimisers, _listed(state["optimiser"]), strict=True):
+            optimiser.load_state_dict(saved)
         start = state["step"]
         resume(average, start)
     log = checkpoint.Log(out / f"{what}.jsonl", start)
@@ -93,12 +93,13 @@ def fit(
                 f"fit: the loss of the {what} is {value.item()} at step {step}; {kept}. Lower the "
                 f"learning rate, now {settings.learning_rate:g}"
             )
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        optimiser.zero_grad()
+        module.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = optimiser.defaults["lr"] * schedule(settings, step)
+            optimiser.step()
         average.update_parameters(module)
 
         done = step + 1
@@ -107,8 +108,24 @@ def fit(
             log.write(done, check=check(average.module))
         if done % save_every == 0 or done == settings.steps:
             weights = {"module": module.state_dict(), "average": average.module.state_dict()}
+            states = [optimiser.state_dict() for optimiser in optimisers]
             checkpoint.save(
-                {"settings": identity, "step": done, "optimiser": optimiser.state_dict()} | weights,
-                path,
+                {"settings": identity, "step": done, "optimiser": states} | weights, path
             )
     return average.module.to(memory_format=torch.contiguous_format)
+
+
+def make_optimisers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, and before it Muon where that is wanted."""
+    first: list[torch.optim.Optimizer] = []
+    others = list(module.parameters())
+    if settings.muon is not None:
+        inner, others = muon.split(module)
+        first.append(muon.Muon(inner, settings.muon))
+    decay = settings.weight_decay
+    return [*first, torch.optim.AdamW(others, settings.learning_rate, weight_decay=decay)]
+
+
+def _listed(states: Any) -> list[Any]:
+    """Checkpoints held the state of AdamW alone before there was another."""
+    return states if isinstance(states, list) else [states]

@@ -91,12 +91,12 @@ LARGE_RECIPE = Recipe(
     autoencoder=(Settings(steps=5000, batch=16, learning_rate=2e-3, ema=0.995),),
     decoder=(
         Settings(steps=7000, batch=16, learning_rate=2e-3, ema=0.995),
-        Settings(steps=2500, batch=16, learning_rate=7e-4, ema=0.995, seed=1),
+        Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=1, muon=0.005),
     ),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
-        Settings(steps=6000, batch=48, ema=0.997, seed=2),
+        Settings(steps=3600, batch=48, ema=0.997, seed=2, muon=0.004),
     ),
     unet=(80, 96),
     pairs=40960,

@@ -94,27 +94,24 @@ def train_decoder(
     Args:
         model: An autoencoder of the world.
         known: The latents of all scenes, in their order.
-        cycles: As of `teacher.train`; the last in fp32, since products in bf16 leave noise of their
-            own in images.
+        cycles: As of `teacher.train`.
 
     See `fit` for what it raises.
     """
     where = {scene: i for i, scene in enumerate(scenes())}
 
+    def loss(model: Any, rows: Tensor, random_: torch.Generator) -> Tensor:
+        seed = int(torch.randint(2**31, (), generator=random_))
+        others = [where[other(scenes()[i], random.Random(seed + i))] for i in rows.tolist()]
+        strength = torch.rand(2, len(rows), 1, 1, 1, generator=random_)
+        blend, noise = BLEND * strength[0], NOISE * strength[1]
+        codes = torch.lerp(known[rows], known[others], blend)
+        codes = codes + noise * torch.randn(codes.shape, generator=random_)
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = model.decode(codes).sample
+        return F.mse_loss(drawn.float(), render([scenes()[i] for i in rows.tolist()]))
+
     for number, settings in enumerate(cycles):
-        half = number < len(cycles) - 1
-
-        def loss(model: Any, rows: Tensor, random_: torch.Generator, half: bool = half) -> Tensor:
-            seed = int(torch.randint(2**31, (), generator=random_))
-            others = [where[other(scenes()[i], random.Random(seed + i))] for i in rows.tolist()]
-            strength = torch.rand(2, len(rows), 1, 1, 1, generator=random_)
-            blend, noise = BLEND * strength[0], NOISE * strength[1]
-            codes = torch.lerp(known[rows], known[others], blend)
-            codes = codes + noise * torch.randn(codes.shape, generator=random_)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                drawn = model.decode(codes).sample
-            return F.mse_loss(drawn.float(), render([scenes()[i] for i in rows.tolist()]))
-
         for part in (model.decoder, model.post_quant_conv):
             part.requires_grad_(True)
         model = _fit(model, loss, settings, out / f"cycle-{number}", "decoder")
