@@ -241,13 +241,14 @@ def test_the_posterior_mean_is_bayes_rule():
     alpha = torch.tensor([0.9, 0.5, 0.1, 0.01]).view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     x_t = alpha * known[:4] + sigma * torch.randn(4, 2, 3, 3, generator=random_)
-    ours = teacher.posterior_mean(x_t, alpha, sigma, known, rates)
+    ours = teacher.posterior_mean(x_t, alpha, sigma, known.double(), rates)
     for row in range(4):
         distances = (x_t[row] - alpha[row] * known).double().square().flatten(1).sum(1)
         weight = rates[row] * (-0.5 * distances / sigma[row].double().square().flatten()).exp()
         expected = (weight / weight.sum() @ known.double().flatten(1)).view(2, 3, 3)
         torch.testing.assert_close(ours[row].double(), expected, atol=1e-5, rtol=1e-5)
-    clean = teacher.posterior_mean(known, alpha[:1], alpha[:1] * 0.01, known / alpha[0], rates[1:2])
+    near = known.double() / alpha[0]
+    clean = teacher.posterior_mean(known, alpha[:1], alpha[:1] * 0.01, near, rates[1:2])
     torch.testing.assert_close(clean, known / alpha[0])
 
 

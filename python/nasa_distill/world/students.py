@@ -192,7 +192,7 @@ def train(
     texts = model.encode(words)
     rows_of = torch.tensor([index[caption] for caption in pairs.captions])
     taught = begins(model, steps)
-    known_64, whiten = known.double(), weigher(known, world.rates(), floor)
+    whiten = weigher(known, world.rates(), floor)
 
     def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
@@ -207,7 +207,7 @@ def train(
         if not (sharpen and number):
             return value
         allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * world.rates()
-        near = nearby(drawn.detach(), known_64, allowed)
+        near = nearby(drawn.detach(), known, allowed)
         return value + sharpen * losses.regression_loss(whiten(drawn), whiten(near))
 
     @torch.no_grad()

@@ -30,16 +30,16 @@ def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rat
 
     Args:
         x_t: `[b, ...]`, `alpha x_0 + sigma noise`.
-        known: The latents `[n, ...]` that `x_0` may be.
+        known: The latents `[n, ...]` that `x_0` may be, in the precision to compute in. At small
+            sigma that is fp64: distances over sigma^2 reach 1e7, and small differences matter.
         rates: How often, `[b, n]`: 0 for those that a caption rules out; rows need not add up to 1.
     """
-    # fp64: distances over sigma^2 reach 1e7, and small differences between them matter
-    x, c = x_t.flatten(1).double(), known.flatten(1).double()
-    a, s = alpha.double().flatten(1), sigma.double().flatten(1)
-    log_rates = rates.double().log()
+    c = known.flatten(1)
+    x, a, s = (part.to(c.dtype).flatten(1) for part in (x_t, alpha, sigma))
+    log_rates = rates.to(c.dtype).log()
     fit_ = (a * (x @ c.T) - a**2 * c.square().sum(1) / 2) / s**2
     weight = (fit_ + log_rates).softmax(1)
-    return (weight.to(x_t.dtype) @ known.flatten(1).to(x_t.dtype)).view_as(x_t)
+    return (weight.to(x_t.dtype) @ c.to(x_t.dtype)).view_as(x_t)
 
 
 def whitening(known: Tensor, rates: Tensor, floor: float) -> Tensor:
