@@ -44,7 +44,7 @@ def description() -> str:
 DIFFUSERS = [
     # 5.24 of transformers asks for a peft, 0.22, that is not out
     *("diffusers>=0.35,<0.43", "transformers>=4.53,!=5.24.*", "accelerate>=1.0", "peft>=0.17"),
-    *("pillow>=10", "tqdm"),
+    *("pillow>=10.1", "tqdm"),
 ]
 DISTILL = [*DIFFUSERS, "safetensors", "matplotlib>=3.8"]
 DEMO = ["rich>=13", "numpy"]

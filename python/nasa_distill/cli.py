@@ -349,8 +349,9 @@ def run_score(options: argparse.Namespace) -> None:
 
 def run_pack(options: argparse.Namespace) -> None:
     from nasa_distill.world import shipped
+    from nasa_distill.world.kinds import world_at
 
-    out = options.out or shipped.FOLDER
+    out = options.out or shipped.MODELS / shipped.NAMES[world_at(options.pipeline).size]
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{out}: {shipped.pack(options.pipeline, out) / 1e6:.2f} MB of weights")
 

@@ -410,7 +410,7 @@ def test_bad_data_is_one_line(tmp_path, capsys, content, message):
     negatives.write_text("red\n")
     if content is not None:
         data.write_text(content)
-    teacher = str(shipped.path())
+    teacher = str(shipped.path(32))
     command = ["train", "--preset", "world", "--teacher", teacher, "--out", str(tmp_path)]
     assert main([*command, "--data", str(data), "--negatives", str(negatives)]) == 1
     error = capsys.readouterr().err

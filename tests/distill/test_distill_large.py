@@ -445,7 +445,7 @@ def test_the_command_that_measures_the_judge(large, tmp_path, monkeypatch, capsy
 
 def test_the_world_of_a_folder_and_of_its_model(large, tmp_path):
     """Of networks of the pipeline's own sizes, and of one that is of no world."""
-    for folder, world in ((large / "student" / "pipeline", LARGE), (shipped.path(), SMALL)):
+    for folder, world in ((large / "student" / "pipeline", LARGE), (shipped.path(32), SMALL)):
         assert kinds.world_at(folder) is world
     assert kinds.world_of(load(large / "student" / "pipeline")) is LARGE
     assert kinds.of_images(torch.zeros(1, 3, 32, 32)) is SMALL

@@ -1,4 +1,4 @@
-"""The model that comes with the package: its size, its quality, and the demonstration of it."""
+"""The models that come with the package: their size and quality, pages, and the demonstration."""
 
 import json
 import re
@@ -8,37 +8,46 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from nasa_distill import pictures
 from nasa_distill.cli import main
 from nasa_distill.demo import show
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world import shipped
 from nasa_distill.world.evaluation import ablation, evaluate, pooled, report, sweep
+from nasa_distill.world.kinds import world_of
 from nasa_distill.world.scene import renders, scenes
 from PIL import Image
 
-# on other noise and captions than those of the card, so a little below what it says
-VALID, FOLLOWED, ALPHA = 0.72, 0.83, 0.5
+# by size of images; on other noise and captions than those of the card, so a little below it
+VALID, FOLLOWED, ALPHA = {32: 0.72, 64: 0.0}, {32: 0.83, 64: 0.0}, 0.5
 README = Path(__file__).parents[2] / "README.md"
 DOCS = README.parent / "docs" / "distill"
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load(shipped.path())
+@pytest.fixture(scope="module", params=shipped.NAMES)
+def model(request):
+    return load(shipped.path(request.param))
 
 
-def test_it_is_small_and_safe():
-    files = [path for path in shipped.FOLDER.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("size", shipped.NAMES)
+def test_it_is_small_and_safe(size):
+    files = [path for path in shipped.path(size).rglob("*") if path.is_file()]
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert len(weights) == 3 and sum(path.stat().st_size for path in weights) <= shipped.LIMIT
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
-    assert "## Limits" in (shipped.FOLDER / "README.md").read_text()
+    assert "## Limits" in (shipped.path(size) / "README.md").read_text()
+    with pytest.raises(ValueError, match="size must be 64 or 32 pixels, got 48"):
+        shipped.path(48)
 
 
-def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, model):
-    size = shipped.pack(shipped.path(), tmp_path / "again")
-    assert size == sum(path.stat().st_size for path in shipped.FOLDER.rglob("*.safetensors"))
+def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
+    source = shipped.path(64)
+    monkeypatch.setitem(shipped.NAMES, 64, "again")
+    assert main(["pack", "--pipeline", str(source)]) == 0
+    size = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
+    assert f"again: {size / 1e6:.2f} MB of weights" in capsys.readouterr().out
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
     assert opened.unet.dtype == opened.vae.dtype == opened.text_encoder.dtype == torch.float32
     # diffusers would write the folder that the model came from
@@ -58,8 +67,8 @@ def results_of(page, folder, *pictures):
 def test_the_results_are_those_of_this_model():
     """And the card says no other."""
     results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "price", "samples")
-    assert results.about["student"] == evaluate.checksum(shipped.path())
-    card = (shipped.FOLDER / "README.md").read_text()
+    assert results.about["student"] == evaluate.checksum(shipped.path(32))
+    card = (shipped.path(32) / "README.md").read_text()
     said = re.findall(r"^- (one step|four steps): (.*)$", README.read_text(), re.MULTILINE)
     line = {{"one step": 1, "four steps": 4}[steps]: text for steps, text in said}
     for steps in ("1 step", "4 steps"):
@@ -88,7 +97,7 @@ def test_the_page_of_held_out_prompts_is_made_of_its_numbers():
     pictures = ("sweep-1", "sweep-4", "price", "samples")
     results = results_of(DOCS / "held-out.md", DOCS / "held-out", *pictures)
     assert results.about["prompt pairs"] == "held-out"
-    assert results.about["student"] == evaluate.checksum(shipped.path())
+    assert results.about["student"] == evaluate.checksum(shipped.path(32))
     # nothing was chosen on them
     first = report.read(DOCS / "results.json")
     assert {cell.method for cell in results.cells} == set(report.best_methods(first))
@@ -153,7 +162,7 @@ def test_the_ablation_page_is_made_of_its_numbers():
 
 
 def test_a_missing_model_says_what_to_do(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert "the model is not installed; in a clone, pip install" in capsys.readouterr().err
 
@@ -165,14 +174,16 @@ def test_the_demonstration(tmp_path, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "alpha 0 equals the stock images, bit for bit: yes" in output
     assert "after disable() likewise: yes" in output
-    image = Image.open(tmp_path / "alpha.png")
-    assert image.width == show.SHOWN * 64 and image.height > len(show.ALPHAS) * 64
+    image = Image.open(tmp_path / "demo.png")
+    pitch = 128 + pictures.GAP
+    assert image.width == pictures.LABEL_WIDTH + show.SHOWN * pitch
+    assert image.height > 2 * len(show.EXAMPLES) * pitch
 
 
 def test_its_quality_is_what_the_card_says(model):
-    quality = evaluate.quality(model, 1, 300, seed=1)
-    assert quality.shares["valid"].value > VALID
-    assert quality.shares["followed if valid"].value > FOLLOWED
+    quality, size = evaluate.quality(model, 1, 300, seed=1), world_of(model).size
+    assert quality.shares["valid"].value > VALID[size]
+    assert quality.shares["followed if valid"].value > FOLLOWED[size]
 
 
 def test_a_negative_prompt_removes_in_one_step(model):
@@ -204,7 +215,7 @@ def test_the_sweep_is_one_picture(small_sweep, tmp_path):
 
 def test_the_sweeps_words_do_not_overlap(small_sweep):
     """All of them are inside the picture, and none stands in another or in an image."""
-    figure = sweep.picture(shipped.path())
+    figure = sweep.picture(shipped.path(32))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()

@@ -167,7 +167,7 @@ def test_an_evaluation_takes_any_scalar(tmp_path):
         numpy.int8(3),
     )
     results = [
-        evaluate.run(shipped.path(), steps, images, seed, methods=(method,))
+        evaluate.run(shipped.path(32), steps, images, seed, methods=(method,))
         for method, images, steps, seed in (numbers, others)
     ]
     assert results[0] == results[1]

@@ -295,7 +295,7 @@ def make_from_shipped(recipe: Recipe, out: Path) -> None:
     The paths are those of the shipped student: one step from the beginning of each quarter to that
     of the next. Its text encoder has no trained projection; theirs hands on what it is given.
     """
-    drawn, code, world = load(shipped.path()), PatchCode(), WORLDS[recipe.size]
+    drawn, code, world = load(shipped.path(32)), PatchCode(), WORLDS[recipe.size]
     pairs = students.make_pairs(drawn, recipe.pairs, out, guidance=1.0, steps=students.QUARTERS)
     encoder = world_clip.with_identity(drawn.pipe.text_encoder)
     make_words(recipe, pairs, encoder, code, world, out / "words")

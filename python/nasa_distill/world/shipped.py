@@ -1,4 +1,4 @@
-"""The model that comes with the package."""
+"""The models that come with the package, one of each world."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ import torch
 from nasa_distill.train.networks import load
 
 LIMIT = 10_000_000  # bytes of safetensors
-FOLDER = Path(__file__).parents[1] / "models" / "few-step"
+MODELS = Path(__file__).parents[1] / "models"
+NAMES = {64: "few-step-64", 32: "few-step"}  # by the size of their images
 # the models in an installation: a package of their own, models/pyproject.toml
 PACKAGE = "nasa_distill_models"
 
 
-def path() -> Path:
+def path(size: int = 64) -> Path:
     """Folder of the pipeline, of one to four steps, for `StableDiffusionPipeline.from_pretrained`.
+
+    Args:
+        size: Of its images: 64, or 32 for the model that most pages of results are of.
 
     Raises:
         FileNotFoundError: It is not installed.
+        ValueError: No model draws images of that size.
     """
+    if size not in NAMES:
+        raise ValueError(
+            f"shipped.path: size must be {' or '.join(map(str, NAMES))} pixels, got {size}"
+        )
     package = importlib.util.find_spec(PACKAGE)
-    installed = [Path(folder) / FOLDER.name for folder in _folders(package)]
-    for folder in (FOLDER, *installed):
-        if (folder / "model_index.json").exists():
-            return folder
+    for folder in (MODELS, *map(Path, _folders(package))):
+        if (folder / NAMES[size] / "model_index.json").exists():
+            return folder / NAMES[size]
     raise FileNotFoundError(
         "shipped.path: the model is not installed; in a clone, pip install "
         "./python/nasa_distill/models, or train one: python -m nasa_distill world"
