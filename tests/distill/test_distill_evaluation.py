@@ -3,6 +3,7 @@ vectors; and the students that learn from the shipped one."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch

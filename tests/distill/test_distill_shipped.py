@@ -42,8 +42,8 @@ def test_it_is_small_and_safe(size):
 
 
 def test_packing_is_in_half_precision_and_opens_in_full(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shipped, "MODELS", tmp_path)
     source = shipped.path(64)
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
     monkeypatch.setitem(shipped.NAMES, 64, "again")
     assert main(["pack", "--pipeline", str(source)]) == 0
     size = sum(path.stat().st_size for path in source.rglob("*.safetensors"))

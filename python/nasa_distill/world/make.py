@@ -100,13 +100,10 @@ LARGE_RECIPE = Recipe(
     ),
     unet=(80, 96),
     pairs=40960,
-    student=(
-        Settings(steps=3000, batch=64, learning_rate=6e-4, ema=0.99),
-        Settings(steps=2000, batch=64, learning_rate=5e-4, ema=0.99, seed=1),
-    ),
+    student=(Settings(steps=1400, batch=64, learning_rate=6e-4, ema=0.99, muon=0.004),),
     four_step=(
-        Settings(steps=1000, batch=64, learning_rate=3e-4, ema=0.99, seed=2),
-        Settings(steps=1500, batch=64, learning_rate=5e-4, ema=0.99, seed=3),
+        Settings(steps=1400, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.003),
+        Settings(steps=1000, batch=64, learning_rate=5e-4, ema=0.99, seed=3, muon=0.002),
     ),
     floor=1.0,
     plain_cycles=2,
