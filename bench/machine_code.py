@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 PRODUCTS = ("HGMMA", "HMMA")
-# tiles to and from memory; rows that lie on 16 bytes
+# tiles to and from memory; rows that lie on 16 bytes, whatever modifiers stand behind the width:
+# LDGSTS.E.BYPASS.128 of sm_80 is LDGSTS.E.BYPASS.128.ZFILL of sm_100 and sm_120
 STORES, LOADS = ("UTMASTG", "STG"), ("UTMALDG", "LDGSTS")
-WIDE = (".2D", ".3D", ".4D", ".128")
+WIDE = {"2D", "3D", "4D", "5D", "128", "256"}
 # these end a block; a call without a condition comes back, one with a condition is a jump
 ENDS = ("BRA", "EXIT", "CALL", "RET", "BRX", "JMX")
 # what these cost in the search for the shortest way. A call leads to the slow path of something;
@@ -208,7 +209,7 @@ def _products(block: Block) -> int:
 
 
 def _copies(block: Block, kinds: tuple[str, ...]) -> int:
-    return sum(i.opcode.startswith(kinds) and i.opcode.endswith(WIDE) for i in block.code)
+    return sum(i.base in kinds and not WIDE.isdisjoint(i.opcode.split(".")) for i in block.code)
 
 
 def product_loops(blocks: dict[int, Block]) -> list[Loop]:

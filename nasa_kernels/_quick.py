@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from nasa_kernels._checks import Call
 from nasa_kernels.backends import RECORDS
@@ -85,16 +86,12 @@ def quick(
     None: check it first.
 
     Not looked at are shapes and strides, and dtypes and devices of keys and values: the operator
-    refuses what it cannot take. Beside a tensor of no device it would compute nothing, and say so
-    to no one.
+    refuses what it cannot take.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     try:
         known = _known.get((asked, q.dtype, q.device, q.shape[3]))
-        for x in others:
-            if x.is_meta:
-                return None
     except (AttributeError, TypeError, IndexError):
         return None
     if (
@@ -146,7 +143,7 @@ def remember(
     if (
         record.checks
         and not (call.differentiable or call.under_autocast)
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and type(q) is Tensor
         and q.device.type != "meta"
     ):
@@ -154,6 +151,8 @@ def remember(
         function = None
         if modules is not None:
             function = getattr(importlib.import_module(modules.forward), name)
+        # what an operator's own `__call__`, in Python, calls with the same arguments
+        operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
             operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function

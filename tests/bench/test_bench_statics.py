@@ -49,6 +49,30 @@ def test_the_plain_path_leaves_out_retries_and_masks_and_repeats_inner_loops():
         machine_code.count(blocks, path, loop, scores=0.5)
 
 
+@pytest.mark.parametrize(
+    ("copy", "is_wide"),
+    [
+        ("LDGSTS.E.BYPASS.128", True),
+        ("LDGSTS.E.BYPASS.LTC128B.128", True),
+        ("LDGSTS.E.BYPASS.128.ZFILL", True),
+        ("STG.E.128", True),
+        ("STG.E.ENL2.256", True),
+        ("UTMALDG.4D", True),
+        ("UTMALDG.3D.MULTICAST", True),
+        ("LDGSTS.E.LTC128B.64", False),
+        ("STG.E.U16", False),
+        ("LDS.128", False),
+    ],
+)
+def test_the_plain_path_meets_the_copies_of_tiles_however_they_are_spelt(copy, is_wide):
+    """They stand behind a condition, and the shortest way is around them."""
+    sass = SASS.replace("LDGSTS.E.BYPASS.128", copy).replace("@!P0 BRA 0x00c0", "@P0 BRA 0x0040")
+    (code,) = machine_code.parse(sass).values()
+    blocks = machine_code.blocks_of(code)
+    loop, path = machine_code.tile_path(blocks)
+    assert machine_code.count(blocks, path, loop, scores=5)[copy] == is_wide
+
+
 def test_calls_without_a_condition_come_back_and_others_leave():
     (code,) = machine_code.parse(SASS.replace("@P4 CALL", "CALL")).values()
     blocks = machine_code.blocks_of(code)
