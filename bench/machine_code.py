@@ -376,6 +376,25 @@ def count_turns(
     return total
 
 
+def straight_counts(blocks: dict[int, Block], loads: int) -> Counter:
+    """Opcodes of a kernel without a loop over tiles, each of its loops once: of the shortest way
+    from its entry to an end that meets all wide stores, and so many wide loads before them.
+    """
+    ends = frozenset(b for b, x in blocks.items() if x.code[-1].base == "EXIT")
+    whole = Loop(next(iter(blocks)), frozenset(blocks), ends)
+    backward = _back_edges(blocks)
+    order = _topological(blocks, whole, backward)
+    stops = {b for b in order if _copies(blocks[b], ("STG",))}
+    for block in order:
+        if loads > 0 and (read := _copies(blocks[block], ("LDG",))):
+            stops.add(block)
+            loads -= read
+    path = _through(blocks, whole, backward, sorted(stops, key=order.index))
+    if path is None or not stops or loads > 0:
+        raise ValueError("no way through the kernel meets its loads and its stores")
+    return _opcodes(blocks, path)
+
+
 def _opcodes(blocks: dict[int, Block], path: list[int]) -> Counter:
     return Counter(i.opcode for b in path for i in blocks[b].code)
 

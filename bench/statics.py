@@ -320,7 +320,7 @@ def rows_of(
     for arch in dict.fromkeys(gpu.arch for gpu in gpus):
         mine = [gpu for gpu in gpus if gpu.arch == arch]
         plans = {plan(gpu, shape) for gpu in mine for shape in shapes}
-        names = {p: _mangled(known, arch, p) for p in plans}
+        names = {p: mangled(known, arch, p) for p in plans}
         code = machine_code.disassemble(library, arch, list(names.values()))
         counts = {p: path_counts(p, code[name]) for p, name in names.items()}
         projected = {p: path_counts(p, code[name], True) for p, name in names.items()
@@ -341,7 +341,7 @@ def backward_rows(library: Path, gpus: tuple[Gpu, ...] = GPUS) -> list[Row]:
     known = machine_code.registers(library)
     found = []
     for arch in dict.fromkeys(gpu.arch for gpu in gpus):
-        names = {p: _mangled(known, arch, p) for d in BACKWARD_DIMS for p in backward_plans(d)}
+        names = {p: mangled(known, arch, p) for d in BACKWARD_DIMS for p in backward_plans(d)}
         of_keys = [name for p, name in names.items() if p.kernel == "backward_keys"]
         code = machine_code.disassemble(library, arch, of_keys)
         for gpu, d in itertools.product((gpu for gpu in gpus if gpu.arch == arch), BACKWARD_DIMS):
@@ -362,7 +362,7 @@ def _projects(plan: Plan) -> bool:
     return plan.kernel != "forward_short" or plan.sizes[0] <= 128
 
 
-def _mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
+def mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
     names = [name for a, name in known if a == arch and plan.mangled.search(name)]
     if len(names) != 1:
         raise ValueError(f"{plan}: {len(names)} kernels of that name for {arch} in the library")
@@ -434,6 +434,8 @@ and data sheets. No time on this page was measured, and measured rows stand else
   pipe, times the grid at batch 4: what is left if everything overlaps.
 * **backward** rows have `backward_queries`, which makes dQ, and `backward_keys`, which makes dK and
   dV: the counts are those of a tile of query rows under the keys of a block.
+* **nag** rows have `nag_blend`, the last launch of normalised attention guidance, which makes O of
+  Z+ and Z-: a row over all heads is a warp's, at most 1280 channels wide.
 * **yardstick** rows are a public kernel, counted in the same way: the loop over keys of
   FlashAttention-2's forward, from the source that PyPI has, by the same nvcc
   (`tools/yardstick.py`). It attends to one prompt, as a turn of `forward_long` does.
@@ -532,7 +534,10 @@ def library_of(path: Path | None) -> Path:
 
 
 def run(library: Path | None = None, write: bool = False) -> int:
-    rows = rows_of(library_of(library)) + backward_rows(library_of(library))
+    from bench import nag_statics
+
+    found = library_of(library)
+    rows = rows_of(found) + backward_rows(found) + nag_statics.rows_of(found)
     if write:
         ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)

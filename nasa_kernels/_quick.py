@@ -174,17 +174,25 @@ def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
     v in length: PyTorch's attention is called past its checks. And whether keys and values of the
     prompts have the heads of the image's, of which their operator sees nothing.
     """
-    if q.dim() != 4 or k.dim() != 4:
+    # every question to a tensor costs the host: none is asked twice
+    of_q, of_k = q.shape, k.shape
+    if len(of_q) != 4 or len(of_k) != 4:
         return False
-    b, _, h, d = q.shape
-    _, n, heads, _ = k.shape
+    b, _, h, d = of_q
+    b_k, _, heads, d_k = of_k
     if heads != h and (heads == 0 or h % heads):
         return False
-    shape = (b, n, heads, d)
-    for x in (k, v):
-        if x.shape != shape or x.dtype != q.dtype or x.device != q.device or x.stride(3) != 1:
-            return False
+    if b_k != b or d_k != d or v.shape != of_k:
+        return False
     for x in prompts:
-        if x.dim() != 4 or x.size(2) != heads and x.size(2) != 1:
+        shape = x.shape
+        if len(shape) != 4 or shape[2] != heads and shape[2] != 1:
             return False
-    return q.stride(3) == 1
+    dtype, device = q.dtype, q.device
+    return (
+        k.dtype is dtype
+        and v.dtype is dtype
+        and k.device == device
+        and v.device == device
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    )

@@ -74,7 +74,9 @@ def launch(
         return
     for x in operands:
         if x is not None and x.device != first.device:
-            raise ValueError(f"nasa_kernels: a tensor is on {x.device}, the first on {first.device}")
+            raise ValueError(
+                f"nasa_kernels: a tensor is on {x.device}, the first on {first.device}"
+            )
     with on_device(first):
         made = plan(*operands, *settings)
         if 0 in made.grid:
