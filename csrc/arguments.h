@@ -13,6 +13,7 @@ namespace nasa {
 
 // What a tensor is, asked for once: every question to PyTorch is a call into its library, and the
 // checks of one operator would ask two hundred. The tensor must live as long.
+namespace {  // torch::stable::Tensor is hidden, and so is what has one
 class View {
 public:
     View(const torch::stable::Tensor& x) {  // NOLINT: where a view is wanted, a tensor is one
@@ -49,6 +50,7 @@ private:
     int64_t dim_ = 0;
     int32_t dtype_ = 0, device_ = 0;
 };
+}  // namespace
 
 // One for all is a dimension of size 1, which is read again and again.
 inline bool is_one_or(int64_t size, int64_t whole) { return size == whole || size == 1; }
