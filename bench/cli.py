@@ -93,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_statics(options: argparse.Namespace) -> int:
-    from bench import statics, triton_statics
+    from bench import statics_command, triton_statics
 
-    return statics.run(options.library, options.write) or triton_statics.run(options.write)
+    return statics_command.run(options.library, options.write) or triton_statics.run(options.write)
 
 
 # ---- what measures -------------------------------------------------------------------------------

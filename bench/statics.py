@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import machine_code
 from bench.machine import ROOT
-from nasa_kernels.testing import CUDA_LIBRARY, MODEL_SHAPES, Shape
+from nasa_kernels.testing import MODEL_SHAPES, Shape
 
 PAGE = ROOT / "docs" / "kernels" / "statics.md"
 ROWS = ROOT / "docs" / "kernels" / "statics.json"
@@ -413,7 +412,7 @@ def predicted_us(gpu: Gpu, row: Row, shape: Shape) -> float:
     return tiles_of_sm * how.rows / GROUP_ROWS * parts * row.cycles[row.bound] / gpu.ghz / 1e3
 
 
-# ---- page and command ----------------------------------------------------------------------------
+# ---- page ----------------------------------------------------------------------------------------
 
 INTRODUCTION = """# The kernels by what can be counted
 
@@ -524,26 +523,3 @@ def grids(rows: list[Row]) -> str:
 def recorded() -> list[Row]:
     """The rows that the page was made of."""
     return [Row(**row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
-
-
-def library_of(path: Path | None) -> Path:
-    found = path or Path(os.environ.get("NASA_CUDA_LIBRARY", CUDA_LIBRARY))
-    if not found.is_file():
-        raise OSError(f"statics: {found} does not exist: build the CUDA C++ kernels first")
-    return found
-
-
-def run(library: Path | None = None, write: bool = False) -> int:
-    from bench import nag_statics
-
-    found = library_of(library)
-    rows = rows_of(found) + backward_rows(found) + nag_statics.rows_of(found)
-    if write:
-        ROWS.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        ROWS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        PAGE.write_text(page(rows), encoding="utf-8")
-        print(f"{len(rows)} rows in {PAGE} and {ROWS}")
-    else:
-        print(page(rows))
-    return 0
