@@ -93,9 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_statics(options: argparse.Namespace) -> int:
-    from bench import statics, triton_statics
+    from bench import statics_command, triton_statics
 
-    return statics.run(options.library, options.write) or triton_statics.run(options.write)
+    return statics_command.run(options.library, options.write) or triton_statics.run(options.write)
 
 
 # ---- what measures -------------------------------------------------------------------------------
@@ -190,13 +190,16 @@ def run_host(options: argparse.Namespace) -> int:
 def host_table(rows: list):
     from rich.table import Table
 
+    from bench.host_shares import shares
+
     title = f"host time over that of one {rows[0].baseline} call, {rows[0].baseline_us:.1f} us"
     table = Table(title=title, title_justify="left")
-    for column in ("back end", "call", "median", "p20 to p80"):
-        table.add_column(column, justify="right" if column[0] in "mp" else "left", no_wrap=True)
-    for r in rows:
-        low, middle, high = (x / r.baseline_us for x in (r.p20_us, r.p50_us, r.p80_us))
-        table.add_row(r.provider, r.case, f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
+    for column in ("back end", "call", "median", "p20 to p80", "of it ours"):
+        table.add_column(column, justify="right" if column[0] in "mpo" else "left", no_wrap=True)
+    for x in shares(rows):
+        ours = "-" if x.ours is None else f"{x.ours:.2f}"
+        spread = f"{x.low:.2f} to {x.high:.2f}"
+        table.add_row(x.row.provider, x.row.case, f"{x.all:.2f}", spread, ours)
     return table
 
 

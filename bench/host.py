@@ -4,6 +4,9 @@ CPU tensors and a runtime that launches nothing (`host_runtime.cpp`, `host_drive
 that a call on a GPU costs the host, but for the driver's own launch, which every call pays. The
 unit is the host time of one `F.scaled_dot_product_attention` call on the same CPU: rounds of both
 take turns, so what else the machine does falls on both, and only the thread's own time counts.
+
+The first launch of joint attention is PyTorch's own attention, which does compute here: the row
+`image` is that call alone, and what joint attention takes beside it is ours (`host_shares.py`).
 """
 
 from __future__ import annotations
@@ -66,14 +69,21 @@ def calls_of(backend: str) -> Calls:
         "broadcast": lambda: nasa_attention(q, k_pos, v_pos, k_one, v_one, 0.5, **options),
         "projected": lambda: nasa_attention(*cross, 0.5, rule="projected", **options),
         "nag": lambda: nag_attention(*cross, **nag),
-        # the first launch of joint attention, PyTorch's own attention: it computes here, and what
-        # the others cost beside it is ours
+        # the first launch of joint attention: PyTorch's operator alone, and with what is around it
+        "image": attention_of_pytorch(q, k, v),
         "shared": lambda: attend_shared(q, k, v, 0.125),
         "joint": lambda: nasa_joint_attention(
             q, k, v, k_pos, v_pos, k_neg, v_neg, 0.5, rule="nasa-cross", **options
         ),
         "joint-nag": lambda: nag_joint_attention(q, k, v, k_pos, v_pos, k_neg, v_neg, **nag),
     }
+
+
+def attention_of_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
+    """The operator for CPU tensors that joint attention calls, on [b, l, h, d]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return lambda: attend(q, k, v, scale=0.125)
 
 
 def sdpa() -> Callable[[], object]:

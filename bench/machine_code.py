@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 PRODUCTS = ("HGMMA", "HMMA")
-# tiles to and from memory; rows that lie on 16 bytes
+# tiles to and from memory; rows that lie on 16 bytes, whatever modifiers stand behind the width:
+# LDGSTS.E.BYPASS.128 of sm_80 is LDGSTS.E.BYPASS.128.ZFILL of sm_100 and sm_120
 STORES, LOADS = ("UTMASTG", "STG"), ("UTMALDG", "LDGSTS")
-WIDE = (".2D", ".3D", ".4D", ".128")
+WIDE = {"2D", "3D", "4D", "5D", "128", "256"}
 # these end a block; a call without a condition comes back, one with a condition is a jump
 ENDS = ("BRA", "EXIT", "CALL", "RET", "BRX", "JMX")
 # what these cost in the search for the shortest way. A call leads to the slow path of something;
@@ -208,7 +209,7 @@ def _products(block: Block) -> int:
 
 
 def _copies(block: Block, kinds: tuple[str, ...]) -> int:
-    return sum(i.opcode.startswith(kinds) and i.opcode.endswith(WIDE) for i in block.code)
+    return sum(i.base in kinds and not WIDE.isdisjoint(i.opcode.split(".")) for i in block.code)
 
 
 def product_loops(blocks: dict[int, Block]) -> list[Loop]:
@@ -373,6 +374,25 @@ def count_turns(
         for opcode, n in _opcodes(blocks, [block]).items():
             total[opcode] += n * times[block]
     return total
+
+
+def straight_counts(blocks: dict[int, Block], loads: int) -> Counter:
+    """Opcodes of a kernel without a loop over tiles, each of its loops once: of the shortest way
+    from its entry to an end that meets all wide stores, and so many wide loads before them.
+    """
+    ends = frozenset(b for b, x in blocks.items() if x.code[-1].base == "EXIT")
+    whole = Loop(next(iter(blocks)), frozenset(blocks), ends)
+    backward = _back_edges(blocks)
+    order = _topological(blocks, whole, backward)
+    stops = {b for b in order if _copies(blocks[b], ("STG",))}
+    for block in order:
+        if loads > 0 and (read := _copies(blocks[block], ("LDG",))):
+            stops.add(block)
+            loads -= read
+    path = _through(blocks, whole, backward, sorted(stops, key=order.index))
+    if path is None or not stops or loads > 0:
+        raise ValueError("no way through the kernel meets its loads and its stores")
+    return _opcodes(blocks, path)
 
 
 def _opcodes(blocks: dict[int, Block], path: list[int]) -> Counter:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.host_shares import shares
 from bench.machine import RESULTS, ROOT, slug
 from bench.op import HEADLINE, is_whole_layer
 from bench.row import Row, in_threads, latest, read, with_most_threads
@@ -92,6 +93,7 @@ def section(rows: Iterable[Row], results: Path = RESULTS) -> str:
             f"![What a negative prompt adds to a denoiser call]({PLOTS_OF_PAGE}/overhead.png)"
         )
     parts += [_device([r for r in newest if _of(r) == d], results) for d in _devices(newest)]
+    parts.append(_host(newest))
     if not _has_gpu(newest):
         parts.append(f"{NO_GPU} `make gpu` measures on yours.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -277,6 +279,37 @@ def _device(rows: list[Row], results: Path) -> str:
     if (results / "plots" / picture).exists():
         text.append(f"![Times as fast as Algorithm 1]({PLOTS_OF_PAGE}/{picture})")
     return "\n\n".join(text)
+
+
+HOST = (
+    "**Host time of a call**, over that of one `scaled_dot_product_attention` call on the same "
+    "CPU: Python, PyTorch's dispatcher and the launchers, with a runtime that launches nothing "
+    "({versions}; `python -m bench host`). Median (p20-p80). On CPU tensors PyTorch's own "
+    "attention over the image, the first launch of joint attention, does compute: the call "
+    "`image` is that alone, `shared` has what joint attention puts around it, and **ours** is "
+    "what a call takes beside `image`, where the rows have it."
+)
+
+
+def _host(rows: list[Row]) -> str:
+    found = shares(rows)
+    if not found:
+        return ""
+    by = {(x.row.provider, x.row.case): x for x in found}
+    providers = list(dict.fromkeys(x.row.provider for x in found))
+    body = []
+    for case in dict.fromkeys(x.row.case for x in found):
+        cells = [by.get((provider, case)) for provider in providers]
+        body.append([
+            case,
+            *("-" if x is None else f"{x.all:.2f} ({x.low:.2f}-{x.high:.2f})" for x in cells),
+            *("-" if x is None or x.ours is None else f"{x.ours:.2f}" for x in cells),
+        ])  # fmt: skip
+    first = found[0].row
+    of = dict.fromkeys(f"{x.row.device}, commit {x.row.commit}" for x in found)
+    versions = f"{'; '.join(of)}; torch {first.torch}, Triton {first.triton}"
+    heads = ["call", *providers, *(f"{provider}, ours" for provider in providers)]
+    return "\n\n".join((HOST.format(versions=versions), _table(heads, body)))
 
 
 TITLES = {

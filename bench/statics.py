@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import machine_code
 from bench.machine import ROOT
-from nasa_kernels.testing import CUDA_LIBRARY, MODEL_SHAPES, Shape
+from nasa_kernels.testing import MODEL_SHAPES, Shape
 
 PAGE = ROOT / "docs" / "kernels" / "statics.md"
 ROWS = ROOT / "docs" / "kernels" / "statics.json"
@@ -320,7 +319,7 @@ def rows_of(
     for arch in dict.fromkeys(gpu.arch for gpu in gpus):
         mine = [gpu for gpu in gpus if gpu.arch == arch]
         plans = {plan(gpu, shape) for gpu in mine for shape in shapes}
-        names = {p: _mangled(known, arch, p) for p in plans}
+        names = {p: mangled(known, arch, p) for p in plans}
         code = machine_code.disassemble(library, arch, list(names.values()))
         counts = {p: path_counts(p, code[name]) for p, name in names.items()}
         projected = {p: path_counts(p, code[name], True) for p, name in names.items()
@@ -341,7 +340,7 @@ def backward_rows(library: Path, gpus: tuple[Gpu, ...] = GPUS) -> list[Row]:
     known = machine_code.registers(library)
     found = []
     for arch in dict.fromkeys(gpu.arch for gpu in gpus):
-        names = {p: _mangled(known, arch, p) for d in BACKWARD_DIMS for p in backward_plans(d)}
+        names = {p: mangled(known, arch, p) for d in BACKWARD_DIMS for p in backward_plans(d)}
         of_keys = [name for p, name in names.items() if p.kernel == "backward_keys"]
         code = machine_code.disassemble(library, arch, of_keys)
         for gpu, d in itertools.product((gpu for gpu in gpus if gpu.arch == arch), BACKWARD_DIMS):
@@ -362,7 +361,7 @@ def _projects(plan: Plan) -> bool:
     return plan.kernel != "forward_short" or plan.sizes[0] <= 128
 
 
-def _mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
+def mangled(known: dict[tuple[str, str], int], arch: str, plan: Plan) -> str:
     names = [name for a, name in known if a == arch and plan.mangled.search(name)]
     if len(names) != 1:
         raise ValueError(f"{plan}: {len(names)} kernels of that name for {arch} in the library")
@@ -413,7 +412,7 @@ def predicted_us(gpu: Gpu, row: Row, shape: Shape) -> float:
     return tiles_of_sm * how.rows / GROUP_ROWS * parts * row.cycles[row.bound] / gpu.ghz / 1e3
 
 
-# ---- page and command ----------------------------------------------------------------------------
+# ---- page ----------------------------------------------------------------------------------------
 
 INTRODUCTION = """# The kernels by what can be counted
 
@@ -434,6 +433,8 @@ and data sheets. No time on this page was measured, and measured rows stand else
   pipe, times the grid at batch 4: what is left if everything overlaps.
 * **backward** rows have `backward_queries`, which makes dQ, and `backward_keys`, which makes dK and
   dV: the counts are those of a tile of query rows under the keys of a block.
+* **nag** rows have `nag_blend`, the last launch of normalised attention guidance, which makes O of
+  Z+ and Z-: a row over all heads is a warp's, at most 1280 channels wide.
 * **yardstick** rows are a public kernel, counted in the same way: the loop over keys of
   FlashAttention-2's forward, from the source that PyPI has, by the same nvcc
   (`tools/yardstick.py`). It attends to one prompt, as a turn of `forward_long` does.
@@ -522,23 +523,3 @@ def grids(rows: list[Row]) -> str:
 def recorded() -> list[Row]:
     """The rows that the page was made of."""
     return [Row(**row) for row in json.loads(ROWS.read_text(encoding="utf-8"))]
-
-
-def library_of(path: Path | None) -> Path:
-    found = path or Path(os.environ.get("NASA_CUDA_LIBRARY", CUDA_LIBRARY))
-    if not found.is_file():
-        raise OSError(f"statics: {found} does not exist: build the CUDA C++ kernels first")
-    return found
-
-
-def run(library: Path | None = None, write: bool = False) -> int:
-    rows = rows_of(library_of(library)) + backward_rows(library_of(library))
-    if write:
-        ROWS.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-        ROWS.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        PAGE.write_text(page(rows), encoding="utf-8")
-        print(f"{len(rows)} rows in {PAGE} and {ROWS}")
-    else:
-        print(page(rows))
-    return 0

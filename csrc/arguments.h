@@ -1,6 +1,8 @@
 // What both bindings.cpp take alike from their arguments: masks and maps of alpha.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -9,16 +11,57 @@
 
 namespace nasa {
 
+// What a tensor is, asked for once: every question to PyTorch is a call into its library, and the
+// checks of one operator would ask two hundred. The tensor must live as long.
+namespace {  // torch::stable::Tensor is hidden, and so is what has one
+class View {
+public:
+    View(const torch::stable::Tensor& x) {  // NOLINT: where a view is wanted, a tensor is one
+        int64_t *sizes = nullptr, *strides = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(x.get(), &dim_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x.get(), &sizes));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &strides));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_));
+        TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(x.get(), &data_));
+        tensor_ = &x;
+        sizes_ = sizes;
+        strides_ = strides;
+    }
+
+    const torch::stable::Tensor& tensor() const { return *tensor_; }
+    int64_t dim() const { return dim_; }
+    int64_t size(int64_t i) const { return sizes_[i]; }
+    int64_t stride(int64_t i) const { return strides_[i]; }
+    int64_t numel() const {
+        int64_t product = 1;
+        for (int64_t i = 0; i < dim_; ++i) product *= sizes_[i];
+        return product;
+    }
+    int32_t dtype() const { return dtype_; }  // of PyTorch's C interface
+    torch::headeronly::ScalarType scalar_type() const { return tensor_->scalar_type(); }
+    int32_t get_device_index() const { return device_; }
+    const void* const_data_ptr() const { return data_; }
+
+private:
+    const torch::stable::Tensor* tensor_;
+    const int64_t *sizes_, *strides_;
+    const void* data_ = nullptr;
+    int64_t dim_ = 0;
+    int32_t dtype_ = 0, device_ = 0;
+};
+}  // namespace
+
 // One for all is a dimension of size 1, which is read again and again.
 inline bool is_one_or(int64_t size, int64_t whole) { return size == whole || size == 1; }
-inline int64_t stride_of(const torch::stable::Tensor& x, int64_t dim) {
+template <class X>
+int64_t stride_of(const X& x, int64_t dim) {
     return x.size(dim) == 1 ? 0 : x.stride(dim);
 }
 
-// The Mask of nasa.h or of cpu/nasa_cpu.h
-template <class Mask>
-Mask mask_of(const std::optional<torch::stable::Tensor>& mask, const torch::stable::Tensor& k,
-             const torch::stable::Tensor& q) {
+// The Mask of nasa.h or of cpu/nasa_cpu.h; k and q are tensors or views of them
+template <class Mask, class X>
+Mask mask_of(const std::optional<torch::stable::Tensor>& mask, const X& k, const X& q) {
     using Type = decltype(Mask::type);
     using torch::headeronly::ScalarType;
     if (!mask.has_value()) return {nullptr, 0, 0, Type::kNone};

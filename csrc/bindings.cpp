@@ -31,7 +31,7 @@ using torch::stable::Tensor;
 // Positions and counts of rows are int in the kernels, with room for one step beyond the end.
 constexpr int64_t kMaxRows = int64_t{1} << 30;
 
-bool starts_on_16_bytes(const Tensor& x) {
+bool starts_on_16_bytes(const View& x) {
     if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) return false;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) {
         if (x.size(i) > 1 && x.stride(i) % 8 != 0) return false;
@@ -40,11 +40,10 @@ bool starts_on_16_bytes(const Tensor& x) {
 }
 
 // [b, rows, heads, d] as q has them, or one of a batch or of the heads
-void check_sizes(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
+void check_sizes(const View& x, const char* name, const View& q, int64_t heads) {
     STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
-    STD_TORCH_CHECK(
-        x.scalar_type() == q.scalar_type() && x.get_device_index() == q.get_device_index(),
-        "nasa_kernels: ", name, " must have the dtype and the device of q");
+    STD_TORCH_CHECK(x.dtype() == q.dtype() && x.get_device_index() == q.get_device_index(),
+                    "nasa_kernels: ", name, " must have the dtype and the device of q");
     STD_TORCH_CHECK(is_one_or(x.size(0), q.size(0)) && is_one_or(x.size(2), heads) &&
                         x.size(3) == q.size(3),
                     "nasa_kernels: ", name, " must have the b and d of q, or 1 for b, and ", heads,
@@ -56,17 +55,17 @@ void check_sizes(const Tensor& x, const char* name, const Tensor& q, int64_t hea
 }
 
 // The same without such a one
-void check_rows(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
+void check_rows(const View& x, const char* name, const View& q, int64_t heads) {
     check_sizes(x, name, q, heads);
     STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(2) == heads, "nasa_kernels: ", name,
                     " must be expanded to the b and h of q");
 }
-void check_rows(const Tensor& x, const char* name, const Tensor& q) {
+void check_rows(const View& x, const char* name, const View& q) {
     check_rows(x, name, q, q.size(2));
 }
 
 // How many heads K and V have. `heads`: how many they had so far, 0 where each had one.
-int64_t heads_of_keys(const Tensor& x, const char* name, const Tensor& q, int64_t heads) {
+int64_t heads_of_keys(const View& x, const char* name, const View& q, int64_t heads) {
     STD_TORCH_CHECK(x.dim() == 4, "nasa_kernels: ", name, " must have 4 dimensions, got ", x.dim());
     const int64_t own = x.size(2);
     if (own == heads || own == 1) return heads;
@@ -78,7 +77,7 @@ int64_t heads_of_keys(const Tensor& x, const char* name, const Tensor& q, int64_
     return own;
 }
 
-Type type_of(const Tensor& q) {
+Type type_of(const View& q) {
     switch (q.scalar_type()) {
         case ScalarType::Half: return Type::kHalf;
         case ScalarType::BFloat16: return Type::kBfloat16;
@@ -87,40 +86,43 @@ Type type_of(const Tensor& q) {
     return Type::kHalf;
 }
 
-Matrix matrix_of(const Tensor& x) {
+Matrix matrix_of(const View& x) {
     return {x.const_data_ptr(), stride_of(x, 0), x.stride(1), stride_of(x, 2)};
 }
 
-Prompt prompt_of(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                 const Tensor& q) {
+Prompt prompt_of(const View& k, const View& v, const std::optional<Tensor>& mask, const View& q) {
     STD_TORCH_CHECK(k.size(1) == v.size(1), "nasa_kernels: k has ", k.size(1), " tokens but v has ",
                     v.size(1));
     return {matrix_of(k), matrix_of(v), mask_of<Mask>(mask, k, q), static_cast<int>(k.size(1))};
 }
 
+// What every call has
+struct Inputs {
+    View q, k_pos, v_pos, k_neg, v_neg;
+    const std::optional<Tensor>&mask_pos, &mask_neg;
+};
+
 // Everything of a call but O. `aligned` so far covers q and the positive prompt only.
-ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_pos,
-                        const Tensor& k_neg, const Tensor& v_neg,
-                        const std::optional<Tensor>& mask_pos,
-                        const std::optional<Tensor>& mask_neg,
-                        const std::optional<Tensor>& alpha_map, double alpha, double scale) {
+ForwardParams params_of(const Inputs& x, const std::optional<Tensor>& alpha_map, double alpha,
+                        double scale) {
+    const View& q = x.q;
     check_sizes(q, "q", q, q.dim() == 4 ? q.size(2) : 0);
     int64_t heads = 0;
-    const auto check_keys = [&](const Tensor& x, const char* name) {
-        heads = heads_of_keys(x, name, q, heads);
-        check_sizes(x, name, q, heads);
+    const auto check_keys = [&](const View& keys, const char* name) {
+        heads = heads_of_keys(keys, name, q, heads);
+        check_sizes(keys, name, q, heads);
     };
-    check_keys(k_pos, "k_pos");
-    check_keys(v_pos, "v_pos");
-    check_keys(k_neg, "k_neg");
-    check_keys(v_neg, "v_neg");
+    check_keys(x.k_pos, "k_pos");
+    check_keys(x.v_pos, "v_pos");
+    check_keys(x.k_neg, "k_neg");
+    check_keys(x.v_neg, "v_neg");
     STD_TORCH_CHECK(q.size(3) <= kMaxHeadDim, "nasa_kernels: head_dim must be at most ",
                     kMaxHeadDim, ", got ", q.size(3));
     ForwardParams p;
     p.q = matrix_of(q);
     p.o = nullptr;
-    p.prompt[kPos] = prompt_of(k_pos, v_pos, mask_pos, q);
-    p.prompt[kNeg] = prompt_of(k_neg, v_neg, mask_neg, q);
+    p.prompt[kPos] = prompt_of(x.k_pos, x.v_pos, x.mask_pos, q);
+    p.prompt[kNeg] = prompt_of(x.k_neg, x.v_neg, x.mask_neg, q);
     p.b = static_cast<int>(q.size(0));
     p.l = static_cast<int>(q.size(1));
     p.h = static_cast<int>(q.size(2));
@@ -131,28 +133,29 @@ ForwardParams params_of(const Tensor& q, const Tensor& k_pos, const Tensor& v_po
     p.shared = {};
     p.scale = static_cast<float>(scale) * kLog2E;
     p.type = type_of(q);
-    p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(k_pos) &&
-                starts_on_16_bytes(v_pos);
+    p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(x.k_pos) &&
+                starts_on_16_bytes(x.v_pos);
     return p;
 }
 
 // Whether TMA can read the rows of K or V: the test of choose.cpp, for one tensor
-bool suits_tma(const Tensor& x) {
+bool suits_tma(const View& x) {
     return starts_on_16_bytes(x) && (x.size(1) <= 1 || x.stride(1) != 0);
 }
 
 // The negative prompt does not choose the kernel: where TMA can read the other tensors, a negative
 // prompt that it cannot read is copied. The copies must live until the launch.
-std::vector<Tensor> settle_negative(ForwardParams& p, const Tensor& k, const Tensor& v,
-                                    const std::optional<Tensor>& mask, const Tensor& q) {
-    if (!p.aligned || (suits_tma(k) && suits_tma(v))) return {};
-    const auto readable = [](const Tensor& x) { return suits_tma(x) ? x : torch::stable::clone(x); };
-    const std::vector<Tensor> copies{readable(k), readable(v)};
-    p.prompt[kNeg] = prompt_of(copies[0], copies[1], mask, q);
+std::vector<Tensor> settle_negative(ForwardParams& p, const Inputs& x) {
+    if (!p.aligned || (suits_tma(x.k_neg) && suits_tma(x.v_neg))) return {};
+    const auto readable = [](const View& keys) {
+        return suits_tma(keys) ? keys.tensor() : torch::stable::clone(keys.tensor());
+    };
+    const std::vector<Tensor> copies{readable(x.k_neg), readable(x.v_neg)};
+    p.prompt[kNeg] = prompt_of(copies[0], copies[1], x.mask_neg, x.q);
     return copies;
 }
 
-cudaStream_t current_stream(const Tensor& q) {
+cudaStream_t current_stream(const View& q) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "nasa_kernels: this torch has no CUDA");
     void* stream = nullptr;
@@ -160,27 +163,26 @@ cudaStream_t current_stream(const Tensor& q) {
     return static_cast<cudaStream_t>(stream);
 }
 
-void check(cudaError_t error, const Tensor& q) {
+void check(cudaError_t error, const View& q) {
     STD_TORCH_CHECK(error == cudaSuccess, "nasa_kernels: ", cudaGetErrorString(error),
                     " (head_dim ", q.size(3), ", device ", q.get_device_index(), ")");
 }
 
 // A contiguous [b, l, h, d]. Straight from the C interface: through the dispatcher it would cost half
 // a microsecond more, as much as all else here.
-Tensor contiguous_like(const Tensor& q) {
+Tensor contiguous_like(const View& q) {
     const int64_t sizes[4] = {q.size(0), q.size(1), q.size(2), q.size(3)};
     const int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
-    int32_t dtype = 0, device_type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
+    int32_t device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.tensor().get(), &device_type));
     AtenTensorHandle found = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device_type,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, q.dtype(), device_type,
                                                     q.get_device_index(), &found));
     return Tensor(found);
 }
 
 // O of a checked call, into a new tensor
-Tensor launch_forward(ForwardParams& p, const Tensor& q) {
+Tensor launch_forward(ForwardParams& p, const View& q) {
     Tensor o = contiguous_like(q);
     if (o.numel() == 0) return o;
     p.o = o.mutable_data_ptr();
@@ -205,21 +207,21 @@ Tensor forward_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, cons
                     "nasa_kernels: without shared keys rule must be ",
                     static_cast<int>(Rule::kNasa), " or ", static_cast<int>(Rule::kProjected),
                     ", got ", rule);
-    ForwardParams p =
-        params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg};
+    ForwardParams p = params_of(x, alpha_map, alpha, scale);
     p.rule = static_cast<Rule>(rule);
     drop_projection(p);
     // exactly the attention over the positive prompt: the negative one is not read
     if (p.alpha_map == nullptr && p.alpha == 0.f) {
         p.prompt[kNeg].n = 0;
-        return launch_forward(p, q);
+        return launch_forward(p, x.q);
     }
-    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg, q);
-    return launch_forward(p, q);
+    const auto copies = settle_negative(p, x);
+    return launch_forward(p, x.q);
 }
 
 // O_s, the attention over the shared keys, which another kernel computed
-void set_shared(ForwardParams& p, const Tensor& q, const Tensor& o_shared) {
+void set_shared(ForwardParams& p, const View& q, const View& o_shared) {
     check_rows(o_shared, "o_shared", q);
     STD_TORCH_CHECK(o_shared.size(1) == q.size(1),
                     "nasa_kernels: o_shared must have the shape of q, got ", o_shared.size(1),
@@ -237,8 +239,8 @@ void set_text_rows(ForwardParams& p, int64_t text_pos, int64_t text_neg) {
 }
 
 // All of the shared segment, and whose the rows are
-void set_shared_rows(ForwardParams& p, const Tensor& q, const Tensor& o_shared,
-                     const Tensor& lse_shared, int64_t text_pos, int64_t text_neg) {
+void set_shared_rows(ForwardParams& p, const View& q, const View& o_shared,
+                     const View& lse_shared, int64_t text_pos, int64_t text_neg) {
     set_shared(p, q, o_shared);
     STD_TORCH_CHECK(lse_shared.dim() == 3 && lse_shared.size(0) == p.b &&
                         lse_shared.size(1) == p.h && lse_shared.size(2) == p.l &&
@@ -262,9 +264,9 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
                           const std::optional<Tensor> alpha_map, double alpha, double scale,
                           const Tensor o_shared, const Tensor lse_shared, int64_t rule,
                           int64_t text_pos, int64_t text_neg) {
-    ForwardParams p =
-        params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
-    set_shared_rows(p, q, o_shared, lse_shared, text_pos, text_neg);
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg};
+    ForwardParams p = params_of(x, alpha_map, alpha, scale);
+    set_shared_rows(p, x.q, o_shared, lse_shared, text_pos, text_neg);
     STD_TORCH_CHECK(rule >= 0 && rule < kRules, "nasa_kernels: rule must be 0 to ", kRules - 1,
                     ", got ", rule);
     p.rule = static_cast<Rule>(rule);
@@ -272,10 +274,10 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
     // then no row asks for the negative prompt
     if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && p.rule != Rule::kVsf) {
         p.prompt[kNeg].n = 0;
-        return launch_forward(p, q);
+        return launch_forward(p, x.q);
     }
-    const auto copies = settle_negative(p, k_neg, v_neg, mask_neg, q);
-    return launch_forward(p, q);
+    const auto copies = settle_negative(p, x);
+    return launch_forward(p, x.q);
 }
 
 struct NagSettings {
@@ -285,10 +287,10 @@ struct NagSettings {
 
 // Normalised attention guidance: Z+ and Z- are a launch each, of the kernels for one prompt, and a third
 // makes O of them, where Z+ was. `p` has both prompts, and the shared segment if there is one.
-Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Tensor& q, const Tensor& k_neg,
-                  const Tensor& v_neg, const Tensor* o_shared,
+Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Inputs& x, bool shared_aligned,
                   const std::optional<Tensor>& alpha_map, double alpha, int64_t text_pos,
                   int64_t text_neg) {
+    const View& q = x.q;
     STD_TORCH_CHECK(how.norm == 1 || how.norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
                     how.norm);
     set_alpha(p, alpha_map, alpha, p.l - text_pos - text_neg, 1);
@@ -324,8 +326,8 @@ Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Tensor& q, con
     p.prompt[kPos] = neg;
     // the negative text's queries attend as the positive one's do to theirs
     p.shared.first_text_pos = p.shared.first_text_neg = p.l;
-    p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(k_neg) &&
-                starts_on_16_bytes(v_neg) && (o_shared == nullptr || starts_on_16_bytes(*o_shared));
+    p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(x.k_neg) &&
+                starts_on_16_bytes(x.v_neg) && shared_aligned;
     p.o = z_neg.mutable_data_ptr();
     nag.z_neg = p.o;
     check(forward(p, stream), q);
@@ -337,9 +339,9 @@ Tensor nag_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, const Te
                 const Tensor v_neg, const std::optional<Tensor> mask_pos,
                 const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map,
                 double alpha, double scale, double nag_scale, double nag_tau, int64_t nag_norm) {
-    ForwardParams p = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
-    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, q, k_neg, v_neg, nullptr, alpha_map, alpha,
-                      0, 0);
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg};
+    ForwardParams p = params_of(x, {}, 0., scale);
+    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, x, true, alpha_map, alpha, 0, 0);
 }
 
 // The same beside the keys that both prompts share.
@@ -349,9 +351,10 @@ Tensor nag_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, co
                       double alpha, double scale, const Tensor o_shared, const Tensor lse_shared,
                       double nag_scale, double nag_tau, int64_t nag_norm, int64_t text_pos,
                       int64_t text_neg) {
-    ForwardParams p = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
-    set_shared_rows(p, q, o_shared, lse_shared, text_pos, text_neg);
-    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, q, k_neg, v_neg, &o_shared, alpha_map,
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg};
+    ForwardParams p = params_of(x, {}, 0., scale);
+    set_shared_rows(p, x.q, o_shared, lse_shared, text_pos, text_neg);
+    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, x, starts_on_16_bytes(o_shared), alpha_map,
                       alpha, text_pos, text_neg);
 }
 
@@ -389,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const std::vector<bool> needs) {
     STD_TORCH_CHECK(needs.size() == 6, "nasa_kernels: needs must be 6 flags, got ", needs.size());
     BackwardParams p{};
-    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale);
+    p.call = params_of({q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg}, alpha_map, alpha, scale);
     // every row has a gradient of its own
     const int heads = key_heads(p.call);
     check_rows(k_pos, "k_pos", q, heads);
@@ -451,7 +454,7 @@ Tensor joint_statistics_cuda(const Tensor grad_o, const Tensor o_shared, const T
                              const std::optional<Tensor> mask_neg, double scale, int64_t text_pos,
                              int64_t text_neg) {
     BackwardParams p{};
-    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
+    p.call = params_of({q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg}, {}, 0., scale);
     p.call.aligned = p.call.aligned && starts_on_16_bytes(k_neg) && starts_on_16_bytes(v_neg);
     const Tensor grad = set_grad(p, grad_o, q);
     set_shared(p.call, q, o_shared);
@@ -475,7 +478,7 @@ Tensor joint_queries_cuda(const Tensor grad_o, const Tensor o_shared, const Tens
                           const Tensor weight, const Tensor shift, double scale, int64_t text_pos,
                           int64_t text_neg) {
     BackwardParams p{};
-    p.call = params_of(q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, {}, 0., scale);
+    p.call = params_of({q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg}, {}, 0., scale);
     check_rows(k, "k", q, key_heads(p.call));
     check_rows(v, "v", q, key_heads(p.call));
     p.image = prompt_of(k, v, {}, q);
@@ -510,7 +513,7 @@ std::tuple<Tensor, Tensor> joint_keys_cuda(const Tensor grad_o, const Tensor q, 
                     "nasa_kernels: hidden rows must be among the ", q.size(1), " rows of q, got ",
                     first_hidden, " to ", end_hidden);
     BackwardParams p{};
-    p.call = params_of(q, k, v, k, v, mask, {}, {}, 0., scale);
+    p.call = params_of({q, k, v, k, v, mask, {}}, {}, 0., scale);
     check_rows(k, "k", q, key_heads(p.call));
     check_rows(v, "v", q, key_heads(p.call));
     p.call.prompt[kNeg].n = 0;

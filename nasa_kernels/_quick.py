@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from nasa_kernels._checks import Call
 from nasa_kernels.backends import RECORDS
@@ -85,16 +86,12 @@ def quick(
     None: check it first.
 
     Not looked at are shapes and strides, and dtypes and devices of keys and values: the operator
-    refuses what it cannot take. Beside a tensor of no device it would compute nothing, and say so
-    to no one.
+    refuses what it cannot take.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     try:
         known = _known.get((asked, q.dtype, q.device, q.shape[3]))
-        for x in others:
-            if x.is_meta:
-                return None
     except (AttributeError, TypeError, IndexError):
         return None
     if (
@@ -146,7 +143,7 @@ def remember(
     if (
         record.checks
         and not (call.differentiable or call.under_autocast)
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and type(q) is Tensor
         and q.device.type != "meta"
     ):
@@ -154,6 +151,8 @@ def remember(
         function = None
         if modules is not None:
             function = getattr(importlib.import_module(modules.forward), name)
+        # what an operator's own `__call__`, in Python, calls with the same arguments
+        operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
             operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function
@@ -175,17 +174,25 @@ def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
     v in length: PyTorch's attention is called past its checks. And whether keys and values of the
     prompts have the heads of the image's, of which their operator sees nothing.
     """
-    if q.dim() != 4 or k.dim() != 4:
+    # every question to a tensor costs the host: none is asked twice
+    of_q, of_k = q.shape, k.shape
+    if len(of_q) != 4 or len(of_k) != 4:
         return False
-    b, _, h, d = q.shape
-    _, n, heads, _ = k.shape
+    b, _, h, d = of_q
+    b_k, _, heads, d_k = of_k
     if heads != h and (heads == 0 or h % heads):
         return False
-    shape = (b, n, heads, d)
-    for x in (k, v):
-        if x.shape != shape or x.dtype != q.dtype or x.device != q.device or x.stride(3) != 1:
-            return False
+    if b_k != b or d_k != d or v.shape != of_k:
+        return False
     for x in prompts:
-        if x.dim() != 4 or x.size(2) != heads and x.size(2) != 1:
+        shape = x.shape
+        if len(shape) != 4 or shape[2] != heads and shape[2] != 1:
             return False
-    return q.stride(3) == 1
+    dtype, device = q.dtype, q.device
+    return (
+        k.dtype is dtype
+        and v.dtype is dtype
+        and k.device == device
+        and v.device == device
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    )

@@ -76,6 +76,19 @@ def _backward_schema(inputs: str, kept: Sequence[str], gradients: int) -> str:
 # ------------------------------------------------------------------------------------------ fakes
 
 
+def _of_one_device(fake: Callable) -> Callable:
+    """`fake`, which PyTorch also calls where one tensor of several has no device: nothing would be
+    computed then, and no one would be told."""
+
+    def checked(*args):
+        kinds = {x.is_meta for x in args if isinstance(x, Tensor)}
+        if len(kinds) > 1:
+            raise ValueError("nasa_kernels: some tensors are on a device and some on none")
+        return fake(*args)
+
+    return checked
+
+
 def _forward_fake(q, *args) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -220,7 +233,7 @@ def _implement(operator: Any, backend: Backend, module: str, function: str) -> N
 def _define(name: str, schema: str, fake: Callable, flops: Callable) -> Any:
     # define/impl, not custom_op: the eager call costs microseconds, and so do these kernels
     library.define(f"nasa_kernels::{name}", schema, tags=_TAGS)
-    library.register_fake(f"nasa_kernels::{name}", fake)
+    library.register_fake(f"nasa_kernels::{name}", _of_one_device(fake))
     packet = getattr(torch.ops.nasa_kernels, name)
     register_flop_formula(packet)(flops)
     return packet.default

@@ -9,6 +9,10 @@ from torch import Tensor
 from nasa_kernels._joint.gradients import Launches, Rows, joint_gradients
 from nasa_kernels._joint.shared import attend_shared
 
+# looked up once: what follows the first launch
+_forward = torch.ops.nasa_kernels.forward_joint_cuda.default
+_nag = torch.ops.nasa_kernels.nag_joint_cuda.default
+
 
 def forward(*args) -> Tensor:
     return attention(*args)[0]
@@ -23,7 +27,7 @@ def attention(
     Also O_s and its log-sum-exp, of the first one.
     """
     o_shared, lse_shared = attend_shared(q, k, v, scale)
-    o = torch.ops.nasa_kernels.forward_joint_cuda.default(
+    o = _forward(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
         o_shared, lse_shared, rule, text_pos, text_neg,
     )  # fmt: skip
@@ -35,7 +39,7 @@ def nag(
     nag_scale, nag_tau, nag_norm, text_pos, text_neg,
 ) -> Tensor:  # fmt: skip
     """Normalised attention guidance beside the image's keys, which are read once."""
-    return torch.ops.nasa_kernels.nag_joint_cuda.default(
+    return _nag(
         q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
         *attend_shared(q, k, v, scale), nag_scale, nag_tau, nag_norm, text_pos, text_neg,
     )  # fmt: skip

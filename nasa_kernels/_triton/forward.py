@@ -334,7 +334,8 @@ def nag(
     prompts = (k_pos, v_pos, k_neg, v_neg)
     if alpha_map is None and alpha == 0:
         return forward(q, *prompts, mask_pos, mask_neg, None, alpha, scale, 0)
-    z_pos, z_neg = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    z_pos = torch.empty_like(q, memory_format=torch.contiguous_format)
+    z_neg = torch.empty_like(z_pos)
     launch(
         plan,
         (q, *prompts, mask_pos, mask_neg, None),

@@ -256,7 +256,8 @@ def nag(
     z_pos, z_neg = pair(
         q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
     )
-    o = rows_like(q)
+    # Z+ has every row where the negative text has no queries
+    o = rows_like(q) if text_neg else z_pos
     return blend(
         z_pos, z_neg, o, alpha_map, alpha, nag_scale, nag_tau, nag_norm, text_pos, text_neg
     )

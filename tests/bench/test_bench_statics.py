@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine_code, statics
+from bench import machine_code, nag_statics, statics
 from nasa_kernels.testing import CUDA_LIBRARY
 
 LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", CUDA_LIBRARY))
@@ -49,6 +49,30 @@ def test_the_plain_path_leaves_out_retries_and_masks_and_repeats_inner_loops():
         machine_code.count(blocks, path, loop, scores=0.5)
 
 
+@pytest.mark.parametrize(
+    ("copy", "is_wide"),
+    [
+        ("LDGSTS.E.BYPASS.128", True),
+        ("LDGSTS.E.BYPASS.LTC128B.128", True),
+        ("LDGSTS.E.BYPASS.128.ZFILL", True),
+        ("STG.E.128", True),
+        ("STG.E.ENL2.256", True),
+        ("UTMALDG.4D", True),
+        ("UTMALDG.3D.MULTICAST", True),
+        ("LDGSTS.E.LTC128B.64", False),
+        ("STG.E.U16", False),
+        ("LDS.128", False),
+    ],
+)
+def test_the_plain_path_meets_the_copies_of_tiles_however_they_are_spelt(copy, is_wide):
+    """They stand behind a condition, and the shortest way is around them."""
+    sass = SASS.replace("LDGSTS.E.BYPASS.128", copy).replace("@!P0 BRA 0x00c0", "@P0 BRA 0x0040")
+    (code,) = machine_code.parse(sass).values()
+    blocks = machine_code.blocks_of(code)
+    loop, path = machine_code.tile_path(blocks)
+    assert machine_code.count(blocks, path, loop, scores=5)[copy] == is_wide
+
+
 def test_calls_without_a_condition_come_back_and_others_leave():
     (code,) = machine_code.parse(SASS.replace("@P4 CALL", "CALL")).values()
     blocks = machine_code.blocks_of(code)
@@ -73,8 +97,8 @@ def test_hoppers_kernels_issue_no_more_than_was_asked(shape, most):
 def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
     rows = statics.recorded()
     assert {r.kind for r in rows} == {"model"}
-    both = 2 * len(statics.BACKWARD_DIMS)
-    assert len(rows) == len(statics.GPUS) * (len(statics.SHAPES) + both)
+    others = 2 * len(statics.BACKWARD_DIMS) + len(nag_statics.CHANNELS)
+    assert len(rows) == len(statics.GPUS) * (len(statics.SHAPES) + others)
     assert statics.PAGE.read_text() == statics.page(rows)
 
 
@@ -110,6 +134,45 @@ def test_the_backward_kernels_became_no_worse():
         assert now.shared <= old.shared and now.blocks_per_sm >= old.blocks_per_sm, now
         for pipe, cycles in now.cycles.items():
             assert cycles <= 1.02 * old.cycles[pipe], f"{now.kernel}: {pipe} {cycles}"
+
+
+@built
+def test_the_end_of_nag_became_no_worse():
+    before = {(r.gpu, r.shape): r for r in statics.recorded()}
+    found = nag_statics.rows_of(LIBRARY)
+    assert len(found) == len(statics.GPUS) * len(nag_statics.CHANNELS)
+    for now in found:
+        old = before[now.gpu, now.shape]
+        assert now.blocks_per_sm >= old.blocks_per_sm
+        for pipe, cycles in now.cycles.items():
+            assert cycles <= 1.02 * old.cycles[pipe], f"{now.gpu}, {now.kernel}: {pipe} {cycles}"
+
+
+# Z+ and Z- are loaded before a condition and, where they are not kept, once more behind it
+BLEND = """
+\t\tFunction : blend_kernel
+        /*0000*/                   LDG.E R1, [R2.64] ;
+        /*0010*/               @P0 BRA 0x0040 ;
+        /*0020*/              @!P1 LDG.E.128 R4, [R2.64] ;
+        /*0030*/              @!P1 LDG.E.128 R8, [R2.64] ;
+        /*0040*/              @!P2 EXIT ;
+        /*0050*/               @P3 BRA 0x0070 ;
+        /*0060*/              @!P1 LDG.E.128 R4, [R2.64] ;
+        /*0070*/                   FFMA R4, R4, R8, R4 ;
+        /*0080*/               @P4 BRA 0x00a0 ;
+        /*0090*/                   STG.E.ENL2.256 [R2.64], R4 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_a_kernel_without_tiles_is_counted_from_its_entry_to_its_end():
+    (code,) = machine_code.parse(BLEND).values()
+    counts = machine_code.straight_counts(machine_code.blocks_of(code), loads=2)
+    assert counts == {
+        "LDG.E": 1, "BRA": 3, "LDG.E.128": 2, "EXIT": 2, "FFMA": 1, "STG.E.ENL2.256": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no way"):
+        machine_code.straight_counts(machine_code.blocks_of(code), loads=4)
 
 
 @pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])

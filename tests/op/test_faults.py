@@ -200,12 +200,21 @@ FAULTS = (
         "test_projected.py test_joint_gradients and cpu",
     ),
     Fault(
-        "quick-beside-no-device", "_quick.py", "if x.is_meta:", "if False:",
+        "quick-beside-no-device", "ops.py", "if len(kinds) > 1:", "if False:",
         "test_quick.py of_no_device and triton",
     ),
     Fault(
         "quick-forgets-gradients", "_quick.py", "if q.requires_grad or", "if False and",
         "test_quick.py would_lose and triton",
+    ),
+    Fault(
+        "launch-beside-another-device", "_triton/launch.py", "x.device != first.device", "False",
+        "test_triton_remembered.py another_device",
+    ),
+    Fault(
+        "launch-without-its-hooks", "_triton/launch.py",
+        "_calls_someone(runtime.launch_enter_hook)", "False",
+        "test_triton_remembered.py hooks",
     ),
     Fault(
         "launch-forgets-alignment", "_triton/launch.py", "x.data_ptr() & 15)", "0)",
@@ -217,7 +226,7 @@ FAULTS = (
         "test_triton_remembered.py comes_again",
     ),
     Fault(
-        "refusal-forgotten", "_joint/shared.py", "_refused.add(seen)", "pass",
+        "refusal-forgotten", "_joint/shared.py", "_refused.add(_seen(q, k, v))", "pass",
         "test_joint.py cudnn_refuses",
     ),
     Fault(
@@ -311,7 +320,7 @@ FAULTS = (
         "test_grouped.py cross_attention and cpu and nasa-2",
     ),
     Fault(
-        "other-heads-unchecked", "_quick.py", "x.size(2) != heads and", "False and",
+        "other-heads-unchecked", "_quick.py", "shape[2] != heads and", "False and",
         "test_grouped.py are_refused and triton and nasa_joint",
     ),
     Fault(

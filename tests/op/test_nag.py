@@ -343,7 +343,13 @@ def test_compiled_without_a_spill(arch):
 JOINT_BACKENDS = tuple(
     name for name in (*ops.JOINT_FORWARD, "reference") if backends.why_not(name, DEVICE) is None
 )
-TEXT_QUERIES = {"both": (5, 4), "none": (0, 0), "negative": (0, 4), "only": (5, 4)}
+TEXT_QUERIES = {
+    "both": (5, 4),
+    "none": (0, 0),
+    "positive": (5, 0),
+    "negative": (0, 4),
+    "only": (5, 4),
+}
 
 
 def make_joint(which, dtype=torch.float32):

@@ -1,7 +1,10 @@
 """Launches that are remembered: what comes again is neither planned nor bound, all else is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from triton import knobs
 
 from nasa_kernels._triton import launch as launching
 
@@ -9,11 +12,32 @@ from nasa_kernels._triton import launch as launching
 class Compiled:
     """What Triton gives back for a launch that it compiled; launches of it are written down."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, made: list):
         self.made = made
+        self.told = 0
 
     def __getitem__(self, grid):
-        return lambda *args: self.made.append((grid, args))
+        def tell_hooks(*args):
+            self.told += 1
+            self.made.append((grid, args))
+
+        return tell_hooks
+
+    def run(self, x, y, z, stream, function, metadata, told, enter, leave, *args):
+        assert (stream, function, metadata) == (7, "function", "metadata")
+        assert told is enter is leave is None
+        self.made.append(((x, y, z), args))
+
+
+class Driver:
+    def get_current_device(self):
+        return 3
+
+    def get_current_stream(self, device):
+        assert device == 3
+        return 7
 
 
 class Kernel:
@@ -26,7 +50,8 @@ class Kernel:
         def bind(*args, **options):
             self.bound += 1
             self.made.append((grid, args))
-            return Compiled(self.made)
+            self.compiled = Compiled(self.made)
+            return self.compiled
 
         return bind
 
@@ -35,6 +60,7 @@ class Kernel:
 def kernel(monkeypatch):
     monkeypatch.setattr(launching, "CompiledKernel", Compiled)
     monkeypatch.setattr(launching, "_ready", {})
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=Driver()))
     return Kernel()
 
 
@@ -58,6 +84,41 @@ def test_a_launch_that_comes_again_is_neither_planned_nor_bound(kernel):
     grid, (where, *rest) = kernel.made[1]
     # other pointers and numbers, and every parameter in the kernel's order
     assert where is y and grid == (4, 1, 1) and rest == [8, 0.25, 4, (64, 16)]
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_told_of_remembered_launches(kernel, monkeypatch, name):
+    """Those of a profiler, which adds itself after the first launch, and goes again."""
+    x = torch.zeros(4, 8)
+    launch_on(kernel, x)
+    launch_on(kernel, x)
+    assert kernel.compiled.told == 0
+    monkeypatch.setattr(knobs.runtime, name, knobs.HookChain())
+    hooks = getattr(knobs.runtime, name)
+    hooks.add(print)
+    launch_on(kernel, x)
+    assert kernel.compiled.told == 1
+    hooks.remove(print)
+    launch_on(kernel, x)
+    assert kernel.compiled.told == 1
+    monkeypatch.setattr(knobs.runtime, name, print)
+    launch_on(kernel, x)
+    assert kernel.compiled.told == 2
+    assert kernel.bound == 1 and len(kernel.made) == 5
+    assert all(made == ((4, 1, 1), (x, 8, 0.5, 4, (64, 16))) for made in kernel.made[1:])
+
+
+def test_a_tensor_of_another_device_is_refused_where_a_launch_is_planned(kernel):
+    """Its address would be read on the first one's."""
+
+    def plan(x, y):
+        raise AssertionError("planned")
+
+    x, y = torch.zeros(4, 8), torch.zeros(4, 8, device="meta")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a tensor is on meta, the first on cpu"):
+            launching.launch(plan, (x, y), (), (x, y), ())
+    assert kernel.bound == 0
 
 
 @pytest.mark.parametrize("change", ["shape", "stride", "dtype", "alignment", "setting"])
