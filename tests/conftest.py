@@ -12,6 +12,8 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# they compile for half a minute
+LONGEST = ("test_triton_compile", "test_cpu_check", "test_cuda_calls", "test_cuda_backward")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -27,7 +29,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     # the longest ones first: at the end one process would run them while the others wait
-    items.sort(key=lambda item: "test_triton_compile" not in item.nodeid)
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if GPU:
         return
     for item in items:

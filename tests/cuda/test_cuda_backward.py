@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.cuda_emulation import assert_as_accurate_as_eager, backward, eager, nvcc
-from test_cuda_forward import ALPHAS, DTYPES, EDGES, MODELS, Shape, cut_out, make, strided
+from test_cuda_forward import ALPHAS, EDGES, MODELS, Shape, cut_out, in_turn, make, strided
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -40,14 +40,14 @@ def check(inputs: dict, alpha=0.5, splits: int = 1, **masks) -> dict[str, torch.
     return actual
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", MODELS, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), in_turn(MODELS), ids=str)
 def test_matches_fp64(shape, dtype):
     check(make(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in EDGES if s.n_pos and s.n_neg and s.d > 1], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), in_turn([s for s in EDGES if s.n_pos and s.n_neg and s.d > 1]), ids=str
+)
 def test_edges_match_fp64(shape, dtype):
     check(make(shape, dtype), alpha=-1.25)
 

@@ -13,7 +13,7 @@ from support.cuda_emulation import (
     nvcc,
     path_of_sm90,
 )
-from test_cuda_forward import ALPHAS, DTYPES, NAN, Shape, cut_out, make, strided
+from test_cuda_forward import ALPHAS, DTYPES, NAN, Shape, cut_out, in_turn, make, strided
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: the PTX cannot be built")
 
@@ -51,8 +51,7 @@ def check(inputs: dict, alpha=0.5, mask_pos=None, mask_neg=None, scale=None, **h
     assert_as_accurate_as_eager(o, exact, eager(**inputs, alpha=alpha, **masks))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, *STREAMED], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), in_turn([*SHAPES, *STREAMED]), ids=str)
 def test_matches_fp64(shape, dtype):
     check(make(shape, dtype))
 

@@ -48,9 +48,9 @@ def test_multidiffusion_in_one_batch_is_that_of_one_view_at_a_time():
 def test_two_prompts_two_images_each_and_a_negative_for_each_prompt(name):
     """StableUnCLIP counts images in its `batch_size`."""
     prompts = ["a cat", "a big dog"]
-    texts = prompt_texts(name)
-    generators = [torch.Generator().manual_seed(i) for i in range(4)]
     pipe = every_pipeline.build(name)
+    texts = prompt_texts(name, pipe)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
     options = {"num_images_per_prompt": 2, "generator": generators}
     counts = check_rows(pipe, prompts, 5.0, 1.0, texts, **options)
     assert sum(counts) == (8 if "PAG" in name else 4)

@@ -128,7 +128,7 @@ def test_nag_is_its_published_formula(family, backend):
         assert relative_error(plain, draw(pipe, steps=steps, **prompts(family))) > 1e-3
 
 
-@pytest.mark.parametrize(("family", "backend"), [("sd", None), ("sd", "triton")])
+@pytest.mark.parametrize(("family", "backend"), [("sd", None), ("pixart", "triton")])
 def test_nag_with_the_norm_of_its_flux_code(family, backend):
     pipe, text = FAMILIES[family](), negative(family)
     options = {"negative_prompt_embeds": text, "backend": backend}

@@ -94,7 +94,7 @@ FAULTS = (
     Fault(
         "rows-of-the-negative-text", "_triton/joint.py", "c = tl.where(is_neg, -1.0, c)",
         "c = tl.where(is_neg, 1.0, c)",
-        "test_joint.py matches_fp64 and triton and flux and float32",
+        "test_joint.py matches_fp64 and triton and flux",
     ),
     Fault("delta-of-flash", "_triton/backward.py", "u = u / l\n", "u = u / l * 0.5\n", BACKWARD),
     Fault(
@@ -247,12 +247,12 @@ FAULTS = (
     ),
     Fault(
         "joint-share", "_triton/joint.py", "return w_x / total, w_y / total",
-        "return w_x / total, w_y", "test_joint.py matches_fp64 and triton and flux and float32",
+        "return w_x / total, w_y", "test_joint.py matches_fp64 and triton and flux",
     ),
     Fault(
         "joint-row-kind", "_triton/joint.py", "(row >= first_pos) & (row < first_neg), row",
         "(row >= first_pos) & (row <= first_neg), row",
-        "test_joint.py matches_fp64 and triton and flux and float32",
+        "test_joint.py matches_fp64 and triton and flux",
     ),
     Fault(
         "joint-sum", "_triton/joint.py", "c_s, c_p, c_n = 1.0, 1.0, -alpha",

@@ -233,7 +233,7 @@ def test_gradcheck_of_fused_back_ends(backend):
     alpha = torch.tensor(0.5, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda *x: nasa_attention(*x, backend=backend),
-        (*inputs, alpha), eps=1e-2, atol=2e-3, rtol=2e-2,
+        (*inputs, alpha), eps=1e-2, atol=2e-3, rtol=2e-2, fast_mode=backend == "triton",
     )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 """The cases that every back end has to pass, and small helpers to build them."""
 
+import os
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,16 +12,20 @@ from nasa_kernels import backends
 from nasa_kernels.reference import RULES
 from nasa_kernels.testing import MODEL_SHAPES, Shape, make_inputs
 
+# `make test-all`, before a release: what shares its code with something that `make test` has
+ALL = os.environ.get("NASA_TEST_ALL") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = backends.FUSED
 # the fused back ends that run on this machine; Triton on a CPU is its interpreter
 BACKENDS = tuple(name for name in backends.NAMES if backends.why_not(name, DEVICE) is None)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Every head_dim and length of the supported models, queries cut to what the interpreter can do.
-MODELS = tuple(
+# Every head_dim and length of the supported models, queries cut to what the interpreter can do: of
+# those that are one shape then, one.
+_CUT = tuple(
     shape._replace(l=min(shape.l, 80 if shape.n_pos < 300 else 33), h=2) for shape in MODEL_SHAPES
 )
+MODELS = tuple({shape[1:]: shape for shape in _CUT[::-1]}.values())[::-1]
 EDGES = (
     Shape("one-of-each", 1, 1, 1, 8, 1, 1),
     Shape("odd-d", 1, 65, 2, 33, 17, 31),
@@ -36,6 +43,28 @@ EDGES = (
     Shape("tiles", 1, 193, 2, 40, 96, 112),
     Shape("longest", 1, 17, 1, 16, 4096, 4095),
 )
+
+
+def is_long_in_fp32(backend: str, dtype: torch.dtype, keys: int) -> bool:
+    """In fp32 Triton streams every prompt, by 16 keys: a longer one takes no other path, and in the
+    interpreter it takes seconds."""
+    return DEVICE.type == "cpu" and backend == "triton" and dtype == torch.float32 and keys > 128
+
+
+def crossed(shapes: Sequence[Shape]) -> list[tuple[str, Shape, torch.dtype]]:
+    """Every back end, shape and dtype; of Triton in the interpreter, which is slow, fewer.
+
+    These pairs must stay: each shape with fp32, whose blocks are smaller and never hold a prompt,
+    and with 16 bits. fp16 and bf16 have the same blocks there, and take turns.
+    """
+    cases = []
+    for backend, (i, shape), dtype in product(BACKENDS, enumerate(shapes), DTYPES):
+        if is_long_in_fp32(backend, dtype, max(shape.n_pos, shape.n_neg)):
+            shape = shape._replace(l=min(shape.l, 3), h=min(shape.h, 1))
+        if DEVICE.type == "cpu" and backend == "triton" and dtype == DTYPES[1 + i % 2]:
+            continue
+        cases.append((backend, shape, dtype))
+    return cases
 
 
 def strided(x: Tensor) -> Tensor:
@@ -74,12 +103,15 @@ def refuses_dtype(backend: str | None, error: ValueError) -> bool:
 
 
 __all__ = [
+    "ALL",
     "BACKENDS",
     "DEVICE",
     "DTYPES",
     "EDGES",
     "FUSED",
     "MODELS",
+    "crossed",
+    "is_long_in_fp32",
     "make_inputs",
     "mask_of",
     "refuses_dtype",

@@ -49,6 +49,8 @@ def serve() -> None:
     import hypothesis  # noqa: F401
     import numpy  # noqa: F401
     import pytest  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import torch.utils.flop_counter  # noqa: F401
     import triton.language  # noqa: F401
 
     ours = [name for name in sys.modules if name.startswith("nasa_")]
