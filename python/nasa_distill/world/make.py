@@ -84,7 +84,7 @@ class Recipe:
         read_numbers(self)
 
 
-# of 64x64 images; not run to its end yet
+# of 64x64 images
 LARGE_RECIPE = Recipe(
     size=64,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
