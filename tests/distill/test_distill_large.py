@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world import kinds, make, shipped, students, teacher
+from nasa_distill.world import correct, kinds, make, shipped, students, teacher
 from nasa_distill.world.evaluation import evaluate, prompts, reliability, report
 from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.large import autoencoder
@@ -37,7 +37,7 @@ from nasa_distill.world.large.scene import (
     render,
     scenes,
 )
-from small_world import CYCLES, RECIPE
+from small_world import CYCLES, RECIPE, TINY
 
 PAIR = Scene(
     (Object("red", "circle"), Object("blue", "square")),
@@ -215,6 +215,7 @@ TINY_LARGE = replace(
     plain_cycles=1,
     sharpen=0.5,
     exact=True,
+    corrected=(TINY,),
 )
 FEW_SCENES = replace(
     LARGE,
@@ -237,6 +238,7 @@ def large(tmp_path_factory):
 def test_the_stages_end_with_a_stock_pipeline(large):
     before = {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")}
     assert large / "autoencoder" / "cycle-1" / "autoencoder.pt" in before
+    assert large / "four-step" / "corrected-0" / "student.pt" in before
     assert not (large / "joint").exists()
     make.make(TINY_LARGE, large, "four-step", FEW_SCENES)
     assert {path: path.stat().st_mtime_ns for path in large.rglob("*.pt")} == before
@@ -339,6 +341,29 @@ def noise_of_chunk(number):
     random_ = generator(0, number)
     FEW_SCENES.draw(students.CHUNK, random_)
     return torch.randn(students.CHUNK, 2, 4, 4, generator=random_)
+
+
+def test_a_walk_is_that_of_the_pipeline(large):
+    """What a student is corrected on is what it meets when it draws."""
+    model = load(large / "four-step" / "pipeline")
+    prompt, passed = "a photo of a red circle", []
+
+    def note(pipe, step, timestep, values):
+        passed.append(values["latents"])
+        return values
+
+    random_ = generator(3, 0)
+    noise = torch.randn(2, *model.latent_shape, generator=random_)
+    state = random_.get_state()
+    call = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "latent"}
+    model.pipe([prompt] * 2, latents=noise, generator=random_, callback_on_step_end=note, **call)
+    text = model.encode([prompt] * 2)
+    for count in range(1, 5):
+        random_.set_state(state)
+        timesteps = students.begins(model, 4)[:count]
+        found = correct.walk(model, model.denoiser, noise, text, timesteps, random_)
+        expected = [noise, *passed][count - 1]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_student_that_weighs_needs_the_latents(large):

@@ -31,7 +31,7 @@ from nasa_distill.scalars import read_numbers
 from nasa_distill.train import checkpoint
 from nasa_distill.train.networks import Model, load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import model, shipped, students, t5, teacher
+from nasa_distill.world import correct, model, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.fit import Settings
 from nasa_distill.world.kinds import WORLDS, Code, World
@@ -71,6 +71,7 @@ class Recipe:
     plain_cycles: int = 0  # the teacher's first ones, without `floor`
     sharpen: float = 0.0
     exact: bool = False  # the students' pairs: see `students.exact_pairs`
+    corrected: tuple[Settings, ...] = ()  # the student of four steps again: see `correct`
     # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
@@ -105,6 +106,7 @@ LARGE_RECIPE = Recipe(
         Settings(steps=1400, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.003),
         Settings(steps=1000, batch=64, learning_rate=5e-4, ema=0.99, seed=3, muon=0.002),
     ),
+    corrected=(Settings(steps=2400, batch=64, learning_rate=6e-4, ema=0.995, seed=4, muon=0.003),),
     floor=1.0,
     plain_cycles=2,
     sharpen=0.5,
@@ -237,6 +239,18 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
                 known=known,
                 floor=recipe.floor,
             )
+            if steps == students.QUARTERS and recipe.corrected:
+                student = correct.train(
+                    drawn,
+                    student,
+                    pairs,
+                    recipe.corrected,
+                    out / name,
+                    world,
+                    code,
+                    known,
+                    recipe.floor,
+                )
             save(student, name, few_step=True)
     encoder = world_clip.text_encoder(clip, projected=True)
     if "joint" in wanted and recipe.joint:

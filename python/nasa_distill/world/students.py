@@ -140,6 +140,13 @@ def begins(model: Model, steps: int) -> Tensor:
     return model.last_timestep - quarter * torch.arange(steps)
 
 
+def texts_of(model: Model, pairs: Pairs) -> tuple[Text, Tensor]:
+    """The captions, each once, and which of them each pair has: `[n]`."""
+    captions = sorted(set(pairs.captions))
+    index = {caption: i for i, caption in enumerate(captions)}
+    return model.encode(captions), torch.tensor([index[caption] for caption in pairs.captions])
+
+
 def nearby(drawn: Tensor, known: Tensor, rates: Tensor) -> Tensor:
     """The mean of the latents of the world that `drawn` may be, seen through a little noise.
 
@@ -187,10 +194,7 @@ def train(
         if sharpen or floor is not None:
             raise ValueError("students.train: sharpen and floor need known, the world's latents")
         known = torch.empty(0)
-    words = sorted(set(pairs.captions))
-    index = {caption: i for i, caption in enumerate(words)}
-    texts = model.encode(words)
-    rows_of = torch.tensor([index[caption] for caption in pairs.captions])
+    texts, rows_of = texts_of(model, pairs)
     taught = begins(model, steps)
     whiten = weigher(known, world.rates(), floor)
 
