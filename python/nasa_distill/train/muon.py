@@ -54,7 +54,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 def split(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters for Muon, the matrices between the first layer and the last; and the others."""
-    inner, others = [], []
+    inner: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in module.named_parameters():
         is_outer = parameter.dim() < 2 or not OUTER.isdisjoint(name.split("."))
         (others if is_outer else inner).append(parameter)

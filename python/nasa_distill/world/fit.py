@@ -118,7 +118,7 @@ def fit(
 def make_optimisers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW, and before it Muon where that is wanted."""
     first: list[torch.optim.Optimizer] = []
-    others = list(module.parameters())
+    others: list[Tensor] = list(module.parameters())
     if settings.muon is not None:
         inner, others = muon.split(module)
         first.append(muon.Muon(inner, settings.muon))

@@ -82,7 +82,8 @@ def exact_pairs(
     """
     count, steps, seed = plain([count, steps, seed])
     _check_quarters("exact_pairs", steps)
-    scheduler, exact = DDIMScheduler(**NOISE, timestep_spacing="trailing"), known.double()
+    scheduler: Any = DDIMScheduler(**NOISE, timestep_spacing="trailing")
+    exact = known.double()
     scheduler.set_timesteps(steps)
 
     def draw(captions: list[str], noise: Tensor) -> Iterator[Tensor]:

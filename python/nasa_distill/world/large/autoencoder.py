@@ -123,7 +123,8 @@ def other(scene: Scene, rng: random.Random) -> Scene:
     slot = rng.randrange(len(scene.objects))
     name = rng.choice([*OBJECT_RATES, *IMAGE_RATES])
     if name in IMAGE_RATES:
-        return scene._replace(**{name: _another(getattr(scene, name), IMAGE_RATES[name], rng)})
+        changed: Any = {name: _another(getattr(scene, name), IMAGE_RATES[name], rng)}
+        return scene._replace(**changed)
     things = list(scene.objects)
     value = _another(getattr(things[slot], name), OBJECT_RATES[name], rng)
     things[slot] = things[slot]._replace(**{name: value})
