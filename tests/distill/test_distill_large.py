@@ -13,6 +13,7 @@ from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world import correct, kinds, make, shipped, students, teacher
+from nasa_distill.world import model as world_model
 from nasa_distill.world.evaluation import evaluate, prompts, reliability, report
 from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.large import autoencoder
@@ -343,6 +344,24 @@ def noise_of_chunk(number):
     return torch.randn(students.CHUNK, 2, 4, 4, generator=random_)
 
 
+@pytest.mark.parametrize("world", [SMALL, LARGE], ids=lambda world: world.name)
+def test_every_word_is_one_token(world):
+    """And stays one beside others, so that no caption is cut."""
+    tokenizer = world_model.make_tokenizer(world)
+    for word in world.words:
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    longest = " ".join(world.words[: world.max_tokens - 2])
+    assert len(tokenizer(longest).input_ids) == world.max_tokens
+
+
+def test_a_folder_of_other_tokens_is_refused(large, monkeypatch):
+    words = tuple(word[::-1] for word in LARGE.words)
+    other_tokens = world_model.make_tokenizer(replace(LARGE, words=words))
+    monkeypatch.setattr(make.model, "make_tokenizer", lambda world: other_tokens)
+    with pytest.raises(ValueError, match="was trained with other tokens for .*triangle"):
+        make.make(TINY_LARGE, large, "clip", FEW_SCENES)
+
+
 def test_a_walk_is_that_of_the_pipeline(large):
     """What a student is corrected on is what it meets when it draws."""
     model = load(large / "four-step" / "pipeline")
@@ -457,7 +476,7 @@ def test_the_command_that_measures_the_judge(large, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(kinds.WORLDS, 64, FEW_SCENES)
     out, page = tmp_path / "judge.json", tmp_path / "judge.md"
     command = ["judge", "--size", "64", "--images", "3", "--out", str(out), "--page", str(page)]
-    vae = ["--autoencoder", str(large / "decoder" / "model")]
+    vae = ["--autoencoder", str(large / "autoencoder" / "model")]
     assert main([*command, *vae]) == 0, capsys.readouterr().err
     found = json.loads(out.read_text())
     assert found["rows"]["encoded and decoded"]["images"] == 3

@@ -81,6 +81,18 @@ def test_the_results_are_those_of_this_model():
             assert str(best.total.shares["all three"]) in line[steps]
 
 
+def test_the_larger_models_page_is_made_of_its_numbers():
+    """And its card says no other."""
+    pictures = ("sweep-1", "sweep-4", "price", "samples")
+    results = results_of(DOCS / "large.md", DOCS / "large", *pictures)
+    assert results.about["student"] == evaluate.checksum(shipped.path(64))
+    card = (shipped.path(64) / "README.md").read_text()
+    assert len(results.quality) == 4
+    for quality in results.quality.values():
+        for name in ("valid", "followed if valid"):
+            assert str(quality.shares[name]).replace(" (", " % (") in card
+
+
 @pytest.mark.parametrize("name", ["rules", "words"])
 def test_the_pages_of_joint_attention_are_made_of_their_numbers(name):
     """And what the documentation of the rules says of them is in them."""

@@ -147,13 +147,13 @@ def test_settings_take_any_scalar(kind):
     range_ = (kind(0.5), kind(1.5))
     for made in (
         Settings(**steps, kappa=range_, ema=kind(0.5), lora_rank=whole(4)),
-        FitSettings(**steps, learning_rate=kind(0.5), ema=kind(0.25)),
+        FitSettings(**steps, learning_rate=kind(0.5), ema=kind(0.25), muon=kind(0.5)),
         Recipe(pairs=whole(5), guidance=kind(1.5), joint_size=(whole(32), whole(2), whole(2))),
     ):
         json.dumps(asdict(made))
         for value in asdict(made).values():
             parts = value if isinstance(value, (tuple, list)) else [value]
-            assert {type(part) for part in parts} <= {int, float, bool, str, dict}
+            assert {type(part) for part in parts} <= {int, float, bool, str, dict, type(None)}
     with pytest.raises(ValueError, match="ema must be between 0 and 1, got 1.5"):
         Settings(**steps, ema=kind(1.5))
 

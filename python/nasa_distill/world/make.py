@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from nasa_distill.scalars import read_numbers
 from nasa_distill.train import checkpoint
@@ -186,9 +187,13 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
 
     Args:
         world: In the place of the one that the recipe is for.
+
+    Raises:
+        ValueError: `out` was begun with another tokenizer.
     """
     world, wanted = world or WORLDS[recipe.size], STAGES[: STAGES.index(last) + 1]
     tokenizer = model.make_tokenizer(world)
+    _check_tokens(tokenizer, out / "clip" / "model", world)
     clip = world_clip.train_clip(recipe.clip, out / "clip", tokenizer, world)
     encoder = world_clip.text_encoder(clip)
     if not (out / "clip" / "model").exists():
@@ -259,6 +264,18 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
         make_words(recipe, pairs, encoder, code, world, out / "words")
     if "pixart" in wanted:
         make_pixart(recipe, pairs, code, world, out / "pixart")
+
+
+def _check_tokens(tokenizer: Any, folder: Path, world: World) -> None:
+    if not folder.exists():
+        return
+    before = CLIPTokenizer.from_pretrained(folder)
+    changed = [x for x in world.words if before.tokenize(x) != tokenizer.tokenize(x)]
+    if changed:
+        raise ValueError(
+            f"make: the CLIP in {folder} was trained with other tokens for {', '.join(changed)}; "
+            "choose another folder, or move this one away to train it anew"
+        )
 
 
 def make_code(recipe: Recipe, out: Path) -> Code:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import string
 import tempfile
+from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def make_tokenizer(world: World = SMALL) -> CLIPTokenizer:
     letters = string.ascii_lowercase + string.digits + ",."
     tokens = [token for letter in letters for token in (letter, letter + "</w>")]
     merges = []
-    for word in sorted(world.words):
+    for word in _inner_first(sorted(world.words)):
         prefix = word[0]
         for i, letter in enumerate(word[1:], start=2):
             suffix = letter + ("</w>" if i == len(word) else "")
@@ -86,6 +88,19 @@ def make_tokenizer(world: World = SMALL) -> CLIPTokenizer:
             "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
         )
         return CLIPTokenizer(str(vocabulary), str(rules), model_max_length=world.max_tokens)
+
+
+def _inner_first(words: list[str]) -> Iterable[str]:
+    """Those in which others begin come before them.
+
+    Byte pairs merge in the order of this list: "and" would join two letters of "triangle" before
+    "triangle" came to them.
+    """
+    after = {
+        word: [other for other in words if word[:2] in other[1:] and len(word) > 1]
+        for word in words
+    }
+    return TopologicalSorter(after).static_order()
 
 
 def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
