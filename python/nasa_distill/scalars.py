@@ -31,6 +31,9 @@ def read_numbers(settings: Any) -> None:
     """Check the fields of a frozen dataclass that are numbers, or pairs of them."""
     for field in fields(settings):
         kind, given = str(field.type), getattr(settings, field.name)
+        if given is None and kind.endswith(" | None"):
+            continue
+        kind = kind.removesuffix(" | None")
         is_right = is_int if "int" in kind else is_real
         value = given
         if kind in ONE:
