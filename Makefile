@@ -1,5 +1,5 @@
 # make help      this list
-# make demo      a negative prompt on a trained one-step model, judged; parity and cost
+# make demo      a negative prompt on a trained model of four steps, judged; parity and cost
 # make quick     errors, exact answers, losses, launches, rows: a minute, for while you work
 # make test      everything that needs no GPU: lint, types, all tests, and the oldest versions
 # make test-all  before a release: also what shares its code with something that `make test` has
