@@ -355,7 +355,7 @@ def test_every_word_is_one_token(world):
 
 
 def test_a_folder_of_other_tokens_is_refused(large, monkeypatch):
-    words = tuple(word[::-1] for word in LARGE.words)
+    words = tuple(word for word in LARGE.words if word != "triangle")
     other_tokens = world_model.make_tokenizer(replace(LARGE, words=words))
     monkeypatch.setattr(make.model, "make_tokenizer", lambda world: other_tokens)
     with pytest.raises(ValueError, match="was trained with other tokens for .*triangle"):
