@@ -385,6 +385,24 @@ def test_a_walk_is_that_of_the_pipeline(large):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_students_are_judged_on_the_way(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(correct, "CHECKED", 3)
+    model = load(large / "four-step" / "pipeline")
+    world, code = (
+        replace(FEW_SCENES, checks=(LARGE.checks[1],)),
+        autoencoder.TrainedCode(model.pipe.vae),
+    )
+    known = torch.load(large / "autoencoder" / "latents.pt", weights_only=True)["latents"]
+    pairs = students.exact_pairs(known, world, 1, tmp_path, 4)
+    how = (model, model.denoiser, pairs)
+    students.train(*how, 1, (TINY,), tmp_path / "one", world, code)
+    correct.train(*how, (TINY,), tmp_path / "four", world, code, known)
+    for folder in ("one/cycle-0", "four/corrected-0"):
+        last = (tmp_path / folder / "student.jsonl").read_text().splitlines()[-1]
+        (found,) = json.loads(last)["check"]
+        assert found["prompt"] == LARGE.checks[1] and 0 <= found["valid"] <= 1
+
+
 def test_a_student_that_weighs_needs_the_latents(large):
     model = load(large / "student" / "pipeline")
     for how in ({"sharpen": 0.5}, {"floor": 1.0}):

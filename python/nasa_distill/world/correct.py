@@ -21,7 +21,7 @@ from nasa_distill.train.networks import Model, Text
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
 from nasa_distill.world.students import QUARTERS, Pairs, begins, texts_of
-from nasa_distill.world.teacher import posterior_mean, summary, weigher
+from nasa_distill.world.teacher import posterior_mean, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
 
@@ -63,15 +63,15 @@ def train(
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
         """In four steps."""
-        found = []
-        for prompt in world.checks:
+
+        def drawn(prompt: str) -> Tensor:
             random_ = torch.Generator().manual_seed(7)
             z = torch.randn(CHECKED, *model.latent_shape, generator=random_)
             text = model.encode([prompt] * len(z))
             x_t = walk(model, student, z, text, taught, random_)
-            drawn = model.x0(student, x_t, taught[-1:].expand(len(z)), text)
-            found.append({"prompt": prompt, **summary(drawn, prompt, world, code)})
-        return found
+            return model.x0(student, x_t, taught[-1:].expand(len(z)), text)
+
+        return summaries(drawn, world, code)
 
     student = copy.deepcopy(student)
     for number, settings in enumerate(cycles):

@@ -27,7 +27,7 @@ from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import SMALL, Code, World
 from nasa_distill.world.model import NOISE
-from nasa_distill.world.teacher import alpha_sigma, ddim, posterior_mean, summary, weigher
+from nasa_distill.world.teacher import alpha_sigma, ddim, posterior_mean, summaries, weigher
 
 CHUNK = 128
 QUARTERS = 4
@@ -217,13 +217,11 @@ def train(
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
-        found = []
-        for prompt in world.checks:
+        def drawn(prompt: str) -> Tensor:
             z = torch.randn(256, *model.latent_shape, generator=generator(7, 0))
-            text = model.encode([prompt] * len(z))
-            drawn = draw(student, z, taught[:1].expand(len(z)), text)
-            found.append({"prompt": prompt, **summary(drawn, prompt, world, code)})
-        return found
+            return draw(student, z, taught[:1].expand(len(z)), model.encode([prompt] * len(z)))
+
+        return summaries(drawn, world, code)
 
     student = copy.deepcopy(student)
     for number, settings in enumerate(cycles):

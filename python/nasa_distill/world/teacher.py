@@ -163,6 +163,13 @@ def summary(codes: Tensor, prompt: str, world: World, code: Code) -> dict[str, f
     }
 
 
+def summaries(draw: Callable[[str], Tensor], world: World, code: Code) -> list[dict[str, Any]]:
+    """What the judge says of latents of each prompt that is drawn on the way."""
+    return [
+        {"prompt": prompt, **summary(draw(prompt), prompt, world, code)} for prompt in world.checks
+    ]
+
+
 @torch.no_grad()
 def ddim(
     unet: Any,
