@@ -34,12 +34,16 @@ def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rat
             sigma that is fp64: distances over sigma^2 reach 1e7, and small differences matter.
         rates: How often, `[b, n]`: 0 for those that a caption rules out; rows need not add up to 1.
     """
+    weight = log_weights(x_t, alpha, sigma, known, rates).softmax(1)
+    return (weight.to(x_t.dtype) @ known.flatten(1).to(x_t.dtype)).view_as(x_t)
+
+
+def log_weights(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rates: Tensor) -> Tensor:
+    """How likely `x_0` is each of `known`, as a logarithm `[b, n]` up to a number of each row."""
     c = known.flatten(1)
     x, a, s = (part.to(c.dtype).flatten(1) for part in (x_t, alpha, sigma))
-    log_rates = rates.to(c.dtype).log()
     fit_ = (a * (x @ c.T) - a**2 * c.square().sum(1) / 2) / s**2
-    weight = (fit_ + log_rates).softmax(1)
-    return (weight.to(x_t.dtype) @ c.to(x_t.dtype)).view_as(x_t)
+    return fit_ + rates.to(c.dtype).log()
 
 
 def whitening(known: Tensor, rates: Tensor, floor: float) -> Tensor:

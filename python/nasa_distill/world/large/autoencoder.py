@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.large.judge import local_distance
 from nasa_distill.world.large.scene import (
     IMAGE_RATES,
     OBJECT_RATES,
@@ -34,7 +35,8 @@ GRID = SIZE // 8
 # then have costs half of this in squared error, less than a bound of 41 dB
 KL = 3e-4
 ENCODED = 256  # images at once
-NOISE, BLEND = 0.5, 0.35  # the most of either that the decoder sees
+NOISE, BLEND = 0.8, 0.45  # the most of either that the decoder sees
+WORST = 0.1  # weight of the window where an image is worst, beside the mean over all pixels
 MEASURED = 512  # images, for the mean and variance of latents
 
 
@@ -109,7 +111,8 @@ def train_decoder(
         codes = codes + noise * torch.randn(codes.shape, generator=random_)
         with torch.autocast("cpu", torch.bfloat16):
             drawn = model.decode(codes).sample
-        return F.mse_loss(drawn.float(), render([scenes()[i] for i in rows.tolist()]))
+        drawn, images = drawn.float(), render([scenes()[i] for i in rows.tolist()])
+        return F.mse_loss(drawn, images) + WORST * local_distance(drawn, images).mean()
 
     for number, settings in enumerate(cycles):
         for part in (model.decoder, model.post_quant_conv):
