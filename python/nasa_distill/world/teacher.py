@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,9 @@ def weigher(known: Tensor, rates: Tensor, floor: float | None) -> Callable[[Tens
     """`whitening` as a function of latents `[b, c, h, w]`; of None, of what does nothing."""
     if floor is None:
         return lambda x: x
-    matrix = whitening(known, rates, floor)
-    return lambda x: (x.flatten(1) @ matrix).view_as(x)
+    # made when it is first asked for: a stage that is finished needs none
+    matrix = cache(lambda: whitening(known, rates, floor))
+    return lambda x: (x.flatten(1) @ matrix()).view_as(x)
 
 
 def latents(world: World, code: Code) -> Tensor:
