@@ -1,16 +1,17 @@
 """A student that settles each of its own draws on one image of the world.
 
 Regression on paths from noise to images (`students`) draws averages wherever a little noise decides
-between two images. Which of the two it is does not matter, so here the student's own draw decides:
-it learns to draw, of the images c of the world of which the caption is true, the likeliest one by
-its latents x_t and by what it drew from them, each taken for a noisy c:
+between two images. Which of the two it is does not matter there, so the student's own draw decides:
+it also learns to draw, of the images c of which the caption is true, the likeliest one by its
+latents x_t and by what it drew from them, each taken for a noisy c:
 
     argmax_c  log rate(c) - |x_t - alpha c|^2 / 2 sigma^2 - |x_0 - c|^2 / 2 NEAR^2
 
-At the first timestep x_t says nothing of c and the draw decides; at the last x_t does. The latents
-are its own: it walks to each timestep as the pipeline does, with new noise. So it also sees what
-its own steps get wrong (Ross et al., 2011, for imitation). A part of the regression stays, so that
-no image falls out of use.
+Alone this ends with one image for each caption. So the exact path from x_t weighs more: both losses
+pull with a force that does not grow with the distance (`losses.regression_loss`), and the student's
+choice stands only where it cannot tell where the path ends. The latents are its own: it walks to
+each timestep as the pipeline does, with new noise, and sees what its own steps get wrong (Ross et
+al., 2011, for imitation).
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
-from nasa_distill.world.students import CHUNK, QUARTERS, Pairs, begins, texts_of
+from nasa_distill.world.students import (
+    CHUNK,
+    QUARTERS,
+    Pairs,
+    begins,
+    exact_path,
+    texts_of,
+)
 from nasa_distill.world.teacher import log_weights, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
 NEAR = 0.3  # noise through which a draw is taken for an image
-ANCHOR = 0.25  # weight of the regression
+ANCHOR = 2.0  # weight of the path's end, of that of the choice
+PATH_STEPS = 8  # of the whole path
 FIRST = 2  # how often the first timestep, from which one step must do, beside each other one
 
 
@@ -65,12 +74,11 @@ def train(
             x_t = walk(model, student, pairs.states[0, rows], text, taught[: turn + 1], random_)
             drawn = model.x0(student, x_t, when, text)
         allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * rates
-        alpha_sigma = model.alpha_sigma(when)
-        right = known[likeliest(x_t, drawn.detach(), *alpha_sigma, known, allowed)]
-        value = losses.regression_loss(whiten(drawn), whiten(right))
-        if turn == 0:
-            value = value + ANCHOR * losses.regression_loss(whiten(drawn), whiten(pairs.x0[rows]))
-        return value
+        chosen = known[likeliest(x_t, drawn.detach(), *model.alpha_sigma(when), known, allowed)]
+        *_, end = exact_path(x_t, allowed, known, PATH_STEPS, turn) if turn else [pairs.x0[rows]]
+        drawn = whiten(drawn)
+        pulls = [losses.regression_loss(drawn, whiten(x)) for x in (chosen, end)]
+        return (pulls[0] + ANCHOR * pulls[1]) / (1 + ANCHOR)
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
