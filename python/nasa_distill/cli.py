@@ -181,7 +181,8 @@ def run_world(options: argparse.Namespace) -> None:
     from nasa_distill.world.make import RECIPES, STAGES, make, make_from_shipped
 
     recipe = RECIPES[options.size]
-    names = ("student", "four_step", "joint", "words", "pixart")
+    names = ["student", "four_step", "joint", "words", "pixart"]
+    names += [f"{name}_settled" for name in names if name != "joint"]
     students = dict.fromkeys(names, options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:

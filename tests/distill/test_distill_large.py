@@ -454,49 +454,6 @@ def test_what_is_chosen_too_often_becomes_dear():
     torch.testing.assert_close(values[last].mean(0), due[0], atol=0.03, rtol=0)
 
 
-def test_what_a_student_drew_is_named_by_what_it_should_be(large, tmp_path):
-    model = load(large / "four-step" / "pipeline")
-    known = torch.load(large / "autoencoder" / "latents.pt", weights_only=True)["latents"]
-    pairs = students.exact_pairs(known, FEW_SCENES, 1, tmp_path, 4)
-    found = settle.draw(model, model.denoiser, pairs, 5, FEW_SCENES, known)
-    assert found.latents.shape == (10, *model.latent_shape) and found.scenes.shape == (10,)
-    captions = pairs.captions[:5] * 2
-    true = FEW_SCENES.matches(captions)[torch.arange(10), found.scenes]
-    assert true.all()
-    with torch.no_grad():
-        when = students.begins(model, 1).expand(5)
-        once = model.x0(model.denoiser, pairs.states[0, :5], when, model.encode(captions[:5]))
-    torch.testing.assert_close(found.latents[:5], once)
-    # the decoder learns from them: with draws of one scene alone it gives more of that one
-    vae = copy.deepcopy(model.pipe.vae)
-    one = found.latents[:1], found.scenes[:1]
-    image = render([scenes()[int(one[1])]])
-    before = (autoencoder.TrainedCode(vae).decode(one[0]) - image).square().mean()
-    few = (Settings(steps=20, batch=4, learning_rate=3e-3, warmup=2, ema=0.5),)
-    known = torch.zeros(len(scenes()), *model.latent_shape)
-    after = autoencoder.train_decoder(vae, known, few, tmp_path, one)
-    assert (autoencoder.TrainedCode(after).decode(one[0]) - image).square().mean() < 0.7 * before
-
-
-def test_all_pipelines_have_the_last_decoder(large, monkeypatch):
-    """It learns from as many draws as the recipe says, twice; the training itself is not run."""
-    learned = []
-
-    def trained(vae, known, cycles, out, drawn):
-        learned.append((cycles, *map(len, drawn)))
-        vae = copy.deepcopy(vae)
-        torch.nn.init.ones_(vae.decoder.conv_out.bias)
-        return vae
-
-    monkeypatch.setattr(make.autoencoder, "train_decoder", trained)
-    make.make(replace(TINY_LARGE, finish=(TINY,), drawn=4), large, "finish", FEW_SCENES)
-    assert learned == [((TINY,), 8, 8)]
-    for name in ("finish/model", "teacher/pipeline", "student/pipeline", "four-step/pipeline"):
-        folder = large / name
-        vae = AutoencoderKL.from_pretrained(folder / "vae" if "pipeline" in name else folder)
-        assert torch.equal(vae.decoder.conv_out.bias, torch.ones(3))
-
-
 def test_settling_makes_blends_of_two_images_one_of_them(large, tmp_path):
     """A network that begins between two images draws nearly one after it has settled."""
     model = load(large / "student" / "pipeline")

@@ -7,7 +7,6 @@ OUT/pairs        its images, and its path to them from noise
 OUT/decoder      the autoencoder with a decoder that was trained longer
 OUT/student      the one-step student that NASA-T begins with
 OUT/four-step    the student of four steps
-OUT/finish       the decoder once more, on what that student draws
 OUT/joint        another, with joint attention, of which NASA has several rules (of 32x32 images)
 OUT/words        another with joint attention, which knows its prompt from text tokens alone
 OUT/pixart       another, a PixArt with a T5
@@ -55,8 +54,6 @@ class Recipe:
         Settings(steps=1600, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
     )
     decoder: tuple[Settings, ...] = ()  # of a trained autoencoder
-    finish: tuple[Settings, ...] = ()  # the same on what the student of four steps draws
-    drawn: int = 6144  # times two
     unet: tuple[int, ...] = model.CHANNELS_OF_UNET
     pairs: int = 51200
     guidance: float = 1.5
@@ -103,7 +100,6 @@ LARGE_RECIPE = Recipe(
         Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=1, muon=0.005),
         Settings(steps=9000, batch=16, learning_rate=1e-3, ema=0.997, seed=2, muon=0.005),
     ),
-    finish=(Settings(steps=3000, batch=16, learning_rate=7e-4, ema=0.995, seed=3, muon=0.004),),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
@@ -144,7 +140,6 @@ STAGES = (
     "decoder",
     "student",
     "four-step",
-    "finish",
     "joint",
     "words",
     "pixart",
@@ -255,7 +250,7 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
     if recipe.decoder:
         code = make_decoder(recipe, code, known, out / "decoder")
         save(unet, "teacher", few_step=False)
-    begun, networks = drawn.denoiser, {"teacher": unet}
+    begun = drawn.denoiser
     for steps, cycles, settled, name in (
         (1, recipe.student, recipe.student_settled, "student"),
         (4, recipe.four_step, recipe.four_step_settled, "four-step"),
@@ -265,16 +260,8 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
             weighed: Any = {"known": known, "floor": recipe.floor}
             student = students.train(drawn, begun, pairs, steps, cycles, *of, **weighed)
             student = settle.train(drawn, student, pairs, steps, settled, *of, **weighed)
-            networks[name] = student
             save(student, name, few_step=True)
             begun = student if recipe.chained else begun
-    if "finish" in wanted and recipe.finish:
-        drew = settle.draw(drawn, student, pairs, recipe.drawn, world, known)
-        vae: Any = autoencoder.train_decoder(code.vae, known, recipe.finish, out / "finish", drew)
-        vae.save_pretrained(out / "finish" / "model")
-        code = autoencoder.TrainedCode(vae)
-        for name, network in networks.items():
-            save(network, name, few_step=network is not unet)
     encoder = world_clip.text_encoder(clip, projected=True)
     lessons = Lessons(world, code, known, pairs, recipe.floor)
     if "joint" in wanted and recipe.joint:

@@ -19,24 +19,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nasa_distill.train import losses
 from nasa_distill.train.networks import Model, Text
-from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
-from nasa_distill.world.students import (
-    CHUNK,
-    QUARTERS,
-    Pairs,
-    begins,
-    exact_path,
-    texts_of,
-)
+from nasa_distill.world.students import Pairs, begins, exact_path, texts_of
 from nasa_distill.world.teacher import log_weights, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
@@ -108,39 +100,6 @@ def train(
         student = fit(student, loss, settings, folder, "student", check, check_every=500)
         del student.prices
     return student
-
-
-class Drawn(NamedTuple):
-    """What a student draws, and what it should have drawn."""
-
-    latents: Tensor  # [n, c, h, w]
-    scenes: Tensor  # [n], the likeliest ones
-
-
-@torch.no_grad()
-def draw(
-    model: Model,
-    student: Any,
-    pairs: Pairs,
-    count: int,
-    world: World,
-    known: Tensor,
-    seed: int = 0,
-) -> Drawn:
-    """From the noise and the captions of `count` pairs, in one step and in four: `2 count`."""
-    texts, rows_of = texts_of(model, pairs)
-    parts = []
-    for rows in torch.arange(min(count, len(pairs.x0))).split(CHUNK):
-        text, random_ = texts.rows(rows_of[rows]), generator(seed, int(rows[0]))
-        allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * world.rates()
-        for steps in (1, QUARTERS):
-            taught = begins(model, steps)
-            when = taught[-1].expand(len(rows))
-            x_t = walk(model, student, pairs.states[0, rows], text, taught, random_)
-            x0 = model.x0(student, x_t, when, text)
-            scenes = likeliest(x_t, x0, *model.alpha_sigma(when), known, allowed)
-            parts.append(Drawn(x0, scenes))
-    return Drawn(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def values_of(world: World) -> Tensor:

@@ -85,11 +85,7 @@ def train(
 
 
 def train_decoder(
-    model: Any,
-    known: Tensor,
-    cycles: Sequence[Settings],
-    out: Path,
-    drawn: tuple[Tensor, Tensor] | None = None,
+    model: Any, known: Tensor, cycles: Sequence[Settings], out: Path
 ) -> AutoencoderKL:
     """The same latents with a better decoder, which has seen latents that are a little wrong.
 
@@ -101,7 +97,6 @@ def train_decoder(
         model: An autoencoder of the world.
         known: The latents of all scenes, in their order.
         cycles: As of `teacher.train`.
-        drawn: Half of every batch: latents `[n, ...]` that a student drew, and the scene of each.
 
     See `fit` for what it raises.
     """
@@ -114,10 +109,6 @@ def train_decoder(
         blend, noise = BLEND * strength[0], NOISE * strength[1]
         codes = torch.lerp(known[rows], known[others], blend)
         codes = codes + noise * torch.randn(codes.shape, generator=random_)
-        if drawn is not None:
-            half = len(rows) // 2
-            own = torch.randint(len(drawn[0]), (half,), generator=random_)
-            codes[:half], rows[:half] = drawn[0][own], drawn[1][own]
         with torch.autocast("cpu", torch.bfloat16):
             decoded = model.decode(codes).sample.float()
         images = render([scenes()[i] for i in rows.tolist()])
