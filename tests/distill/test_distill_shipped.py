@@ -20,7 +20,7 @@ from nasa_distill.world.scene import renders, scenes
 from PIL import Image
 
 # by size of images; on other noise and captions than those of the card, so a little below it
-VALID, FOLLOWED, ALPHA = {32: 0.72, 64: 0.32}, {32: 0.83, 64: 0.83}, {32: 0.5, 64: 1.0}
+VALID, FOLLOWED, ALPHA = {32: 0.72, 64: 0.52}, {32: 0.83, 64: 0.88}, {32: 0.5, 64: 1.0}
 README = Path(__file__).parents[2] / "README.md"
 DOCS = README.parent / "docs" / "distill"
 
