@@ -332,21 +332,22 @@ Tensor launch_image(ImageParams& p, const Inputs& x, int64_t rule, int64_t text_
     return launch_forward(p, x.q);
 }
 
-// Memory for O_s, and behind it for its log-sum-exp, which nobody sees but the launches of one call
+// Memory that nobody sees but the launches of one call: for O_s, for its log-sum-exp, and for Z- where
+// that is asked for. One tensor, because each costs the host as much as a launch.
 struct Scratch {
     Tensor memory;
-    void *o, *lse;
+    void *o, *z_neg, *lse;
 
-    explicit Scratch(const View& q)
-        : memory(new_contiguous(q, {rows(q) + of_o(q)},
-                                static_cast<int32_t>(aoti_torch_dtype_float32()))),
-          o(memory.mutable_data_ptr()),
-          lse(static_cast<float*>(o) + of_o(q)) {}
-
-private:
-    static int64_t rows(const View& q) { return q.dim() == 4 ? q.size(0) * q.size(1) * q.size(2) : 0; }
-    // in floats of two elements
-    static int64_t of_o(const View& q) { return (q.numel() + 1) / 2; }
+    explicit Scratch(const View& q, bool has_z_neg = false) {
+        const int64_t rows = q.dim() == 4 ? q.size(0) * q.size(1) * q.size(2) : 0;
+        // in floats of two elements; where rows start on 16 bytes in O_s, those of Z- do
+        const int64_t each = (q.numel() + 1) / 2, all = has_z_neg ? 2 * each : each;
+        memory = new_contiguous(q, {all + rows}, aoti_torch_dtype_float32());
+        float* const first = static_cast<float*>(memory.mutable_data_ptr());
+        o = first;
+        z_neg = has_z_neg ? first + each : nullptr;
+        lse = first + all;
+    }
 };
 
 Tensor forward_image_cuda(const Tensor q, const Tensor k, const Tensor v, const Tensor k_pos,
@@ -387,11 +388,11 @@ struct NagSettings {
 
 // Normalised attention guidance: Z+ and Z- are a launch each, of the kernels for one prompt, and a third
 // makes O of them, where Z+ was. `given` has both prompts, and the shared segment if there is one; of an
-// image's keys the launch of Z+ makes it.
+// image's keys the launch of Z+ makes it. Z- goes to `place`, or without one into a new tensor.
 template <class Params>
 Tensor launch_nag(Params& given, const NagSettings& how, const Inputs& x, bool shared_aligned,
                   const std::optional<Tensor>& alpha_map, double alpha, int64_t text_pos,
-                  int64_t text_neg) {
+                  int64_t text_neg, void* place = nullptr) {
     ForwardParams& p = call_of(given);
     const View& q = x.q;
     STD_TORCH_CHECK(how.norm == 1 || how.norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
@@ -425,14 +426,18 @@ Tensor launch_nag(Params& given, const NagSettings& how, const Inputs& x, bool s
     p.o = nag.o = o.mutable_data_ptr();
     check(forward(given, stream), q);
     if (nag.alpha_map == nullptr && nag.alpha == 0.f && text_neg == 0) return o;
-    const Tensor z_neg = contiguous_like(q);
+    Tensor z_neg;
+    if (place == nullptr) {
+        z_neg = contiguous_like(q);
+        place = z_neg.mutable_data_ptr();
+    }
     p.prompt[kPos] = neg;
     // the negative text's queries attend as the positive one's do to theirs
     p.shared.first_text_pos = p.shared.first_text_neg = p.l;
     p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(x.k_neg) &&
                 starts_on_16_bytes(x.v_neg) && shared_aligned;
-    p.o = z_neg.mutable_data_ptr();
-    nag.z_neg = p.o;
+    p.o = place;
+    nag.z_neg = place;
     // equal prompts have equal bits: both halves are sums of one order
     constexpr bool kImage = std::is_same_v<Params, ImageParams>;
     check(kImage ? forward_beside_image(p, stream) : forward(p, stream), q);
@@ -471,10 +476,10 @@ Tensor nag_image_cuda(const Tensor q, const Tensor k, const Tensor v, const Tens
                       int64_t text_neg) {
     const View image_k(k), image_v(v);
     const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, &image_k, &image_v};
-    const Scratch scratch(x.q);
+    const Scratch scratch(x.q, true);
     ImageParams p = image_params_of(x, {}, 0., scale, text_pos, text_neg, scratch.o, scratch.lse);
     return launch_nag(p, {nag_scale, nag_tau, nag_norm}, x, true, alpha_map, alpha, text_pos,
-                      text_neg);
+                      text_neg, scratch.z_neg);
 }
 
 // dO of a backward call, contiguous in d: the gradient of a sum is one number with strides of 0. The

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from nasa_kernels._checks import Call
+from nasa_kernels._joint.shared import in_one_launch
 from nasa_kernels.backends import RECORDS
 
 # what an operator raises, or Python before it; not a compiler's errors, nor what stops a program
@@ -61,6 +62,18 @@ class Known(NamedTuple):
     scale: float
     # what the operator runs, where that is Python of ours
     function: Any = None
+    # of joint attention, the operator for a small image where it is another one
+    one_launch: Any = None
+
+
+def joint_operator(
+    known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor
+) -> Any:
+    """What to call for a joint attention; None where the checks must say what is wrong."""
+    if in_one_launch(q, k):
+        # all checks are its own
+        return past_operator(known) if known.one_launch is None else known.one_launch
+    return past_operator(known) if like(q, k, v, *prompts) else None
 
 
 def past_operator(known: Known) -> Any:
@@ -148,14 +161,17 @@ def remember(
         and q.device.type != "meta"
     ):
         modules, name = (record.cross, cross) if cross else (record.joint, joint)
-        function = None
+        function = one_launch = None
         if modules is not None:
-            function = getattr(importlib.import_module(modules.forward), name)
+            module = importlib.import_module(modules.forward)
+            function = getattr(module, name)
+            one_launch = getattr(module, "ONE_LAUNCH", {}).get(name)
+            one_launch = getattr(one_launch, "_op", one_launch)
         # what an operator's own `__call__`, in Python, calls with the same arguments
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
-            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function
+            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function, one_launch
         )
 
 
@@ -171,7 +187,7 @@ def are_two(text_queries: Any) -> bool:
 
 def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
     """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
-    v in length: PyTorch's attention is called past its checks. And whether keys and values of the
+    v in length, where PyTorch's attention is called past its checks. And whether keys and values of the
     prompts have the heads of the image's, of which their operator sees nothing.
     """
     # every question to a tensor costs the host: none is asked twice
