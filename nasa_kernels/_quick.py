@@ -66,13 +66,11 @@ class Known(NamedTuple):
     one_launch: Any = None
 
 
-def joint_operator(
-    known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor
-) -> Any:
+def joint_operator(known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> Any:
     """What to call for a joint attention; None where the checks must say what is wrong."""
-    if in_one_launch(q, k):
+    if known.one_launch is not None and in_one_launch(q, k):
         # all checks are its own
-        return past_operator(known) if known.one_launch is None else known.one_launch
+        return known.one_launch
     return past_operator(known) if like(q, k, v, *prompts) else None
 
 

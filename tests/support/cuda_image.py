@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from support import cuda_emulation
 from support.cuda_emulation import (
     ADDRESS,
     LONG_WARPS,
@@ -20,7 +21,6 @@ from support.cuda_emulation import (
     fields,
     forward,
     is_aligned,
-    kernel,
     long_rows,
     long_shared_bytes,
     padded,
@@ -68,7 +68,7 @@ def forward_image(
         own.prompt[NEG].n = k_neg.shape[1]
     own.aligned = is_aligned(q, k, v, k_pos, v_pos, k_neg, v_neg)
     size = padded(d)
-    loaded = kernel("forward_long", "forward_image_kernel", q.dtype, size)
+    loaded = cuda_emulation.kernel("forward_long", "forward_image_kernel", q.dtype, size)
     blocks = b * h * -(-l // long_rows(size))
     call.launch(loaded, blocks, LONG_WARPS * 32, long_shared_bytes(size), bytes(p))
     return Attended(
