@@ -185,8 +185,8 @@ def are_two(text_queries: Any) -> bool:
 
 def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
     """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
-    v in length, where PyTorch's attention is called past its checks. And whether keys and values of the
-    prompts have the heads of the image's, of which their operator sees nothing.
+    v in length, where PyTorch's attention is called past its checks. And whether keys and values of
+    the prompts have the heads of the image's, of which their operator sees nothing.
     """
     # every question to a tensor costs the host: none is asked twice
     of_q, of_k = q.shape, k.shape

@@ -1,6 +1,6 @@
 """Joint attention around the launches of the CUDA C++ extension, forward and backward.
 
-A small image is attended to in the launch for the prompts: the operators with `image` in their name.
+A small image is attended to in the launch for the prompts: operators with `image` in their name.
 Its operators are implementations in `_C.so`; `nasa_kernels/ops.py` has their schemas.
 """
 

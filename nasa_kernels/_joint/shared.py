@@ -17,11 +17,11 @@ _aten = torch.ops.aten
 # calls that cuDNN refused, by what it could see of them; another library takes the next one at once
 _refused: set[tuple] = set()
 
-# The most FLOPs in the image's attention to itself that our kernels take over from PyTorch's. No GPU
-# has decided it; by a model, the counts of docs/kernels/statics.md: on Hopper a step of 64 queries and
-# 128 keys of d 128 takes `forward_long` 2328 cycles of an SM and a kernel of wgmma at three quarters
-# of its peak 1365, so at this many FLOPs the image takes 4 us longer, and elsewhere less. A call of
-# PyTorch's attention costs the host more than that, and the GPU the start of a kernel.
+# The most FLOPs in the image's attention to itself that our kernels take over from PyTorch's. No
+# GPU has decided it; by a model, the counts of docs/kernels/statics.md: on Hopper a step of 64
+# queries and 128 keys of d 128 takes `forward_image` 2328 cycles of an SM, and a kernel of wgmma at
+# three quarters of its peak 1365. So at this many FLOPs the image takes 4 us longer, elsewhere less.
+# A call of PyTorch's attention costs the host more than that, and the GPU the start of a kernel.
 _one_launch = 2**32
 
 

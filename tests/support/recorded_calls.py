@@ -42,7 +42,7 @@ class Recorder:
         names = {x.data_ptr(): name for name, x in tensors.items()}
         found = call(*list(tensors.values())[: 7 if "image" in operator else 5], *others)
         results = found if isinstance(found, tuple) else (found,)
-        names |= zip((x.data_ptr() for x in results), ("o", "o_shared", "lse_shared"))
+        names |= zip((x.data_ptr() for x in results), ("o", "o_shared", "lse_shared"), strict=False)
         found = range(first, self.library.test_launches())
         return [self._told(self.library.test_launch(i).contents, names) for i in found]
 

@@ -1,0 +1,138 @@
+"""Whose launch attends to the image of a joint attention: a back end's own where it is small."""
+
+import pytest
+import torch
+from support.cases import DEVICE
+from torch import Tensor
+
+from nasa_kernels import _quick, nag_joint_attention, nasa_joint_attention
+from nasa_kernels._cuda import joint as cuda_joint
+from nasa_kernels._joint import shared
+from nasa_kernels._joint.shared import in_one_launch, take_in_one_launch
+
+# FLUX at 256, 384 and 512 pixels, SD3 at 512
+SIZES = {(256, 24, 128): True, (576, 24, 128): True, (1024, 24, 128): False, (1024, 24, 64): False}
+# the texts' own queries, and the rest of a call of an operator
+TEXT = (2, 3)
+REST = (None, None, None, 0.5, 0.125)
+NAG = {"nag_scale": 3.0, "nag_tau": 2.5, "nag_alpha": 0.5}
+
+
+def empty(b: int, n: int, h: int, d: int) -> Tensor:
+    return torch.empty(b, n, h, d, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """A limit of FLOPs, as a call sets it; the old one comes back."""
+    monkeypatch.setattr(shared, "_one_launch", shared._one_launch)
+    return take_in_one_launch
+
+
+@pytest.mark.parametrize(("n", "h", "d"), SIZES)
+def test_small_images_take_one_launch(n, h, d):
+    q, k = empty(1, n, h, d), empty(1, n, h, d)
+    assert in_one_launch(q, k) is SIZES[n, h, d]
+    # it is FLOPs that count
+    assert not in_one_launch(empty(64, n, h, d), empty(64, n, h, d))
+
+
+def test_the_texts_queries_do_not_decide():
+    """Else the image's rows would have other bits beside them."""
+    k = empty(1, 576, 24, 128)
+    assert in_one_launch(empty(1, 576, 24, 128), k) and in_one_launch(empty(1, 9999, 24, 128), k)
+    assert in_one_launch(empty(1, 9999, 24, 128), empty(1, 576, 2, 128))
+
+
+def test_another_limit(limit):
+    q, k = empty(1, 4096, 24, 128), empty(1, 4096, 24, 128)
+    limit(4 * 24 * 128 * 4096**2)
+    assert in_one_launch(q, k)
+    limit(4 * 24 * 128 * 4096**2 - 1)
+    assert not in_one_launch(q, k)
+    limit(0)
+    assert not in_one_launch(empty(1, 1, 1, 1), empty(1, 1, 1, 1))
+    assert in_one_launch(empty(1, 1, 1, 1), empty(1, 0, 1, 1))
+
+
+def test_what_has_no_four_dimensions_is_for_the_checks():
+    q = empty(1, 8, 2, 64)
+    assert not in_one_launch(q, q[0]) and not in_one_launch(q[0], q)
+
+
+@pytest.fixture
+def operators(monkeypatch) -> list[str]:
+    """What the functions of `cuda` call, PyTorch's attention among it; nothing is computed."""
+    called: list[str] = []
+
+    def operator(name, result):
+        def run(*args):
+            called.append(name)
+            return result(*args)
+
+        return run
+
+    def like(q, *args):
+        return torch.empty_like(q)
+
+    def kept(q, *args):
+        b, l, h, _ = q.shape
+        return torch.empty_like(q), torch.empty(b, h, l)
+
+    monkeypatch.setattr(cuda_joint, "attend_shared", operator("pytorch", kept))
+    monkeypatch.setattr(cuda_joint, "_forward", operator("forward_joint", like))
+    monkeypatch.setattr(cuda_joint, "_nag", operator("nag_joint", like))
+    one = {
+        "forward": operator("forward_image", like),
+        "attention": operator("attention_image", lambda q, *x: (like(q), *kept(q))),
+        "nag": operator("nag_image", like),
+    }
+    monkeypatch.setattr(cuda_joint, "ONE_LAUNCH", one)
+    return called
+
+
+def call_all(n: int) -> None:
+    q, k, x = (torch.zeros(1, rows, 2, 16, dtype=torch.bfloat16) for rows in (n + 5, n, 4))
+    cuda_joint.forward(q, k, k, x, x, x, x, *REST, 0, *TEXT)
+    found = cuda_joint.attention(q, k, k, x, x, x, x, *REST, 0, *TEXT)
+    assert [y.shape for y in found] == [q.shape, q.shape, (1, 2, n + 5)]
+    cuda_joint.nag(q, k, k, x, x, x, x, *REST, 3.0, 2.5, 1, *TEXT)
+
+
+def test_a_small_image_is_one_operator_and_a_large_one_two(operators, limit):
+    limit(4 * 2 * 16 * 20**2)
+    call_all(20)
+    assert operators == ["forward_image", "attention_image", "nag_image"]
+    operators.clear()
+    call_all(21)
+    assert operators == ["pytorch", "forward_joint"] * 2 + ["pytorch", "nag_joint"]
+
+
+def test_a_quick_call_goes_to_the_operator_of_small_images(monkeypatch, limit):
+    """Past the questions that PyTorch's attention needs; a large image has them."""
+    asked = []
+    monkeypatch.setattr(_quick, "like", lambda *tensors: asked.append("like") or True)
+    known = _quick.Known(
+        "two", (1,), "cuda", DEVICE.type, 0.25, None, lambda q, *args: ("one", args)
+    )
+    known = known._replace(operator=lambda q, *args: ("two", args))
+    q, k, x = (torch.zeros(1, n, 2, 16, dtype=torch.bfloat16, device=DEVICE) for n in (20, 16, 4))
+    kinds = (q.dtype, q.device, 16)
+    found = {
+        ("nasa_joint_attention", "cuda", "nasa-text"): known,
+        ("nag_joint_attention", "cuda"): known._replace(rest=()),
+    }
+    monkeypatch.setattr(_quick, "_known", {(asked, *kinds): x for asked, x in found.items()})
+
+    def run() -> list[str]:
+        tensors, how = (q, k, k, x, x, x, x), {"text_queries": TEXT, "backend": "cuda"}
+        joint, args = nasa_joint_attention(*tensors, 0.5, rule="nasa-text", **how)
+        nag, nag_args = nag_joint_attention(*tensors, **NAG, **how)
+        assert len(args) == len(tensors) - 1 + 5 + 3 and args[-3:] == (1, *TEXT)
+        assert len(nag_args) == len(tensors) - 1 + 5 + 5 and nag_args[-2:] == TEXT
+        return [joint, nag]
+
+    with torch.no_grad():
+        assert run() == ["one", "one"] and not asked
+        limit(1)
+        assert run() == ["two", "two"] and asked == ["like"] * 2
