@@ -62,15 +62,17 @@ class Known(NamedTuple):
     scale: float
     # what the operator runs, where that is Python of ours
     function: Any = None
-    # of joint attention, the operator for a small image where it is another one
+    # of joint attention: whether a small image has no other launch, and the operator for it, where
+    # that is another one
+    has_one_launch: bool = False
     one_launch: Any = None
 
 
 def joint_operator(known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> Any:
     """What to call for a joint attention; None where the checks must say what is wrong."""
-    if known.one_launch is not None and in_one_launch(q, k):
-        # all checks are its own
-        return known.one_launch
+    if known.has_one_launch and in_one_launch(q, k):
+        # no operator of PyTorch's is called past its checks
+        return past_operator(known) if known.one_launch is None else known.one_launch
     return past_operator(known) if like(q, k, v, *prompts) else None
 
 
@@ -169,8 +171,9 @@ def remember(
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
-            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function, one_launch
-        )
+            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function,
+            record.has_one_launch, one_launch,
+        )  # fmt: skip
 
 
 def are_two(text_queries: Any) -> bool:

@@ -20,7 +20,7 @@ _refused: set[tuple] = set()
 # The most FLOPs in the image's attention to itself that our kernels take over from PyTorch's. No
 # GPU has decided it; by a model, the counts of docs/kernels/statics.md: on Hopper a step of 64
 # queries and 128 keys of d 128 takes `forward_image` 2328 cycles of an SM, and a kernel of wgmma at
-# three quarters of its peak 1365. So at this many FLOPs the image takes 4 us longer, elsewhere less.
+# three quarters of its peak 1365. So at this many FLOPs it takes 4 us longer, elsewhere less.
 # A call of PyTorch's attention costs the host more than that, and the GPU the start of a kernel.
 _one_launch = 2**32
 
@@ -37,7 +37,8 @@ def in_one_launch(q: Tensor, k: Tensor) -> bool:
     image's rows are the same with the texts' own queries and without.
     """
     of_q, of_k = q.shape, k.shape
-    if len(of_q) != 4 or len(of_k) != 4:
+    # fp32 is multiplied without tensor cores, where our kernels are the slower ones at any size
+    if len(of_q) != 4 or len(of_k) != 4 or q.dtype is torch.float32:
         return False
     n = of_k[1]
     return 4 * of_q[0] * of_q[2] * of_q[3] * n * n <= _one_launch

@@ -113,7 +113,7 @@ def test_a_quick_call_goes_to_the_operator_of_small_images(monkeypatch, limit):
     asked = []
     monkeypatch.setattr(_quick, "like", lambda *tensors: asked.append("like") or True)
     known = _quick.Known(
-        "two", (1,), "cuda", DEVICE.type, 0.25, None, lambda q, *args: ("one", args)
+        "two", (1,), "cuda", DEVICE.type, 0.25, None, True, lambda q, *args: ("one", args)
     )
     known = known._replace(operator=lambda q, *args: ("two", args))
     q, k, x = (torch.zeros(1, n, 2, 16, dtype=torch.bfloat16, device=DEVICE) for n in (20, 16, 4))
