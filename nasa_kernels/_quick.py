@@ -62,28 +62,28 @@ class Known(NamedTuple):
     scale: float
     # what the operator runs, where that is Python of ours
     function: Any = None
-    # of joint attention: whether a small image has no other launch, and the operator for it, where
-    # that is another one
-    has_one_launch: bool = False
+    # of joint attention, what does the same for a small image, in one launch
     one_launch: Any = None
 
 
 def joint_operator(known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> Any:
     """What to call for a joint attention; None where the checks must say what is wrong."""
-    if known.has_one_launch and in_one_launch(q, k):
+    if known.one_launch is not None and in_one_launch(q, k):
         # no operator of PyTorch's is called past its checks
-        return past_operator(known) if known.one_launch is None else known.one_launch
-    return past_operator(known) if like(q, k, v, *prompts) else None
+        return past_operator(known, known.one_launch)
+    return past_operator(known, known.function) if like(q, k, v, *prompts) else None
 
 
-def past_operator(known: Known) -> Any:
+def past_operator(known: Known, function: Any) -> Any:
     """What to call where the operator runs Python of ours: that at once, which saves the host as
     much as a launch costs it. Who looks at operators or transforms them, as modes, tracers and
     profilers do, gets the operator.
+
+    function: `known.function`, or None where there is none.
     """
-    if known.function is None or _is_profiled() or _included().raw_repr() not in _PLAIN:
+    if function is None or _is_profiled() or _included().raw_repr() not in _PLAIN:
         return known.operator
-    return known.function
+    return function
 
 
 def quick(
@@ -171,9 +171,8 @@ def remember(
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
-            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function,
-            record.has_one_launch, one_launch,
-        )  # fmt: skip
+            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function, one_launch
+        )
 
 
 def are_two(text_queries: Any) -> bool:

@@ -63,8 +63,6 @@ class Backend(NamedTuple):
     has_nag: bool = False
     # whether one operator leaves Z+ and Z- of a joint attention apart; else each is a call
     has_pair: bool = False
-    # whether it attends to a small image in its own launch: `_joint/shared.py` says to which
-    has_one_launch: bool = False
     # saved for the backward pass beside the inputs. Kernels rebuild what they need on chip;
     # PyTorch's parts would have to run the forward pass again
     keeps: tuple[str, ...] = ()
@@ -117,7 +115,6 @@ RECORDS = {
             joint_rules=RULES,
             checks=True,
             has_nag=True,
-            has_one_launch=True,
         ),
         Backend(
             "triton",
@@ -131,7 +128,6 @@ RECORDS = {
             joint_rules=RULES,
             has_nag=True,
             has_pair=True,
-            has_one_launch=True,
         ),
         _cpu_record(),
         Backend("sdpa", devices=(), dtypes=(*_HALVES, torch.float32)),

@@ -83,7 +83,11 @@ def nag_attention(
         if plain is not None:
             known, alpha_map, alpha, factor = plain
             try:
-                run = known.operator if known.function is None else past_operator(known)
+                run = (
+                    known.operator
+                    if known.function is None
+                    else past_operator(known, known.function)
+                )
                 return run(
                     q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, factor,
                     nag_scale, nag_tau, nag_norm,

@@ -11,6 +11,8 @@ or leaves the two joint attentions, over [shared; pos] and over [shared; neg], a
 are those of `forward.py`. Log-sum-exps are base 2 here.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -248,13 +250,11 @@ def forward(
     """O. The public function checked shapes, dtypes and layouts, but for those of a small image,
     which the plan of its launch checks.
     """
-    o = rows_like(q)
     image = None if in_one_launch(q, k) else attend_shared(q, k, v, scale)
-    _attend(
-        q, k, v, k_pos, v_pos, k_neg, v_neg, image, o, None, mask_pos, mask_neg, alpha_map, alpha,
-        scale, rule, text_pos, text_neg,
+    return _attend(
+        image, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+        rule, text_pos, text_neg,
     )  # fmt: skip
-    return o
 
 
 def attention(
@@ -262,15 +262,14 @@ def attention(
     rule, text_pos, text_neg,
 ):  # fmt: skip
     """The same, and O_s and s."""
-    o = rows_like(q)
     if is_made := in_one_launch(q, k):
         b, l, h, _ = q.shape
         image = rows_like(q), torch.empty((b, h, l), dtype=torch.float32, device=q.device)
     else:
         image = attend_shared(q, k, v, scale)
-    _attend(
-        q, k, v, k_pos, v_pos, k_neg, v_neg, image, o, None, mask_pos, mask_neg, alpha_map, alpha,
-        scale, rule, text_pos, text_neg, is_made,
+    o = _attend(
+        image, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+        rule, text_pos, text_neg, is_made,
     )  # fmt: skip
     return o, *image
 
@@ -288,23 +287,30 @@ def pair(
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
 ):  # fmt: skip
     """Z+ and Z-, each without the queries of the other text."""
-    z_pos, z_neg = rows_like(q, text_neg), rows_like(q, text_pos)
     image = None if in_one_launch(q, k) else attend_shared(q, k, v, scale)
-    _attend(
-        q, k, v, k_pos, v_pos, k_neg, v_neg, image, z_pos, z_neg, mask_pos, mask_neg, None, 0.0,
+    z_pos, z_neg = rows_like(q, text_neg), rows_like(q, text_pos)
+    _launch(
+        image, z_pos, z_neg, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, None, 0.0,
         scale, 0, text_pos, text_neg,
     )  # fmt: skip
     return z_pos, z_neg
 
 
-def nag(
-    q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
+def nag(q, k, v, *rest):
+    """Normalised attention guidance: the launch of `pair`, and one that makes O of Z+ and Z-."""
+    scale = rest[8]
+    return _guide(None if in_one_launch(q, k) else attend_shared(q, k, v, scale), q, k, v, *rest)
+
+
+def _guide(
+    image, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
     nag_scale, nag_tau, nag_norm, text_pos, text_neg,
 ):  # fmt: skip
-    """Normalised attention guidance: `pair`, and one launch that makes O of Z+ and Z-."""
-    z_pos, z_neg = pair(
-        q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
-    )
+    z_pos, z_neg = rows_like(q, text_neg), rows_like(q, text_pos)
+    _launch(
+        image, z_pos, z_neg, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, None, 0.0,
+        scale, 0, text_pos, text_neg,
+    )  # fmt: skip
     # Z+ has every row where the negative text has no queries
     o = rows_like(q) if text_neg else z_pos
     return blend(
@@ -312,11 +318,24 @@ def nag(
     )
 
 
-def _attend(
-    q, k, v, k_pos, v_pos, k_neg, v_neg, image, o, o_neg, mask_pos, mask_neg, alpha_map, alpha,
+def _attend(image, q, *rest):
+    o = rows_like(q)
+    _launch(image, o, None, q, *rest)
+    return o
+
+
+# of a small image: `nasa_kernels/_quick.py` asks whether it is one, and once is enough
+ONE_LAUNCH = {
+    "forward": functools.partial(_attend, None),
+    "nag": functools.partial(_guide, None),
+}
+
+
+def _launch(
+    image, o, o_neg, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha,
     scale, rule, text_pos, text_neg, is_made=False,
 ):  # fmt: skip
-    """The launch; it writes `o`, and `o_neg` where that is not None.
+    """It writes `o`, and `o_neg` where that is not None.
 
     image: O_s and s, of another launch or, with `is_made`, of this one. None: this one's, which no
         one is to see.

@@ -1,15 +1,22 @@
 """Whose launch attends to the image of a joint attention: a back end's own where it is small."""
 
+import importlib
+
 import pytest
 import torch
 from support.cases import DEVICE
+from support.formula import exact_and_budget_of_joint
+from test_joint import BACKENDS, make
 from torch import Tensor
 
 from nasa_kernels import _quick, nag_joint_attention, nasa_joint_attention
 from nasa_kernels._cuda import joint as cuda_joint
 from nasa_kernels._joint import shared
 from nasa_kernels._joint.shared import in_one_launch, take_in_one_launch
+from nasa_kernels.backends import RECORDS
+from nasa_kernels.reference import RULES
 
+ONE_LAUNCH = [name for name in BACKENDS if name in ("cuda", "triton")]
 # FLUX at 256, 384 and 512 pixels, SD3 at 512
 SIZES = {(256, 24, 128): True, (576, 24, 128): True, (1024, 24, 128): False, (1024, 24, 64): False}
 # the texts' own queries, and the rest of a call of an operator
@@ -58,6 +65,67 @@ def test_another_limit(limit):
 def test_what_has_no_four_dimensions_is_for_the_checks():
     q = empty(1, 8, 2, 64)
     assert not in_one_launch(q, q[0]) and not in_one_launch(q[0], q)
+
+
+def test_fp32_is_for_pytorch():
+    q = empty(1, 8, 2, 64)
+    assert in_one_launch(q, q) and not in_one_launch(q.float(), q.float())
+
+
+# ---- what both ways compute, which test_joint.py has of small images in all sizes ----------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ONE_LAUNCH)
+def test_both_ways_match_fp64(backend, rule, limit):
+    inputs, text = make("odd", torch.bfloat16)
+    exact, budget = exact_and_budget_of_joint(inputs, 0.6, rule, text)
+    for flops in (0, 2**32):
+        limit(flops)
+        o = nasa_joint_attention(**inputs, alpha=0.6, rule=rule, text_queries=text, backend=backend)
+        budget.check(o, exact)
+
+
+@pytest.mark.parametrize("backend", ONE_LAUNCH)
+def test_a_gradient_is_that_of_two_launches(backend, limit):
+    """O_s and its log-sum-exp are all that the backward pass knows of the image's attention."""
+    inputs, text = make("odd", torch.float16)
+    grad_o = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for flops in (0, 2**32):
+        limit(flops)
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        o = nasa_joint_attention(**leaves, alpha=0.6, text_queries=text, backend=backend)
+        found.append(torch.autograd.grad(o, tuple(leaves.values()), grad_o.to(o)))
+        with torch.no_grad():
+            alone = nasa_joint_attention(**inputs, alpha=0.6, text_queries=text, backend=backend)
+        assert torch.equal(o.detach(), alone)
+    for two, one in zip(*found, strict=True):
+        largest = two.abs().max().item()
+        assert (two - one).abs().max().item() <= 4 * torch.finfo(torch.float16).eps * largest
+
+
+# ---- which launches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ONE_LAUNCH)
+def test_pytorch_attends_to_large_images_alone(backend, limit, monkeypatch):
+    module = importlib.import_module(RECORDS[backend].joint.forward)
+    seen = []
+
+    def attend_shared(*args):
+        seen.append("pytorch")
+        return shared.attend_shared(*args)
+
+    monkeypatch.setattr(module, "attend_shared", attend_shared)
+    inputs, text = make("odd", torch.bfloat16)
+    how = {"text_queries": text, "backend": backend}
+    for flops, expected in ((2**32, []), (0, ["pytorch"] * 2)):
+        limit(flops)
+        seen.clear()
+        nasa_joint_attention(**inputs, alpha=0.6, **how)
+        nag_joint_attention(**inputs, **NAG, **how)
+        assert seen == expected
 
 
 @pytest.fixture
@@ -113,7 +181,7 @@ def test_a_quick_call_goes_to_the_operator_of_small_images(monkeypatch, limit):
     asked = []
     monkeypatch.setattr(_quick, "like", lambda *tensors: asked.append("like") or True)
     known = _quick.Known(
-        "two", (1,), "cuda", DEVICE.type, 0.25, None, True, lambda q, *args: ("one", args)
+        "two", (1,), "cuda", DEVICE.type, 0.25, None, lambda q, *args: ("one", args)
     )
     known = known._replace(operator=lambda q, *args: ("two", args))
     q, k, x = (torch.zeros(1, n, 2, 16, dtype=torch.bfloat16, device=DEVICE) for n in (20, 16, 4))
