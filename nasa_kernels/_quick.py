@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -62,15 +63,18 @@ class Known(NamedTuple):
     scale: float
     # what the operator runs, where that is Python of ours
     function: Any = None
-    # of joint attention, what does the same for a small image, in one launch
+    # of joint attention, what does the same for a small image, in one launch, and whether that is
+    # an operator
     one_launch: Any = None
+    one_is_operator: bool = False
 
 
 def joint_operator(known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> Any:
     """What to call for a joint attention; None where the checks must say what is wrong."""
     if known.one_launch is not None and in_one_launch(q, k):
         # no operator of PyTorch's is called past its checks
-        return past_operator(known, known.one_launch)
+        one = known.one_launch
+        return one if known.one_is_operator else past_operator(known, one)
     return past_operator(known, known.function) if like(q, k, v, *prompts) else None
 
 
@@ -166,13 +170,13 @@ def remember(
             module = importlib.import_module(modules.forward)
             function = getattr(module, name)
             one_launch = getattr(module, "ONE_LAUNCH", {}).get(name)
-            one_launch = getattr(one_launch, "_op", one_launch)
         # what an operator's own `__call__`, in Python, calls with the same arguments
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
-            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function, one_launch
-        )
+            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function,
+            getattr(one_launch, "_op", one_launch), isinstance(one_launch, OpOverload),
+        )  # fmt: skip
 
 
 def are_two(text_queries: Any) -> bool:
