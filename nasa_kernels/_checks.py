@@ -115,7 +115,8 @@ def expanded(
     _check_queries(function, q)
     heads = kv_heads(q, *image, k_pos, v_pos, k_neg, v_neg)
     if image:
-        image = _check_prompt(function, q, *image, "", heads)
+        k, v = image
+        image = _check_prompt(function, q, k, v, "", heads)
     k_pos, v_pos = _check_prompt(function, q, k_pos, v_pos, "_pos", heads)
     k_neg, v_neg = _check_prompt(function, q, k_neg, v_neg, "_neg", heads)
     if mask_pos is not None:

@@ -12,6 +12,7 @@ are those of `forward.py`. Log-sum-exps are base 2 here.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -366,9 +367,9 @@ def plan(
     read.
     """
     check_text_queries("nasa_kernels", q, (text_pos, text_neg))
-    image = () if k is None else (k, v)
+    image: list[Any]
     k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, *image = expanded(
-        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, *image
+        q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, *(() if k is None else (k, v))
     )
     b, l, h, d = q.shape
     n = image[0].shape[1] if image else 0
