@@ -7,6 +7,7 @@ OUT/pairs        its images, and its path to them from noise
 OUT/decoder      the autoencoder with a decoder that was trained longer
 OUT/student      the one-step student that NASA-T begins with
 OUT/four-step    the student of four steps
+OUT/finish       the decoder once more, on what that student draws
 OUT/joint        another, with joint attention, of which NASA has several rules (of 32x32 images)
 OUT/words        another with joint attention, which knows its prompt from text tokens alone
 OUT/pixart       another, a PixArt with a T5
@@ -21,7 +22,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,7 +33,7 @@ from nasa_distill.scalars import read_numbers
 from nasa_distill.train import checkpoint
 from nasa_distill.train.networks import Model, load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import correct, model, shipped, students, t5, teacher
+from nasa_distill.world import model, settle, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.fit import Settings
 from nasa_distill.world.kinds import WORLDS, Code, World
@@ -54,6 +55,8 @@ class Recipe:
         Settings(steps=1600, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
     )
     decoder: tuple[Settings, ...] = ()  # of a trained autoencoder
+    finish: tuple[Settings, ...] = ()  # the same on what the student of four steps draws
+    drawn: int = 6144  # times two
     unet: tuple[int, ...] = model.CHANNELS_OF_UNET
     pairs: int = 51200
     guidance: float = 1.5
@@ -70,9 +73,11 @@ class Recipe:
     # of teacher and students of one step and four: see `teacher.train` and `students.train`
     floor: float | None = None
     plain_cycles: int = 0  # the teacher's first ones, without `floor`
-    sharpen: float = 0.0
     exact: bool = False  # the students' pairs: see `students.exact_pairs`
-    corrected: tuple[Settings, ...] = ()  # the student of four steps again: see `correct`
+    # after the regression: see `settle`
+    student_settled: tuple[Settings, ...] = ()
+    four_step_settled: tuple[Settings, ...] = ()
+    chained: bool = True  # the student of four steps begins with that of one, not with the teacher
     # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
@@ -81,6 +86,8 @@ class Recipe:
     t5: Settings = Settings(steps=400, batch=64, learning_rate=2e-3, ema=0.99)
     pixart: tuple[Settings, ...] = (Settings(steps=4000, batch=16, ema=0.995),)
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
+    words_settled: tuple[Settings, ...] = ()
+    pixart_settled: tuple[Settings, ...] = ()
 
     def __post_init__(self) -> None:
         read_numbers(self)
@@ -94,23 +101,37 @@ LARGE_RECIPE = Recipe(
     decoder=(
         Settings(steps=7000, batch=16, learning_rate=2e-3, ema=0.995),
         Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=1, muon=0.005),
+        Settings(steps=9000, batch=16, learning_rate=1e-3, ema=0.997, seed=2, muon=0.005),
     ),
+    finish=(Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=3, muon=0.004),),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
         Settings(steps=3600, batch=48, ema=0.997, seed=2, muon=0.004),
+        Settings(steps=6000, batch=48, ema=0.998, seed=5, muon=0.004),
     ),
     unet=(80, 96),
     pairs=40960,
     student=(Settings(steps=1400, batch=64, learning_rate=6e-4, ema=0.99, muon=0.004),),
-    four_step=(
-        Settings(steps=1400, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.003),
-        Settings(steps=1000, batch=64, learning_rate=5e-4, ema=0.99, seed=3, muon=0.002),
+    student_settled=(
+        Settings(steps=1600, batch=64, learning_rate=4e-4, ema=0.995, seed=6, muon=0.0025),
     ),
-    corrected=(Settings(steps=2400, batch=64, learning_rate=6e-4, ema=0.995, seed=4, muon=0.003),),
+    four_step=(Settings(steps=1600, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.004),),
+    four_step_settled=(
+        Settings(steps=3600, batch=64, learning_rate=5e-4, ema=0.997, seed=4, muon=0.003),
+    ),
+    chained=False,
+    words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
+    words_settled=(
+        Settings(steps=1800, batch=32, learning_rate=4e-4, ema=0.995, seed=7, muon=0.0025),
+    ),
+    t5=Settings(steps=800, batch=64, learning_rate=2e-3, ema=0.99),
+    pixart=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
+    pixart_settled=(
+        Settings(steps=1800, batch=32, learning_rate=4e-4, ema=0.995, seed=8, muon=0.0025),
+    ),
     floor=1.0,
     plain_cycles=2,
-    sharpen=0.5,
     exact=True,
     joint=(),
 )
@@ -123,61 +144,70 @@ STAGES = (
     "decoder",
     "student",
     "four-step",
+    "finish",
     "joint",
     "words",
     "pixart",
 )
 
 
-def make_joint(
-    recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, world: World, out: Path
-) -> None:
-    _make_joint(recipe.joint, recipe.joint_size, pairs, encoder, code, world, out)
+class Lessons(NamedTuple):
+    """What a student from random weights learns from: no teacher is of its architecture."""
+
+    world: World
+    code: Code
+    known: Tensor  # the world's latents
+    pairs: students.Pairs
+    floor: float | None
 
 
-def make_words(
-    recipe: Recipe, pairs: students.Pairs, encoder: Any, code: Code, world: World, out: Path
-) -> None:
+def make_joint(recipe: Recipe, lessons: Lessons, encoder: Any, out: Path) -> None:
+    _make_joint(recipe.joint, (), recipe.joint_size, lessons, encoder, out)
+
+
+def make_words(recipe: Recipe, lessons: Lessons, encoder: Any, out: Path) -> None:
     """The pooled vector of every prompt is zero, so time alone modulates the blocks."""
     encoder = copy.deepcopy(encoder)
     torch.nn.init.zeros_(encoder.text_projection.weight)
-    _make_joint(recipe.words, recipe.words_size, pairs, encoder, code, world, out)
+    _make_joint(recipe.words, recipe.words_settled, recipe.words_size, lessons, encoder, out)
 
 
 def _make_joint(
     cycles: Sequence[Settings],
+    settled: Sequence[Settings],
     size: tuple[int, int, int],
-    pairs: students.Pairs,
+    lessons: Lessons,
     encoder: Any,
-    code: Code,
-    world: World,
     out: Path,
 ) -> None:
     torch.manual_seed(0)
-    pipe = model.make_joint_pipeline(model.make_joint(*size), encoder, code.vae, world)
-    from_nothing(pipe, pairs, cycles, out, world, code)
+    transformer = model.make_joint(*size)
+    pipe = model.make_joint_pipeline(transformer, encoder, lessons.code.vae, lessons.world)
+    from_nothing(pipe, lessons, cycles, settled, out)
 
 
-def make_pixart(recipe: Recipe, pairs: students.Pairs, code: Code, world: World, out: Path) -> None:
-    tokenizer = t5.make_tokenizer(world)
-    encoder = t5.train(recipe.t5, out / "t5", tokenizer, world)
+def make_pixart(recipe: Recipe, lessons: Lessons, out: Path) -> None:
+    tokenizer = t5.make_tokenizer(lessons.world)
+    encoder = t5.train(recipe.t5, out / "t5", tokenizer, lessons.world)
     torch.manual_seed(0)
     transformer = model.make_pixart(*recipe.pixart_size)
-    pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, code.vae)
-    from_nothing(pipe, pairs, recipe.pixart, out, world, code)
+    pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, lessons.code.vae)
+    from_nothing(pipe, lessons, recipe.pixart, recipe.pixart_settled, out)
 
 
 def from_nothing(
     pipe: Any,
-    pairs: students.Pairs,
+    lessons: Lessons,
     cycles: Sequence[Settings],
+    settled: Sequence[Settings],
     out: Path,
-    world: World,
-    code: Code,
 ) -> None:
-    """A student of four steps from random weights: no teacher is of its architecture."""
-    called = model_of(pipe, str(out))
-    student = students.train(called, called.denoiser, pairs, 4, cycles, out, world, code, half=True)
+    """A student of four steps from random weights."""
+    world, code, known, pairs, floor = lessons
+    called, steps, of = model_of(pipe, str(out)), students.QUARTERS, (out, world, code)
+    more: Any = {"known": known, "floor": floor, "half": True}
+    student = students.train(called, called.denoiser, pairs, steps, cycles, *of, **more)
+    student = settle.train(called, student, pairs, steps, settled, *of, **more)
     pipe.register_modules(transformer=student)
     pipe.save_pretrained(out / "pipeline")
 
@@ -225,45 +255,34 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
     if recipe.decoder:
         code = make_decoder(recipe, code, known, out / "decoder")
         save(unet, "teacher", few_step=False)
-    student = drawn.denoiser
-    for steps, cycles, name in (
-        (1, recipe.student, "student"),
-        (4, recipe.four_step, "four-step"),
+    begun, networks = drawn.denoiser, {"teacher": unet}
+    for steps, cycles, settled, name in (
+        (1, recipe.student, recipe.student_settled, "student"),
+        (4, recipe.four_step, recipe.four_step_settled, "four-step"),
     ):
         if name in wanted:
-            student = students.train(
-                drawn,
-                student,
-                pairs,
-                steps,
-                cycles,
-                out / name,
-                world,
-                code,
-                sharpen=recipe.sharpen,
-                known=known,
-                floor=recipe.floor,
-            )
-            if steps == students.QUARTERS and recipe.corrected:
-                student = correct.train(
-                    drawn,
-                    student,
-                    pairs,
-                    recipe.corrected,
-                    out / name,
-                    world,
-                    code,
-                    known,
-                    recipe.floor,
-                )
+            of = (out / name, world, code)
+            weighed: Any = {"known": known, "floor": recipe.floor}
+            student = students.train(drawn, begun, pairs, steps, cycles, *of, **weighed)
+            student = settle.train(drawn, student, pairs, steps, settled, *of, **weighed)
+            networks[name] = student
             save(student, name, few_step=True)
+            begun = student if recipe.chained else begun
+    if "finish" in wanted and recipe.finish:
+        drew = settle.draw(drawn, student, pairs, recipe.drawn, world, known)
+        vae: Any = autoencoder.train_decoder(code.vae, known, recipe.finish, out / "finish", drew)
+        vae.save_pretrained(out / "finish" / "model")
+        code = autoencoder.TrainedCode(vae)
+        for name, network in networks.items():
+            save(network, name, few_step=network is not unet)
     encoder = world_clip.text_encoder(clip, projected=True)
+    lessons = Lessons(world, code, known, pairs, recipe.floor)
     if "joint" in wanted and recipe.joint:
-        make_joint(recipe, pairs, encoder, code, world, out / "joint")
+        make_joint(recipe, lessons, encoder, out / "joint")
     if "words" in wanted:
-        make_words(recipe, pairs, encoder, code, world, out / "words")
+        make_words(recipe, lessons, encoder, out / "words")
     if "pixart" in wanted:
-        make_pixart(recipe, pairs, code, world, out / "pixart")
+        make_pixart(recipe, lessons, out / "pixart")
 
 
 def _check_tokens(tokenizer: Any, folder: Path, world: World) -> None:
@@ -326,9 +345,10 @@ def make_from_shipped(recipe: Recipe, out: Path) -> None:
     drawn, code, world = load(shipped.path(32)), PatchCode(), WORLDS[recipe.size]
     pairs = students.make_pairs(drawn, recipe.pairs, out, guidance=1.0, steps=students.QUARTERS)
     encoder = world_clip.with_identity(drawn.pipe.text_encoder)
-    make_words(recipe, pairs, encoder, code, world, out / "words")
-    make_joint(recipe, pairs, encoder, code, world, out / "joint")
-    make_pixart(recipe, pairs, code, world, out / "pixart")
+    lessons = Lessons(world, code, torch.empty(0), pairs, floor=None)
+    make_words(recipe, lessons, encoder, out / "words")
+    make_joint(recipe, lessons, encoder, out / "joint")
+    make_pixart(recipe, lessons, out / "pixart")
     write_prompts(out, world)
 
 

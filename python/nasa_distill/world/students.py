@@ -31,7 +31,6 @@ from nasa_distill.world.teacher import alpha_sigma, ddim, posterior_mean, summar
 
 CHUNK = 128
 QUARTERS = 4
-NEAR = 0.5  # noise through which a drawn latent is taken for one of the world
 
 
 class Pairs(NamedTuple):
@@ -148,17 +147,6 @@ def texts_of(model: Model, pairs: Pairs) -> tuple[Text, Tensor]:
     return model.encode(captions), torch.tensor([index[caption] for caption in pairs.captions])
 
 
-def nearby(drawn: Tensor, known: Tensor, rates: Tensor) -> Tensor:
-    """The mean of the latents of the world that `drawn` may be, seen through a little noise.
-
-    In the mean over rates it is the exact denoiser of the world at that noise, so the loss to it is
-    score distillation without a second score: it makes images sharp and does not keep them apart,
-    which the regression beside it does.
-    """
-    one = torch.ones(len(drawn), 1, 1, 1)
-    return posterior_mean(drawn.float(), one, NEAR * one, known, rates)
-
-
 def train(
     model: Model,
     student: Any,
@@ -169,7 +157,6 @@ def train(
     world: World,
     code: Code,
     half: bool = False,
-    sharpen: float = 0.0,
     known: Tensor | None = None,
     floor: float | None = None,
 ) -> Any:
@@ -182,18 +169,15 @@ def train(
         steps: 1 or 4: how many quarters of the path it learns to begin at.
         cycles: As of `teacher.train`.
         half: Multiply matrices in bf16.
-        sharpen: From the second cycle on, the weight of a second loss beside 1 of the first: the
-            distance to the images of the world that are near. Regression alone draws averages of
-            images where a little noise decides between two of them.
-        known: The `latents` of the world, for `sharpen` and `floor`.
-        floor: Of the `teacher.whitening` of both losses; None: the plain squared error.
+        known: The `latents` of the world, for `floor`.
+        floor: Of the `teacher.whitening` of the loss; None: the plain squared error.
 
     Raises:
-        ValueError: `sharpen` or `floor` is set without `known`.
+        ValueError: `floor` is set without `known`.
     """
     if known is None:
-        if sharpen or floor is not None:
-            raise ValueError("students.train: sharpen and floor need known, the world's latents")
+        if floor is not None:
+            raise ValueError("students.train: floor needs known, the world's latents")
         known = torch.empty(0)
     texts, rows_of = texts_of(model, pairs)
     taught = begins(model, steps)
@@ -208,12 +192,7 @@ def train(
         quarter = torch.randint(steps, (settings.batch,), generator=random_)
         x_t, text = pairs.states[quarter, rows], texts.rows(rows_of[rows])
         drawn = draw(student, x_t, taught[quarter], text)
-        value = losses.regression_loss(whiten(drawn), whiten(pairs.x0[rows]))
-        if not (sharpen and number):
-            return value
-        allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * world.rates()
-        near = nearby(drawn.detach(), known, allowed)
-        return value + sharpen * losses.regression_loss(whiten(drawn), whiten(near))
+        return losses.regression_loss(whiten(drawn), whiten(pairs.x0[rows]))
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,16 @@ def posterior_mean(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rat
             sigma that is fp64: distances over sigma^2 reach 1e7, and small differences matter.
         rates: How often, `[b, n]`: 0 for those that a caption rules out; rows need not add up to 1.
     """
+    weight = log_weights(x_t, alpha, sigma, known, rates).softmax(1)
+    return (weight.to(x_t.dtype) @ known.flatten(1).to(x_t.dtype)).view_as(x_t)
+
+
+def log_weights(x_t: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rates: Tensor) -> Tensor:
+    """How likely `x_0` is each of `known`, as a logarithm `[b, n]` up to a number of each row."""
     c = known.flatten(1)
     x, a, s = (part.to(c.dtype).flatten(1) for part in (x_t, alpha, sigma))
-    log_rates = rates.to(c.dtype).log()
     fit_ = (a * (x @ c.T) - a**2 * c.square().sum(1) / 2) / s**2
-    weight = (fit_ + log_rates).softmax(1)
-    return (weight.to(x_t.dtype) @ c.to(x_t.dtype)).view_as(x_t)
+    return fit_ + rates.to(c.dtype).log()
 
 
 def whitening(known: Tensor, rates: Tensor, floor: float) -> Tensor:
@@ -133,8 +138,9 @@ def weigher(known: Tensor, rates: Tensor, floor: float | None) -> Callable[[Tens
     """`whitening` as a function of latents `[b, c, h, w]`; of None, of what does nothing."""
     if floor is None:
         return lambda x: x
-    matrix = whitening(known, rates, floor)
-    return lambda x: (x.flatten(1) @ matrix).view_as(x)
+    # made when it is first asked for: a stage that is finished needs none
+    matrix = cache(lambda: whitening(known, rates, floor))
+    return lambda x: (x.flatten(1) @ matrix()).view_as(x)
 
 
 def latents(world: World, code: Code) -> Tensor:

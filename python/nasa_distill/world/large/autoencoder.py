@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.large.judge import local_distance
 from nasa_distill.world.large.scene import (
     IMAGE_RATES,
     OBJECT_RATES,
@@ -34,7 +35,8 @@ GRID = SIZE // 8
 # then have costs half of this in squared error, less than a bound of 41 dB
 KL = 3e-4
 ENCODED = 256  # images at once
-NOISE, BLEND = 0.5, 0.35  # the most of either that the decoder sees
+NOISE, BLEND = 0.8, 0.45  # the most of either that the decoder sees
+WORST = 0.1  # weight of the window where an image is worst, beside the mean over all pixels
 MEASURED = 512  # images, for the mean and variance of latents
 
 
@@ -83,7 +85,11 @@ def train(
 
 
 def train_decoder(
-    model: Any, known: Tensor, cycles: Sequence[Settings], out: Path
+    model: Any,
+    known: Tensor,
+    cycles: Sequence[Settings],
+    out: Path,
+    drawn: tuple[Tensor, Tensor] | None = None,
 ) -> AutoencoderKL:
     """The same latents with a better decoder, which has seen latents that are a little wrong.
 
@@ -95,6 +101,7 @@ def train_decoder(
         model: An autoencoder of the world.
         known: The latents of all scenes, in their order.
         cycles: As of `teacher.train`.
+        drawn: Half of every batch: latents `[n, ...]` that a student drew, and the scene of each.
 
     See `fit` for what it raises.
     """
@@ -107,9 +114,14 @@ def train_decoder(
         blend, noise = BLEND * strength[0], NOISE * strength[1]
         codes = torch.lerp(known[rows], known[others], blend)
         codes = codes + noise * torch.randn(codes.shape, generator=random_)
+        if drawn is not None:
+            half = len(rows) // 2
+            own = torch.randint(len(drawn[0]), (half,), generator=random_)
+            codes[:half], rows[:half] = drawn[0][own], drawn[1][own]
         with torch.autocast("cpu", torch.bfloat16):
-            drawn = model.decode(codes).sample
-        return F.mse_loss(drawn.float(), render([scenes()[i] for i in rows.tolist()]))
+            decoded = model.decode(codes).sample.float()
+        images = render([scenes()[i] for i in rows.tolist()])
+        return F.mse_loss(decoded, images) + WORST * local_distance(decoded, images).mean()
 
     for number, settings in enumerate(cycles):
         for part in (model.decoder, model.post_quant_conv):

@@ -93,8 +93,9 @@ def listing(scene: Scene, named: Iterable[str], thing: Object = ANY) -> str:
 def draw_caption(scene: Scene, rng: random.Random, p_empty: float = 0.0) -> str:
     """A caption that is true of the scene: mostly a sentence, sometimes a list, or nothing.
 
-    A sentence names each attribute with probability 1/2, a list with 1/4. Of a pair whose number is
-    not named, a sentence speaks of one object, and a list always does.
+    A sentence names each attribute of the image with probability 1/2, those of an object with 1/2
+    or 9/10, a list each with 1/4. Of a pair whose number is not named, a sentence speaks of one
+    object, and a list always does.
     """
     if rng.random() < p_empty:
         return ""
@@ -104,7 +105,8 @@ def draw_caption(scene: Scene, rng: random.Random, p_empty: float = 0.0) -> str:
         things = list(scene.objects)
         rng.shuffle(things)
         things = things if "number" in named else things[:1]
-        return sentence(scene, named, [_part(thing, rng, 0.5) for thing in things])
+        p = rng.choice((0.5, 0.9))  # else two objects in full would be one caption in a hundred
+        return sentence(scene, named, [_part(thing, rng, p) for thing in things])
     named = [name for name in attributes if rng.random() < 0.25]
     thing = _part(rng.choice(scene.objects), rng, 0.25)
     if not named and thing == ANY:
