@@ -69,9 +69,11 @@ class Known(NamedTuple):
     one_is_operator: bool = False
 
 
-def joint_operator(known: Known, q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> Any:
+def joint_operator(
+    known: Known, text_queries: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor
+) -> Any:
     """What to call for a joint attention; None where the checks must say what is wrong."""
-    if known.one_launch is not None and in_one_launch(q, k):
+    if known.one_launch is not None and in_one_launch(q, k, text_queries[0] + text_queries[1]):
         # no operator of PyTorch's is called past its checks
         one = known.one_launch
         return one if known.one_is_operator else past_operator(known, one)

@@ -164,7 +164,7 @@ def nag_joint_attention(
             # of alpha 0 there is less to do
             if alpha_map is not None or alpha != 0:
                 try:
-                    operator = joint_operator(known, q, *keys_values)
+                    operator = joint_operator(known, text_queries, q, *keys_values)
                     if operator is not None:
                         return operator(
                             q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor,

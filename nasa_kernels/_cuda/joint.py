@@ -22,7 +22,8 @@ ONE_LAUNCH = {
 
 
 def forward(q, k, *rest) -> Tensor:
-    if in_one_launch(q, k):
+    *_, text_pos, text_neg = rest
+    if in_one_launch(q, k, text_pos + text_neg):
         return ONE_LAUNCH["forward"](q, k, *rest)
     return attention(q, k, *rest)[0]
 
@@ -36,7 +37,7 @@ def attention(
 
     Also O_s and its log-sum-exp, those of the image.
     """
-    if in_one_launch(q, k):
+    if in_one_launch(q, k, text_pos + text_neg):
         return ONE_LAUNCH["attention"](
             q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
             rule, text_pos, text_neg,
@@ -54,7 +55,7 @@ def nag(
     nag_scale, nag_tau, nag_norm, text_pos, text_neg,
 ) -> Tensor:  # fmt: skip
     """Normalised attention guidance beside the image's keys, which are read once."""
-    if in_one_launch(q, k):
+    if in_one_launch(q, k, text_pos + text_neg):
         return ONE_LAUNCH["nag"](
             q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
             nag_scale, nag_tau, nag_norm, text_pos, text_neg,

@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 # calls that cuDNN refused, by what it could see of them; another library takes the next one at once
 _refused: set[tuple] = set()
 
-# The most FLOPs in the image's attention to itself that our kernels take over from PyTorch's. No
+# The most FLOPs in the attention to an image's keys that our kernels take over from PyTorch's. No
 # GPU has decided it; by a model, the counts of docs/kernels/statics.md: on Hopper a step of 64
 # queries and 128 keys of d 128 takes `forward_image` 2328 cycles of an SM, and a kernel of wgmma at
 # three quarters of its peak 1365. So at this many FLOPs it takes 4 us longer, elsewhere less.
@@ -34,17 +34,20 @@ def take_in_one_launch(flops: int) -> int:
     return before
 
 
-def in_one_launch(q: Tensor, k: Tensor) -> bool:
+def in_one_launch(q: Tensor, k: Tensor, text: int) -> bool:
     """Whether the image of k is small enough for the one launch of a back end that has it. It says
-    nothing of their shapes otherwise. How many queries there are does not decide: the bits of the
-    image's rows are the same with the texts' own queries and without.
+    nothing of their shapes otherwise.
+
+    text: How many of the queries are the texts' own. They do not decide, so that the bits of the
+        image's rows are the same with them and without.
     """
     of_q, of_k = q.shape, k.shape
     # fp32 is multiplied without tensor cores, where our kernels are the slower ones at any size
     if len(of_q) != 4 or len(of_k) != 4 or q.dtype is torch.float32:
         return False
-    n = of_k[1]
-    return 4 * of_q[0] * of_q[2] * of_q[3] * n * n <= _one_launch
+    b, l, h, d = of_q
+    n, rows = of_k[1], l - text
+    return 4 * b * h * d * n * (rows if rows > n else n) <= _one_launch
 
 
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

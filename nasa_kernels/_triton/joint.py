@@ -251,7 +251,8 @@ def forward(
     """O. The public function checked shapes, dtypes and layouts, but for those of a small image,
     which the plan of its launch checks.
     """
-    image = None if in_one_launch(q, k) else attend_shared(q, k, v, scale)
+    small = in_one_launch(q, k, text_pos + text_neg)
+    image = None if small else attend_shared(q, k, v, scale)
     return _attend(
         image, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, scale,
         rule, text_pos, text_neg,
@@ -263,7 +264,7 @@ def attention(
     rule, text_pos, text_neg,
 ):  # fmt: skip
     """The same, and O_s and s."""
-    if is_made := in_one_launch(q, k):
+    if is_made := in_one_launch(q, k, text_pos + text_neg):
         b, l, h, _ = q.shape
         image = rows_like(q), torch.empty((b, h, l), dtype=torch.float32, device=q.device)
     else:
@@ -288,7 +289,8 @@ def pair(
     q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, scale, text_pos, text_neg
 ):  # fmt: skip
     """Z+ and Z-, each without the queries of the other text."""
-    image = None if in_one_launch(q, k) else attend_shared(q, k, v, scale)
+    small = in_one_launch(q, k, text_pos + text_neg)
+    image = None if small else attend_shared(q, k, v, scale)
     z_pos, z_neg = rows_like(q, text_neg), rows_like(q, text_pos)
     _launch(
         image, z_pos, z_neg, q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, None, 0.0,
@@ -299,8 +301,9 @@ def pair(
 
 def nag(q, k, v, *rest):
     """Normalised attention guidance: the launch of `pair`, and one that makes O of Z+ and Z-."""
-    scale = rest[8]
-    return _guide(None if in_one_launch(q, k) else attend_shared(q, k, v, scale), q, k, v, *rest)
+    scale, (*_, text_pos, text_neg) = rest[8], rest
+    small = in_one_launch(q, k, text_pos + text_neg)
+    return _guide(None if small else attend_shared(q, k, v, scale), q, k, v, *rest)
 
 
 def _guide(

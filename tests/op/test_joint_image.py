@@ -39,37 +39,47 @@ def limit(monkeypatch):
 @pytest.mark.parametrize(("n", "h", "d"), SIZES)
 def test_small_images_take_one_launch(n, h, d):
     q, k = empty(1, n, h, d), empty(1, n, h, d)
-    assert in_one_launch(q, k) is SIZES[n, h, d]
+    assert in_one_launch(q, k, 0) is SIZES[n, h, d]
     # it is FLOPs that count
-    assert not in_one_launch(empty(64, n, h, d), empty(64, n, h, d))
+    assert not in_one_launch(empty(64, n, h, d), empty(64, n, h, d), 0)
+
+
+def test_few_keys_under_many_queries_are_no_small_image():
+    """The image of an IP-Adapter, beside the latents of a picture and of a video."""
+    assert in_one_launch(empty(1, 4096, 8, 40), empty(1, 257, 8, 40), 0)
+    assert not in_one_launch(empty(1, 75600, 40, 128), empty(1, 257, 40, 128), 0)
 
 
 def test_the_texts_queries_do_not_decide():
     """Else the image's rows would have other bits beside them."""
     k = empty(1, 576, 24, 128)
-    assert in_one_launch(empty(1, 576, 24, 128), k) and in_one_launch(empty(1, 9999, 24, 128), k)
-    assert in_one_launch(empty(1, 9999, 24, 128), empty(1, 576, 2, 128))
+    for text in (0, 1024):
+        assert in_one_launch(empty(1, 576 + text, 24, 128), k, text)
+        assert not in_one_launch(empty(1, 999 + text, 24, 128), k, text)
+    # queries of the texts alone
+    assert not in_one_launch(empty(1, 8, 24, 128), empty(1, 4096, 24, 128), 8)
+    assert in_one_launch(empty(1, 576, 24, 128), empty(1, 576, 2, 128), 0)
 
 
 def test_another_limit(limit):
     q, k = empty(1, 4096, 24, 128), empty(1, 4096, 24, 128)
     limit(4 * 24 * 128 * 4096**2)
-    assert in_one_launch(q, k)
+    assert in_one_launch(q, k, 0)
     limit(4 * 24 * 128 * 4096**2 - 1)
-    assert not in_one_launch(q, k)
+    assert not in_one_launch(q, k, 0)
     limit(0)
-    assert not in_one_launch(empty(1, 1, 1, 1), empty(1, 1, 1, 1))
-    assert in_one_launch(empty(1, 1, 1, 1), empty(1, 0, 1, 1))
+    assert not in_one_launch(empty(1, 1, 1, 1), empty(1, 1, 1, 1), 0)
+    assert in_one_launch(empty(1, 1, 1, 1), empty(1, 0, 1, 1), 0)
 
 
 def test_what_has_no_four_dimensions_is_for_the_checks():
     q = empty(1, 8, 2, 64)
-    assert not in_one_launch(q, q[0]) and not in_one_launch(q[0], q)
+    assert not in_one_launch(q, q[0], 0) and not in_one_launch(q[0], q, 0)
 
 
 def test_fp32_is_for_pytorch():
     q = empty(1, 8, 2, 64)
-    assert in_one_launch(q, q) and not in_one_launch(q.float(), q.float())
+    assert in_one_launch(q, q, 0) and not in_one_launch(q.float(), q.float(), 0)
 
 
 # ---- what both ways compute, which test_joint.py has of small images in all sizes ----------------
@@ -184,7 +194,7 @@ def test_a_quick_call_goes_to_the_operator_of_small_images(monkeypatch, limit):
         "two", (1,), "cuda", DEVICE.type, 0.25, None, lambda q, *args: ("one", args)
     )
     known = known._replace(operator=lambda q, *args: ("two", args))
-    q, k, x = (torch.zeros(1, n, 2, 16, dtype=torch.bfloat16, device=DEVICE) for n in (20, 16, 4))
+    q, k, x = (torch.zeros(1, n, 2, 16, dtype=torch.bfloat16, device=DEVICE) for n in (21, 16, 4))
     kinds = (q.dtype, q.device, 16)
     found = {
         ("nasa_joint_attention", "cuda", "nasa-text"): known,
