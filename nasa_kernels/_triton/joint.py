@@ -225,14 +225,9 @@ def joint_kernel(
         )  # fmt: skip
     else:
         c_s, c_p, c_n = coefficients(
-            s,
-            lse_pos,
-            lse_neg,
-            alpha_row,
-            (row >= first_pos) & (row < first_neg),
-            row >= first_neg,
-            RULE,
-        )
+            s, lse_pos, lse_neg, alpha_row,
+            (row >= first_pos) & (row < first_neg), row >= first_neg, RULE,
+        )  # fmt: skip
         c_s = c_s[:, None]
         c_p, c_n = (c_p / nonzero(l_pos))[:, None], (c_n / nonzero(l_neg))[:, None]
         start = 0
