@@ -23,6 +23,41 @@ from small_world import RECIPE, UNSEEN
 METHODS = (evaluate.NONE, evaluate.Method("projected", 2.0), evaluate.Method("nag", 8.0, 1.25, 1.0))
 
 
+# ---- what is counted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", (SMALL, LARGE), ids=lambda world: world.name)
+def test_shares_of_values_are_those_of_what_the_world_draws(world):
+    shares = world.shares
+    of_attribute: dict[str, float] = {}
+    for value, share in shares.items():
+        attribute, _ = value.split()
+        of_attribute[attribute] = of_attribute.get(attribute, 0) + share
+    assert of_attribute == pytest.approx(dict.fromkeys(of_attribute, 1))
+    drawn = world.draw(4000, torch.Generator().manual_seed(0)).tolist()
+    shapes = [x for i in drawn for x in world.describe(i)["shape"].split()]
+    for shape in set(shapes):
+        assert shares[f"shape {shape}"] == pytest.approx(
+            shapes.count(shape) / len(shapes), abs=0.03
+        )
+
+
+def test_a_model_that_leaves_images_out_is_seen():
+    """By the value whose share is furthest from the world's, over batches that were added up."""
+    even = {value: round(1000 * share) for value, share in LARGE.shares.items()}
+    one = evaluate.Counts(values=dict(even))
+    one.add(evaluate.Counts(values={"defect blurry": 600}))
+    value, here, there = one.furthest(LARGE)
+    assert value == "defect blurry" and there == LARGE.shares["defect blurry"]
+    assert here == Share(even["defect blurry"] + 600, 1600)
+    assert evaluate.Counts(**one.plain()) == one and "values" not in evaluate.Counts().plain()
+    cells = [evaluate.Cell("student", 1, evaluate.NONE, [evaluate.Counts(n=1)])]
+    for quality, column in ((one, "| defect blurry: "), (evaluate.Counts(), "| mean residual |")):
+        quality.n = 10
+        results = report.Results(cells, {"world": "large"}, {"student": quality})
+        assert column in report.quality_table(results)
+
+
 # ---- prompts and methods -------------------------------------------------------------------------
 
 

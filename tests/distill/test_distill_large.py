@@ -431,6 +431,29 @@ def test_a_draw_settles_on_the_likeliest_image():
         assert (rates[torch.arange(60), found] > 0).all() and len(set(found.tolist())) > 1
 
 
+def test_what_is_chosen_too_often_becomes_dear():
+    """Draws that lie nearest to one image alone end with shares as the world's."""
+    random_ = torch.Generator().manual_seed(0)
+    values = settle.values_of(LARGE)
+    assert torch.equal(values.sum(1).unique(), torch.tensor([8.0, 10.0]))  # 2 more of a pair
+    few = torch.randint(len(values), (12,), generator=random_)
+    values, known = values[few], torch.randn(12, 2, 4, 4, generator=random_)
+    rates = (0.2 + torch.rand(12, generator=random_)).expand(64, 12)
+    prices, chosen = torch.zeros(values.shape[1]), []
+    for _ in range(400):
+        x0 = known[:1] + 0.3 * torch.randn(64, 2, 4, 4, generator=random_)
+        one = torch.ones(64, 1, 1, 1)
+        # latents that say nothing
+        found = settle.likeliest(x0, x0, 0 * one, one, known, rates, values @ prices)
+        if not chosen:
+            assert (found == 0).all()
+        prices += settle.RISE * settle.excess(values, found, rates)
+        chosen.append(found)
+    last = torch.cat(chosen[-150:])
+    due = rates[:1] / rates[0].sum() @ values
+    torch.testing.assert_close(values[last].mean(0), due[0], atol=0.03, rtol=0)
+
+
 def test_what_a_student_drew_is_named_by_what_it_should_be(large, tmp_path):
     model = load(large / "four-step" / "pipeline")
     known = torch.load(large / "autoencoder" / "latents.pt", weights_only=True)["latents"]
@@ -490,7 +513,12 @@ def test_settling_makes_blends_of_two_images_one_of_them(large, tmp_path):
 
     before = distance(model.denoiser)
     how = (model, model.denoiser, pairs, 1, (few,), tmp_path, world, None, known)
-    assert distance(settle.train(*how)) < 0.8 * before
+    settled = settle.train(*how)
+    assert distance(settled) < 0.8 * before
+    assert settled.state_dict().keys() == model.denoiser.state_dict().keys()
+    # prices go on where a run is stopped
+    kept = torch.load(tmp_path / "settled-0" / "student.pt", weights_only=True)["module"]["prices"]
+    assert kept.shape == (1, settle.values_of(world).shape[1]) and kept.any()
 
 
 def test_the_students_of_the_command_know_their_world(large):

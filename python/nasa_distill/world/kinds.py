@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,21 @@ class World:
     def draw(self, count: int, random_: torch.Generator) -> Tensor:
         """Numbers of scenes, by their rates: `[count]`."""
         return torch.multinomial(self.rates(), count, replacement=True, generator=random_)
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """How often each value is that of its attribute, by both: `{"colour red": 0.25, ...}`."""
+        found: dict[str, dict[str, float]] = {}
+        for scene, rate in enumerate(self.rates().tolist()):
+            for attribute, of_objects in self.describe(scene).items():
+                values = found.setdefault(attribute, {})
+                for value in of_objects.split():
+                    values[value] = values.get(value, 0.0) + rate
+        return {
+            f"{attribute} {value}": rate / sum(values.values())
+            for attribute, values in found.items()
+            for value, rate in values.items()
+        }
 
     def captions(self, rows: Tensor, rng: random.Random, p_empty: float = 0.0) -> list[str]:
         """One of each scene in `rows`."""

@@ -1,16 +1,17 @@
 """A student that settles each of its own draws on one image of the world.
 
 Regression on paths from noise to images (`students`) draws averages wherever a little noise decides
-between two images. Which of the two it is does not matter, so here the student's own draw decides:
-it learns to draw, of the images c of the world of which the caption is true, the likeliest one by
-its latents x_t and by what it drew from them, each taken for a noisy c:
+between two images. Which of the two it is does not matter there, so the student's own draw decides:
+it also learns to draw, of the images c of which the caption is true, the likeliest one by its
+latents x_t and by what it drew from them, each taken for a noisy c:
 
-    argmax_c  log rate(c) - |x_t - alpha c|^2 / 2 sigma^2 - |x_0 - c|^2 / 2 NEAR^2
+    argmax_c  log rate(c) - |x_t - alpha c|^2 / 2 sigma^2 - |x_0 - c|^2 / 2 NEAR^2 - price(c)
 
-At the first timestep x_t says nothing of c and the draw decides; at the last x_t does. The latents
-are its own: it walks to each timestep as the pipeline does, with new noise. So it also sees what
-its own steps get wrong (Ross et al., 2011, for imitation). A part of the regression stays, so that
-no image falls out of use.
+Alone this ends with one image for each caption. Two things keep them apart. A value that is chosen
+more often than the world has it becomes dearer until it is not (`excess`), so what is ambiguous
+goes to the others. And beside the choice the student learns the end of the exact path from x_t. The
+latents are its own: it walks to each timestep as the pipeline does, with new noise, and sees what
+its own steps get wrong (Ross et al., 2011, for imitation).
 """
 
 from __future__ import annotations
@@ -28,12 +29,21 @@ from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
-from nasa_distill.world.students import CHUNK, QUARTERS, Pairs, begins, texts_of
+from nasa_distill.world.students import (
+    CHUNK,
+    QUARTERS,
+    Pairs,
+    begins,
+    exact_path,
+    texts_of,
+)
 from nasa_distill.world.teacher import log_weights, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
-NEAR = 0.3  # noise through which a draw is taken for an image
-ANCHOR = 0.25  # weight of the regression
+NEAR = 1.0  # noise through which a draw is taken for an image
+ANCHOR = 0.5  # weight of the path's end, of that of the choice
+RISE = 3.0  # of a value's price, for each step in which all images have it too much
+PATH_STEPS = 8  # of the whole path
 FIRST = 2  # how often the first timestep, from which one step must do, beside each other one
 
 
@@ -55,6 +65,7 @@ def train(
     taught, rates = begins(model, steps), world.rates()
     whiten = weigher(known, rates, floor)
     turns = [0] * (FIRST - 1) + list(range(steps))
+    values = values_of(world)
 
     def loss(student: Any, step: int, random_: torch.Generator) -> Tensor:
         rows = torch.randint(len(pairs.x0), (settings.batch,), generator=random_)
@@ -65,12 +76,15 @@ def train(
             x_t = walk(model, student, pairs.states[0, rows], text, taught[: turn + 1], random_)
             drawn = model.x0(student, x_t, when, text)
         allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * rates
-        alpha_sigma = model.alpha_sigma(when)
-        right = known[likeliest(x_t, drawn.detach(), *alpha_sigma, known, allowed)]
-        value = losses.regression_loss(whiten(drawn), whiten(right))
-        if turn == 0:
-            value = value + ANCHOR * losses.regression_loss(whiten(drawn), whiten(pairs.x0[rows]))
-        return value
+        given = (x_t, drawn.detach(), *model.alpha_sigma(when), known, allowed)
+        prices = student.prices[turn]
+        scenes = likeliest(*given, values @ prices)
+        prices += RISE * excess(values, scenes, allowed)
+        chosen = known[scenes]
+        *_, end = exact_path(x_t, allowed, known, PATH_STEPS, turn) if turn else [pairs.x0[rows]]
+        drawn = whiten(drawn)
+        pulls = [losses.regression_loss(drawn, whiten(x)) for x in (chosen, end)]
+        return (pulls[0] + ANCHOR * pulls[1]) / (1 + ANCHOR)
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
@@ -88,8 +102,11 @@ def train(
     student = copy.deepcopy(student)
     for number, settings in enumerate(cycles):
         student.requires_grad_(True)
+        # with its weights in the checkpoint; of each timestep
+        student.register_buffer("prices", torch.zeros(steps, values.shape[1]))
         folder = out / f"settled-{number}"
         student = fit(student, loss, settings, folder, "student", check, check_every=500)
+        del student.prices
     return student
 
 
@@ -126,17 +143,49 @@ def draw(
     return Drawn(*map(torch.cat, zip(*parts, strict=True)))
 
 
+def values_of(world: World) -> Tensor:
+    """Which values each scene has: `[scenes, values]`. Objects of a pair are told apart."""
+    said = [
+        {
+            (name, n, value)
+            for name, x in world.describe(i).items()
+            for n, value in enumerate(x.split())
+        }
+        for i in range(len(world.rates()))
+    ]
+    every = sorted(set().union(*said))
+    return torch.tensor([[float(value in values) for value in every] for values in said])
+
+
+def excess(values: Tensor, scenes: Tensor, rates: Tensor) -> Tensor:
+    """How much oftener each value is in `scenes` `[b]` than in draws at `rates`: `[values]`.
+
+    Added to prices, it is the dual ascent of a choice of scenes whose values have given shares:
+    those of the world, for the same captions.
+    """
+    due = (rates / rates.sum(1, keepdim=True)).float() @ values
+    return (values[scenes] - due).mean(0)
+
+
 def likeliest(
-    x_t: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, known: Tensor, rates: Tensor
+    x_t: Tensor,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    known: Tensor,
+    rates: Tensor,
+    prices: Tensor | float = 0.0,
 ) -> Tensor:
     """Which image of the world each draw `x0` from `x_t` is to become: `[b]`.
 
     Args:
         x_t, alpha, sigma, known, rates: As of `teacher.posterior_mean`.
+        prices: Of each of `known`, in units of a logarithm.
     """
     one = torch.ones_like(alpha)
     by_draw = log_weights(x0, one, NEAR * one, known, rates)
-    return (log_weights(x_t, alpha, sigma, known, torch.ones_like(rates)) + by_draw).argmax(1)
+    by_latents = log_weights(x_t, alpha, sigma, known, torch.ones_like(rates))
+    return (by_latents + by_draw - prices).argmax(1)
 
 
 @torch.no_grad()

@@ -81,20 +81,31 @@ def exact_pairs(
     """
     count, steps, seed = plain([count, steps, seed])
     _check_quarters("exact_pairs", steps)
-    scheduler: Any = DDIMScheduler(**NOISE, timestep_spacing="trailing")
     exact = known.double()
-    scheduler.set_timesteps(steps)
 
     def draw(captions: list[str], noise: Tensor) -> Iterator[Tensor]:
-        allowed, x = world.matches(captions) * world.rates(), noise
-        for t in scheduler.timesteps:
-            alpha, sigma = alpha_sigma(scheduler, t.expand(len(x)))
-            x0 = posterior_mean(x, alpha, sigma, exact, allowed)
-            x = scheduler.step(x0, t, x).prev_sample
-            yield x
+        yield from exact_path(noise, world.matches(captions) * world.rates(), exact, steps)
 
     identity = {"teacher": "exact", "steps": steps, "seed": seed}
     return _pairs(draw, known.shape[1:], world, count, out, identity)
+
+
+def exact_path(
+    x: Tensor, rates: Tensor, known: Tensor, steps: int, quarter: int = 0
+) -> Iterator[Tensor]:
+    """The latents after each of `steps` deterministic steps of `posterior_mean`.
+
+    Args:
+        rates, known: As of `posterior_mean`.
+        quarter: Where `x` stands on the path: the steps before it are not made.
+    """
+    scheduler: Any = DDIMScheduler(**NOISE, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps[quarter * steps // QUARTERS :]:
+        alpha, sigma = alpha_sigma(scheduler, t.expand(len(x)))
+        x0 = posterior_mean(x, alpha, sigma, known, rates)
+        x = scheduler.step(x0, t, x).prev_sample
+        yield x
 
 
 def _pairs(

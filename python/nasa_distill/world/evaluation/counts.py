@@ -10,7 +10,7 @@ import nasa_diffusers
 from torch import Tensor
 
 from nasa_distill.intervals import Share
-from nasa_distill.world.kinds import of_images
+from nasa_distill.world.kinds import World, of_images
 
 
 class Method(NamedTuple):
@@ -51,10 +51,32 @@ class Counts:
     removed_valid: int = 0
     good: int = 0  # removed, followed and valid
     residual: float = 0.0  # added up
+    # "colour red": how often in valid images, of a model without a negative prompt
+    values: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            if name != "values":
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+        for value, count in other.values.items():
+            self.values[value] = self.values.get(value, 0) + count
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it, and `Counts(**...)` gives it back."""
+        return {name: x for name, x in vars(self).items() if name != "values" or x}
+
+    def furthest(self, world: World) -> tuple[str, Share, float]:
+        """The value whose share of its attribute in valid images is furthest from the world's,
+        its share, and the world's.
+
+        What a model leaves out is seen here: every image of it can be valid and as prompted.
+        """
+        found = []
+        for value, share in world.shares.items():
+            attribute = value.split()[0]
+            total = sum(n for x, n in self.values.items() if x.split()[0] == attribute)
+            found.append((value, Share(self.values.get(value, 0), total), share))
+        return max(found, key=lambda x: abs(x[1].value - x[2]))
 
     @staticmethod
     def of(images: Tensor, prompt: str, negative: str) -> Counts:

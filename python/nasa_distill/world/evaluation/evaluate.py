@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
         allowed = world.matches(batch).bool()
         followed = allowed[torch.arange(len(batch)), verdict.scene]
         valid = verdict.valid
+        values = Counter(
+            f"{attribute} {value}"
+            for scene in verdict.scene[valid].tolist()
+            for attribute, of_objects in world.describe(scene).items()
+            for value in of_objects.split()
+        )
         total.add(
             Counts(
                 n=len(batch),
@@ -108,6 +115,7 @@ def quality(model: Model, steps: int, images: int, seed: int, guidance: float = 
                 valid=int(valid.sum()),
                 followed_valid=int((followed & valid).sum()),
                 residual=verdict.residual.sum().item(),
+                values=values,
             )
         )
     return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import subprocess
@@ -42,7 +41,7 @@ class Made:
         if key not in self.known:
             self.known[key] = make(*how)
             if self.path is not None:
-                line = {"cell": key, "counts": [dataclasses.asdict(x) for x in self.known[key]]}
+                line = {"cell": key, "counts": [x.plain() for x in self.known[key]]}
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
         return self.known[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -79,12 +78,12 @@ def as_json(results: Results) -> dict:
                 "strength": cell.method.strength,
                 "tau": cell.method.tau,
                 "alpha": cell.method.share,
-                "pairs": [dataclasses.asdict(counts) for counts in cell.pairs],
-                "seeds": {seed: dataclasses.asdict(x) for seed, x in cell.seeds.items()},
+                "pairs": [counts.plain() for counts in cell.pairs],
+                "seeds": {seed: x.plain() for seed, x in cell.seeds.items()},
             }
             for cell in results.cells
         ],
-        "quality": {name: dataclasses.asdict(counts) for name, counts in results.quality.items()},
+        "quality": {name: counts.plain() for name, counts in results.quality.items()},
     }
 
 
@@ -250,12 +249,20 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def quality_table(results: Results) -> str:
+    """Of results from before a model's values were counted, without their column."""
     named = ("valid", "followed if valid")
-    rows = [
-        (name, counts.n, *(counts.shares[x] for x in named), f"{counts.residual / counts.n:.4f}")
-        for name, counts in results.quality.items()
-    ]
-    return tables.markdown(("model", "images", *named, "mean residual"), rows)
+    world = world_of(results)
+    counted = all(counts.values for counts in results.quality.values())
+    rows = []
+    for name, counts in results.quality.items():
+        row = [name, counts.n, *(counts.shares[x] for x in named)]
+        row.append(f"{counts.residual / counts.n:.4f}")
+        if counted:
+            value, here, there = counts.furthest(world)
+            row.append(f"{value}: {here} for {100 * there:.1f}")
+        rows.append(row)
+    last = ("furthest from the world's share",) if counted else ()
+    return tables.markdown(("model", "images", *named, "mean residual", *last), rows)
 
 
 def pair_table(results: Results, steps: int) -> str:
