@@ -103,7 +103,7 @@ LARGE_RECIPE = Recipe(
         Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=1, muon=0.005),
         Settings(steps=9000, batch=16, learning_rate=1e-3, ema=0.997, seed=2, muon=0.005),
     ),
-    finish=(Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=3, muon=0.004),),
+    finish=(Settings(steps=3000, batch=16, learning_rate=7e-4, ema=0.995, seed=3, muon=0.004),),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
@@ -118,7 +118,7 @@ LARGE_RECIPE = Recipe(
     ),
     four_step=(Settings(steps=1600, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.004),),
     four_step_settled=(
-        Settings(steps=2600, batch=64, learning_rate=5e-4, ema=0.997, seed=4, muon=0.003),
+        Settings(steps=1600, batch=64, learning_rate=5e-4, ema=0.997, seed=4, muon=0.003),
     ),
     chained=False,
     words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
