@@ -231,16 +231,17 @@ __device__ __forceinline__ void walk(const ForwardParams& p, const Image& image)
     // that share a row.
     const auto leave_image = [&] {
         const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+        const float lse[2] = {softmax.lse(0, inverse[0]), softmax.lse(1, inverse[1])};
         normalise(z, inverse);
         uint16_t* o = static_cast<uint16_t*>(image.o) +
                       (static_cast<int64_t>(b) * p.l * p.h + h) * p.d;
         store_shared<T>(o, z, p, row, column);
-#pragma unroll
+#pragma unroll 1  // unrolled, it takes a register more than there are
         for (int r = 0; r < 2; ++r) {
             const int l = row + lane / 4 + 8 * r;
             if (column == 0 && lane % 4 == 0 && l < p.l) {
                 image.lse[(static_cast<int64_t>(b) * p.h + h) * p.l + l] =
-                    softmax.lse(r, inverse[r]) * (1.f / kLog2E);
+                    (r == 0 ? lse[0] : lse[1]) * (1.f / kLog2E);
             }
         }
         softmax = OnlineSoftmax{};
