@@ -1,9 +1,9 @@
 """Rows of `bench host` in calls of the unit, and what of them is ours.
 
-The first launch of joint attention is PyTorch's own attention over the image. On CPU tensors it
-computes, which on a GPU costs the host nothing, and its checks and allocations are not ours either:
-the row `image` is that call alone, of the same run, and what a joint attention takes beside it is
-ours.
+The first launch of joint attention is PyTorch's own attention over the image, if that is not small.
+On CPU tensors it computes, which on a GPU costs the host nothing, and its checks and allocations
+are not ours either: the row `image` is that call alone, of the same run, and what a joint attention
+takes beside it is ours.
 """
 
 from __future__ import annotations

@@ -287,7 +287,8 @@ HOST = (
     "({versions}; `python -m bench host`). Median (p20-p80). On CPU tensors PyTorch's own "
     "attention over the image, the first launch of joint attention, does compute: the call "
     "`image` is that alone, `shared` has what joint attention puts around it, and **ours** is "
-    "what a call takes beside `image`, where the rows have it."
+    "what a call takes beside `image`, where the rows have it. The calls with `small` in their "
+    "names attend to the image in their own launch, as all joint attention to small images does."
 )
 
 

@@ -3,7 +3,7 @@
 // whenever an operator, its arguments or their meaning change, here and there.
 #pragma once
 
-#define NASA_ABI "1"
+#define NASA_ABI "2"
 
 extern "C" {
 __attribute__((visibility("default"))) extern const char nasa_kernels_abi[];

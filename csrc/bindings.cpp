@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "abi.h"
@@ -100,6 +101,7 @@ Prompt prompt_of(const View& k, const View& v, const std::optional<Tensor>& mask
 struct Inputs {
     View q, k_pos, v_pos, k_neg, v_neg;
     const std::optional<Tensor>&mask_pos, &mask_neg;
+    const View *k = nullptr, *v = nullptr;  // the image's, where a launch attends to them
 };
 
 // Everything of a call but O. `aligned` so far covers q and the positive prompt only.
@@ -112,6 +114,10 @@ ForwardParams params_of(const Inputs& x, const std::optional<Tensor>& alpha_map,
         heads = heads_of_keys(keys, name, q, heads);
         check_sizes(keys, name, q, heads);
     };
+    if (x.k != nullptr) {
+        check_keys(*x.k, "k");
+        check_keys(*x.v, "v");
+    }
     check_keys(x.k_pos, "k_pos");
     check_keys(x.v_pos, "v_pos");
     check_keys(x.k_neg, "k_neg");
@@ -168,24 +174,38 @@ void check(cudaError_t error, const View& q) {
                     " (head_dim ", q.size(3), ", device ", q.get_device_index(), ")");
 }
 
-// A contiguous [b, l, h, d]. Straight from the C interface: through the dispatcher it would cost half
+// A contiguous tensor on the device of q. Straight from the C interface: through the dispatcher it would cost half
 // a microsecond more, as much as all else here.
-Tensor contiguous_like(const View& q) {
-    const int64_t sizes[4] = {q.size(0), q.size(1), q.size(2), q.size(3)};
-    const int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+template <int kDim>
+Tensor new_contiguous(const View& q, const int64_t (&sizes)[kDim], int32_t dtype) {
+    int64_t strides[kDim];
+    int64_t step = 1;
+    for (int i = kDim - 1; i >= 0; --i) {
+        strides[i] = step;
+        step *= sizes[i];
+    }
     int32_t device_type = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.tensor().get(), &device_type));
     AtenTensorHandle found = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, q.dtype(), device_type,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDim, sizes, strides, dtype, device_type,
                                                     q.get_device_index(), &found));
     return Tensor(found);
 }
 
+// [b, l, h, d] like q
+Tensor contiguous_like(const View& q) {
+    return new_contiguous(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, q.dtype());
+}
+
+ForwardParams& call_of(ForwardParams& p) { return p; }
+ForwardParams& call_of(ImageParams& p) { return p.call; }
+
 // O of a checked call, into a new tensor
-Tensor launch_forward(ForwardParams& p, const View& q) {
+template <class Params>
+Tensor launch_forward(Params& p, const View& q) {
     Tensor o = contiguous_like(q);
     if (o.numel() == 0) return o;
-    p.o = o.mutable_data_ptr();
+    call_of(p).o = o.mutable_data_ptr();
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     check(forward(p, current_stream(q)), q);
     return o;
@@ -256,6 +276,20 @@ void set_shared_rows(ForwardParams& p, const View& q, const View& o_shared,
     p.aligned = p.aligned && starts_on_16_bytes(o_shared);
 }
 
+// Takes the rule of a joint attention whose rows are known; returns whether one asks for the negative
+// prompt.
+bool settle_rule(ForwardParams& p, int64_t rule, int64_t text_neg) {
+    STD_TORCH_CHECK(rule >= 0 && rule < kRules, "nasa_kernels: rule must be 0 to ", kRules - 1,
+                    ", got ", rule);
+    p.rule = static_cast<Rule>(rule);
+    drop_projection(p);
+    if (p.alpha_map != nullptr || p.alpha != 0.f || text_neg != 0 || p.rule == Rule::kVsf) {
+        return true;
+    }
+    p.prompt[kNeg].n = 0;
+    return false;
+}
+
 // The same beside the keys that both prompts share.
 Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos,
                           const Tensor k_neg, const Tensor v_neg,
@@ -267,17 +301,84 @@ Tensor forward_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos
     const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg};
     ForwardParams p = params_of(x, alpha_map, alpha, scale);
     set_shared_rows(p, x.q, o_shared, lse_shared, text_pos, text_neg);
-    STD_TORCH_CHECK(rule >= 0 && rule < kRules, "nasa_kernels: rule must be 0 to ", kRules - 1,
-                    ", got ", rule);
-    p.rule = static_cast<Rule>(rule);
-    drop_projection(p);
-    // then no row asks for the negative prompt
-    if (p.alpha_map == nullptr && p.alpha == 0.f && text_neg == 0 && p.rule != Rule::kVsf) {
-        p.prompt[kNeg].n = 0;
-        return launch_forward(p, x.q);
-    }
+    if (!settle_rule(p, rule, text_neg)) return launch_forward(p, x.q);
     const auto copies = settle_negative(p, x);
     return launch_forward(p, x.q);
+}
+
+// A call that attends to the image's keys as well, in the launch for the prompts. O_s goes to `o` and
+// its log-sum-exp to `lse`, [b, h, l]. `aligned` so far covers q, the positive prompt and the image.
+ImageParams image_params_of(const Inputs& x, const std::optional<Tensor>& alpha_map, double alpha,
+                            double scale, int64_t text_pos, int64_t text_neg, void* o, void* lse) {
+    ImageParams p{params_of(x, alpha_map, alpha, scale), {}};
+    p.image = {prompt_of(*x.k, *x.v, {}, x.q), o, static_cast<float*>(lse)};
+    ForwardParams& call = p.call;
+    set_text_rows(call, text_pos, text_neg);
+    const int64_t l = call.l, h = call.h, d = call.d;
+    call.shared.o = {o, l * h * d, h * d, d};
+    call.shared.lse = p.image.lse;
+    call.shared.lse_stride_b = h * l;
+    call.shared.lse_stride_h = l;
+    call.shared.lse_stride_l = 1;
+    call.aligned = call.aligned && starts_on_16_bytes(*x.k) && starts_on_16_bytes(*x.v);
+    return p;
+}
+
+Tensor launch_image(ImageParams& p, const Inputs& x, int64_t rule, int64_t text_neg) {
+    if (settle_rule(p.call, rule, text_neg)) {
+        // whole rows or single elements, the bits are the same
+        p.call.aligned = p.call.aligned && starts_on_16_bytes(x.k_neg) && starts_on_16_bytes(x.v_neg);
+    }
+    return launch_forward(p, x.q);
+}
+
+// Memory that nobody sees but the launches of one call: for O_s, for its log-sum-exp, and for Z- where
+// that is asked for. One tensor, because each costs the host as much as a launch.
+struct Scratch {
+    Tensor memory;
+    void *o, *z_neg, *lse;
+
+    explicit Scratch(const View& q, bool has_z_neg = false) {
+        const int64_t rows = q.dim() == 4 ? q.size(0) * q.size(1) * q.size(2) : 0;
+        // in floats of two elements; where rows start on 16 bytes in O_s, those of Z- do
+        const int64_t each = (q.numel() + 1) / 2, all = has_z_neg ? 2 * each : each;
+        memory = new_contiguous(q, {all + rows}, aoti_torch_dtype_float32());
+        float* const first = static_cast<float*>(memory.mutable_data_ptr());
+        o = first;
+        z_neg = has_z_neg ? first + each : nullptr;
+        lse = first + all;
+    }
+};
+
+Tensor forward_image_cuda(const Tensor q, const Tensor k, const Tensor v, const Tensor k_pos,
+                          const Tensor v_pos, const Tensor k_neg, const Tensor v_neg,
+                          const std::optional<Tensor> mask_pos,
+                          const std::optional<Tensor> mask_neg,
+                          const std::optional<Tensor> alpha_map, double alpha, double scale,
+                          int64_t rule, int64_t text_pos, int64_t text_neg) {
+    const View image_k(k), image_v(v);
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, &image_k, &image_v};
+    const Scratch scratch(x.q);
+    ImageParams p =
+        image_params_of(x, alpha_map, alpha, scale, text_pos, text_neg, scratch.o, scratch.lse);
+    return launch_image(p, x, rule, text_neg);
+}
+
+// The same, with what the backward pass starts from
+std::tuple<Tensor, Tensor, Tensor> attention_image_cuda(
+    const Tensor q, const Tensor k, const Tensor v, const Tensor k_pos, const Tensor v_pos,
+    const Tensor k_neg, const Tensor v_neg, const std::optional<Tensor> mask_pos,
+    const std::optional<Tensor> mask_neg, const std::optional<Tensor> alpha_map, double alpha,
+    double scale, int64_t rule, int64_t text_pos, int64_t text_neg) {
+    const View image_k(k), image_v(v);
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, &image_k, &image_v};
+    check_sizes(x.q, "q", x.q, x.q.dim() == 4 ? x.q.size(2) : 0);
+    const Tensor o_shared = contiguous_like(x.q);
+    const Tensor lse_shared =
+        new_contiguous(x.q, {x.q.size(0), x.q.size(2), x.q.size(1)}, aoti_torch_dtype_float32());
+    ImageParams p = image_params_of(x, alpha_map, alpha, scale, text_pos, text_neg,
+                                    o_shared.mutable_data_ptr(), lse_shared.mutable_data_ptr());
+    return {launch_image(p, x, rule, text_neg), o_shared, lse_shared};
 }
 
 struct NagSettings {
@@ -286,10 +387,13 @@ struct NagSettings {
 };
 
 // Normalised attention guidance: Z+ and Z- are a launch each, of the kernels for one prompt, and a third
-// makes O of them, where Z+ was. `p` has both prompts, and the shared segment if there is one.
-Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Inputs& x, bool shared_aligned,
+// makes O of them, where Z+ was. `given` has both prompts, and the shared segment if there is one; of an
+// image's keys the launch of Z+ makes it. Z- goes to `place`, or without one into a new tensor.
+template <class Params>
+Tensor launch_nag(Params& given, const NagSettings& how, const Inputs& x, bool shared_aligned,
                   const std::optional<Tensor>& alpha_map, double alpha, int64_t text_pos,
-                  int64_t text_neg) {
+                  int64_t text_neg, void* place = nullptr) {
+    ForwardParams& p = call_of(given);
     const View& q = x.q;
     STD_TORCH_CHECK(how.norm == 1 || how.norm == 2, "nasa_kernels: nag_norm must be 1 or 2, got ",
                     how.norm);
@@ -320,17 +424,23 @@ Tensor launch_nag(ForwardParams& p, const NagSettings& how, const Inputs& x, boo
     const Prompt neg = p.prompt[kNeg];
     p.prompt[kNeg].n = 0;
     p.o = nag.o = o.mutable_data_ptr();
-    check(forward(p, stream), q);
+    check(forward(given, stream), q);
     if (nag.alpha_map == nullptr && nag.alpha == 0.f && text_neg == 0) return o;
-    const Tensor z_neg = contiguous_like(q);
+    Tensor z_neg;
+    if (place == nullptr) {
+        z_neg = contiguous_like(q);
+        place = z_neg.mutable_data_ptr();
+    }
     p.prompt[kPos] = neg;
     // the negative text's queries attend as the positive one's do to theirs
     p.shared.first_text_pos = p.shared.first_text_neg = p.l;
     p.aligned = p.d % 8 == 0 && starts_on_16_bytes(q) && starts_on_16_bytes(x.k_neg) &&
                 starts_on_16_bytes(x.v_neg) && shared_aligned;
-    p.o = z_neg.mutable_data_ptr();
-    nag.z_neg = p.o;
-    check(forward(p, stream), q);
+    p.o = place;
+    nag.z_neg = place;
+    // equal prompts have equal bits: both halves are sums of one order
+    constexpr bool kImage = std::is_same_v<Params, ImageParams>;
+    check(kImage ? forward_beside_image(p, stream) : forward(p, stream), q);
     check(nag_blend(nag, stream), q);
     return o;
 }
@@ -356,6 +466,20 @@ Tensor nag_joint_cuda(const Tensor q, const Tensor k_pos, const Tensor v_pos, co
     set_shared_rows(p, x.q, o_shared, lse_shared, text_pos, text_neg);
     return launch_nag(p, {nag_scale, nag_tau, nag_norm}, x, starts_on_16_bytes(o_shared), alpha_map,
                       alpha, text_pos, text_neg);
+}
+
+Tensor nag_image_cuda(const Tensor q, const Tensor k, const Tensor v, const Tensor k_pos,
+                      const Tensor v_pos, const Tensor k_neg, const Tensor v_neg,
+                      const std::optional<Tensor> mask_pos, const std::optional<Tensor> mask_neg,
+                      const std::optional<Tensor> alpha_map, double alpha, double scale,
+                      double nag_scale, double nag_tau, int64_t nag_norm, int64_t text_pos,
+                      int64_t text_neg) {
+    const View image_k(k), image_v(v);
+    const Inputs x{q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, &image_k, &image_v};
+    const Scratch scratch(x.q, true);
+    ImageParams p = image_params_of(x, {}, 0., scale, text_pos, text_neg, scratch.o, scratch.lse);
+    return launch_nag(p, {nag_scale, nag_tau, nag_norm}, x, true, alpha_map, alpha, text_pos,
+                      text_neg, scratch.z_neg);
 }
 
 // dO of a backward call, contiguous in d: the gradient of a sum is one number with strides of 0. The
@@ -566,6 +690,9 @@ NASA_LIBRARY(m) {
     m.impl("forward_joint_cuda", TORCH_BOX(&nasa::forward_joint_cuda));
     m.impl("nag_cuda", TORCH_BOX(&nasa::nag_cuda));
     m.impl("nag_joint_cuda", TORCH_BOX(&nasa::nag_joint_cuda));
+    m.impl("forward_image_cuda", TORCH_BOX(&nasa::forward_image_cuda));
+    m.impl("attention_image_cuda", TORCH_BOX(&nasa::attention_image_cuda));
+    m.impl("nag_image_cuda", TORCH_BOX(&nasa::nag_image_cuda));
     m.impl("backward_cuda", TORCH_BOX(&nasa::backward_cuda));
     m.impl("joint_statistics_cuda", TORCH_BOX(&nasa::joint_statistics_cuda));
     m.impl("joint_queries_cuda", TORCH_BOX(&nasa::joint_queries_cuda));

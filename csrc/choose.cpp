@@ -3,7 +3,8 @@
 // The kernels of one architecture give the same bits whether they hold the prompts or stream them:
 // forward_short those of forward_long, forward_sm90_short those of forward_sm90_long. So the length
 // of the negative prompt changes no bit of the positive one's part, and alpha 0 is the positive
-// prompt alone whatever the negative one is. Hopper's kernels add up in the order of wgmma, the
+// prompt alone whatever the negative one is. forward_image, which attends to the image's keys as well,
+// adds up as forward_long does, on Hopper too. Hopper's kernels add up in the order of wgmma, the
 // others in that of mma.sync: for rows that TMA cannot read, those of the positive prompt decide,
 // because bindings.cpp copies a negative prompt that would make the difference.
 #include <algorithm>
@@ -14,6 +15,13 @@
 
 namespace nasa {
 namespace {
+
+// Whether what holds both prompts at once has the room
+bool fits_short(const ForwardParams& p) {
+    return std::max(p.prompt[kPos].n, p.prompt[kNeg].n) <= kBlockKeys;
+}
+
+bool is_empty(const ForwardParams& p) { return p.b == 0 || p.l == 0 || p.h == 0; }
 
 // TMA wants rows on 16 bytes that move from one to the next.
 bool sm90_takes(const ForwardParams& p, const Device& device) {
@@ -33,6 +41,18 @@ bool sm90_takes(const ForwardParams& p, const Device& device) {
 #endif
 }
 
+// Those of mma.sync, short or long
+cudaError_t forward_generic(const ForwardParams& p, const Device& device, cudaStream_t stream) {
+    const int keys = short_keys(p);
+    const int d = padded_head_dim(p.d);
+    const bool projects = p.rule != Rule::kProjected || short_projects(d);
+    if (fits_short(p) && has_short(d, keys) && projects &&
+        short_shared_bytes(d, keys, is_plain(p)) <= device.shared_per_block) {
+        return forward_short(p, device, stream);
+    }
+    return forward_long(p, device, stream);
+}
+
 std::atomic<bool> overlap{false};
 
 }  // namespace
@@ -41,24 +61,31 @@ void overlap_launches(bool on) { overlap.store(on, std::memory_order_relaxed); }
 bool launches_overlap() { return overlap.load(std::memory_order_relaxed); }
 
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream) {
-    if (p.b == 0 || p.l == 0 || p.h == 0) return cudaSuccess;
+    if (is_empty(p)) return cudaSuccess;
     Device device;
     if (const cudaError_t error = current_device(device)) return error;
-    const int keys = short_keys(p);
-    const bool fits = std::max(p.prompt[kPos].n, p.prompt[kNeg].n) <= kBlockKeys;
 #ifdef NASA_WITH_SM90
     if (sm90_takes(p, device)) {
-        return fits && has_sm90_short(p.d, keys) ? forward_sm90_short(p, device, stream)
-                                                 : forward_sm90_long(p, device, stream);
+        return fits_short(p) && has_sm90_short(p.d, short_keys(p))
+                   ? forward_sm90_short(p, device, stream)
+                   : forward_sm90_long(p, device, stream);
     }
 #endif
-    const int d = padded_head_dim(p.d);
-    const bool projects = p.rule != Rule::kProjected || short_projects(d);
-    if (fits && has_short(d, keys) && projects &&
-        short_shared_bytes(d, keys, is_plain(p)) <= device.shared_per_block) {
-        return forward_short(p, device, stream);
-    }
-    return forward_long(p, device, stream);
+    return forward_generic(p, device, stream);
+}
+
+cudaError_t forward(const ImageParams& p, cudaStream_t stream) {
+    if (is_empty(p.call)) return cudaSuccess;
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    return forward_image(p, device, stream);
+}
+
+cudaError_t forward_beside_image(const ForwardParams& p, cudaStream_t stream) {
+    if (is_empty(p)) return cudaSuccess;
+    Device device;
+    if (const cudaError_t error = current_device(device)) return error;
+    return forward_generic(p, device, stream);
 }
 
 cudaError_t backward(const BackwardParams& p, cudaStream_t stream) {

@@ -3,6 +3,8 @@
 //     O = softmax(Q K+^T) V+  -  alpha * softmax(Q K-^T) V-
 //
 // or what rules.cuh makes of the two prompts, or of them and the shared keys of a joint attention.
+// These, the keys of the image, are another kernel's; or the walk begins with them, and leaves O_s and
+// its log-sum-exp in memory where the other kernel would have left them.
 //
 // A block of 8 warps owns the query rows of one head, 16 per warp. It walks over K-, V-, parks Z- in
 // registers, and walks over K+, V+, 128 keys at a time: two tiles of K, a step of the softmax, two
@@ -96,9 +98,37 @@ __device__ __forceinline__ void join_sums(RowSums& sums, float* scratch, int row
     }
 }
 
-template <typename T, int kD>
-__global__ void __launch_bounds__(kLongThreads, 1)
-    forward_long_kernel(const __grid_constant__ ForwardParams p) {
+// O_s of a warp's 16 rows, normalised, rounded to T: columns [column, column + 8 * kTiles) of rows l to
+// l + 15 of a head of the contiguous [b, l, h, d] that starts at `o`.
+template <typename T, int kTiles>
+__device__ __forceinline__ void store_shared(uint16_t* o, const float (&z)[kTiles][4],
+                                             const ForwardParams& p, int l, int column) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int64_t stride = static_cast<int64_t>(p.h) * p.d;
+    const int first = column + lane % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = l + lane / 4 + 8 * r;
+        if (row >= p.l) continue;
+        uint16_t* target = o + row * stride + first;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+            const uint32_t pair = ptx::pack<T>(z[j][2 * r], z[j][2 * r + 1]);
+            const int left = p.d - first - 8 * j;
+            if (p.d % 2 == 0) {
+                if (left > 0) *reinterpret_cast<uint32_t*>(target + 8 * j) = pair;
+            } else {
+                if (left > 0) target[8 * j] = static_cast<uint16_t>(pair);
+                if (left > 1) target[8 * j + 1] = static_cast<uint16_t>(pair >> 16);
+            }
+        }
+    }
+}
+
+// All that is in this file: O of a call, whose keys of the image are looked at first where kImage says
+// so, and else are nobody's or another kernel's.
+template <typename T, int kD, bool kImage>
+__device__ __forceinline__ void walk(const ForwardParams& p, const Image& image) {
     using Layout = LongLayout<kD>;
     constexpr int kColumns = Layout::kColumns, kRows = Layout::kRows;
     constexpr int kPitch = Tile<kD>::kPitch;
@@ -118,20 +148,23 @@ __global__ void __launch_bounds__(kLongThreads, 1)
     // this warp's rows of Q, and later its columns of O_s and O
     unsigned char* warp_rows = smem + Layout::kQ + row_group * kWarpRows * kPitch;
 
-    // Blocks of keys in the order of the walk: those of the negative prompt come first.
+    // Blocks of keys in the order of the walk: those of the image end before end_image, those of the
+    // negative prompt before end_neg, and the positive one's come last.
+    const auto blocks_for = [](int n) { return (n + kBlockKeys - 1) / kBlockKeys; };
     const auto blocks_of = [&](int side) {
-        const int n = attends(p, side, tile * kRows, kRows) ? p.prompt[side].n : 0;
-        return (n + kBlockKeys - 1) / kBlockKeys;
+        return attends(p, side, tile * kRows, kRows) ? blocks_for(p.prompt[side].n) : 0;
     };
-    const int blocks_neg = blocks_of(kNeg);
-    const int blocks = blocks_neg + blocks_of(kPos);
+    const int end_image = kImage ? blocks_for(image.keys.n) : 0;
+    const int end_neg = end_image + blocks_of(kNeg);
+    const int blocks = end_neg + blocks_of(kPos);
     struct Keys {
         const Prompt& prompt;
         int first;
     };
     const auto keys_of = [&](int block) {
-        const int side = block < blocks_neg ? kNeg : kPos;
-        return Keys{p.prompt[side], (side == kNeg ? block : block - blocks_neg) * kBlockKeys};
+        if (kImage && block < end_image) return Keys{image.keys, block * kBlockKeys};
+        const int side = block < end_neg ? kNeg : kPos;
+        return Keys{p.prompt[side], (block - (side == kNeg ? end_image : end_neg)) * kBlockKeys};
     };
 
     // The ring: stage `next` is read next, and the one before it is free.
@@ -174,7 +207,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
             load_keys(half, 0, half);
             ptx::cp_async_commit();
         }
-    } else {
+    } else if (!kImage) {
         load_shared();
         ptx::cp_async_commit();
     }
@@ -194,9 +227,31 @@ __global__ void __launch_bounds__(kLongThreads, 1)
         }
         clear(z);
     };
+    // The image's keys are all seen: O_s and its log-sum-exp go to memory. The barrier is for the warps
+    // that share a row.
+    const auto leave_image = [&] {
+        const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+        const float lse[2] = {softmax.lse(0, inverse[0]), softmax.lse(1, inverse[1])};
+        normalise(z, inverse);
+        uint16_t* o = static_cast<uint16_t*>(image.o) +
+                      (static_cast<int64_t>(b) * p.l * p.h + h) * p.d;
+        store_shared<T>(o, z, p, row, column);
+#pragma unroll 1  // unrolled, it takes a register more than there are
+        for (int r = 0; r < 2; ++r) {
+            const int l = row + lane / 4 + 8 * r;
+            if (column == 0 && lane % 4 == 0 && l < p.l) {
+                image.lse[(static_cast<int64_t>(b) * p.h + h) * p.l + l] =
+                    (r == 0 ? lse[0] : lse[1]) * (1.f / kLog2E);
+            }
+        }
+        softmax = OnlineSoftmax{};
+        clear(z);
+        __syncthreads();
+    };
 
     for (int block = 0; block < blocks; ++block) {
-        if (block == blocks_neg) park();
+        if (kImage && block == end_image) leave_image();
+        if (block == end_neg) park();
         const auto [prompt, first] = keys_of(block);
         // its last readers have passed the barriers of V
         if (threadIdx.x < kBlockKeys) {
@@ -231,7 +286,7 @@ __global__ void __launch_bounds__(kLongThreads, 1)
             const uint32_t v = take([&](int at) {
                 if (block + 1 < blocks) {
                     load_keys(at, block + 1, half);
-                } else if (half == 0) {
+                } else if (half == 0 && (!kImage || blocks > end_image)) {
                     load_shared();  // no warp reads Q any more
                 }
             });
@@ -241,7 +296,12 @@ __global__ void __launch_bounds__(kLongThreads, 1)
                                 v + 2 * column);
         }
     }
-    if (blocks == blocks_neg) park();
+    if (kImage && blocks == end_image) {
+        leave_image();
+        load_shared();
+        ptx::cp_async_commit();
+    }
+    if (blocks == end_neg) park();
 
     const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
     const float inverse_neg[2] = {softmax_neg.inverse_sum(0), softmax_neg.inverse_sum(1)};
@@ -266,17 +326,37 @@ __global__ void __launch_bounds__(kLongThreads, 1)
 }
 
 template <typename T, int kD>
-cudaError_t launch_long(const ForwardParams& p, const Device& device, cudaStream_t stream) {
+__global__ void __launch_bounds__(kLongThreads, 1)
+    forward_long_kernel(const __grid_constant__ ForwardParams p) {
+    walk<T, kD, false>(p, {});
+}
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(kLongThreads, 1)
+    forward_image_kernel(const __grid_constant__ ImageParams p) {
+    walk<T, kD, true>(p.call, p.image);
+}
+
+template <auto kKernel, int kD, typename Params>
+cudaError_t launch_long(const ForwardParams& p, const Device& device, cudaStream_t stream,
+                        const Params& params) {
     const int64_t blocks = p.b * ceil_div(p.l, LongLayout<kD>::kRows) * p.h;
-    return launch<forward_long_kernel<T, kD>>(device, blocks, kLongThreads, LongLayout<kD>::kBytes,
-                                              stream, p);
+    return launch<kKernel>(device, blocks, kLongThreads, LongLayout<kD>::kBytes, stream, params);
 }
 
 }  // namespace
 
 cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream) {
     return dispatch(p.type, p.d, [&](auto type, auto head_dim) {
-        return launch_long<typename decltype(type)::type, head_dim>(p, device, stream);
+        using T = typename decltype(type)::type;
+        return launch_long<forward_long_kernel<T, head_dim>, head_dim>(p, device, stream, p);
+    });
+}
+
+cudaError_t forward_image(const ImageParams& p, const Device& device, cudaStream_t stream) {
+    return dispatch(p.call.type, p.call.d, [&](auto type, auto head_dim) {
+        using T = typename decltype(type)::type;
+        return launch_long<forward_image_kernel<T, head_dim>, head_dim>(p.call, device, stream, p);
     });
 }
 

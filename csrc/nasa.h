@@ -75,6 +75,19 @@ struct ForwardParams {
     Type type;
 };
 
+// The keys of kShared, where the launch attends to them itself: forward_image. What it finds goes to
+// memory that its call.shared reads.
+struct Image {
+    Prompt keys;  // without a mask
+    void* o;      // [b, l, h, d], contiguous
+    float* lse;   // [b, h, l], contiguous
+};
+
+struct ImageParams {
+    ForwardParams call;  // its `aligned` covers `image` too
+    Image image;
+};
+
 // The gradients of O, given dO. With P+- = softmax(..) and w+ = 1, w- = -alpha, per query row:
 //     u+- = rowsum(P+- * (dO V+-^T))          dS+- = w+- P+- * (dO V+-^T - u+-)
 //     dQ = scale * (dS+ K+ + dS- K-)          dalpha = -u-
@@ -133,10 +146,14 @@ bool launches_overlap();
 
 // Launch on `stream` of the current device; nothing waits for the GPU.
 cudaError_t forward(const ForwardParams& p, cudaStream_t stream);
+cudaError_t forward(const ImageParams& p, cudaStream_t stream);
+// A call whose image such a launch has attended to, in sums of the same order
+cudaError_t forward_beside_image(const ForwardParams& p, cudaStream_t stream);
 cudaError_t forward_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_sm90_short(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_sm90_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
 cudaError_t forward_long(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_image(const ImageParams& p, const Device& device, cudaStream_t stream);
 cudaError_t nag_blend(NagParams p, cudaStream_t stream);
 
 // How many blocks should share the query rows: enough to fill the GPU when there are few keys.

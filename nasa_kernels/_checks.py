@@ -103,15 +103,20 @@ def prepare(
 
 def expanded(
     q: Tensor, k_pos: Tensor, v_pos: Tensor, k_neg: Tensor, v_neg: Tensor,
-    mask_pos: Tensor | None, mask_neg: Tensor | None, alpha_map: Tensor | None,
+    mask_pos: Tensor | None, mask_neg: Tensor | None, alpha_map: Tensor | None, *image: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The operands of an operator that was called with what the user gave, expanded as views to the
     batch of q, and K and V to the heads that they have between them. An error is worded by the
     public function, which knows its own name.
+
+    image: K and V of the image, where they are operands of a joint attention.
     """
     function = "nasa_kernels"
     _check_queries(function, q)
-    heads = kv_heads(q, k_pos, v_pos, k_neg, v_neg)
+    heads = kv_heads(q, *image, k_pos, v_pos, k_neg, v_neg)
+    if image:
+        k, v = image
+        image = _check_prompt(function, q, k, v, "", heads)
     k_pos, v_pos = _check_prompt(function, q, k_pos, v_pos, "_pos", heads)
     k_neg, v_neg = _check_prompt(function, q, k_neg, v_neg, "_neg", heads)
     if mask_pos is not None:
@@ -122,7 +127,7 @@ def expanded(
         if alpha_map.dtype != torch.float32 or alpha_map.device != q.device:
             raise ValueError(f"{function}: alpha_map must be fp32, on the device of q")
         alpha_map, _ = check_alpha(function, q, alpha_map)
-    return k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map
+    return k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, *image
 
 
 def check_rule(function: str, rule: str, rules: Sequence[str]) -> None:

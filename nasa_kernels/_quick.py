@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from nasa_kernels._checks import Call
+from nasa_kernels._joint.shared import in_one_launch
 from nasa_kernels.backends import RECORDS
 
 # what an operator raises, or Python before it; not a compiler's errors, nor what stops a program
@@ -61,16 +63,33 @@ class Known(NamedTuple):
     scale: float
     # what the operator runs, where that is Python of ours
     function: Any = None
+    # of joint attention, what does the same for a small image, in one launch, and whether that is
+    # an operator
+    one_launch: Any = None
+    one_is_operator: bool = False
 
 
-def past_operator(known: Known) -> Any:
+def joint_operator(
+    known: Known, text_queries: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor
+) -> Any:
+    """What to call for a joint attention; None where the checks must say what is wrong."""
+    if known.one_launch is not None and in_one_launch(q, k, text_queries[0] + text_queries[1]):
+        # no operator of PyTorch's is called past its checks
+        one = known.one_launch
+        return one if known.one_is_operator else past_operator(known, one)
+    return past_operator(known, known.function) if like(q, k, v, *prompts) else None
+
+
+def past_operator(known: Known, function: Any) -> Any:
     """What to call where the operator runs Python of ours: that at once, which saves the host as
     much as a launch costs it. Who looks at operators or transforms them, as modes, tracers and
     profilers do, gets the operator.
+
+    function: `known.function`, or None where there is none.
     """
-    if known.function is None or _is_profiled() or _included().raw_repr() not in _PLAIN:
+    if function is None or _is_profiled() or _included().raw_repr() not in _PLAIN:
         return known.operator
-    return known.function
+    return function
 
 
 def quick(
@@ -148,15 +167,18 @@ def remember(
         and q.device.type != "meta"
     ):
         modules, name = (record.cross, cross) if cross else (record.joint, joint)
-        function = None
+        function = one_launch = None
         if modules is not None:
-            function = getattr(importlib.import_module(modules.forward), name)
+            module = importlib.import_module(modules.forward)
+            function = getattr(module, name)
+            one_launch = getattr(module, "ONE_LAUNCH", {}).get(name)
         # what an operator's own `__call__`, in Python, calls with the same arguments
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
         _known[key] = Known(
-            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function
-        )
+            operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function,
+            getattr(one_launch, "_op", one_launch), isinstance(one_launch, OpOverload),
+        )  # fmt: skip
 
 
 def are_two(text_queries: Any) -> bool:
@@ -171,8 +193,8 @@ def are_two(text_queries: Any) -> bool:
 
 def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
     """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
-    v in length: PyTorch's attention is called past its checks. And whether keys and values of the
-    prompts have the heads of the image's, of which their operator sees nothing.
+    v in length, where PyTorch's attention is called past its checks. And whether keys and values of
+    the prompts have the heads of the image's, of which their operator sees nothing.
     """
     # every question to a tensor costs the host: none is asked twice
     of_q, of_k = q.shape, k.shape

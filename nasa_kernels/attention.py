@@ -91,7 +91,7 @@ def nasa_attention(
     if plain is not None:
         known, alpha_map, number, factor = plain
         try:
-            run = known.operator if known.function is None else past_operator(known)
+            run = known.operator if known.function is None else past_operator(known, known.function)
             return run(
                 q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number, factor,
                 *known.rest,

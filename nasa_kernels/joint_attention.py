@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, are_two, like, past_operator, quick, remember
+from nasa_kernels._quick import REFUSALS, are_two, joint_operator, quick, remember
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
 
@@ -89,15 +89,17 @@ def nasa_joint_attention(
     asked = (_NAME, backend, rule)
     keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
     plain = quick(asked, q, keys_values, mask_pos, mask_neg, alpha, scale)
-    if plain is not None and are_two(text_queries) and like(q, *keys_values):
+    if plain is not None and are_two(text_queries):
         known, alpha_map, number, factor = plain
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                return past_operator(known)(
-                    q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
-                    *text_queries,
-                )  # fmt: skip
+                operator = joint_operator(known, text_queries, q, *keys_values)
+                if operator is not None:
+                    return operator(
+                        q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
+                        *text_queries,
+                    )  # fmt: skip
             except REFUSALS:
                 # the checks say what is wrong
                 pass

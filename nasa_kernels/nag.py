@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
 from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, are_two, like, past_operator, quick, remember
+from nasa_kernels._quick import REFUSALS, are_two, joint_operator, past_operator, quick, remember
 from nasa_kernels.scalars import real, whole
 
 _INFINITY = float("inf")
@@ -83,7 +83,11 @@ def nag_attention(
         if plain is not None:
             known, alpha_map, alpha, factor = plain
             try:
-                run = known.operator if known.function is None else past_operator(known)
+                run = (
+                    known.operator
+                    if known.function is None
+                    else past_operator(known, known.function)
+                )
                 return run(
                     q, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, alpha, factor,
                     nag_scale, nag_tau, nag_norm,
@@ -155,15 +159,17 @@ def nag_joint_attention(
     if _are_settings(nag_scale, nag_tau, nag_norm) and are_two(text_queries):
         keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
         plain = quick(asked, q, keys_values, mask_pos, mask_neg, nag_alpha, scale)
-        if plain is not None and like(q, *keys_values):
+        if plain is not None:
             known, alpha_map, alpha, factor = plain
             # of alpha 0 there is less to do
             if alpha_map is not None or alpha != 0:
                 try:
-                    return past_operator(known)(
-                        q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor, nag_scale,
-                        nag_tau, nag_norm, *text_queries,
-                    )  # fmt: skip
+                    operator = joint_operator(known, text_queries, q, *keys_values)
+                    if operator is not None:
+                        return operator(
+                            q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor,
+                            nag_scale, nag_tau, nag_norm, *text_queries,
+                        )  # fmt: skip
                 except REFUSALS:
                     # the checks say what is wrong
                     pass

@@ -346,6 +346,15 @@ _define(
     _forward_fake,
     _flops.forward,
 )
+# all of a joint attention in one launch, which attends to the image's keys as well, and NAG with it
+_define("forward_image_cuda", f"({_JOINT_INPUTS}) -> Tensor", _forward_fake, _flops.joint_forward)
+_define(
+    "attention_image_cuda",
+    f"({_JOINT_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    _joint_attention_fake(RECORDS["cuda"]),
+    _flops.joint_forward,
+)
+_define("nag_image_cuda", f"({_JOINT_NAG_INPUTS}) -> Tensor", _forward_fake, _flops.joint_forward)
 # and the launches of the backward pass: statistics of the rows, dQ, dK and dV of one segment
 _define(
     "joint_statistics_cuda",

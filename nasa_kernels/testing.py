@@ -30,9 +30,10 @@ cpu_composition = attention
 CPU_LIBRARY = _cpu.LIBRARY
 CUDA_LIBRARY = extension.LIBRARY
 why_no_cpu_kernels = _cpu.load
-# the launches of joint attention on `cuda`, the first one alone, and the grids of Triton's resident
-# kernels
+# the launches of joint attention on `cuda`, the first one alone, up to which image there is no such
+# one, and the grids of Triton's resident kernels
 attend_shared = shared.attend_shared
+take_in_one_launch = shared.take_in_one_launch
 joint_forward_cuda = cuda_joint.forward
 joint_nag_cuda = cuda_joint.nag
 triton_grid = grid

@@ -27,6 +27,7 @@ NEEDED = {
     "forward_sm90_long_kernel": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"),
     "forward_short_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "forward_long_kernel": ("HMMA", "LDSM", "LDGSTS"),
+    "forward_image_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "backward_queries_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "backward_keys_kernel": ("HMMA", "LDSM", "LDGSTS"),
     "sum_splits_kernel": ("LDG", "STG"),

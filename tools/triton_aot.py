@@ -41,6 +41,8 @@ from nasa_kernels.testing import MODEL_SHAPES
 MODELS = ("sd15-64", "sd15-32", "sd15-16", "sdxl-64", "pixart-1024", "sana-1.6b", "wan-1.3b")
 # head_dim and keys of the image and of each text
 JOINT_MODELS = {"flux": (128, 4096, 512), "sd3": (64, 4096, 333)}
+# whose image the same launch attends to
+SMALL_IMAGES = {"flux-256px": (128, 256, 512)}
 # bytes that a block may have
 SHARED_MEMORY = {
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
@@ -167,6 +169,13 @@ def joint_attention(d: int, image: int, text: int, rule: str = "nasa-cross") -> 
         joint_backward.backward(q, *kept, *arguments, needs)
 
 
+def small_image(d: int, image: int, text: int) -> None:
+    """Of the backward pass nothing is new."""
+    q, k, prompt = (empty(1, n, 24, d) for n in (64, image, text))
+    rest = (None, None, None, 0.5, d**-0.5, RULES.index("nasa-cross"), 32, 32)
+    joint.forward(q, k, k, *(prompt,) * 4, *rest)
+
+
 def report(compilers: dict[str, CompileOnly], facts) -> None:
     """A line for each kernel that was compiled since the last report."""
     for name, kernel in compilers.items():
@@ -176,7 +185,7 @@ def report(compilers: dict[str, CompileOnly], facts) -> None:
 
 
 def of_the_models(arch: int, *models: str) -> None:
-    models = models or (*MODELS, *JOINT_MODELS)
+    models = models or (*MODELS, *JOINT_MODELS, *SMALL_IMAGES)
     compilers = compile_for(arch)
 
     def report_model(model: str, rule: str) -> None:
@@ -197,6 +206,9 @@ def of_the_models(arch: int, *models: str) -> None:
         for rule in ("nasa-cross", "projected"):
             joint_attention(*JOINT_MODELS[model], rule=rule)
             report_model(model, rule)
+    for model in (name for name in SMALL_IMAGES if name in models):
+        small_image(*SMALL_IMAGES[model])
+        report_model(model, "nasa-cross")
 
 
 def memory_of_all(arch: int) -> None:
@@ -250,6 +262,9 @@ def memory_of_all(arch: int) -> None:
     report_case("d256-n77+512-fp32")
     for model, (d, image, text) in JOINT_MODELS.items():
         joint_attention(d, image, text)
+        report_case(model)
+    for model, sizes in SMALL_IMAGES.items():
+        small_image(*sizes)
         report_case(model)
 
 

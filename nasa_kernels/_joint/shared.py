@@ -1,5 +1,8 @@
-"""The first launch of joint attention: PyTorch's own attention over the image keys, with its
-log-sum-exp, which lets the keys of the prompts be added afterwards.
+"""The image's keys in joint attention: whose launch attends to them.
+
+Of a small image a back end's own kernel does, in its one launch for all segments. Of any other
+PyTorch's attention does so first, with its log-sum-exp, which lets the keys of the prompts be added
+afterwards: the fastest kernel there is, for one launch more and the host time of its call.
 """
 
 import functools
@@ -13,6 +16,38 @@ from torch import Tensor
 _aten = torch.ops.aten
 # calls that cuDNN refused, by what it could see of them; another library takes the next one at once
 _refused: set[tuple] = set()
+
+# The most FLOPs in the attention to an image's keys that our kernels take over from PyTorch's. No
+# GPU has decided it; by a model, the counts of docs/kernels/statics.md: on Hopper a step of 64
+# queries and 128 keys of d 128 takes `forward_image` 2328 cycles of an SM, and a kernel of wgmma at
+# three quarters of its peak 1365. So at this many FLOPs it takes 4 us longer, elsewhere less.
+# A call of PyTorch's attention costs the host more than that, and the GPU the start of a kernel.
+_one_launch = 2**32
+
+
+def take_in_one_launch(flops: int) -> int:
+    """Another limit in this process, to measure it: 0 for two launches of every image. Returns the
+    one before.
+    """
+    global _one_launch
+    before, _one_launch = _one_launch, flops
+    return before
+
+
+def in_one_launch(q: Tensor, k: Tensor, text: int) -> bool:
+    """Whether the image of k is small enough for the one launch of a back end that has it. It says
+    nothing of their shapes otherwise.
+
+    text: How many of the queries are the texts' own. They do not decide, so that the bits of the
+        image's rows are the same with them and without.
+    """
+    of_q, of_k = q.shape, k.shape
+    # fp32 is multiplied without tensor cores, where our kernels are the slower ones at any size
+    if len(of_q) != 4 or len(of_k) != 4 or q.dtype is torch.float32:
+        return False
+    b, l, h, d = of_q
+    n, rows = of_k[1], l - text
+    return 4 * b * h * d * n * (rows if rows > n else n) <= _one_launch
 
 
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,71 @@ def test_beside_the_image_both_halves_have_its_attention(recorded, gpu):
     assert z_pos["texts"] == [9, 13] and z_neg["texts"] == [16, 16]
 
 
+# ---- the image's keys in the launch for the prompts ----------------------------------------------
+
+
+@GPUS
+def test_a_small_image_is_one_launch(recorded, gpu):
+    for call in ("forward", "attention"):
+        (launch,) = recorded[gpu]["image"][call]
+        assert launch["kernel"] == "image" and launch["image"] == ["k", "v", 20]
+        assert (launch["q"], launch["k"], launch["v"]) == ("q", "k_pos", "v_pos")
+        assert launch["keys"] == [77, 33] and launch["alpha"] == 0.25 and launch["rule"] == 4
+        assert launch["texts"] == [9, 13] and launch["is_aligned"]
+        # O_s and its log-sum-exp, [2, 16, 4, 64] and [2, 4, 16]
+        assert launch["is_read"] and launch["address"] == 0
+        assert launch["strides"] == [4096, 256, 64] and launch["lse_strides"] == [64, 16, 1]
+        kept = ["o_shared", "lse_shared"] if call == "attention" else ["new", "new"]
+        assert launch["left"] == kept and launch["o"] == "o"
+
+
+@GPUS
+def test_beside_a_small_image_no_negative_is_read_that_no_row_asks_for(recorded, gpu):
+    (off,), (text,) = recorded[gpu]["image"]["off"], recorded[gpu]["image"]["projected-off"]
+    assert off["keys"] == [77, 0] and text["keys"] == [77, 33]
+    # nothing is projected, and the rule is "nasa"
+    assert text["rule"] == 0
+
+
+@GPUS
+def test_of_nag_the_first_launch_has_the_small_image(recorded, gpu):
+    z_pos, z_neg, end = recorded[gpu]["image"]["nag"]
+    assert (z_pos["kernel"], z_neg["kernel"], end["kernel"]) == ("image", "generic", "nag_blend")
+    assert z_pos["image"] == ["k", "v", 20] and z_pos["is_read"]
+    assert z_pos["shared"] == z_neg["shared"] == "new"
+    assert (z_pos["o"], z_neg["o"], end["o"], end["z_neg"]) == ("o", "new", "o", "new")
+    assert z_pos["keys"] == [77, 0] and z_neg["keys"] == [33, 0] and z_neg["k"] == "k_neg"
+    assert z_pos["texts"] == [9, 13] and z_neg["texts"] == [16, 16]
+    assert (end["alpha_map"], end["texts"]) == ("rows", [9, 13])
+    (off,) = recorded[gpu]["image"]["nag-off"]
+    assert off["kernel"] == "image" and off["o"] == "o"
+
+
+@GPUS
+def test_what_a_small_image_may_be(recorded, gpu):
+    image = recorded[gpu]["image"]
+    # copied element by element, all of them
+    for call in ("odd-image", "odd-negative"):
+        (launch,) = image[call]
+        assert launch["kernel"] == "image" and not launch["is_aligned"]
+    (launch,) = image["one-head"]
+    assert launch["image"] == ["k", "v", 20] and launch["is_aligned"]
+    (launch,) = image["no-keys"]
+    assert launch["image"][2] == 0
+
+
+def test_what_a_call_with_an_image_refuses(recorded):
+    said = recorded["hopper"]["image"]["refused"]
+    assert "v must have the dtype and the device of q" in said["dtype"]
+    assert "k has 20 tokens but v has 8" in said["tokens"]
+    assert "k_pos must have 4 heads, as the keys before it, or 1, got 2" in said["heads"]
+    assert "k must have the b and d of q" in said["head_dim"]
+    assert "k must have the b and d of q" in said["batch"]
+    assert "q must have 4 dimensions, got 3" in said["dimensions"]
+    assert "rule must be 0 to 5, got 6" in said["rule"]
+    assert "text_pos and text_neg must be numbers of the 16 rows" in said["texts"]
+
+
 def test_what_the_operator_refuses(recorded):
     norm, rows, *maps = recorded["refusals"]
     assert "nag_norm must be 1 or 2, got 3" in norm

@@ -47,6 +47,7 @@ def library(monkeypatch):
 def test_it_loads_and_registers_its_kernels(library):
     assert extension.load() is None
     joint = ("forward_joint", "nag_joint", "joint_statistics", "joint_queries", "joint_keys")
+    joint += ("forward_image", "attention_image", "nag_image")
     for name in ("forward_cuda", "nag_cuda", "backward_cuda", *(f"{step}_cuda" for step in joint)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nasa_kernels::{name}", "CUDA")
 

@@ -22,9 +22,12 @@ from support.cuda_emulation import (
     nvcc,
     path_of_sm90,
 )
+from support.cuda_image import ImageParams, forward_image
 from test_cuda_backward import make_grad
 from test_cuda_forward import EDGES, MODELS, Shape, make
 from test_cuda_grouped import grouped
+from test_cuda_image import Shape as ImageShape
+from test_cuda_image import make as make_image
 from test_cuda_joint import make_joint
 from test_cuda_joint_backward import TILES, backward
 from test_cuda_joint_backward import make as make_segments
@@ -132,6 +135,22 @@ def test_forward_launches_what_the_emulation_runs(recorder, shape):
     size = ctypes.sizeof(ForwardParams)
     assert bytes(record.arguments)[size : size + SHARE] == launch.args[1]
     assert bytes(record.arguments)[:size] == bytes(launch.args[0])
+
+
+@pytest.mark.parametrize("gpu", [A100, H200], ids=["A100", "H200"])
+@pytest.mark.parametrize("d", [64, 160])
+def test_with_the_image_it_launches_what_the_emulation_runs(recorder, gpu, d):
+    """On Hopper the same kernel."""
+    inputs = make_image(ImageShape("launch", 1, 140, 2, 20, 9, 12, d), torch.bfloat16)
+    forward_image(**inputs, rule="nasa-cross", text_pos=4)
+    launch = REPORTS[-1]
+    params = ImageParams.from_buffer_copy(launch.args[0])
+    use(recorder, gpu)
+    assert recorder.test_image(ctypes.byref(params)) == 0
+    assert recorder.test_launches() == 1
+    record = recorder.test_launch(0).contents
+    assert recorded(record) == emulated(launch)
+    assert bytes(record.arguments)[: ctypes.sizeof(ImageParams)] == bytes(params)
 
 
 # ---- persistent grids ----------------------------------------------------------------------------

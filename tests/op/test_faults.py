@@ -250,6 +250,10 @@ FAULTS = (
         "return w_x / total, w_y", "test_joint.py matches_fp64 and triton and flux",
     ),
     Fault(
+        "joint-image", "_triton/joint.py", "z[i] * normalise[:, None]", "z[i]",
+        "test_joint_image.py both_ways and triton and vsf",
+    ),
+    Fault(
         "joint-row-kind", "_triton/joint.py", "(row >= first_pos) & (row < first_neg), row",
         "(row >= first_pos) & (row <= first_neg), row",
         "test_joint.py matches_fp64 and triton and flux",

@@ -12,6 +12,7 @@ import ptx
 import pytest
 import torch
 
+from nasa_kernels._joint import shared
 from nasa_kernels.reference import (
     RULES,
     nasa_attention_reference,
@@ -132,9 +133,16 @@ def test_matches_fp64(case):
         assert ("wgmma" if case.arch == 90 else "mma.sync") in issued
 
 
-@pytest.mark.parametrize(("arch", "dtype", "rule"), [(90, BF16, "sum"), (80, FP16, "vsf")], ids=str)
-def test_joint_attention_matches_fp64(arch, dtype, rule):
-    """Forward and backward; tiles that see one text only, and tiles that see both."""
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rule", "one_launch"),
+    [(90, BF16, "sum", True), (80, FP16, "vsf", True), (90, BF16, "nasa", False)],
+    ids=str,
+)
+def test_joint_attention_matches_fp64(arch, dtype, rule, one_launch, monkeypatch):
+    """Forward and backward; tiles that see one text only, and tiles that see both. Beside a small
+    image, and beside one that PyTorch attends to."""
+    if not one_launch:
+        monkeypatch.setattr(shared, "_one_launch", 0)
     generator = torch.Generator().manual_seed(0)
     text_pos, text_neg, image, scale = 90, 12, 30, 0.2
     lengths = (image + text_pos + text_neg, 50, 50, 21, 21, 33, 33)
@@ -153,6 +161,7 @@ def test_joint_attention_matches_fp64(arch, dtype, rule):
     )  # fmt: skip
     with ptx.triton_on_cpu(arch, check_races=True, proxy_fences=FENCES):
         o, *kept = torch.ops.nasa_kernels.joint_attention_triton(*arguments)
+        assert torch.equal(torch.ops.nasa_kernels.joint_forward_triton(*arguments), o)
         found = torch.ops.nasa_kernels.joint_backward_triton(grad_o, *kept, *arguments, [True] * 8)
     names = ("o", "dq", "dk", "dv", "dk_pos", "dv_pos", "dk_neg", "dv_neg", "dalpha")
     for name, x, y in zip(names, (o, *found), expected, strict=True):

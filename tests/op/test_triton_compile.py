@@ -60,8 +60,8 @@ def test_registers_memory_and_instructions(version, arch):
     few = () if ALL or (version, arch) == ("installed", 90) else FEW
     table = rows(version, arch, "models", *few)
     # of cross-attention three kernels, two more of the projected rule, and once its dQ, dK and dV;
-    # of joint attention four, and one more
-    assert len(table) == (5 * 5 + 2 + 5 if few else 7 * 5 + 2 + 2 * 5)
+    # of joint attention four, and one more; one beside a small image
+    assert len(table) == (5 * 5 + 2 + 5 if few else 7 * 5 + 2 + 2 * 5 + 1)
     expected = "3.6.0" if version == "oldest" else importlib.metadata.version("triton")
     for row in table:
         where = f"{row} for sm_{arch}"
@@ -82,7 +82,8 @@ def test_registers_memory_and_instructions(version, arch):
         assert row["stack"] <= (STACK_OF_BOTH if both else STACK)[arch], where
         if row["kernel"] in ("joint-statistics", "joint-queries"):
             assert row["stack"] == row["ldl"] == row["stl"] == 0, where
-        if row["kernel"] == "joint" and arch == 90:
+        # beside a small image O_s waits on the stack while the prompts are attended to
+        if row["kernel"] == "joint" and arch == 90 and row["model"] != "flux-256px":
             # a word, outside of the loops
             assert row["stack"] <= 16 and max(row["ldl"], row["stl"]) <= 2, where
         if of_77_keys and arch == 90:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from support.cases import DEVICE
 
+from nasa_kernels._joint import shared
 from nasa_kernels._triton import (
     backward,
     configs,
@@ -236,7 +237,7 @@ def test_bits_do_not_depend_on_who_computes_a_tile(monkeypatch, rule):
 # ---- void prompts --------------------------------------------------------------------------------
 
 
-def test_a_prompt_that_no_query_looks_at_is_void(launches):
+def test_a_prompt_that_no_query_looks_at_is_void(launches, monkeypatch):
     """Nothing is computed for it, and nothing about the other one changes."""
     q, k, none = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16) for n in (64, 77, 0))
 
@@ -263,9 +264,12 @@ def test_a_prompt_that_no_query_looks_at_is_void(launches):
         rest = (None, None, None, alpha, 1.0, RULES.index(rule), 0, text_neg)
         return cuts(lambda: joint.attention(q, k, k, k, k, k, k, *rest))
 
-    assert joint_of("nasa", 0, 0.0) == joint_of("nasa-cross", 0, 0.0) == (widths, None)
-    # its own queries read it, and so does the softmax of this rule
-    assert joint_of("nasa", 8, 0.0) == joint_of("vsf", 0, 0.0) == (widths, widths)
+    # all keys are streamed beside those of a small image, and none beside another launch's
+    for one_launch, held in ((shared._one_launch, ()), (0, widths)):
+        monkeypatch.setattr(shared, "_one_launch", one_launch)
+        assert joint_of("nasa", 0, 0.0) == joint_of("nasa-cross", 0, 0.0) == (held, None)
+        # its own queries read it, and so does the softmax of this rule
+        assert joint_of("nasa", 8, 0.0) == joint_of("vsf", 0, 0.0) == (held, held)
 
 
 def test_the_gradient_of_a_void_prompt_is_zero_without_a_launch(launches):
