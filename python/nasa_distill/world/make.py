@@ -90,8 +90,8 @@ class Recipe:
         read_numbers(self)
 
 
-# of 64x64 images. The model's card says which parts were run with other code; `student`, `words` and
-# `pixart` were not run to their end
+# of 64x64 images. The model's card says which parts were run with other code; `student`, `words`
+# and `pixart` were not run to their end
 LARGE_RECIPE = Recipe(
     size=64,
     clip=Settings(steps=1500, batch=64, learning_rate=2e-3, ema=0.99),
