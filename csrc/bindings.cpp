@@ -174,8 +174,8 @@ void check(cudaError_t error, const View& q) {
                     " (head_dim ", q.size(3), ", device ", q.get_device_index(), ")");
 }
 
-// A contiguous tensor on the device of q. Straight from the C interface: through the dispatcher it would cost half
-// a microsecond more, as much as all else here.
+// A contiguous tensor on the device of q. Straight from the C interface: through the dispatcher it
+// would cost half a microsecond more, as much as all else here.
 template <int kDim>
 Tensor new_contiguous(const View& q, const int64_t (&sizes)[kDim], int32_t dtype) {
     int64_t strides[kDim];

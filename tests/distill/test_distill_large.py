@@ -447,7 +447,7 @@ def test_what_is_chosen_too_often_becomes_dear():
         found = settle.likeliest(x0, x0, 0 * one, one, known, rates, values @ prices)
         if not chosen:
             assert (found == 0).all()
-        prices += settle.RISE * settle.excess(values, found, rates)
+        settle.raise_prices(prices, values, found, rates)
         chosen.append(found)
     last = torch.cat(chosen[-150:])
     due = rates[:1] / rates[0].sum() @ values

@@ -8,10 +8,10 @@ latents x_t and by what it drew from them, each taken for a noisy c:
     argmax_c  log rate(c) - |x_t - alpha c|^2 / 2 sigma^2 - |x_0 - c|^2 / 2 NEAR^2 - price(c)
 
 Alone this ends with one image for each caption. Two things keep them apart. A value that is chosen
-more often than the world has it becomes dearer until it is not (`excess`), so what is ambiguous
-goes to the others. And beside the choice the student learns the end of the exact path from x_t. The
-latents are its own: it walks to each timestep as the pipeline does, with new noise, and sees what
-its own steps get wrong (Ross et al., 2011, for imitation).
+more often than the world has it becomes dearer until it is not (`raise_prices`), so what is
+ambiguous goes to the others. And beside the choice the student learns the end of the exact path
+from x_t. The latents are its own: it walks to each timestep as the pipeline does, with new noise,
+and sees what its own steps get wrong (Ross et al., 2011, for imitation).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def train(
         given = (x_t, drawn.detach(), *model.alpha_sigma(when), known, allowed)
         prices = student.prices[turn]
         scenes = likeliest(*given, values @ prices)
-        prices += RISE * excess(values, scenes, allowed)
+        raise_prices(prices, values, scenes, allowed)
         chosen = known[scenes]
         *_, end = exact_path(x_t, allowed, known, PATH_STEPS, turn) if turn else [pairs.x0[rows]]
         drawn = whiten(drawn)
@@ -116,14 +116,14 @@ def values_of(world: World) -> Tensor:
     return torch.tensor([[float(value in values) for value in every] for values in said])
 
 
-def excess(values: Tensor, scenes: Tensor, rates: Tensor) -> Tensor:
-    """How much oftener each value is in `scenes` `[b]` than in draws at `rates`: `[values]`.
+def raise_prices(prices: Tensor, values: Tensor, scenes: Tensor, rates: Tensor) -> None:
+    """In place, by how much oftener each value is in `scenes` `[b]` than in draws at `rates`.
 
-    Added to prices, it is the dual ascent of a choice of scenes whose values have given shares:
-    those of the world, for the same captions.
+    It is the dual ascent of a choice of scenes whose values have given shares: those of the world,
+    for the same captions.
     """
     due = (rates / rates.sum(1, keepdim=True)).float() @ values
-    return (values[scenes] - due).mean(0)
+    prices += RISE * (values[scenes] - due).mean(0)
 
 
 def likeliest(
