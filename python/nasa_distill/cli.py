@@ -142,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.set_defaults(run=run_ablate)
     add = ablate.add_argument
     add("--world", type=Path, required=True, help="folder that the command world made")
+    add("--student", type=Path, help="where to begin; default: the world's one-step student")
     add("--seeds", type=_integers, default=[0, 1, 2], help="e.g. 0,1,2 (default)")
     add("--images", type=int, default=100, help="per prompt pair (default: %(default)s)")
     add(
@@ -317,7 +318,7 @@ def run_ablate(options: argparse.Namespace) -> None:
     rows = ablation.run(
         PRESETS["world"].changed(**parse_settings(options.set)),
         options.world / "teacher" / "pipeline",
-        options.world / "student" / "pipeline",
+        options.student or options.world / "student" / "pipeline",
         read_lines(options.world / "prompts.txt", "--world"),
         read_lines(options.world / "negatives.txt", "--world"),
         options.seeds,

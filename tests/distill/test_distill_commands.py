@@ -95,6 +95,18 @@ def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch)
     assert "teacher and student (NASA-T) | projected 1 | 1 |" in capsys.readouterr().out
     assert main([*command, "--variants", "everyone", "--out", str(tmp_path)]) == 1
     assert "variants must be of none, teacher, LoRA teacher" in capsys.readouterr().err
+    # a row that is made later, from another student, joins those that are there
+    begins = ["--student", str(world / "four-step" / "pipeline"), "--out", str(tmp_path)]
+    command = [*command, *small, "--variants", "all", "--seeds", "6"]
+    assert main([*command, *begins]) == 0, capsys.readouterr().err
+    joined = json.loads((tmp_path / "ablation.json").read_text())
+    assert (
+        joined[: len(rows)] == rows
+        and [row["variant"] for row in joined[len(rows) :]] == ["all"] * 3
+    )
+    capsys.readouterr()
+    assert main([*command, *begins, "--set", "student_rate=1e-3"]) == 1
+    assert "is of a run with student_rate=1e-05" in capsys.readouterr().err
 
 
 def test_the_ablation_is_compared_seed_by_seed():
@@ -104,9 +116,10 @@ def test_the_ablation_is_compared_seed_by_seed():
         for name, of_seed in shares.items()
         for seed, share in enumerate(of_seed)
     ]
-    shares, differences = ablation.page(rows).split("Against")
+    assert "Against" not in ablation.page(rows[2:])  # nothing to compare with
+    shares, differences = ablation.page([*rows, rows[-1] | {"seed": 2}]).split("Against")
     assert "| none | 0.5 | 2 |" + " 50.0 ± 14.1 |" * 4 in shares
-    assert "| teacher | 0.5 | 2 |" + " 56.0 ± 15.6 |" * 4 in shares
+    assert "| teacher | 0.5 | 3 |" + " 59.7 ± 12.7 |" * 4 in shares
     # the seeds differ by far more than the variants do
     assert "none" not in differences
     assert "| teacher | 0.5 | 2 |" + " +6.0 ± 1.4 |" * 4 in differences

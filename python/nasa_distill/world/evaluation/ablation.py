@@ -27,6 +27,7 @@ from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.evaluation import evaluate
 from nasa_distill.world.evaluation.counts import Method
+from nasa_distill.world.evaluation.progress import checksum
 from nasa_distill.world.evaluation.prompts import pairs_of
 from nasa_distill.world.kinds import world_of
 
@@ -42,6 +43,8 @@ VARIANTS = {
 }
 COLUMNS = ("removed", "followed", "valid", "all three")
 SCORES = ("CLIP+", "CLIP-")  # where there is a CLIP
+# root mean square of equation 6, and the LoRA teacher's loss
+LOGGED = ("vsd_gradient", "lora_loss")
 
 
 def run(
@@ -59,12 +62,17 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train and judge every variant with every seed; what is in `out` is not done again.
 
+    Rows of other variants and seeds that are in `out` stay in the tables.
+
     Args:
         methods: Beside no negative prompt.
         clip: Also what it scores.
 
     Returns:
         A row per variant, seed and method, as `ablation.json` has them.
+
+    Raises:
+        ValueError: No seed, an unknown variant, or a folder in `out` of a run with other settings.
     """
     seeds, images = [plain(seed) for seed in seeds], plain(images)
     if not seeds:
@@ -73,8 +81,9 @@ def run(
         raise ValueError(
             f"ablation.run: variants must be of {', '.join(VARIANTS)}; got {unknown[0]!r}"
         )
-    rows: list[dict[str, Any]] = []
     asked = [evaluate.NONE, *(method for method in methods if method != evaluate.NONE)]
+    begins_with = {"teacher": checksum(teacher), "student": checksum(student)}
+    rows: list[dict[str, Any]] = []
     for name in variants:
         sees_teacher, sees_lora, sees_student = VARIANTS[name]
         for seed in seeds:
@@ -85,11 +94,12 @@ def run(
                 student_nasa=sees_student,
                 seed=seed,
             )
-            if not (folder / "pipeline").exists():
-                networks = load(teacher), load(student)
-                Run(changed, *networks, prompts, negatives, folder).train()
-            steps = changed.student_steps
-            drawn = folder / "pipeline"
+            networks = load(teacher), load(student)
+            # refuses a folder that was trained with other settings
+            training = Run(changed, *networks, prompts, negatives, folder, identity=begins_with)
+            drawn, steps = folder / "pipeline", changed.student_steps
+            if not drawn.exists():
+                training.train()
             progress = folder / "cells.jsonl"
             results = evaluate.run(drawn, [steps], images, methods=asked, progress=progress)
             for cell in results.cells:
@@ -100,10 +110,32 @@ def run(
                 if clip is not None:
                     row |= scores(drawn, method, steps, images, clip)
                 # the seed of training, not that of the evaluation, which is always 0
-                rows.append(results.about | row)
+                rows.append(results.about | row | course(folder / "log.jsonl"))
+    rows = joined(out / "ablation.json", rows)
     (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(page(rows), encoding="utf-8")
     return rows
+
+
+def joined(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of earlier commands that are not made again, and `rows`, in the order of the table."""
+    made: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    known = {(row["variant"], row["seed"]) for row in rows}
+    kept = [row for row in made if (row["variant"], row["seed"]) not in known]
+    order = list(VARIANTS)
+    return sorted(kept + rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
+
+
+def course(log: Path) -> dict[str, float]:
+    """What a run logged, as means over the first and the last tenth of the student's steps."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "vsd_gradient" in line]
+    tenth = max(1, len(steps) // 10)
+    return {
+        f"{name}, {when}": statistics.mean(line[name] for line in part)
+        for name in LOGGED
+        for when, part in (("first", steps[:tenth]), ("last", steps[-tenth:]))
+    }
 
 
 @torch.no_grad()
@@ -137,8 +169,10 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         row | {key: row[key] - other for key, other in zip(shown, none[pair], strict=True)}
         for row in rows
         for pair in [(how(row), row["seed"])]
-        if row["variant"] != "none"
+        if row["variant"] != "none" and pair in none
     ]
+    if not differences:
+        return table(rows)
     return (
         table(rows)
         + "\nAgainst training without negative prompts, in points, seed by seed:\n\n"
