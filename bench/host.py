@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -68,25 +67,36 @@ def calls_of(backend: str) -> Calls:
     k, v, k_one, v_one = normal(8), normal(8), k_neg[:1], v_neg[:1]
     mask = torch.ones(2, 77, dtype=torch.bool)
     alpha = torch.full((2, 1, 1), 0.5)
-    cross = (q, k_pos, v_pos, k_neg, v_neg)
-    options: dict[str, Any] = {"backend": backend}
+    # written out as a caller writes them: to unpack and to merge arguments would be counted too
 
     def joint() -> torch.Tensor:
         return nasa_joint_attention(
-            q, k, v, k_pos, v_pos, k_neg, v_neg, 0.5, rule="nasa-cross", **options
+            q, k, v, k_pos, v_pos, k_neg, v_neg, 0.5, rule="nasa-cross", backend=backend
         )
 
-    def joint_nag() -> torch.Tensor:
-        return nag_joint_attention(q, k, v, k_pos, v_pos, k_neg, v_neg, **nag)
+    def nag() -> torch.Tensor:
+        return nag_attention(
+            q, k_pos, v_pos, k_neg, v_neg,
+            nag_scale=3.0, nag_tau=2.5, nag_alpha=0.5, backend=backend,
+        )  # fmt: skip
 
-    nag = options | {"nag_scale": 3.0, "nag_tau": 2.5, "nag_alpha": 0.5}
+    def joint_nag() -> torch.Tensor:
+        return nag_joint_attention(
+            q, k, v, k_pos, v_pos, k_neg, v_neg,
+            nag_scale=3.0, nag_tau=2.5, nag_alpha=0.5, backend=backend,
+        )  # fmt: skip
+
     return {
-        "plain": lambda: nasa_attention(*cross, 0.5, **options),
-        "masks": lambda: nasa_attention(*cross, 0.5, mask_pos=mask, mask_neg=mask, **options),
-        "alpha": lambda: nasa_attention(*cross, alpha, **options),
-        "broadcast": lambda: nasa_attention(q, k_pos, v_pos, k_one, v_one, 0.5, **options),
-        "projected": lambda: nasa_attention(*cross, 0.5, rule="projected", **options),
-        "nag": lambda: nag_attention(*cross, **nag),
+        "plain": lambda: nasa_attention(q, k_pos, v_pos, k_neg, v_neg, 0.5, backend=backend),
+        "masks": lambda: nasa_attention(
+            q, k_pos, v_pos, k_neg, v_neg, 0.5, mask_pos=mask, mask_neg=mask, backend=backend
+        ),
+        "alpha": lambda: nasa_attention(q, k_pos, v_pos, k_neg, v_neg, alpha, backend=backend),
+        "broadcast": lambda: nasa_attention(q, k_pos, v_pos, k_one, v_one, 0.5, backend=backend),
+        "projected": lambda: nasa_attention(
+            q, k_pos, v_pos, k_neg, v_neg, 0.5, rule="projected", backend=backend
+        ),
+        "nag": nag,
         # the first launch of joint attention: PyTorch's operator alone, and with what is around it
         "image": attention_of_pytorch(q, k, v),
         "shared": lambda: attend_shared(q, k, v, 0.125),

@@ -22,6 +22,8 @@ from nasa_kernels._checks import Call
 from nasa_kernels._joint.shared import in_one_launch
 from nasa_kernels.backends import RECORDS
 
+# queries of the texts' own where there are none
+NO_TEXT = (0, 0)
 # what an operator raises, or Python before it; not a compiler's errors, nor what stops a program
 REFUSALS = (RuntimeError, ValueError, TypeError)
 _INFINITY = float("inf")
@@ -56,7 +58,7 @@ class Known(NamedTuple):
     """What the checks found out for calls like this one."""
 
     operator: Any
-    # the operator's arguments behind the scale
+    # the operator's arguments behind the scale: its number for the rule, where it has more than one
     rest: tuple
     backend: str
     device_type: str
@@ -69,15 +71,15 @@ class Known(NamedTuple):
     one_is_operator: bool = False
 
 
-def joint_operator(
-    known: Known, text_queries: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor
-) -> Any:
-    """What to call for a joint attention; None where the checks must say what is wrong."""
-    if known.one_launch is not None and in_one_launch(q, k, text_queries[0] + text_queries[1]):
+def joint_operator(known: Known, text: int, q: Tensor, keys_values: tuple[Tensor, ...]) -> Any:
+    """What to call for a joint attention with so many queries of the texts' own; None where the
+    checks must say what is wrong.
+    """
+    one = known.one_launch
+    if one is not None and in_one_launch(q, keys_values[0], text):
         # no operator of PyTorch's is called past its checks
-        one = known.one_launch
         return one if known.one_is_operator else past_operator(known, one)
-    return past_operator(known, known.function) if like(q, k, v, *prompts) else None
+    return past_operator(known, known.function) if like(q, *keys_values) else None
 
 
 def past_operator(known: Known, function: Any) -> Any:
@@ -183,7 +185,7 @@ def remember(
 
 def are_two(text_queries: Any) -> bool:
     """Whether they are two numbers of queries; whether q has as many, the operators find out."""
-    return (
+    return text_queries is NO_TEXT or (
         type(text_queries) is tuple
         and len(text_queries) == 2
         and type(text_queries[0]) is int

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nasa_kernels import _projected, _sdpa, ops
 from nasa_kernels._checks import Call, check_rule, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, are_two, joint_operator, quick, remember
+from nasa_kernels._quick import NO_TEXT, REFUSALS, are_two, joint_operator, quick, remember
 from nasa_kernels.backends import RECORDS
 from nasa_kernels.reference import RULES, nasa_joint_attention_reference
 
@@ -27,7 +27,7 @@ def nasa_joint_attention(
     alpha: float | Tensor,
     *,
     rule: str = "nasa-cross",
-    text_queries: tuple[int, int] = (0, 0),
+    text_queries: tuple[int, int] = NO_TEXT,
     mask_pos: Tensor | None = None,
     mask_neg: Tensor | None = None,
     scale: float | None = None,
@@ -94,11 +94,13 @@ def nasa_joint_attention(
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
-                operator = joint_operator(known, text_queries, q, *keys_values)
+                text_pos, text_neg = text_queries
+                operator = joint_operator(known, text_pos + text_neg, q, keys_values)
                 if operator is not None:
+                    # no *: unpacking costs the host
                     return operator(
-                        q, *keys_values, mask_pos, mask_neg, alpha_map, number, factor, *known.rest,
-                        *text_queries,
+                        q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number,
+                        factor, known.rest[0], text_pos, text_neg,
                     )  # fmt: skip
             except REFUSALS:
                 # the checks say what is wrong

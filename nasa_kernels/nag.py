@@ -25,7 +25,15 @@ from torch import Tensor
 
 from nasa_kernels import attention, backends, joint_attention, ops
 from nasa_kernels._checks import Call, as_number, outside_autocast, prepare
-from nasa_kernels._quick import REFUSALS, are_two, joint_operator, past_operator, quick, remember
+from nasa_kernels._quick import (
+    NO_TEXT,
+    REFUSALS,
+    are_two,
+    joint_operator,
+    past_operator,
+    quick,
+    remember,
+)
 from nasa_kernels.scalars import real, whole
 
 _INFINITY = float("inf")
@@ -129,7 +137,7 @@ def nag_joint_attention(
     nag_tau: float,
     nag_alpha: float | Tensor,
     nag_norm: int = 1,
-    text_queries: tuple[int, int] = (0, 0),
+    text_queries: tuple[int, int] = NO_TEXT,
     mask_pos: Tensor | None = None,
     mask_neg: Tensor | None = None,
     scale: float | None = None,
@@ -164,11 +172,12 @@ def nag_joint_attention(
             # of alpha 0 there is less to do
             if alpha_map is not None or alpha != 0:
                 try:
-                    operator = joint_operator(known, text_queries, q, *keys_values)
+                    text_pos, text_neg = text_queries
+                    operator = joint_operator(known, text_pos + text_neg, q, keys_values)
                     if operator is not None:
                         return operator(
-                            q, *keys_values, mask_pos, mask_neg, alpha_map, alpha, factor,
-                            nag_scale, nag_tau, nag_norm, *text_queries,
+                            q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+                            alpha, factor, nag_scale, nag_tau, nag_norm, text_pos, text_neg,
                         )  # fmt: skip
                 except REFUSALS:
                     # the checks say what is wrong
