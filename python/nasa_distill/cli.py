@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--methods", default="nasa:0.5", help="of the evaluation, as of eval (default: %(default)s)"
     )
-    add("--variants", help="only these rows, separated by commas; default: all seven")
+    add("--variants", help="only these rows, separated by commas; default: all")
     add("--clip", action="store_true", help="also CLIP+ and CLIP-, by the world's own CLIP")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="as of train")
     add("--out", type=Path, required=True, help="folder; the same command goes on with it")

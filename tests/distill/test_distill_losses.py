@@ -145,6 +145,41 @@ def average_weight(steps: int = 10_000) -> float:
     return sum(values) / steps
 
 
+# ---- how far NASA-T goes -------------------------------------------------------------------------
+#
+# The student sees the negative prompt, the paper's LoRA teacher does not. Of two negative prompts,
+# N(-m, 1) and N(m, 1), the student draws from N(shift, 1) and N(-shift, 1); y is N(0, 1). The LoRA
+# teacher learns both together, and its score pulls each half towards the other less than a score of
+# that half alone would.
+
+
+def outward(shift: float, push: float, lora_has_nasa: bool, rows: int = 400_000) -> float:
+    """The average of equation 6 for the half that goes up. push: (kappa - 1) m, at which the
+    teacher's own guided distribution has its mean. Positive: the student goes on outward."""
+    random_ = torch.Generator().manual_seed(0)
+    alpha = 0.1 + 0.8 * torch.rand(rows, generator=random_)
+    sigma = (1 - alpha**2).sqrt()
+    x_t = alpha * shift + torch.randn(rows, generator=random_)
+    # where the LoRA teacher expects the middle of what it was shown
+    middle = shift if lora_has_nasa else shift * (alpha * shift * x_t).tanh()
+    gradient = sigma**2 * (epsilon(x_t, alpha, sigma, push) - epsilon(x_t, alpha, sigma, middle))
+    return -gradient.mean().item()
+
+
+def settles_at(push: float, lora_has_nasa: bool) -> float:
+    low, high = 0.0, 4.0
+    for _ in range(30):
+        shift = (low + high) / 2
+        low, high = (shift, high) if outward(shift, push, lora_has_nasa) > 0 else (low, shift)
+    return low
+
+
+@pytest.mark.parametrize("push", [0.05, 0.2])
+def test_a_lora_teacher_that_never_sees_the_negatives_lets_the_student_go_too_far(push):
+    assert settles_at(push, lora_has_nasa=True) == pytest.approx(push, rel=1e-3)
+    assert settles_at(push, lora_has_nasa=False) > 4 * push
+
+
 # ---- the average of the weights ------------------------------------------------------------------
 
 

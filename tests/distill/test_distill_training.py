@@ -20,6 +20,7 @@ from nasa_distill.train import checkpoint, networks, sharding
 from nasa_distill.train.checks import check_launch
 from nasa_distill.train.config import PRESETS, STUDENT_STEPS, Settings
 from nasa_distill.train.nasa_t import Run
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError
 from train_small import KILLED_AT, small_run
@@ -103,6 +104,7 @@ SWITCHES = {
     "teacher": {"teacher_negative": True},
     "lora": {"lora_negative": True},
     "student": {"student_nasa": True},
+    "lora's NASA": {"lora_nasa": True},
 }
 
 
@@ -121,7 +123,33 @@ def test_each_switch_shows_the_negatives_to_one_network(tmp_path, switch):
     assert (results[0] != results[1]) == (switch is not None)
     first = [result[0]["vsd_gradient"] for result in results]
     # the LoRA teacher's own negative is in the teacher's place, with the opposite sign
-    assert (first[0] > 0) == (switch in ("teacher", "lora"))
+    assert (first[0] > 0) == (switch in ("teacher", "lora", "lora's NASA"))
+
+
+def test_the_lora_teachers_nasa_is_its_own_and_the_students(tmp_path):
+    """Its two passes have the student's negatives and alpha where they have the prompt; the
+    teacher's pass, through the same network, has none."""
+    run = make_run(tmp_path, lora_nasa=True, p_no_negative=0.25, p_null=0.5)
+    calls = []
+
+    def note(module, args, kwargs):
+        with_adapter = not any(layer.disable_adapters for layer in layers)
+        calls.append((with_adapter, run.nasa_lora.alpha, len(kwargs["timestep"])))
+
+    denoiser = run.teacher.denoiser
+    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    for step in range(2):
+        calls.clear()
+        logged = run.step(step)
+        (_, teacher, _), (_, scores, rows), (_, learned, _) = calls
+        assert [with_adapter for with_adapter, *_ in calls] == [False, True, True]
+        assert teacher == 0 and run.nasa_lora.alpha == 0
+        assert rows == 8 and not scores[:4].any() and scores[4:].any()
+        for shares in (scores[4:], learned):
+            assert all(share in (0, pytest.approx(logged["alpha"])) for share in shares.tolist())
+        # without a prompt nothing is left out
+        assert ((learned != 0) <= (scores[4:] != 0)).all()
 
 
 def test_the_student_runs_the_operator_forward_and_backward(tmp_path):
@@ -399,6 +427,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
         ({"precision": "fp8"}, "precision must be"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"lora_first": 2}, "lora_first must be from 0 to below steps"),
+        ({"lora_nasa": True, "lora_negative": True}, "two ways of one network"),
         ({"colour": 1}, "there is no 'colour'"),
     ],
 )
@@ -562,4 +591,4 @@ def test_presets_are_those_of_table_6():
         assert (preset.student_rate, preset.lora_rate) == (1e-6, 1e-3)
         assert preset.precision == "bf16"
         flags = preset.teacher_negative, preset.lora_negative, preset.student_nasa
-        assert flags == (True, False, True)
+        assert flags == (True, False, True) and not preset.lora_nasa

@@ -32,6 +32,9 @@ class Settings:
     teacher_negative: bool = True
     lora_negative: bool = False
     student_nasa: bool = True
+    # not the paper's: the LoRA teacher has NASA as the student has, and so learns what the student
+    # draws for both prompts, not for all negative prompts together
+    lora_nasa: bool = False
 
     kappa: tuple[float, float] = (0.5, 4.0)  # guidance of both scores, uniform, per image
     alpha: tuple[float, float] = (0.0, 1.0)  # of NASA in the student, uniform, one per step
@@ -72,6 +75,11 @@ class Settings:
         for name in ("student_rate", "lora_rate", "clip_gradient"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 self._refuse(name, "a positive number")
+        if self.lora_nasa and self.lora_negative:
+            raise ValueError(
+                "Settings: lora_nasa and lora_negative are two ways of one network to see the "
+                "negative prompt, got both"
+            )
         if self.student_steps not in STUDENT_STEPS:
             self._refuse("student_steps", " or ".join(map(str, STUDENT_STEPS)))
         if self.precision not in ("no", "bf16"):
@@ -84,7 +92,8 @@ class Settings:
 
     @property
     def needs_negatives(self) -> bool:
-        return self.teacher_negative or self.lora_negative or self.student_nasa
+        sees = (self.teacher_negative, self.lora_negative, self.student_nasa, self.lora_nasa)
+        return any(sees)
 
     def changed(self, **changes: Any) -> Settings:
         """Those of `changes` that are not None, in place of what is here."""

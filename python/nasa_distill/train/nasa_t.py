@@ -2,7 +2,7 @@
 
     student       x_0 = G(z, y, NASA(y-, alpha)), gradient of equation 6
     teacher       frozen, guided away from y- (equation 5)
-    LoRA teacher  learns the student's distribution, and sees no y-
+    LoRA teacher  learns the student's distribution, and sees no y- (`lora_nasa`: as the student)
 
 Every random number is a function of seed, step and process, so an interrupted run goes on with
 the same command and ends with the same bits.
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from nasa_diffusers import enable_nasa
+from nasa_diffusers import Handle, enable_nasa
 from peft import LoraConfig
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,6 +34,15 @@ from nasa_distill.train.draws import Draws
 from nasa_distill.train.networks import Model, Text, add_lora, check_fit, without_lora
 from nasa_distill.train.output import write_pipeline
 from nasa_distill.train.seeds import generator
+
+
+def show(nasa: Handle, against: Text, alpha: Tensor) -> None:
+    """A negative prompt and an alpha for each row, from the next call on."""
+    nasa.set_negative_prompt(
+        negative_prompt_embeds=against.embeds, negative_prompt_attention_mask=against.mask
+    )
+    nasa.alpha = alpha
+
 
 # settings that do not change what is computed: a resumed run may have others
 HOW = ("accumulate", "gradient_checkpointing")
@@ -126,16 +135,8 @@ class Run:
         self.average = average_of(network, lambda _: ema) if ema else None
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        # the negative prompt travels with the call, so a recomputed block sees it again
-        self.nasa = None
-        if settings.student_nasa:
-            null = self.student.encode([""]).embeds
-            self.nasa = enable_nasa(
-                self.student.pipe, negative_prompt_embeds=null, alpha=0.0, cfg=False
-            )
-            if self.is_split:
-                # FSDP reuses memory, so the cache would not see that weights have changed
-                self.nasa.cache_limit = 0
+        self.nasa = self._guided(self.student) if settings.student_nasa else None
+        self.nasa_lora = self._guided(self.teacher) if settings.lora_nasa else None
         self.null_teacher = self.teacher.encode([""])
 
         self.kind = type(network)
@@ -148,6 +149,16 @@ class Run:
             network.parameters(), settings.student_rate, weight_decay=decay
         )
         self.lora_optimiser = torch.optim.AdamW(trained, settings.lora_rate, weight_decay=decay)
+
+    def _guided(self, model: Model) -> Handle:
+        """NASA on a network, at alpha 0. The negative prompt travels with the call, so a recomputed
+        block sees it again."""
+        null = model.encode([""]).embeds
+        nasa = enable_nasa(model.pipe, negative_prompt_embeds=null, alpha=0.0, cfg=False)
+        if self.is_split:
+            # FSDP reuses memory, so the cache would not see that weights have changed
+            nasa.cache_limit = 0
+        return nasa
 
     def _prepare(self, network: Any) -> Any:
         if not self.is_split:
@@ -275,7 +286,12 @@ class Run:
                     denoiser, x_t, timesteps, text, text_teacher, kappa
                 )
             text_lora = against if settings.lora_negative else null
-            eps_lora = self.teacher.guided_epsilon(denoiser, x_t, timesteps, text, text_lora, kappa)
+            # of guidance's two halves the second has the prompt
+            shares = torch.cat([torch.zeros_like(draws.alpha), draws.alpha])
+            with self._lora_sees(Text.cat([against, against]), shares):
+                eps_lora = self.teacher.guided_epsilon(
+                    denoiser, x_t, timesteps, text, text_lora, kappa
+                )
             self._check("teacher's noise", eps_teacher, step)
             self._check("LoRA teacher's noise", eps_lora, step)
             gradient = losses.vsd_gradient(eps_teacher, eps_lora, sigma**2)
@@ -298,11 +314,7 @@ class Run:
         device, stages = self.accelerator.device, self.stages
         text = self.student.encode(draws.prompts)
         if self.nasa is not None:
-            against = self.student.encode(draws.negatives)
-            self.nasa.set_negative_prompt(
-                negative_prompt_embeds=against.embeds, negative_prompt_attention_mask=against.mask
-            )
-            self.nasa.alpha = draws.alpha.to(device)
+            show(self.nasa, self.student.encode(draws.negatives), draws.alpha.to(device))
         x = draws.z.to(device)
         for earlier in range(stage):
             with torch.no_grad():
@@ -322,10 +334,22 @@ class Run:
         timesteps = draws.timesteps(0, self.teacher.last_timestep).to(x0.device)
         alpha, sigma = self.teacher.alpha_sigma(timesteps)
         noise = draws.normal(x0)
-        output = self.teacher.output(
-            self.lora_teacher, alpha * x0 + sigma * noise, timesteps, text.where(keep, other)
-        )
+        against = self.teacher.encode(draws.negatives) if settings.lora_nasa else other
+        with self._lora_sees(against, draws.alpha * keep.to(draws.alpha.device)):
+            output = self.teacher.output(
+                self.lora_teacher, alpha * x0 + sigma * noise, timesteps, text.where(keep, other)
+            )
         return losses.denoising_loss(output, x0, noise, alpha, sigma, self.teacher.prediction)
+
+    @contextlib.contextmanager
+    def _lora_sees(self, against: Text, alpha: Tensor) -> Iterator[None]:
+        """Calls of the LoRA teacher with NASA, if it has NASA; the teacher's have none."""
+        if self.nasa_lora is None:
+            yield
+            return
+        show(self.nasa_lora, against, alpha.to(self.accelerator.device))
+        yield
+        self.nasa_lora.alpha = 0.0
 
     def _null(self, rows: int) -> Text:
         null = self.null_teacher

@@ -31,7 +31,7 @@ from nasa_distill.world.evaluation.progress import checksum
 from nasa_distill.world.evaluation.prompts import pairs_of
 from nasa_distill.world.kinds import world_of
 
-# teacher, LoRA teacher, student
+# teacher, LoRA teacher, student; the last row is not the paper's, its LoRA teacher has NASA too
 VARIANTS = {
     "none": (False, False, False),
     "teacher": (True, False, False),
@@ -40,7 +40,9 @@ VARIANTS = {
     "student": (False, False, True),
     "teacher and student (NASA-T)": (True, False, True),
     "all": (True, True, True),
+    "NASA-T with a LoRA teacher that has NASA": (True, False, True),
 }
+BEYOND = tuple(VARIANTS)[-1]
 COLUMNS = ("removed", "followed", "valid", "all three")
 SCORES = ("CLIP+", "CLIP-")  # where there is a CLIP
 # root mean square of equation 6, and the LoRA teacher's loss
@@ -92,6 +94,7 @@ def run(
                 teacher_negative=sees_teacher,
                 lora_negative=sees_lora,
                 student_nasa=sees_student,
+                lora_nasa=name == BEYOND,
                 seed=seed,
             )
             networks = load(teacher), load(student)
