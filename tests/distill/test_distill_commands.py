@@ -19,6 +19,7 @@ from nasa_distill.train.seeds import generator
 from nasa_distill.world import shipped, students, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.evaluation import ablation, evaluate, prompts, report
+from nasa_distill.world.evaluation.progress import checksum
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.make import Recipe, make
 from nasa_distill.world.scene import render, scenes
@@ -86,7 +87,10 @@ def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch)
     small = [f"--set={item}" for item in changes]
     assert main([*command, *small, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "ablation.json").read_text())
+    before, rows = rows[:3], rows[3:]
     assert len(rows) == 3 * len(names)
+    assert [row["variant"] for row in before] == [ablation.BEFORE] * 3
+    assert {row["student"] for row in before} == {checksum(world / "student" / "pipeline")}
     assert all(-1 < row[name] < 1 for row in rows for name in ablation.SCORES)
     assert len({row["CLIP+"] for row in rows}) == len({row["CLIP-"] for row in rows}) == len(rows)
     assert {row["seed"] for row in rows} == {5}
@@ -95,18 +99,16 @@ def test_the_ablation_trains_every_variant(world, tmp_path, capsys, monkeypatch)
     assert "teacher and student (NASA-T) | projected 1 | 1 |" in capsys.readouterr().out
     assert main([*command, "--variants", "everyone", "--out", str(tmp_path)]) == 1
     assert "variants must be of none, teacher, LoRA teacher" in capsys.readouterr().err
-    # a row that is made later, from another student, joins those that are there
-    begins = ["--student", str(world / "four-step" / "pipeline"), "--out", str(tmp_path)]
-    command = [*command, *small, "--variants", "all", "--seeds", "6"]
-    assert main([*command, *begins]) == 0, capsys.readouterr().err
+    # what is made later joins what is there, if it begins where that began
+    command = [*command, *small, "--variants", "all", "--seeds", "6", "--out", str(tmp_path)]
+    assert main(command) == 0, capsys.readouterr().err
     joined = json.loads((tmp_path / "ablation.json").read_text())
-    assert (
-        joined[: len(rows)] == rows
-        and [row["variant"] for row in joined[len(rows) :]] == ["all"] * 3
-    )
-    capsys.readouterr()
-    assert main([*command, *begins, "--set", "student_rate=1e-3"]) == 1
+    assert joined[:9] == before + rows
+    assert [(row["variant"], row["seed"]) for row in joined[9:]] == [("all", 6)] * 3
+    assert main([*command, "--set", "student_rate=1e-3"]) == 1
     assert "is of a run with student_rate=1e-05" in capsys.readouterr().err
+    assert main([*command, "--student", str(world / "four-step" / "pipeline")]) == 1
+    assert "holds cells of another run" in capsys.readouterr().err
 
 
 def test_the_ablation_is_compared_seed_by_seed():
@@ -121,7 +123,13 @@ def test_the_ablation_is_compared_seed_by_seed():
     assert "| none | 0.5 | 2 |" + " 50.0 ± 14.1 |" * 4 in shares
     assert "| teacher | 0.5 | 3 |" + " 59.7 ± 12.7 |" * 4 in shares
     # the seeds differ by far more than the variants do
-    assert "none" not in differences
+    assert "none" not in differences and "logged" not in differences
+    course = {"vsd_gradient, first": 0.02, "vsd_gradient, last": 0.01}
+    course |= {"lora_loss, first": 0.3, "lora_loss, last": 0.2}
+    logged = ablation.page([rows[0] | course, rows[1] | course, rows[2]]).split("logged")[1]
+    assert (
+        "| none | 2 | 0.0200 | 0.0100 | 0.3000 | 0.2000 |" in logged and "teacher |" not in logged
+    )
     assert "| teacher | 0.5 | 2 |" + " +6.0 ± 1.4 |" * 4 in differences
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ VARIANTS = {
     "NASA-T with a LoRA teacher that has NASA": (True, False, True),
 }
 BEYOND = tuple(VARIANTS)[-1]
+BEFORE = "(the student before)"
+ORDER = (BEFORE, *VARIANTS)
 COLUMNS = ("removed", "followed", "valid", "all three")
 SCORES = ("CLIP+", "CLIP-")  # where there is a CLIP
-# root mean square of equation 6, and the LoRA teacher's loss
-LOGGED = ("vsd_gradient", "lora_loss")
+LOGGED = {"vsd_gradient": "equation 6", "lora_loss": "LoRA teacher's loss"}
+WHEN = ("first", "last")
 
 
 def run(
@@ -85,7 +87,19 @@ def run(
         )
     asked = [evaluate.NONE, *(method for method in methods if method != evaluate.NONE)]
     begins_with = {"teacher": checksum(teacher), "student": checksum(student)}
-    rows: list[dict[str, Any]] = []
+
+    def judge(drawn: Path, steps: int, progress: Path) -> Iterator[dict[str, Any]]:
+        """A row for each method."""
+        results = evaluate.run(drawn, [steps], images, methods=asked, progress=progress)
+        for cell in results.cells:
+            shares, method = cell.total.shares, cell.method
+            row = results.about | {"alpha": method.strength, "method": str(method)}
+            row |= {key: shares[key].value for key in COLUMNS}
+            yield row if clip is None else row | scores(drawn, method, steps, images, clip)
+
+    steps = settings.student_steps
+    before = judge(student, steps, out / "before" / "cells.jsonl")
+    rows = [row | {"variant": BEFORE, "seed": None} for row in before]
     for name in variants:
         sees_teacher, sees_lora, sees_student = VARIANTS[name]
         for seed in seeds:
@@ -100,20 +114,12 @@ def run(
             networks = load(teacher), load(student)
             # refuses a folder that was trained with other settings
             training = Run(changed, *networks, prompts, negatives, folder, identity=begins_with)
-            drawn, steps = folder / "pipeline", changed.student_steps
-            if not drawn.exists():
+            if not (folder / "pipeline").exists():
                 training.train()
-            progress = folder / "cells.jsonl"
-            results = evaluate.run(drawn, [steps], images, methods=asked, progress=progress)
-            for cell in results.cells:
-                shares, method = cell.total.shares, cell.method
-                row = {"variant": name, "seed": seed, "alpha": method.strength}
-                row |= {"method": str(method)}
-                row |= {key: shares[key].value for key in COLUMNS}
-                if clip is not None:
-                    row |= scores(drawn, method, steps, images, clip)
+            logged = course(folder / "log.jsonl")
+            for row in judge(folder / "pipeline", steps, folder / "cells.jsonl"):
                 # the seed of training, not that of the evaluation, which is always 0
-                rows.append(results.about | row | course(folder / "log.jsonl"))
+                rows.append(row | {"variant": name, "seed": seed} | logged)
     rows = joined(out / "ablation.json", rows)
     (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(page(rows), encoding="utf-8")
@@ -125,8 +131,7 @@ def joined(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
     known = {(row["variant"], row["seed"]) for row in rows}
     kept = [row for row in made if (row["variant"], row["seed"]) not in known]
-    order = list(VARIANTS)
-    return sorted(kept + rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
+    return sorted(kept + rows, key=lambda row: (ORDER.index(row["variant"]), row["seed"]))
 
 
 def course(log: Path) -> dict[str, float]:
@@ -137,7 +142,7 @@ def course(log: Path) -> dict[str, float]:
     return {
         f"{name}, {when}": statistics.mean(line[name] for line in part)
         for name in LOGGED
-        for when, part in (("first", steps[:tenth]), ("last", steps[-tenth:]))
+        for when, part in zip(WHEN, (steps[:tenth], steps[-tenth:]), strict=True)
     }
 
 
@@ -172,15 +177,29 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         row | {key: row[key] - other for key, other in zip(shown, none[pair], strict=True)}
         for row in rows
         for pair in [(how(row), row["seed"])]
-        if row["variant"] != "none" and pair in none
+        if row["variant"] not in (BEFORE, "none") and pair in none
     ]
-    if not differences:
-        return table(rows)
-    return (
-        table(rows)
-        + "\nAgainst training without negative prompts, in points, seed by seed:\n\n"
-        + table(differences, "+")
-    )
+    parts = [table(rows)]
+    if differences:
+        parts.append("Against training without negative prompts, in points, seed by seed:\n")
+        parts.append(table(differences, "+"))
+    if logged := course_table(rows):
+        parts.append("What the runs logged, over the first and the last tenth of the steps:\n")
+        parts.append(logged)
+    return "\n".join(parts)
+
+
+def course_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds: root mean square of equation 6, and the LoRA teacher's loss."""
+    keys = [f"{name}, {when}" for name in LOGGED for when in WHEN]
+    cells = []
+    for name in VARIANTS:
+        runs = {row["seed"]: row for row in rows if row["variant"] == name and keys[0] in row}
+        if runs:
+            means = [statistics.mean(row[key] for row in runs.values()) for key in keys]
+            cells.append((name, len(runs), *(f"{mean:.4f}" for mean in means)))
+    said = [f"{name}, {when}" for name in LOGGED.values() for when in WHEN]
+    return tables.markdown(("sees the negatives", "seeds", *said), cells) + "\n" if cells else ""
 
 
 def how(row: dict[str, Any]) -> str:
@@ -198,14 +217,15 @@ def table(rows: Sequence[dict[str, Any]], sign: str = "") -> str:
     methods = list(dict.fromkeys(how(row) for row in rows))
     strengths = {how(row): f"{row['alpha']:g}" for row in rows}
     only_nasa = all(method == "none" or method.startswith("nasa ") for method in methods)
-    for name in VARIANTS:
+    for name in ORDER:
         for method in methods:
             chosen = [row for row in rows if (row["variant"], how(row)) == (name, method)]
             if not chosen:
                 continue
             spreads = [spread([row[key] for row in chosen], sign) for key in columns(rows)]
             said = strengths[method] if only_nasa else method
-            cells.append((name, said, len(chosen), *spreads))
+            seeds = "-" if name == BEFORE else len(chosen)
+            cells.append((name, said, seeds, *spreads))
     second = "alpha" if only_nasa else "method"
     return tables.markdown(("sees the negatives", second, "seeds", *columns(rows)), cells) + "\n"
 
