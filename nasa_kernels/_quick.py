@@ -25,7 +25,7 @@ from nasa_kernels.backends import RECORDS
 # queries of the texts' own where there are none
 NO_TEXT = (0, 0)
 # what an operator raises, or Python before it; not a compiler's errors, nor what stops a program
-REFUSALS = (RuntimeError, ValueError, TypeError)
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
 _INFINITY = float("inf")
 _BOOL, _FLOAT = torch.bool, torch.float32
 # keys that PyTorch's dispatcher sees in every call of this thread: those of modes, of functional

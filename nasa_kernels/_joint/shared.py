@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_aten = torch.ops.aten
+_aten, _FLOAT = torch.ops.aten, torch.float32
 # calls that cuDNN refused, by what it could see of them; another library takes the next one at once
 _refused: set[tuple] = set()
 
@@ -40,13 +40,15 @@ def in_one_launch(q: Tensor, k: Tensor, text: int) -> bool:
 
     text: How many of the queries are the texts' own. They do not decide, so that the bits of the
         image's rows are the same with them and without.
+
+    Raises:
+        ValueError, IndexError: q has not 4 dimensions, or k not two.
     """
-    of_q, of_k = q.shape, k.shape
     # fp32 is multiplied without tensor cores, where our kernels are the slower ones at any size
-    if len(of_q) != 4 or len(of_k) != 4 or q.dtype is torch.float32:
+    if q.dtype is _FLOAT:
         return False
-    b, l, h, d = of_q
-    n, rows = of_k[1], l - text
+    b, l, h, d = q.shape
+    n, rows = k.shape[1], l - text
     return 4 * b * h * d * n * (rows if rows > n else n) <= _one_launch
 
 
