@@ -107,7 +107,11 @@ def _runner(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable:
 
     def launch_without_hooks(*arguments) -> None:
         runtime = knobs.runtime
-        if _calls_someone(runtime.launch_enter_hook) or _calls_someone(runtime.launch_exit_hook):
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # a profiler adds itself to the chain of hooks, or is the hook
+        if (enter is not None and getattr(enter, "calls", True)) or (
+            leave is not None and getattr(leave, "calls", True)
+        ):
             with_hooks(*arguments)
             return
         active = driver.active
@@ -115,11 +119,6 @@ def _runner(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable:
         run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
     return launch_without_hooks
-
-
-def _calls_someone(hook: Any) -> bool:
-    """A profiler adds itself to the chain of hooks, or is the hook."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def alignment(*tensors: Tensor) -> int:
