@@ -239,7 +239,7 @@ class Run:
             text = self.teacher.encode(draws.prompts)
             if step < settings.lora_first:
                 with torch.no_grad():
-                    made.append((draws, self._draw(draws, stage), text))
+                    made.append((draws, self.draw(draws, stage), text))
                 continue
             with self._synchronised(self.network, micro):
                 x0, values = self._student_loss(draws, text, step, stage)
@@ -270,10 +270,10 @@ class Run:
         """The latents of the student, and the loss (equation 6 and CLIP)."""
         settings, device = self.settings, self.accelerator.device
         kappa, rows = draws.kappa.to(device), len(draws.prompts)
-        x0 = self._draw(draws, stage)
+        x0 = self.draw(draws, stage)
         self._check("student's latents", x0, step)
 
-        null = self._null(rows)
+        null = self.null(rows)
         against = self.teacher.encode(draws.negatives) if settings.needs_negatives else null
         timesteps = draws.timesteps(*settings.noise).to(device)
         alpha, sigma = self.teacher.alpha_sigma(timesteps)
@@ -309,7 +309,7 @@ class Run:
         self._check("student's loss", loss, step)
         return x0, {"loss": loss, **values}
 
-    def _draw(self, draws: Draws, stage: int) -> Tensor:
+    def draw(self, draws: Draws, stage: int) -> Tensor:
         """The student's x_0 at a stage; earlier stages are run without a gradient (DMD2)."""
         device, stages = self.accelerator.device, self.stages
         text = self.student.encode(draws.prompts)
@@ -327,7 +327,7 @@ class Run:
     def _lora_loss(self, draws: Draws, x0: Tensor, text: Text) -> Tensor:
         """The LoRA teacher denoises what the student drew, a few of them without a prompt."""
         settings, rows = self.settings, len(draws.prompts)
-        other = self._null(rows)
+        other = self.null(rows)
         if settings.lora_negative:
             other = self.teacher.encode(draws.negatives)
         keep = (torch.rand(rows, generator=draws.random) >= settings.p_null).to(x0.device)
@@ -351,7 +351,8 @@ class Run:
         yield
         self.nasa_lora.alpha = 0.0
 
-    def _null(self, rows: int) -> Text:
+    def null(self, rows: int) -> Text:
+        """The empty prompt, `rows` times."""
         null = self.null_teacher
         mask = None if null.mask is None else null.mask.expand(rows, -1)
         return Text(null.embeds.expand(rows, -1, -1), mask)
@@ -442,7 +443,7 @@ class Run:
         for alpha in (0.0, 0.5) if self.nasa is not None else (0.0,):
             draws.alpha = torch.full((4,), alpha)
             random.set_state(state)
-            images = self.student.decode(self._draw(draws, stage))
+            images = self.student.decode(self.draw(draws, stage))
             rows.append((f"alpha {alpha:g}", (images / 2 + 0.5).clamp(0, 1)))
         if not self.accelerator.is_main_process:
             return

@@ -25,7 +25,7 @@ from nasa_distill.train.config import Settings
 from nasa_distill.train.nasa_t import Run
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world.evaluation import evaluate
+from nasa_distill.world.evaluation import equation6, evaluate
 from nasa_distill.world.evaluation.counts import Method
 from nasa_distill.world.evaluation.progress import checksum
 from nasa_distill.world.evaluation.prompts import pairs_of
@@ -111,15 +111,19 @@ def run(
                 lora_nasa=name == BEYOND,
                 seed=seed,
             )
-            networks = load(teacher), load(student)
-            # refuses a folder that was trained with other settings
-            training = Run(changed, *networks, prompts, negatives, folder, identity=begins_with)
+
+            def resume(changed: Settings = changed, folder: Path = folder) -> Run:
+                """Refuses a folder that was trained with other settings."""
+                networks = load(teacher), load(student)
+                return Run(changed, *networks, prompts, negatives, folder, identity=begins_with)
+
             if not (folder / "pipeline").exists():
-                training.train()
-            logged = course(folder / "log.jsonl")
+                resume().train()
+            seen = course(folder / "log.jsonl")
+            seen |= equation6.parts(resume(), images=min(64, 4 * images))
             for row in judge(folder / "pipeline", steps, folder / "cells.jsonl"):
                 # the seed of training, not that of the evaluation, which is always 0
-                rows.append(row | {"variant": name, "seed": seed} | logged)
+                rows.append(row | {"variant": name, "seed": seed} | seen)
     rows = joined(out / "ablation.json", rows)
     (out / "ablation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "ablation.md").write_text(page(rows), encoding="utf-8")
@@ -183,22 +187,26 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     if differences:
         parts.append("Against training without negative prompts, in points, seed by seed:\n")
         parts.append(table(differences, "+"))
-    if logged := course_table(rows):
+    keys = [f"{name}, {when}" for name in LOGGED for when in WHEN]
+    if logged := means(
+        rows, keys, [f"{said}, {when}" for said in LOGGED.values() for when in WHEN]
+    ):
         parts.append("What the runs logged, over the first and the last tenth of the steps:\n")
         parts.append(logged)
+    if seen := means(rows, equation6.PARTS, equation6.PARTS):
+        parts.append("What equation 6 is made of at their ends, at alpha 0.5:\n")
+        parts.append(seen)
     return "\n".join(parts)
 
 
-def course_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds: root mean square of equation 6, and the LoRA teacher's loss."""
-    keys = [f"{name}, {when}" for name in LOGGED for when in WHEN]
+def means(rows: Sequence[dict[str, Any]], keys: Sequence[str], said: Sequence[str]) -> str:
+    """A table of what the rows have under `keys`, as means over the seeds; empty where none has."""
     cells = []
     for name in VARIANTS:
         runs = {row["seed"]: row for row in rows if row["variant"] == name and keys[0] in row}
         if runs:
-            means = [statistics.mean(row[key] for row in runs.values()) for key in keys]
-            cells.append((name, len(runs), *(f"{mean:.4f}" for mean in means)))
-    said = [f"{name}, {when}" for name in LOGGED.values() for when in WHEN]
+            of_keys = [statistics.mean(row[key] for row in runs.values()) for key in keys]
+            cells.append((name, len(runs), *(f"{mean:.4f}" for mean in of_keys)))
     return tables.markdown(("sees the negatives", "seeds", *said), cells) + "\n" if cells else ""
 
 
