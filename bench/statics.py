@@ -118,9 +118,14 @@ def plan(gpu: Gpu, shape: Shape) -> Plan:
     exists = d <= 160 if keys == CLIP_KEYS else d in (64, 80, 128)
     if longest <= BLOCK_KEYS and exists and shared <= gpu.shared_per_block:
         return Plan("forward_short", (d, keys, True), 256, shared, rows, keys, True)
+    return streamed_plan("forward_long", d)
+
+
+def streamed_plan(kernel: str, d: int) -> Plan:
+    """Of a padded d: a block for each tile, whose keys pass by in halves of a block."""
     rows = 128 // warps_to_a_row(d)
-    shared = 3 * tile(BLOCK_KEYS // 2, d) + tile(rows, d) + 4 * BLOCK_KEYS
-    return Plan("forward_long", (d,), 256, shared, rows, BLOCK_KEYS, False)
+    shared = 2 * (d + 8) * (3 * BLOCK_KEYS // 2 + rows) + 4 * BLOCK_KEYS
+    return Plan(kernel, (d,), 256, shared, rows, BLOCK_KEYS, False)
 
 
 def padded(d: int) -> int:
@@ -205,7 +210,7 @@ def cycles(gpu: Gpu, plan: Plan, d: int, path: Counter, turns: float) -> dict[st
     if plan.kernel.startswith("forward_sm90_short"):
         # TMA writes Q and reads O
         found["shared"] += 2 * GROUP_ROWS * -(-d // 64)
-    if not plan.kernel.endswith("long"):
+    if not (plan.kernel.endswith("long") or plan.kernel == "forward_image"):
         found["memory"] = GROUP_ROWS * 4 * d / gpu.bytes_per_cycle
     return {pipe: round(clk, 1) for pipe, clk in found.items()}
 
@@ -220,10 +225,10 @@ def path_counts(
     blocks = machine_code.blocks_of(code)
     if not projected:
         blocks = machine_code.without_projection(blocks)
-    if plan.kernel.endswith("long"):
+    if plan.kernel.endswith("long") or plan.kernel == "forward_image":
         # a tile of keys of one prompt: the longer of the loops for the two prompts
         loops = machine_code.product_loops(blocks)
-        if plan.kernel == "forward_long":
+        if "sm90" not in plan.kernel:
             loop, path = machine_code.tile_path(blocks)
             # two tiles of K and two of V, each by loops of their own
             d = plan.sizes[0]
@@ -435,6 +440,8 @@ and data sheets. No time on this page was measured, and measured rows stand else
   dV: the counts are those of a tile of query rows under the keys of a block.
 * **nag** rows have `nag_blend`, the last launch of normalised attention guidance, which makes O of
   Z+ and Z-: a row over all heads is a warp's, at most 1280 channels wide.
+* **small image** rows have `forward_image`, which attends to the image's keys of a joint attention
+  as well: the counts are those of a block of keys, of whichever segment.
 * **yardstick** rows are a public kernel, counted in the same way: the loop over keys of
   FlashAttention-2's forward, from the source that PyPI has, by the same nvcc
   (`tools/yardstick.py`). It attends to one prompt, as a turn of `forward_long` does.

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import nag_statics, statics
+from bench import image_statics, nag_statics, statics
 from nasa_kernels.testing import CUDA_LIBRARY
 
 
@@ -21,6 +21,7 @@ def library_of(path: Path | None) -> Path:
 def run(library: Path | None = None, write: bool = False) -> int:
     found = library_of(library)
     rows = statics.rows_of(found) + statics.backward_rows(found) + nag_statics.rows_of(found)
+    rows += image_statics.rows_of(found)
     if write:
         statics.ROWS.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine_code, nag_statics, statics
+from bench import image_statics, machine_code, nag_statics, statics
 from nasa_kernels.testing import CUDA_LIBRARY
 
 LIBRARY = Path(os.environ.get("NASA_CUDA_LIBRARY", CUDA_LIBRARY))
@@ -97,7 +97,7 @@ def test_hoppers_kernels_issue_no_more_than_was_asked(shape, most):
 def test_every_row_says_that_it_is_a_model_and_the_page_is_made_of_them():
     rows = statics.recorded()
     assert {r.kind for r in rows} == {"model"}
-    others = 2 * len(statics.BACKWARD_DIMS) + len(nag_statics.CHANNELS)
+    others = 2 * len(statics.BACKWARD_DIMS) + len(nag_statics.CHANNELS) + len(image_statics.DIMS)
     assert len(rows) == len(statics.GPUS) * (len(statics.SHAPES) + others)
     assert statics.PAGE.read_text() == statics.page(rows)
 
@@ -137,15 +137,33 @@ def test_the_backward_kernels_became_no_worse():
 
 
 @built
-def test_the_end_of_nag_became_no_worse():
+@pytest.mark.parametrize(
+    ("module", "rows", "gpus"),
+    [
+        (nag_statics, len(nag_statics.CHANNELS), statics.GPUS),
+        (image_statics, len(image_statics.DIMS), tuple(HELD)),
+    ],
+    ids=["the end of nag", "a small image"],
+)
+def test_what_has_rows_of_its_own_became_no_worse(module, rows, gpus):
     before = {(r.gpu, r.shape): r for r in statics.recorded()}
-    found = nag_statics.rows_of(LIBRARY)
-    assert len(found) == len(statics.GPUS) * len(nag_statics.CHANNELS)
+    found = module.rows_of(LIBRARY, gpus)
+    assert len(found) == len(gpus) * rows
     for now in found:
         old = before[now.gpu, now.shape]
-        assert now.blocks_per_sm >= old.blocks_per_sm
+        assert now.shared <= old.shared and now.blocks_per_sm >= old.blocks_per_sm
         for pipe, cycles in now.cycles.items():
             assert cycles <= 1.02 * old.cycles[pipe], f"{now.gpu}, {now.kernel}: {pipe} {cycles}"
+
+
+def test_a_small_image_costs_a_step_of_keys_what_a_long_prompt_does():
+    """The loop is that of forward_long; the segments' own code stands around it."""
+    for gpu in statics.GPUS:
+        image = row(gpu.name, "small image, d128")
+        how = statics.streamed_plan("forward_long", 128)
+        long = next(r for r in statics.recorded() if (r.gpu, r.kernel) == (gpu.name, str(how)))
+        assert image.cycles["issue"] <= 1.05 * long.cycles["issue"]
+        assert image.cycles["shared"] == long.cycles["shared"]
 
 
 # Z+ and Z- are loaded before a condition and, where they are not kept, once more behind it
