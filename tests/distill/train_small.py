@@ -54,13 +54,13 @@ def two(out, rank):
         "gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2
     )
     run = small_run(out / "ddp", 2)
-    draws, draw = [], run._draw
+    draws, draw = [], run.draw
 
     def noted(drawn, stage):
         draws.append((drawn.prompts, drawn.alpha.tolist()))
         return draw(drawn, stage)
 
-    run._draw = noted
+    run.draw = noted
     run.train(save_every=1, sample_every=1)
     weights = {name: p.detach() for name, p in run.student.denoiser.named_parameters()}
 

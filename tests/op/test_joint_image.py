@@ -73,8 +73,11 @@ def test_another_limit(limit):
 
 
 def test_what_has_no_four_dimensions_is_for_the_checks():
+    """A quick call that raises one of these goes to them, for their words."""
     q = empty(1, 8, 2, 64)
-    assert not in_one_launch(q, q[0], 0) and not in_one_launch(q[0], q, 0)
+    for wrong in ((q[0], q), (q[None], q), (q, q[0, 0, 0])):
+        with pytest.raises(_quick.REFUSALS):
+            in_one_launch(*wrong, 0)
 
 
 def test_fp32_is_for_pytorch():
@@ -94,6 +97,28 @@ def test_both_ways_match_fp64(backend, rule, limit):
         limit(flops)
         o = nasa_joint_attention(**inputs, alpha=0.6, rule=rule, text_queries=text, backend=backend)
         budget.check(o, exact)
+
+
+@pytest.mark.parametrize("wrong", [("k", 0), ("k", (0, 0, 0)), ("q", 0), ("q", None), ("v", 0)])
+@pytest.mark.parametrize("backend", ONE_LAUNCH)
+def test_a_quick_call_with_other_dimensions_gets_the_words_of_a_first_one(backend, wrong):
+    inputs, text = make("odd", torch.bfloat16)
+    name, index = wrong
+    found = []
+    _quick._known.clear()
+    for call in (
+        lambda **given: nasa_joint_attention(
+            **given, alpha=0.6, text_queries=text, backend=backend
+        ),
+        lambda **given: nag_joint_attention(**given, **NAG, text_queries=text, backend=backend),
+    ):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"_attention: {name} must") as error:
+                call(**inputs | {name: inputs[name][index]})
+            found.append(str(error.value))
+            call(**inputs)
+        assert found[-1] == found[-2]
+    assert len(_quick._known) == 2
 
 
 @pytest.mark.parametrize("backend", ONE_LAUNCH)
