@@ -20,7 +20,6 @@ from nasa_distill.train import checkpoint, networks, sharding
 from nasa_distill.train.checks import check_launch
 from nasa_distill.train.config import PRESETS, STUDENT_STEPS, Settings
 from nasa_distill.train.nasa_t import Run
-from nasa_distill.world.evaluation import equation6
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError
@@ -151,25 +150,6 @@ def test_the_lora_teachers_nasa_is_its_own_and_the_students(tmp_path):
             assert all(share in (0, pytest.approx(logged["alpha"])) for share in shares.tolist())
         # without a prompt nothing is left out
         assert ((learned != 0) <= (scores[4:] != 0)).all()
-
-
-def test_what_equation_6_is_made_of(tmp_path):
-    """Before its first step a LoRA teacher is the teacher, and only the negative prompt adds."""
-    run = make_run(tmp_path)
-    found = equation6.parts(run, images=4, noises=3)
-    assert found["rms of v"] == 0 < found["rms of n"] >= found["rms of n's average"]
-    assert found["teacher's loss"] == found["LoRA teacher's loss"] > 0
-    run.settings = run.settings.changed(kappa=(1.0, 1.0))
-    assert equation6.parts(run, images=4, noises=3)["rms of n"] == 0
-    run.step(0)
-    assert equation6.parts(run, images=4, noises=3)["rms of v"] > 0
-
-
-def test_the_noise_of_an_average_is_left_out():
-    random_ = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 8, 100_000, generator=random_)
-    assert equation6.product(x, x).item() == pytest.approx(0, abs=0.01)  # the biased one: 0.125
-    assert equation6.product(x + 0.3, y - 0.2).item() == pytest.approx(-0.06, abs=0.01)
 
 
 def test_the_student_runs_the_operator_forward_and_backward(tmp_path):
