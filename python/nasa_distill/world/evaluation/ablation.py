@@ -132,7 +132,9 @@ def run(
 
 def joined(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of earlier commands that are not made again, and `rows`, in the order of the table."""
-    made: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    made: list[dict[str, Any]] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    )
     known = {(row["variant"], row["seed"]) for row in rows}
     kept = [row for row in made if (row["variant"], row["seed"]) not in known]
     return sorted(kept + rows, key=lambda row: (ORDER.index(row["variant"]), row["seed"]))
