@@ -215,6 +215,7 @@ TINY_LARGE = replace(
     unet=(16, 32),
     floor=1.0,
     plain_cycles=1,
+    own_cycles=1,
     exact=True,
     student_settled=(TINY,),
     four_step_settled=(TINY,),
@@ -411,49 +412,6 @@ def test_a_student_that_weighs_needs_the_latents(large):
         students.train(model, None, None, 1, (), large, LARGE, None, floor=1.0)
 
 
-def test_a_draw_settles_on_the_likeliest_image():
-    """Of those of which the caption is true: by the draw where the latents are noise, else by both,
-    each with its own precision.
-    """
-    random_ = torch.Generator().manual_seed(0)
-    known = torch.randn(5, 2, 4, 4, generator=random_)
-    rates = torch.rand(60, 5, generator=random_)
-    rates[::3, 1] = 0
-    x_t, x0 = torch.randn(2, 60, 2, 4, 4, generator=random_)
-    x0 = 0.3 * x0 + 0.5 * (known[0] + known[1])
-    for signal, noise in ((0.01, 1.0), (0.7, 0.7)):
-        alpha, sigma = torch.full((60, 1, 1, 1), signal), torch.full((60, 1, 1, 1), noise)
-        found = settle.likeliest(x_t, x0, alpha, sigma, known, rates)
-        by_latents = (x_t[:, None] - signal * known).square().sum((2, 3, 4)) / noise**2
-        by_draw = (x0[:, None] - known).square().sum((2, 3, 4)) / settle.NEAR**2
-        expected = (rates.log() - by_latents / 2 - by_draw / 2).argmax(1)
-        assert torch.equal(found, expected)
-        assert (rates[torch.arange(60), found] > 0).all() and len(set(found.tolist())) > 1
-
-
-def test_what_is_chosen_too_often_becomes_dear():
-    """Draws that lie nearest to one image alone end with shares as the world's."""
-    random_ = torch.Generator().manual_seed(0)
-    values = settle.values_of(LARGE)
-    assert torch.equal(values.sum(1).unique(), torch.tensor([8.0, 10.0]))  # 2 more of a pair
-    few = torch.randint(len(values), (12,), generator=random_)
-    values, known = values[few], torch.randn(12, 2, 4, 4, generator=random_)
-    rates = (0.2 + torch.rand(12, generator=random_)).expand(64, 12)
-    prices, chosen = torch.zeros(values.shape[1]), []
-    for _ in range(400):
-        x0 = known[:1] + 0.3 * torch.randn(64, 2, 4, 4, generator=random_)
-        one = torch.ones(64, 1, 1, 1)
-        # latents that say nothing
-        found = settle.likeliest(x0, x0, 0 * one, one, known, rates, values @ prices)
-        if not chosen:
-            assert (found == 0).all()
-        settle.raise_prices(prices, values, found, rates)
-        chosen.append(found)
-    last = torch.cat(chosen[-150:])
-    due = rates[:1] / rates[0].sum() @ values
-    torch.testing.assert_close(values[last].mean(0), due[0], atol=0.03, rtol=0)
-
-
 def test_settling_makes_blends_of_two_images_one_of_them(large, tmp_path):
     """A network that begins between two images draws nearly one after it has settled."""
     model = load(large / "student" / "pipeline")
@@ -475,7 +433,8 @@ def test_settling_makes_blends_of_two_images_one_of_them(large, tmp_path):
     assert settled.state_dict().keys() == model.denoiser.state_dict().keys()
     # prices go on where a run is stopped
     kept = torch.load(tmp_path / "settled-0" / "student.pt", weights_only=True)["module"]["prices"]
-    assert kept.shape == (1, settle.values_of(world).shape[1]) and kept.any()
+    features = settle.features_of([""], world).shape[1]
+    assert kept.shape == (1, features, settle.values_of(world).shape[1]) and kept.any()
 
 
 def test_the_students_of_the_command_know_their_world(large):

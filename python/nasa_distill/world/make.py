@@ -70,6 +70,7 @@ class Recipe:
     # of teacher and students of one step and four: see `teacher.train` and `students.train`
     floor: float | None = None
     plain_cycles: int = 0  # the teacher's first ones, without `floor`
+    own_cycles: int = 0  # its last ones, half on its own paths
     exact: bool = False  # the students' pairs: see `students.exact_pairs`
     # after the regression: see `settle`
     student_settled: tuple[Settings, ...] = ()
@@ -100,12 +101,14 @@ LARGE_RECIPE = Recipe(
         Settings(steps=7000, batch=16, learning_rate=2e-3, ema=0.995),
         Settings(steps=4000, batch=16, learning_rate=7e-4, ema=0.995, seed=1, muon=0.005),
         Settings(steps=9000, batch=16, learning_rate=1e-3, ema=0.997, seed=2, muon=0.005),
+        Settings(steps=4000, batch=16, learning_rate=1e-3, ema=0.997, seed=3, muon=0.005),
     ),
     teacher=(
         Settings(steps=4000, batch=48, ema=0.997),
         Settings(steps=2000, batch=48, ema=0.996, learning_rate=7e-4, seed=1),
         Settings(steps=3600, batch=48, ema=0.997, seed=2, muon=0.004),
         Settings(steps=6000, batch=48, ema=0.998, seed=5, muon=0.004),
+        Settings(steps=6000, batch=48, ema=0.998, seed=9, muon=0.004),
     ),
     unet=(80, 96),
     pairs=40960,
@@ -116,6 +119,7 @@ LARGE_RECIPE = Recipe(
     four_step=(Settings(steps=1600, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.004),),
     four_step_settled=(
         Settings(steps=1600, batch=64, learning_rate=5e-4, ema=0.997, seed=4, muon=0.003),
+        Settings(steps=7000, batch=64, learning_rate=5e-4, ema=0.997, seed=11, muon=0.003),
     ),
     chained=False,
     words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
@@ -129,6 +133,7 @@ LARGE_RECIPE = Recipe(
     ),
     floor=1.0,
     plain_cycles=2,
+    own_cycles=1,
     exact=True,
     joint=(),
 )
@@ -241,7 +246,9 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
 
     trained = (out / "teacher", world, known, code, recipe.unet)
     floors = [None if n < recipe.plain_cycles else recipe.floor for n in range(len(recipe.teacher))]
-    unet = teacher.train(recipe.teacher, floors, encoder, tokenizer, *trained)
+    unet = teacher.train(
+        recipe.teacher, floors, encoder, tokenizer, *trained, own=recipe.own_cycles
+    )
     drawn = load(save(unet, "teacher", few_step=False))
     if "pairs" not in wanted:
         return

@@ -62,6 +62,12 @@ PATCHES: dict[str, Any] = {
 UNMODULATED = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
 
 
+def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """`x_t = alpha x_0 + sigma noise`: `[b, 1, 1, 1]` each, in fp32."""
+    kept = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    return kept.sqrt().view(-1, 1, 1, 1), (1 - kept).sqrt().view(-1, 1, 1, 1)
+
+
 def make_tokenizer(world: World = SMALL) -> CLIPTokenizer:
     """CLIP's byte-pair encoding in which every word of the world is one token.
 

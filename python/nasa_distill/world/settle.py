@@ -9,7 +9,8 @@ latents x_t and by what it drew from them, each taken for a noisy c:
 
 Alone this ends with one image for each caption. Two things keep them apart. A value that is chosen
 more often than the world has it becomes dearer until it is not (`raise_prices`), so what is
-ambiguous goes to the others. And beside the choice the student learns the end of the exact path
+ambiguous goes to the others. Its price depends on what the caption mentions, or one caption could
+have it always and another never. And beside the choice the student learns the end of the exact path
 from x_t. The latents are its own: it walks to each timestep as the pipeline does, with new noise,
 and sees what its own steps get wrong (Ross et al., 2011, for imitation).
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nasa_distill.train import losses
 from nasa_distill.train.networks import Model, Text
@@ -33,10 +35,9 @@ from nasa_distill.world.teacher import log_weights, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
 NEAR = 1.0  # noise through which a draw is taken for an image
-ANCHOR = 0.5  # weight of the path's end, of that of the choice
-RISE = 3.0  # of a value's price, for each step in which all images have it too much
+ANCHOR = 0.35  # weight of the path's end, of that of the choice
+RISE = 10.0  # of a value's price, for each step in which all images have it too much
 PATH_STEPS = 8  # of the whole path
-FIRST = 2  # how often the first timestep, from which one step must do, beside each other one
 
 
 def train(
@@ -56,7 +57,8 @@ def train(
     texts, rows_of = texts_of(model, pairs)
     taught, rates = begins(model, steps), world.rates()
     whiten = weigher(known, rates, floor)
-    turns = [0] * (FIRST - 1) + list(range(steps))
+    # twice the first, from which one step must do, and the last, which decides what is seen
+    turns = [0, *range(steps), steps - 1]
     values = values_of(world)
 
     def loss(student: Any, step: int, random_: torch.Generator) -> Tensor:
@@ -67,11 +69,12 @@ def train(
         with torch.autocast(text.embeds.device.type, torch.bfloat16, enabled=half):
             x_t = walk(model, student, pairs.states[0, rows], text, taught[: turn + 1], random_)
             drawn = model.x0(student, x_t, when, text)
-        allowed = world.matches([pairs.captions[i] for i in rows.tolist()]) * rates
+        captions = [pairs.captions[i] for i in rows.tolist()]
+        allowed, features = world.matches(captions) * rates, features_of(captions, world)
         given = (x_t, drawn.detach(), *model.alpha_sigma(when), known, allowed)
         prices = student.prices[turn]
-        scenes = likeliest(*given, values @ prices)
-        raise_prices(prices, values, scenes, allowed)
+        scenes = likeliest(*given, features @ prices @ values.T)
+        raise_prices(prices, features, values, scenes, allowed)
         chosen = known[scenes]
         *_, end = exact_path(x_t, allowed, known, PATH_STEPS, turn) if turn else [pairs.x0[rows]]
         drawn = whiten(drawn)
@@ -95,7 +98,7 @@ def train(
     for number, settings in enumerate(cycles):
         student.requires_grad_(True)
         # with its weights in the checkpoint; of each timestep
-        student.register_buffer("prices", torch.zeros(steps, values.shape[1]))
+        student.register_buffer("prices", torch.zeros(steps, 1 + world.mentioned, values.shape[1]))
         folder = out / f"settled-{number}"
         student = fit(student, loss, settings, folder, "student", check, check_every=500)
         del student.prices
@@ -116,14 +119,26 @@ def values_of(world: World) -> Tensor:
     return torch.tensor([[float(value in values) for value in every] for values in said])
 
 
-def raise_prices(prices: Tensor, values: Tensor, scenes: Tensor, rates: Tensor) -> None:
+def features_of(captions: list[str], world: World) -> Tensor:
+    """What the prices for captions depend on, linearly: `[captions, 1 + mentioned]`, of norm 1."""
+    said = world.mentions(captions)
+    return F.normalize(torch.cat([torch.ones(len(said), 1), said], dim=1))
+
+
+def raise_prices(
+    prices: Tensor, features: Tensor, values: Tensor, scenes: Tensor, rates: Tensor
+) -> None:
     """In place, by how much oftener each value is in `scenes` `[b]` than in draws at `rates`.
 
     It is the dual ascent of a choice of scenes whose values have given shares: those of the world,
     for the same captions.
+
+    Args:
+        prices: `[features, values]`.
+        features: Of the caption of each of `scenes`, see `features_of`.
     """
     due = (rates / rates.sum(1, keepdim=True)).float() @ values
-    prices += RISE * (values[scenes] - due).mean(0)
+    prices += RISE * features.T @ (values[scenes] - due) / len(scenes)
 
 
 def likeliest(
@@ -139,7 +154,7 @@ def likeliest(
 
     Args:
         x_t, alpha, sigma, known, rates: As of `teacher.posterior_mean`.
-        prices: Of each of `known`, in units of a logarithm.
+        prices: Of each of `known`, `[n]` or `[b, n]`, in units of a logarithm.
     """
     one = torch.ones_like(alpha)
     by_draw = log_weights(x0, one, NEAR * one, known, rates)

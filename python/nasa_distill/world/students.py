@@ -26,8 +26,8 @@ from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import SMALL, Code, World
-from nasa_distill.world.model import NOISE
-from nasa_distill.world.teacher import alpha_sigma, ddim, posterior_mean, summaries, weigher
+from nasa_distill.world.model import NOISE, alpha_sigma
+from nasa_distill.world.teacher import ddim, posterior_mean, summaries, weigher
 
 CHUNK = 128
 QUARTERS = 4

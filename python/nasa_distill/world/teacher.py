@@ -18,6 +18,8 @@ from nasa_distill.train.seeds import generator
 from nasa_distill.world import model
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
+from nasa_distill.world.model import alpha_sigma
+from nasa_distill.world.own_paths import OwnPaths
 
 CHUNK = 256  # images of the world, rendered and encoded at once
 P_EMPTY = 0.1  # captions left empty, for classifier-free guidance
@@ -69,12 +71,6 @@ def whitening(known: Tensor, rates: Tensor, floor: float) -> Tensor:
     return (directions * weight.sqrt() @ directions.T).float()
 
 
-def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """`x_t = alpha x_0 + sigma noise`: `[b, 1, 1, 1]` each, in fp32."""
-    kept = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
-    return kept.sqrt().view(-1, 1, 1, 1), (1 - kept).sqrt().view(-1, 1, 1, 1)
-
-
 def train(
     cycles: Sequence[Settings],
     floors: Sequence[float | None],
@@ -85,6 +81,7 @@ def train(
     known: Tensor,
     code: Code,
     channels: tuple[int, ...] = model.CHANNELS_OF_UNET,
+    own: int = 0,
 ) -> UNet2DConditionModel:
     """Train, or go on training, in the folder `out`; see `fit` for what it raises.
 
@@ -93,6 +90,7 @@ def train(
             (Loshchilov and Hutter, 2017), and takes its images from a seed of its own.
         floors: Of the `whitening` of the loss in each cycle; None: the plain squared error.
         known: The `latents` of the world.
+        own: In how many cycles, the last ones, half of each batch lies on the network's `OwnPaths`.
     """
     torch.manual_seed(cycles[0].seed)
     unet: Any = model.make_unet(channels)
@@ -111,7 +109,9 @@ def train(
         ]
 
     for number, (settings, floor) in enumerate(zip(cycles, floors, strict=True)):
-        whiten = weigher(known, rates, floor)
+        whiten, paths = weigher(known, rates, floor), None
+        if number >= len(cycles) - own:
+            paths = OwnPaths(unet, known, world, settings.batch // 2, settings.seed, P_EMPTY)
 
         def loss(
             unet: Any,
@@ -119,18 +119,31 @@ def train(
             random_: torch.Generator,
             how: Settings = settings,
             whiten: Callable[[Tensor], Tensor] = whiten,
+            paths: OwnPaths | None = paths,
         ) -> Tensor:
-            rows = world.draw(how.batch, random_)
+            drawn = how.batch - (paths.count if paths else 0)
+            rows = world.draw(drawn, random_)
             captions = world.captions(rows, random.Random(f"{how.seed} {step}"), P_EMPTY)
-            timesteps = torch.randint(1000, (how.batch,), generator=random_)
+            timesteps = torch.randint(1000, (drawn,), generator=random_)
             noise = torch.randn(known[rows].shape, generator=random_)
             alpha, sigma = alpha_sigma(scheduler, timesteps)
             x_t = alpha * known[rows] + sigma * noise
+            if paths:
+                walk = paths.take(unet, step)
+                x_t = torch.cat([x_t, walk.x_t])
+                timesteps = torch.cat([timesteps, walk.timesteps])
+                captions = captions + walk.captions
+                alpha, sigma = alpha_sigma(scheduler, timesteps)
             x0 = posterior_mean(x_t, alpha, sigma, known_64, world.matches(captions) * rates)
-            return whiten(unet(x_t, timesteps, encode(captions)).sample - x0).square().mean()
+            found = unet(x_t, timesteps, encode(captions)).sample
+            if paths:
+                paths.move(unet, walk, found[drawn:], random_)
+            return whiten(found - x0).square().mean()
 
         folder = out / f"cycle-{number}"
         unet = fit(unet.requires_grad_(True), loss, settings, folder, "teacher", check)
+        if paths:
+            paths.leave(unet)
     return unet
 
 

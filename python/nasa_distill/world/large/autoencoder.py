@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.fit import Settings, fit
-from nasa_distill.world.large.judge import local_distance
+from nasa_distill.world.large.judge import VALID_BELOW, local_distance
 from nasa_distill.world.large.scene import (
     IMAGE_RATES,
     OBJECT_RATES,
@@ -35,8 +35,10 @@ GRID = SIZE // 8
 # then have costs half of this in squared error, less than a bound of 41 dB
 KL = 3e-4
 ENCODED = 256  # images at once
-NOISE, BLEND = 0.8, 0.45  # the most of either that the decoder sees
-WORST = 0.1  # weight of the window where an image is worst, beside the mean over all pixels
+NOISE, BLEND = 0.25, 0.5  # the most of either that the decoder sees
+# weights beside the mean over all pixels: of the window where an image is worst, and of what comes
+# near the share of images that are not valid
+WORST, INVALID = 0.1, 0.02
 MEASURED = 512  # images, for the mean and variance of latents
 
 
@@ -90,8 +92,11 @@ def train_decoder(
     """The same latents with a better decoder, which has seen latents that are a little wrong.
 
     What networks draw lies beside the latents of images, and often on the way to those of a scene
-    that differs in one attribute. The decoder learns to give back the nearer image. Networks on the
-    latents need not wait for it.
+    that differs in one attribute. The decoder learns to give back the nearer image: one, not the
+    mean of both, which the squared error alone would have it draw. Networks on the latents need not
+    wait for it.
+
+        |x - image|^2 + WORST r + INVALID r / (r + VALID_BELOW),    r: what the judge looks at
 
     Args:
         model: An autoencoder of the world.
@@ -112,7 +117,9 @@ def train_decoder(
         with torch.autocast("cpu", torch.bfloat16):
             decoded = model.decode(codes).sample.float()
         images = render([scenes()[i] for i in rows.tolist()])
-        return F.mse_loss(decoded, images) + WORST * local_distance(decoded, images).mean()
+        worst = local_distance(decoded, images)
+        invalid = worst / (worst + VALID_BELOW)
+        return F.mse_loss(decoded, images) + WORST * worst.mean() + INVALID * invalid.mean()
 
     for number, settings in enumerate(cycles):
         for part in (model.decoder, model.post_quant_conv):
