@@ -109,6 +109,7 @@ LARGE_RECIPE = Recipe(
         Settings(steps=3600, batch=48, ema=0.997, seed=2, muon=0.004),
         Settings(steps=6000, batch=48, ema=0.998, seed=5, muon=0.004),
         Settings(steps=6000, batch=48, ema=0.998, seed=9, muon=0.004),
+        Settings(steps=3400, batch=48, ema=0.998, learning_rate=7e-4, seed=10, muon=0.003),
     ),
     unet=(80, 96),
     pairs=40960,
@@ -133,7 +134,7 @@ LARGE_RECIPE = Recipe(
     ),
     floor=1.0,
     plain_cycles=2,
-    own_cycles=1,
+    own_cycles=2,
     exact=True,
     joint=(),
 )
