@@ -19,8 +19,8 @@ def test_a_draw_settles_on_the_likeliest_image():
         alpha, sigma = torch.full((60, 1, 1, 1), signal), torch.full((60, 1, 1, 1), noise)
         found = settle.likeliest(x_t, x0, alpha, sigma, known, rates)
         by_latents = (x_t[:, None] - signal * known).square().sum((2, 3, 4)) / noise**2
-        by_draw = (x0[:, None] - known).square().sum((2, 3, 4)) / settle.NEAR**2
-        expected = (rates.log() - by_latents / 2 - by_draw / 2).argmax(1)
+        by_draw = (x0[:, None] - known).square().sum((2, 3, 4))
+        expected = (rates.log() - by_latents / 2 - settle.TAIL * by_draw.log()).argmax(1)
         assert torch.equal(found, expected)
         assert (rates[torch.arange(60), found] > 0).all() and len(set(found.tolist())) > 1
 

@@ -120,7 +120,8 @@ LARGE_RECIPE = Recipe(
     four_step=(Settings(steps=1600, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.004),),
     four_step_settled=(
         Settings(steps=1600, batch=64, learning_rate=5e-4, ema=0.997, seed=4, muon=0.003),
-        Settings(steps=7000, batch=64, learning_rate=5e-4, ema=0.997, seed=11, muon=0.003),
+        Settings(steps=600, batch=64, learning_rate=5e-4, ema=0.99, seed=11, muon=0.003),
+        Settings(steps=2500, batch=64, learning_rate=5e-4, ema=0.997, seed=12, muon=0.003),
     ),
     chained=False,
     words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),

@@ -5,7 +5,10 @@ between two images. Which of the two it is does not matter there, so the student
 it also learns to draw, of the images c of which the caption is true, the likeliest one by its
 latents x_t and by what it drew from them, each taken for a noisy c:
 
-    argmax_c  log rate(c) - |x_t - alpha c|^2 / 2 sigma^2 - |x_0 - c|^2 / 2 NEAR^2 - price(c)
+    argmax_c  log rate(c) - |x_t - alpha c|^2 / 2 sigma^2 - TAIL log |x_0 - c|^2 - price(c)
+
+The noise of x_0 has long tails, as Student's t: half of the way counts the same between two colours
+as between two grounds, which lie ten times as far apart, and one price can turn either.
 
 Alone this ends with one image for each caption. Two things keep them apart. A value that is chosen
 more often than the world has it becomes dearer until it is not (`raise_prices`), so what is
@@ -34,9 +37,10 @@ from nasa_distill.world.students import Pairs, begins, exact_path, texts_of
 from nasa_distill.world.teacher import log_weights, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
-NEAR = 1.0  # noise through which a draw is taken for an image
-ANCHOR = 0.35  # weight of the path's end, of that of the choice
-RISE = 10.0  # of a value's price, for each step in which all images have it too much
+TAIL = 5.0  # half the power with which an image becomes less likely by its distance from a draw
+LEAST = 1e-3  # of squared distances, whose logarithm is taken
+ANCHOR = 0.5  # weight of the path's end, of that of the choice
+RISE = 5.0  # of a value's price, for each step in which all images have it too much
 PATH_STEPS = 8  # of the whole path
 
 
@@ -156,9 +160,12 @@ def likeliest(
         x_t, alpha, sigma, known, rates: As of `teacher.posterior_mean`.
         prices: Of each of `known`, `[n]` or `[b, n]`, in units of a logarithm.
     """
-    one = torch.ones_like(alpha)
-    by_draw = log_weights(x0, one, NEAR * one, known, rates)
-    by_latents = log_weights(x_t, alpha, sigma, known, torch.ones_like(rates))
+    by_latents = log_weights(x_t, alpha, sigma, known, rates)
+    # by a product: the difference of all pairs would take gigabytes
+    distance = torch.cdist(
+        x0.flatten(1), known.flatten(1), compute_mode="use_mm_for_euclid_dist"
+    ).square()
+    by_draw = -TAIL * distance.clamp(min=LEAST).log()
     return (by_latents + by_draw - prices).argmax(1)
 
 
