@@ -437,6 +437,22 @@ def test_settling_makes_blends_of_two_images_one_of_them(large, tmp_path):
     assert kept.shape == (1, features, settle.values_of(world).shape[1]) and kept.any()
 
 
+def test_the_last_cycle_of_settling_has_a_weight_of_its_own(large, tmp_path):
+    model = load(large / "student" / "pipeline")
+    world = replace(FEW_SCENES, checks=())
+    known = torch.load(large / "autoencoder" / "latents.pt", weights_only=True)["latents"]
+    pairs = students.exact_pairs(known, world, 1, tmp_path, 4)
+    weights = {}
+    for last in (settle.ANCHOR, 9.0):
+        folder = tmp_path / str(last)
+        settle.train(model, model.denoiser, pairs, 1, CYCLES, folder, world, None, known, last=last)
+        for number in (0, 1):
+            kept = torch.load(folder / f"settled-{number}" / "student.pt", weights_only=True)
+            weights[last, number] = kept["module"]["conv_in.weight"]
+    assert torch.equal(weights[settle.ANCHOR, 0], weights[9.0, 0])
+    assert not torch.equal(weights[settle.ANCHOR, 1], weights[9.0, 1])
+
+
 def test_the_students_of_the_command_know_their_world(large):
     model = load(large / "student" / "pipeline")
     assert model.latent_shape == (autoencoder.CHANNELS, autoencoder.GRID, autoencoder.GRID)

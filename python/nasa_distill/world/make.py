@@ -75,6 +75,7 @@ class Recipe:
     # after the regression: see `settle`
     student_settled: tuple[Settings, ...] = ()
     four_step_settled: tuple[Settings, ...] = ()
+    anchor: float = settle.ANCHOR  # in the last cycle
     chained: bool = True  # the student of four steps begins with that of one, not with the teacher
     # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
@@ -116,13 +117,16 @@ LARGE_RECIPE = Recipe(
     student=(Settings(steps=1400, batch=64, learning_rate=6e-4, ema=0.99, muon=0.004),),
     student_settled=(
         Settings(steps=1600, batch=64, learning_rate=4e-4, ema=0.995, seed=6, muon=0.0025),
+        Settings(steps=450, batch=64, learning_rate=3e-4, ema=0.99, seed=13, muon=0.002),
     ),
     four_step=(Settings(steps=1600, batch=64, learning_rate=6e-4, ema=0.99, seed=2, muon=0.004),),
     four_step_settled=(
         Settings(steps=1600, batch=64, learning_rate=5e-4, ema=0.997, seed=4, muon=0.003),
         Settings(steps=600, batch=64, learning_rate=5e-4, ema=0.99, seed=11, muon=0.003),
         Settings(steps=2500, batch=64, learning_rate=5e-4, ema=0.997, seed=12, muon=0.003),
+        Settings(steps=450, batch=64, learning_rate=3e-4, ema=0.99, seed=12, muon=0.002),
     ),
+    anchor=0.15,
     chained=False,
     words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
     words_settled=(
@@ -269,7 +273,8 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
             of = (out / name, world, code)
             weighed: Any = {"known": known, "floor": recipe.floor}
             student = students.train(drawn, begun, pairs, steps, cycles, *of, **weighed)
-            student = settle.train(drawn, student, pairs, steps, settled, *of, **weighed)
+            how: Any = weighed | {"last": recipe.anchor}
+            student = settle.train(drawn, student, pairs, steps, settled, *of, **how)
             save(student, name, few_step=True)
             begun = student if recipe.chained else begun
     encoder = world_clip.text_encoder(clip, projected=True)

@@ -56,8 +56,13 @@ def train(
     known: Tensor,
     floor: float | None = None,
     half: bool = False,
+    last: float = ANCHOR,
 ) -> Any:
-    """Train, or go on training; see `fit` for what it raises, and `students.train` for the rest."""
+    """Train, or go on training; see `fit` for what it raises, and `students.train` for the rest.
+
+    Args:
+        last: Weight of the path's end in the last cycle, in the place of `ANCHOR`.
+    """
     texts, rows_of = texts_of(model, pairs)
     taught, rates = begins(model, steps), world.rates()
     whiten = weigher(known, rates, floor)
@@ -83,7 +88,7 @@ def train(
         *_, end = exact_path(x_t, allowed, known, PATH_STEPS, turn) if turn else [pairs.x0[rows]]
         drawn = whiten(drawn)
         pulls = [losses.regression_loss(drawn, whiten(x)) for x in (chosen, end)]
-        return (pulls[0] + ANCHOR * pulls[1]) / (1 + ANCHOR)
+        return (pulls[0] + anchor * pulls[1]) / (1 + anchor)
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
@@ -101,6 +106,7 @@ def train(
     student = copy.deepcopy(student)
     for number, settings in enumerate(cycles):
         student.requires_grad_(True)
+        anchor = last if number == len(cycles) - 1 else ANCHOR
         # with its weights in the checkpoint; of each timestep
         student.register_buffer("prices", torch.zeros(steps, 1 + world.mentioned, values.shape[1]))
         folder = out / f"settled-{number}"
