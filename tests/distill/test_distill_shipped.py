@@ -20,7 +20,7 @@ from nasa_distill.world.scene import renders, scenes
 from PIL import Image
 
 # by size of images; on other noise and captions than those of the card, so a little below it
-VALID, FOLLOWED, ALPHA = {32: 0.72, 64: 0.52}, {32: 0.83, 64: 0.88}, {32: 0.5, 64: 1.0}
+VALID, FOLLOWED, ALPHA = {32: 0.72, 64: 0.68}, {32: 0.83, 64: 0.88}, {32: 0.5, 64: 1.0}
 README = Path(__file__).parents[2] / "README.md"
 DOCS = README.parent / "docs" / "distill"
 
@@ -69,22 +69,22 @@ def test_the_results_are_those_of_this_model():
     results = results_of(DOCS / "results.md", DOCS, "sweep-1", "sweep-4", "price", "samples")
     assert results.about["student"] == evaluate.checksum(shipped.path(32))
     card = (shipped.path(32) / "README.md").read_text()
-    said = re.findall(r"^- (one step|four steps): (.*)$", README.read_text(), re.MULTILINE)
-    line = {{"one step": 1, "four steps": 4}[steps]: text for steps, text in said}
     for steps in ("1 step", "4 steps"):
         quality = results.quality[f"student, {steps}"].shares
         for name in ("valid", "followed if valid"):
             assert str(quality[name]).replace(" (", " % (") in card
+
+
+def test_the_larger_models_page_is_made_of_its_numbers():
+    """And its card says no other, and the README."""
+    pictures = ("sweep-1", "sweep-4", "price", "samples")
+    results = results_of(DOCS / "large.md", DOCS / "large", *pictures)
+    said = re.findall(r"^- (one step|four steps): (.*)$", README.read_text(), re.MULTILINE)
+    line = {{"one step": 1, "four steps": 4}[steps]: text for steps, text in said}
     for steps in report.student_steps(results):
         for name in ("none", "cfg", "nag", "vsf", "nasa", "projected"):
             best = report.best(report.student_cells(results, steps), name)
             assert str(best.total.shares["all three"]) in line[steps]
-
-
-def test_the_larger_models_page_is_made_of_its_numbers():
-    """And its card says no other."""
-    pictures = ("sweep-1", "sweep-4", "price", "samples")
-    results = results_of(DOCS / "large.md", DOCS / "large", *pictures)
     assert results.about["student"] == evaluate.checksum(shipped.path(64))
     card = (shipped.path(64) / "README.md").read_text()
     assert len(results.quality) == 4

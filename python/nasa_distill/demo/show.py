@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
-from nasa_diffusers import NASA, enable_nasa
+from nasa_diffusers import ProjectedNASA, enable_nasa
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +28,7 @@ EXAMPLES = (
     ("a photo of a circle and a shape", "square"),
     ("a photo of a large shape", "red"),
 )
-STRENGTH = NASA(0.75)  # the best of docs/distill/large.md in four steps
+STRENGTH = ProjectedNASA(1.5)  # level with the best of docs/distill/large.md in four steps
 
 
 def show(out: Path) -> None:
