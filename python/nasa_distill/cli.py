@@ -248,13 +248,18 @@ def run_eval(options: argparse.Namespace) -> None:
     given = [options.search, options.best_of is not None, options.methods is not None]
     if sum(given) > 1:
         raise ValueError("eval: --search, --best-of and --methods all say which methods; give one")
-    methods = None
+    methods: Any = None
     if options.methods is not None:
         methods = tuple(map(evaluate.read_method, options.methods.split(",")))
     if options.search:
         methods = (evaluate.NONE, *evaluate.nag_grid(load(student).joint))
     if options.best_of is not None:
-        methods = tuple(report.best_methods(report.read(options.best_of)))
+        methods = report.best_methods(report.read(options.best_of))
+        if missing := set(options.steps) - set(methods):
+            raise ValueError(
+                f"eval: --best-of must hold every number of --steps; {options.best_of} lacks "
+                f"{', '.join(map(str, sorted(missing)))}. Measure them there first, or leave them out"
+            )
     results = evaluate.run(
         Path(student),
         options.steps,

@@ -179,13 +179,14 @@ def test_each_method_as_it_did_best():
         + [cell("projected", 1.0, 850), cell("projected", 2.0, 890)],
         {"seeds": "7"},
     )
-    said = [str(method) for method in report.best_methods(results)]
-    assert said == ["projected 2", "nasa 0.5", "none"]
+    (said,) = report.best_methods(results).items()
+    assert said[0] == 4
+    assert [str(method) for method in said[1]] == ["projected 2", "nasa 0.5", "none"]
     table = report.best_table(results, 4).splitlines()
     assert table[2].startswith("| projected 2 |") and table[2].endswith("| 89.0 |")
 
 
-def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, monkeypatch):
+def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "METHODS", METHODS[:2])
     monkeypatch.setattr(evaluate, "nag_grid", lambda joint: METHODS[2:])
     small = ["eval", "--student", str(student), "--images", "1"]
@@ -204,7 +205,11 @@ def test_the_commands_of_a_search_and_of_held_out_prompts(student, tmp_path, mon
     assert report.markdown(results, pictures, page.parent) == page.read_text()
     best = ["--best-of", str(out / "results.json"), "--pairs", "held-out"]
     assert main([*small, *best, "--out", str(held)]) == 0
-    assert len(report.read(held / "results.json").cells) == len(METHODS)
+    cells = report.read(held / "results.json").cells
+    assert [c.method for c in cells] == report.best_methods(results)[1]
+    lacking = [*small, *best, "--steps", "1,2", "--out", str(tmp_path / "no")]
+    assert main(lacking) == 1
+    assert "results.json lacks 2. Measure them there first" in capsys.readouterr().err
     assert main([*small, *best, "--search", "--out", str(tmp_path / "no")]) == 1
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def run(
     images: int,
     seeds: int | Sequence[int] = 0,
     teacher: Path | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[Method] | Mapping[int, Sequence[Method]] | None = None,
     more: Sequence[Method] = (),
     pairs: str = "first",
     progress: Path | None = None,
@@ -220,6 +220,7 @@ def run(
 
     Args:
         images: Of each prompt pair and seed.
+        methods: Where they differ, by the number of steps.
         more: Methods beside those.
         pairs: One of `prompts.NAMES`.
         progress: A file of the cells that are there; the same call goes on with it.
@@ -234,8 +235,13 @@ def run(
     asked_for = pairs_of(world, pairs)
     if methods is None:
         methods = JOINT if distilled.joint else METHODS
-    methods = [*methods, *(method for method in more if method not in methods)]
-    methods = [Method(m.name, *(plain(x) for x in m[1:])) for m in methods]
+    jobs = [
+        ("student", number, Method(m.name, *(plain(x) for x in m[1:])))
+        for number in steps
+        for m in dict.fromkeys(
+            [*(methods[number] if isinstance(methods, Mapping) else methods), *more]
+        )
+    ]
     about = {
         "commit": commit(),
         "seeds": ", ".join(map(str, seeds)),
@@ -262,7 +268,6 @@ def run(
         for seed in seeds:
             drawn = (models[model], number, count, seed, guidance)
             seen[name].add(*made.through(f"{name}, seed {seed}", lambda *x: [quality(*x)], *drawn))
-    jobs = [("student", number, method) for number in steps for method in methods]
     if teacher is not None:
         jobs += [("teacher", TEACHER_STEPS, method) for method in (NONE, CFG[1])]
     cells = [Cell(*job) for job in jobs]

@@ -346,10 +346,10 @@ def best_cells(results: Results, steps: int) -> list[Cell]:
     return sorted(filter(None, found), key=all_three, reverse=True)
 
 
-def best_methods(results: Results) -> list[Method]:
-    """Those of `best_cells`, for each number of steps."""
-    found = [cell.method for steps in student_steps(results) for cell in best_cells(results, steps)]
-    return list(dict.fromkeys(found))
+def best_methods(results: Results) -> dict[int, list[Method]]:
+    """Those of `best_cells`, by the number of steps: on other prompts nothing is left to choose."""
+    steps = student_steps(results)
+    return {number: [cell.method for cell in best_cells(results, number)] for number in steps}
 
 
 def best_table(results: Results, steps: int) -> str:
