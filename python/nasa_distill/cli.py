@@ -258,7 +258,8 @@ def run_eval(options: argparse.Namespace) -> None:
         if missing := set(options.steps) - set(methods):
             raise ValueError(
                 f"eval: --best-of must hold every number of --steps; {options.best_of} lacks "
-                f"{', '.join(map(str, sorted(missing)))}. Measure them there first, or leave them out"
+                f"{', '.join(map(str, sorted(missing)))}. Measure them there first, or leave "
+                "them out"
             )
     results = evaluate.run(
         Path(student),

@@ -445,7 +445,9 @@ def test_the_last_cycle_of_settling_has_a_weight_of_its_own(large, tmp_path):
     weights = {}
     for last in (settle.ANCHOR, 9.0):
         folder = tmp_path / str(last)
-        settle.train(model, model.denoiser, pairs, 1, CYCLES, folder, world, None, known, last=last)
+        settle.train(
+            model, model.denoiser, pairs, 1, CYCLES, folder, world, None, known, last_anchor=last
+        )
         for number in (0, 1):
             kept = torch.load(folder / f"settled-{number}" / "student.pt", weights_only=True)
             weights[last, number] = kept["module"]["conv_in.weight"]

@@ -75,7 +75,7 @@ class Recipe:
     # after the regression: see `settle`
     student_settled: tuple[Settings, ...] = ()
     four_step_settled: tuple[Settings, ...] = ()
-    anchor: float = settle.ANCHOR  # in the last cycle
+    last_anchor: float = settle.ANCHOR  # see `settle.train`
     chained: bool = True  # the student of four steps begins with that of one, not with the teacher
     # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
@@ -126,7 +126,7 @@ LARGE_RECIPE = Recipe(
         Settings(steps=2500, batch=64, learning_rate=5e-4, ema=0.997, seed=12, muon=0.003),
         Settings(steps=450, batch=64, learning_rate=3e-4, ema=0.99, seed=12, muon=0.002),
     ),
-    anchor=0.15,
+    last_anchor=0.15,
     chained=False,
     words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
     words_settled=(
@@ -273,7 +273,7 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
             of = (out / name, world, code)
             weighed: Any = {"known": known, "floor": recipe.floor}
             student = students.train(drawn, begun, pairs, steps, cycles, *of, **weighed)
-            how: Any = weighed | {"last": recipe.anchor}
+            how: Any = weighed | {"last_anchor": recipe.last_anchor}
             student = settle.train(drawn, student, pairs, steps, settled, *of, **how)
             save(student, name, few_step=True)
             begun = student if recipe.chained else begun

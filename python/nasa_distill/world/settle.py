@@ -56,12 +56,12 @@ def train(
     known: Tensor,
     floor: float | None = None,
     half: bool = False,
-    last: float = ANCHOR,
+    last_anchor: float = ANCHOR,
 ) -> Any:
     """Train, or go on training; see `fit` for what it raises, and `students.train` for the rest.
 
     Args:
-        last: Weight of the path's end in the last cycle, in the place of `ANCHOR`.
+        last_anchor: Weight of the path's end in the last cycle, in the place of `ANCHOR`.
     """
     texts, rows_of = texts_of(model, pairs)
     taught, rates = begins(model, steps), world.rates()
@@ -106,7 +106,7 @@ def train(
     student = copy.deepcopy(student)
     for number, settings in enumerate(cycles):
         student.requires_grad_(True)
-        anchor = last if number == len(cycles) - 1 else ANCHOR
+        anchor = last_anchor if number == len(cycles) - 1 else ANCHOR
         # with its weights in the checkpoint; of each timestep
         student.register_buffer("prices", torch.zeros(steps, 1 + world.mentioned, values.shape[1]))
         folder = out / f"settled-{number}"
