@@ -196,7 +196,10 @@ def frontier(results: Results) -> Figure:
             chosen = [cell for cell in sweep(results, steps, name) if cell.method != NONE]
             if not chosen:
                 continue
-            ends = (chosen[0].method.strength, chosen[-1].method.strength)
+            # of all panels: a label has one colour
+            every = [sweep(results, count, name) for count in student_steps(results)]
+            of_all = [cell.method.strength for some in every for cell in some]
+            ends = (min(x for x in of_all if x), max(of_all))
             label += " " + " to ".join(f"{end:g}" for end in dict.fromkeys(ends))
             curves.append(
                 plot.Curve(
