@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from small_world import make_small
+from small_world import make_large, make_small
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +26,9 @@ def one_precision():
 def world(tmp_path_factory):
     """What the command `world` leaves, of tiny networks."""
     return make_small(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory):
+    """The same of the larger world, up to the student of four steps."""
+    return make_large(tmp_path_factory.mktemp("large"))

@@ -1,10 +1,10 @@
-"""A world of two steps of everything: its images are noise, its files are what they are."""
+"""Worlds of two steps of everything: their images are noise, their files are what they are."""
 
 from dataclasses import replace
 
 import torch
 from nasa_distill.world.fit import Settings
-from nasa_distill.world.kinds import SMALL
+from nasa_distill.world.kinds import LARGE, SMALL
 from nasa_distill.world.make import Recipe, make
 
 TINY = Settings(steps=2, batch=4, learning_rate=1e-3, ema=0.5)
@@ -27,11 +27,40 @@ RECIPE = Recipe(
     guidance=1.5,
     ddim_steps=4,
 )
+FEW = 40  # scenes: encoding all of them takes longer than the rest
+TINY_LARGE = replace(
+    RECIPE,
+    size=64,
+    autoencoder=CYCLES,
+    unet=(16, 32),
+    floor=1.0,
+    plain_cycles=1,
+    own_cycles=1,
+    exact=True,
+    student_settled=(TINY,),
+    four_step_settled=(TINY,),
+    chained=False,
+)
+FEW_SCENES = replace(
+    LARGE,
+    rates=lambda: LARGE.rates()[:FEW],
+    matches=lambda captions: LARGE.matches(captions)[:, :FEW],
+    checks=(),
+)
 
 
 def make_small(out):
+    _make(RECIPE, out, "pixart", UNSEEN)
+    return out
+
+
+def make_large(out):
+    _make(TINY_LARGE, out, "four-step", FEW_SCENES)
+    return out
+
+
+def _make(recipe, out, last, world):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    make(RECIPE, out, world=UNSEEN)
+    make(recipe, out, last, world)
     torch.set_num_threads(threads)
-    return out

@@ -26,7 +26,7 @@ from nasa_distill.world.large.captions import (
     mentions,
     read,
 )
-from nasa_distill.world.large.judge import VALID_BELOW, judge, local_distance
+from nasa_distill.world.large.judge import VALID_BELOW, judge, local_distance, nearest
 from nasa_distill.world.large.scene import (
     IMAGE_RATES,
     NUMBERS,
@@ -39,7 +39,7 @@ from nasa_distill.world.large.scene import (
     render,
     scenes,
 )
-from small_world import CYCLES, RECIPE, TINY
+from small_world import CYCLES, FEW, FEW_SCENES, TINY, TINY_LARGE
 
 PAIR = Scene(
     (Object("red", "circle"), Object("blue", "square")),
@@ -205,38 +205,19 @@ def test_captions_that_cannot_be_read(caption, message):
         read(caption)
 
 
+def test_the_nearest_scene_can_be_one_of_a_few():
+    random_ = torch.Generator().manual_seed(0)
+    pixels = torch.rand(6, 3, 64, 64, generator=random_) * 2 - 1
+    allowed = torch.rand(6, len(scenes()), generator=random_) < 0.01
+    few = allowed.any(0).nonzero()[:, 0]
+    images = render([scenes()[i] for i in few.tolist()])
+    distance = torch.cdist(pixels.flatten(1), images.flatten(1))
+    expected = few[distance.masked_fill(~allowed[:, few], torch.inf).argmin(1)]
+    assert torch.equal(nearest(pixels, allowed.float()), expected)
+    assert not torch.equal(nearest(pixels), expected)
+
+
 # ---- models --------------------------------------------------------------------------------------
-
-FEW = 40  # scenes: encoding all of them takes longer than the rest
-TINY_LARGE = replace(
-    RECIPE,
-    size=64,
-    autoencoder=CYCLES,
-    unet=(16, 32),
-    floor=1.0,
-    plain_cycles=1,
-    own_cycles=1,
-    exact=True,
-    student_settled=(TINY,),
-    four_step_settled=(TINY,),
-    chained=False,
-)
-FEW_SCENES = replace(
-    LARGE,
-    rates=lambda: rates()[:FEW],
-    matches=lambda captions: LARGE.matches(captions)[:, :FEW],
-    checks=(),
-)
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    out = tmp_path_factory.mktemp("large")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    make.make(TINY_LARGE, out, "four-step", FEW_SCENES)
-    torch.set_num_threads(threads)
-    return out
 
 
 def test_the_stages_end_with_a_stock_pipeline(large):

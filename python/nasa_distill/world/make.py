@@ -7,6 +7,7 @@ OUT/pairs        its images, and its path to them from noise
 OUT/decoder      the autoencoder with a decoder that was trained longer
 OUT/student      the one-step student that NASA-T begins with
 OUT/four-step    the student of four steps
+OUT/finish       that student and the decoder, each trained on by what the other makes
 OUT/joint        another, with joint attention, of which NASA has several rules (of 32x32 images)
 OUT/words        another with joint attention, which knows its prompt from text tokens alone
 OUT/pixart       another, a PixArt with a T5
@@ -32,11 +33,20 @@ from nasa_distill.scalars import read_numbers
 from nasa_distill.train import checkpoint
 from nasa_distill.train.networks import Model, load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import model, settle, shipped, students, t5, teacher
+from nasa_distill.world import draws, model, settle, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.fit import Settings
 from nasa_distill.world.kinds import WORLDS, Code, World
 from nasa_distill.world.large import autoencoder
+
+
+@dataclass(frozen=True)
+class Round:
+    """Of `make_finish`: the decoder learns from draws, then the student from its images."""
+
+    decoder: tuple[Settings, ...]
+    grown: bool = False  # the decoder has a block more at each level from here on
+    settled: tuple[Settings, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class Recipe:
     student_settled: tuple[Settings, ...] = ()
     four_step_settled: tuple[Settings, ...] = ()
     last_anchor: float = settle.ANCHOR  # see `settle.train`
+    finish: tuple[Round, ...] = ()
+    draws: int = 9600  # of the student in each number of steps, and of the teacher
     chained: bool = True  # the student of four steps begins with that of one, not with the teacher
     # from random weights: many small steps; no cycles, no student
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
@@ -152,6 +164,7 @@ STAGES = (
     "decoder",
     "student",
     "four-step",
+    "finish",
     "joint",
     "words",
     "pixart",
@@ -277,6 +290,11 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
             student = settle.train(drawn, student, pairs, steps, settled, *of, **how)
             save(student, name, few_step=True)
             begun = student if recipe.chained else begun
+    if "finish" in wanted and recipe.finish:
+        lessons = Lessons(world, code, known, pairs, recipe.floor)
+        student, code = make_finish(recipe, drawn, student, lessons, out / "finish")
+        save(student, "finish", few_step=True)
+        save(unet, "teacher", few_step=False)
     encoder = world_clip.text_encoder(clip, projected=True)
     lessons = Lessons(world, code, known, pairs, recipe.floor)
     if "joint" in wanted and recipe.joint:
@@ -336,6 +354,45 @@ def make_decoder(recipe: Recipe, code: Code, known: Tensor, out: Path) -> Code:
     vae: Any = autoencoder.train_decoder(code.vae, known, recipe.decoder, out)
     vae.save_pretrained(out / "model")
     return autoencoder.TrainedCode(vae)
+
+
+def make_finish(
+    recipe: Recipe, drawn: Model, student: Any, lessons: Lessons, out: Path
+) -> tuple[Any, Code]:
+    """The student of four steps and the decoder, better by what each learns of the other.
+
+    Args:
+        drawn: The teacher.
+    """
+    world, code, known, pairs, floor = lessons
+    vae = code.vae
+    for number, round_ in enumerate(recipe.finish):
+        folder = out / f"round-{number}"
+        many = (recipe.draws, world)
+        learned = [
+            *draws.of_student(
+                drawn, student, students.QUARTERS, *many, folder / "drawn-by-student.pt", number
+            ),
+            *draws.of_teacher(drawn, *many, folder / "drawn-by-teacher.pt", number),
+        ]
+        vae = autoencoder.grown(vae) if round_.grown else vae
+        vae = autoencoder.train_decoder(vae, known, round_.decoder, folder / "decoder", learned)
+        code = autoencoder.TrainedCode(vae)
+        student = settle.train(
+            drawn,
+            student,
+            pairs,
+            students.QUARTERS,
+            round_.settled,
+            folder,
+            world,
+            code,
+            known,
+            floor,
+            last_anchor=recipe.last_anchor,
+            image_loss=autoencoder.loss_by(vae),
+        )
+    return student, code
 
 
 def make_from_shipped(recipe: Recipe, out: Path) -> None:

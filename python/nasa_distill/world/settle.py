@@ -21,7 +21,7 @@ and sees what its own steps get wrong (Ross et al., 2011, for imitation).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from nasa_distill.train import losses
 from nasa_distill.train.networks import Model, Text
+from nasa_distill.world.draws import renoised
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
 from nasa_distill.world.students import Pairs, begins, exact_path, texts_of
@@ -42,6 +43,7 @@ LEAST = 1e-3  # of squared distances, whose logarithm is taken
 ANCHOR = 0.5  # weight of the path's end, of that of the choice
 RISE = 5.0  # of a value's price, for each step in which all images have it too much
 PATH_STEPS = 8  # of the whole path
+SEEN, PIXELS = 24, 2.0  # how many of a batch count as images too, and their weight
 
 
 def train(
@@ -57,11 +59,13 @@ def train(
     floor: float | None = None,
     half: bool = False,
     last_anchor: float = ANCHOR,
+    image_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Any:
     """Train, or go on training; see `fit` for what it raises, and `students.train` for the rest.
 
     Args:
         last_anchor: Weight of the path's end in the last cycle, in the place of `ANCHOR`.
+        image_loss: Of latents `[b, c, h, w]` for numbers of scenes `[b]`, added for some.
     """
     texts, rows_of = texts_of(model, pairs)
     taught, rates = begins(model, steps), world.rates()
@@ -86,9 +90,11 @@ def train(
         raise_prices(prices, features, values, scenes, allowed)
         chosen = known[scenes]
         *_, end = exact_path(x_t, allowed, known, PATH_STEPS, turn) if turn else [pairs.x0[rows]]
-        drawn = whiten(drawn)
-        pulls = [losses.regression_loss(drawn, whiten(x)) for x in (chosen, end)]
-        return (pulls[0] + anchor * pulls[1]) / (1 + anchor)
+        pulls = [losses.regression_loss(whiten(drawn), whiten(x)) for x in (chosen, end)]
+        value = (pulls[0] + anchor * pulls[1]) / (1 + anchor)
+        if image_loss:
+            value = value + PIXELS * image_loss(drawn[:SEEN], scenes[:SEEN])
+        return value
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
@@ -184,13 +190,9 @@ def walk(
     timesteps: Tensor,
     random_: torch.Generator,
 ) -> Tensor:
-    """Its latents at the last of the timesteps: all but the last are steps of LCM's scheduler.
-
-    x <- alpha x_0 + sigma noise,    with alpha and sigma of the next timestep
-    """
+    """Its latents at the last of the timesteps: all but the last are steps of LCM's scheduler."""
     x = noise
     for now, following in zip(timesteps[:-1], timesteps[1:], strict=True):
         x0 = model.x0(student, x, now.expand(len(x)), text)
-        alpha, sigma = model.alpha_sigma(following.expand(len(x)))
-        x = alpha * x0 + sigma * torch.randn(x.shape, generator=random_)
+        x = renoised(model, x0, following, random_)
     return x

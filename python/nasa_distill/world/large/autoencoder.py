@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
+from nasa_distill.world.draws import Draws
 from nasa_distill.world.fit import Settings, fit
-from nasa_distill.world.large.judge import VALID_BELOW, local_distance
+from nasa_distill.world.large.captions import matches
+from nasa_distill.world.large.judge import VALID_BELOW, local_distance, nearest
 from nasa_distill.world.large.scene import (
     IMAGE_RATES,
     OBJECT_RATES,
@@ -36,6 +38,7 @@ GRID = SIZE // 8
 KL = 3e-4
 ENCODED = 256  # images at once
 NOISE, BLEND = 0.25, 0.5  # the most of either that the decoder sees
+DRAWN = 2 / 3  # of a batch, where the decoder learns from draws
 # weights beside the mean over all pixels: of the window where an image is worst, and of what comes
 # near the share of images that are not valid
 WORST, INVALID = 0.1, 0.02
@@ -87,45 +90,100 @@ def train(
 
 
 def train_decoder(
-    model: Any, known: Tensor, cycles: Sequence[Settings], out: Path
+    model: Any,
+    known: Tensor,
+    cycles: Sequence[Settings],
+    out: Path,
+    draws: Sequence[Draws] = (),
 ) -> AutoencoderKL:
     """The same latents with a better decoder, which has seen latents that are a little wrong.
 
     What networks draw lies beside the latents of images, and often on the way to those of a scene
     that differs in one attribute. The decoder learns to give back the nearer image: one, not the
     mean of both, which the squared error alone would have it draw. Networks on the latents need not
-    wait for it.
+    wait for it. The loss is `image_loss`.
 
-        |x - image|^2 + WORST r + INVALID r / (r + VALID_BELOW),    r: what the judge looks at
+    From `draws` it learns on the very latents that networks draw. The image of each is then the one
+    that is nearest to what the decoder makes of it now, of those of which the caption is true.
 
     Args:
         model: An autoencoder of the world.
         known: The latents of all scenes, in their order.
         cycles: As of `teacher.train`.
+        draws: Each is taken from equally often.
 
     See `fit` for what it raises.
     """
     where = {scene: i for i, scene in enumerate(scenes())}
 
-    def loss(model: Any, rows: Tensor, random_: torch.Generator) -> Tensor:
+    def beside(rows: Tensor, random_: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**31, (), generator=random_))
         others = [where[other(scenes()[i], random.Random(seed + i))] for i in rows.tolist()]
         strength = torch.rand(2, len(rows), 1, 1, 1, generator=random_)
         blend, noise = BLEND * strength[0], NOISE * strength[1]
         codes = torch.lerp(known[rows], known[others], blend)
-        codes = codes + noise * torch.randn(codes.shape, generator=random_)
+        return codes + noise * torch.randn(codes.shape, generator=random_)
+
+    def loss(model: Any, rows: Tensor, random_: torch.Generator) -> Tensor:
+        drawn = int(DRAWN * len(rows)) if draws else 0
+        rows = rows[drawn:]
+        codes, captions = _some(draws, drawn, random_)
         with torch.autocast("cpu", torch.bfloat16):
-            decoded = model.decode(codes).sample.float()
-        images = render([scenes()[i] for i in rows.tolist()])
-        worst = local_distance(decoded, images)
-        invalid = worst / (worst + VALID_BELOW)
-        return F.mse_loss(decoded, images) + WORST * worst.mean() + INVALID * invalid.mean()
+            decoded = model.decode(torch.cat([beside(rows, random_), *codes])).sample.float()
+        if drawn:
+            found = nearest(decoded[len(rows) :].detach().clamp(-1, 1), matches(captions))
+            rows = torch.cat([rows, found])
+        return image_loss(decoded, render([scenes()[i] for i in rows.tolist()]))
 
     for number, settings in enumerate(cycles):
         for part in (model.decoder, model.post_quant_conv):
             part.requires_grad_(True)
         model = _fit(model, loss, settings, out / f"cycle-{number}", "decoder")
     return model.eval().requires_grad_(False)
+
+
+def _some(
+    draws: Sequence[Draws], count: int, random_: torch.Generator
+) -> tuple[list[Tensor], list[str]]:
+    """Latents `[1, c, h, w]` and their captions."""
+    codes, captions = [], []
+    for _ in range(count):
+        latents, said = draws[int(torch.randint(len(draws), (), generator=random_))]
+        row = int(torch.randint(len(latents), (), generator=random_))
+        codes.append(latents[row : row + 1])
+        captions.append(said[row])
+    return codes, captions
+
+
+def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """|x - image|^2 + WORST r + INVALID r / (r + VALID_BELOW),    r: what the judge looks at."""
+    worst = local_distance(decoded, images)
+    invalid = worst / (worst + VALID_BELOW)
+    return F.mse_loss(decoded, images) + WORST * worst.mean() + INVALID * invalid.mean()
+
+
+def loss_by(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """`image_loss` of latents `[b, c, h, w]` for numbers of scenes `[b]`."""
+
+    def loss(codes: Tensor, rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = model.decode(codes).sample.float()
+        return image_loss(decoded, render([scenes()[i] for i in rows.tolist()]))
+
+    return loss
+
+
+def grown(model: Any) -> AutoencoderKL:
+    """With a residual block more at each level, which adds nothing yet."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    larger: Any = AutoencoderKL(**config | {"layers_per_block": config["layers_per_block"] + 1})
+    before = model.state_dict()
+    for name, weight in larger.state_dict().items():
+        if name in before:
+            weight.copy_(before[name])
+        elif ".conv2." in name:
+            weight.zero_()
+    return larger.eval().requires_grad_(False)
 
 
 def other(scene: Scene, rng: random.Random) -> Scene:

@@ -83,17 +83,24 @@ def judge(images: Tensor) -> Verdict:
     if not torch.isfinite(images).all():
         raise ValueError("judge: images must be finite, got nan or inf; the model has diverged")
     pixels = images.detach().float().cpu().clamp(-1, 1)
-    found = [_nearest(x) for x in pixels.split(CHUNK)]
-    nearest = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
-    if not len(nearest):
-        return Verdict(nearest, torch.zeros(0))
-    renders = torch.cat([render([scenes()[i] for i in x.tolist()]) for x in nearest.split(CHUNK)])
-    return Verdict(nearest, local_distance(pixels, renders))
+    found = [nearest(x) for x in pixels.split(CHUNK)]
+    scene = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    if not len(scene):
+        return Verdict(scene, torch.zeros(0))
+    renders = torch.cat([render([scenes()[i] for i in x.tolist()]) for x in scene.split(CHUNK)])
+    return Verdict(scene, local_distance(pixels, renders))
 
 
-def _nearest(pixels: Tensor) -> Tensor:
-    """Index of the nearest render: `[b]`. |x - r|^2 without |x|^2, the same for all renders."""
+@torch.no_grad()
+def nearest(pixels: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Index of the nearest render: `[b]`.
+
+    Args:
+        pixels: As of `judge`, in [-1, 1].
+        allowed: Which of the scenes it may be, `[b, scenes]`; 0 for those that it may not.
+    """
     singles, halves = _known()
+    # |x - r|^2 without |x|^2, the same for all renders
     alone = _distances(pixels.flatten(1), singles)  # [b, 12, 64]
     left = _distances(pixels[..., :HALF].flatten(1), halves[0])
     right = _distances(pixels[..., HALF:].flatten(1), halves[1])
@@ -101,6 +108,8 @@ def _nearest(pixels: Tensor) -> Tensor:
     together = left[:, :, None] + right[:, None]
     # in the order of `scenes()`
     every = torch.cat([alone.flatten(1), together.flatten(1)], dim=1)
+    if allowed is not None:
+        every = every.masked_fill(allowed == 0, torch.inf)
     return every.argmin(1)
 
 
