@@ -165,7 +165,7 @@ def shipped_model() -> str:
     """Folder of the model that comes with the package."""
     from nasa_distill.world import shipped
 
-    return str(shipped.path(32))
+    return str(shipped.path())
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -103,7 +103,7 @@ def test_the_page_of_the_docs_is_what_its_command_makes(tmp_path, monkeypatch, c
     for i in range(3):
         again = Image.open(tmp_path / f"{i}.png")
         # without the labels, which may be cut here
-        rows = [y for y in range(again.height) if y % 112 < 96]
+        rows = [y for y in range(again.height) if y % 144 < 128]
         shown = Image.open(PAGE.parent / f"{i}.png").crop((0, 0, *again.size))
         difference = np.abs(np.asarray(again, np.int16) - np.asarray(shown, np.int16))[rows]
         assert difference.mean() < 1 and (difference > 16).mean() < 0.01

@@ -123,6 +123,7 @@ LARGE_RECIPE = Recipe(
         Settings(steps=6000, batch=48, ema=0.998, seed=5, muon=0.004),
         Settings(steps=6000, batch=48, ema=0.998, seed=9, muon=0.004),
         Settings(steps=3400, batch=48, ema=0.998, learning_rate=7e-4, seed=10, muon=0.003),
+        Settings(steps=6000, batch=48, ema=0.998, seed=14, muon=0.004),
     ),
     unet=(80, 96),
     pairs=40960,
@@ -139,6 +140,28 @@ LARGE_RECIPE = Recipe(
         Settings(steps=450, batch=64, learning_rate=3e-4, ema=0.99, seed=12, muon=0.002),
     ),
     last_anchor=0.15,
+    finish=(
+        Round(
+            decoder=(
+                Settings(steps=2000, batch=24, learning_rate=7e-4, ema=0.995, seed=31, muon=0.004),
+            ),
+            settled=(
+                Settings(steps=600, batch=64, learning_rate=3e-4, ema=0.99, seed=12, muon=0.002),
+            ),
+        ),
+        Round(
+            decoder=(
+                Settings(steps=8000, batch=24, learning_rate=1e-3, ema=0.997, seed=32, muon=0.005),
+            ),
+            grown=True,
+        ),
+        Round(
+            decoder=(
+                Settings(steps=4800, batch=24, learning_rate=7e-4, ema=0.996, seed=33, muon=0.004),
+                Settings(steps=2600, batch=24, learning_rate=5e-4, ema=0.995, seed=34, muon=0.003),
+            ),
+        ),
+    ),
     chained=False,
     words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
     words_settled=(
@@ -151,7 +174,7 @@ LARGE_RECIPE = Recipe(
     ),
     floor=1.0,
     plain_cycles=2,
-    own_cycles=2,
+    own_cycles=3,
     exact=True,
     joint=(),
 )
