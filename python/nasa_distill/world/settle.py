@@ -43,7 +43,7 @@ LEAST = 1e-3  # of squared distances, whose logarithm is taken
 ANCHOR = 0.5  # weight of the path's end, of that of the choice
 RISE = 5.0  # of a value's price, for each step in which all images have it too much
 PATH_STEPS = 8  # of the whole path
-SEEN, PIXELS = 24, 2.0  # how many of a batch count as images too, and their weight
+SEEN, PIXELS = 24, 1.0  # how many of a batch count as images too, and their weight
 
 
 def train(
