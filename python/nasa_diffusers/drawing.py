@@ -17,6 +17,7 @@ from nasa_diffusers.scalars import is_int, is_real
 
 METHODS: dict[str, Any] = {"nasa": NASA, "projected": ProjectedNASA, "nag": NAG, "vsf": VSF}
 LABEL_HEIGHT = 16
+GAP = 4  # between two images
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,12 @@ def save(images: list[Image.Image], path: Path) -> Path:
 def grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
     """Images side by side, each over its label."""
     width, height = images[0].size
-    canvas = Image.new("RGB", (width * len(images), height + LABEL_HEIGHT), "white")
+    apart = width + GAP
+    canvas = Image.new("RGB", (apart * len(images) - GAP, height + LABEL_HEIGHT), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        canvas.paste(image, (i * width, 0))
-        pen.text((i * width + 2, height + 2), label, fill="black")
+        canvas.paste(image, (i * apart, 0))
+        pen.text((i * apart + 2, height + 2), label, fill="black")
     return canvas
 
 

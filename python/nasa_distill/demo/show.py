@@ -25,7 +25,7 @@ IMAGES, SHOWN, STEPS = 100, 7, 4
 # what the picture shows: prompts, and what is not wanted
 EXAMPLES = (
     ("a photo of a shape", "striped"),
-    ("a photo of a circle and a shape", "square"),
+    ("a photo of a triangle and a shape", "circle"),
     ("a photo of a large shape", "red"),
 )
 STRENGTH = ProjectedNASA(1.5)  # level with the best of docs/distill/large.md in four steps
