@@ -52,7 +52,7 @@ def test_the_image_is_the_one_of_the_library(checkpoint, tmp_path):
 def test_sweep_makes_a_grid(checkpoint, tmp_path, capsys):
     assert generate(checkpoint, tmp_path, "--negative", "blurry", "--sweep", "0,0.25,0.5,1") == 0
     grid = Image.open(tmp_path / "seed0-sweep.png")
-    assert grid.size == (4 * 32, 32 + 16)
+    assert grid.size == (4 * 32 + 3 * 4, 32 + 16)
     parts = [Image.open(tmp_path / f"seed0-alpha{alpha}.png") for alpha in (0, 0.25, 0.5, 1)]
     for i, part in enumerate(parts):
         assert grid.crop((32 * i, 0, 32 * (i + 1), 32)).tobytes() == part.tobytes()

@@ -28,7 +28,7 @@ EXAMPLES = (
     ("a photo of a triangle and a shape", "circle"),
     ("a photo of a large shape", "red"),
 )
-STRENGTH = ProjectedNASA(1.5)  # level with the best of docs/distill/large.md in four steps
+STRENGTH = ProjectedNASA(1.5)  # within the interval of its best in docs/distill/large.md
 
 
 def show(out: Path) -> None:
