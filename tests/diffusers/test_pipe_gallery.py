@@ -32,7 +32,7 @@ def test_the_pictures_are_those_of_the_library(checkpoint, tmp_path, capsys):
     call = {"num_inference_steps": 1, "guidance_scale": 0.0}
     for i, (prompt, negative) in enumerate([("a cat", "blurry"), ("a *dog*", "b")]):
         shown = Image.open(tmp_path / f"{i}.png")
-        assert shown.size == (2 * 64, 3 * (64 + 16))
+        assert shown.size == (2 * 64 + 4, 3 * (64 + 16))
         for row, method in enumerate((None, ProjectedNASA(1.5), NAG(scale=4.0))):
             for column, seed in enumerate((3, 4)):
                 generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def test_the_pictures_are_those_of_the_library(checkpoint, tmp_path, capsys):
                 else:
                     with nasa(pipe, negative, method):
                         expected = pipe(prompt, generator=generator, **call).images[0]
-                box = (64 * column, 80 * row, 64 * column + 64, 80 * row + 64)
+                box = (68 * column, 80 * row, 68 * column + 64, 80 * row + 64)
                 expected = expected.resize((64, 64), Image.Resampling.NEAREST)
                 assert shown.crop(box).tobytes() == expected.tobytes()
     page = (tmp_path / "index.md").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from nasa_distill.world import shipped
 from nasa_distill.world.evaluation.evaluate import Counts
 from nasa_kernels import __version__
 
-PROMPT, NEGATIVE = "a photo of a shape", "red"
+PROMPT, NEGATIVE = "a photo of a shape", "striped"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 IMAGES, SHOWN, STEPS = 100, 7, 4
 # what the picture shows: prompts, and what is not wanted
