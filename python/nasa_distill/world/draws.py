@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,12 @@ def renoised(model: Model, x0: Tensor, timestep: Tensor, random_: torch.Generato
 
 @torch.no_grad()
 def _draws(
-    chunk: Any, model: Model, count: int, world: World, path: Path, identity: dict[str, Any]
+    chunk: Callable[[list[str], Tensor, torch.Generator], list[Tensor]],
+    model: Model,
+    count: int,
+    world: World,
+    path: Path,
+    identity: dict[str, Any],
 ) -> list[Draws]:
     identity = identity | {"count": count}
     made = checkpoint.load(path, identity)

@@ -386,9 +386,10 @@ def make_finish(
 
     Args:
         drawn: The teacher.
+        student, lessons: Where it begins. They are not changed.
     """
     world, code, known, pairs, floor = lessons
-    vae = code.vae
+    vae = copy.deepcopy(code.vae)
     for number, round_ in enumerate(recipe.finish):
         folder = out / f"round-{number}"
         many = (recipe.draws, world)
