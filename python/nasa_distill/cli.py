@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--from-shipped",
         action="store_true",
-        help="only the students with transformers, from the shipped student's paths: no teacher",
+        help="only the students with transformers, of which the shipped one is the teacher",
     )
 
     train = commands.add_parser("train", help="NASA-T")
@@ -179,11 +179,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_world(options: argparse.Namespace) -> None:
-    from nasa_distill.world.make import RECIPES, STAGES, make, make_from_shipped
+    from nasa_distill.world.make import OTHERS, RECIPES, STAGES, make, make_from_shipped
 
     recipe = RECIPES[options.size]
-    names = ["student", "four_step", "joint", "words", "pixart"]
-    names += [f"{name}_settled" for name in names if name != "joint"]
+    names = ["student", "student_settled", "four_step", "four_step_settled"]
+    names += [name for other in OTHERS for name in (other, f"{other}_shown")]
     students = dict.fromkeys(names, options.student_steps)
     for name, steps in {"teacher": options.teacher_steps, **students}.items():
         if steps is not None:
@@ -191,21 +191,14 @@ def run_world(options: argparse.Namespace) -> None:
             changed: dict[str, Any] = {name: cycles}
             recipe = replace(recipe, **changed)
     if options.pairs is not None:
-        recipe = replace(recipe, pairs=options.pairs)
+        recipe = replace(recipe, pairs=options.pairs, shown_pairs=options.pairs)
     if options.from_shipped and options.teacher_steps is not None:
         raise ValueError("world: --from-shipped trains no teacher; leave out --teacher-steps")
-    stage = options.stage or STAGES[-1]
-    if stage not in STAGES:
-        raise ValueError(f"world: --stage must be one of {', '.join(STAGES)}, got {stage!r}")
-    if not options.from_shipped:
-        make(recipe, options.out, stage)
-    elif options.size != 32 or options.stage is not None:
-        raise ValueError(
-            "world: --from-shipped has one stage, and the shipped model draws 32x32 images; leave "
-            "out --size and --stage"
-        )
-    else:
-        make_from_shipped(recipe, options.out)
+    run, stages = (make_from_shipped, OTHERS) if options.from_shipped else (make, STAGES)
+    stage = options.stage or stages[-1]
+    if stage not in stages:
+        raise ValueError(f"world: --stage must be one of {', '.join(stages)}, got {stage!r}")
+    run(recipe, options.out, stage)
 
 
 def run_train(options: argparse.Namespace) -> None:

@@ -22,8 +22,10 @@ RECIPE = Recipe(
     words_size=(32, 2, 1),
     t5=TINY,
     pixart=(TINY,),
+    pixart_shown=(TINY,),
     pixart_size=(1, 2),
     pairs=1,
+    shown_pairs=1,
     guidance=1.5,
     ddim_steps=4,
 )

@@ -14,7 +14,7 @@ from nasa_distill.train import checkpoint
 from nasa_distill.train.networks import Model
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.kinds import World
-from nasa_distill.world.students import begins
+from nasa_distill.world.students import begins, walk
 from nasa_distill.world.teacher import ddim
 
 CHUNK = 64  # drawn at once
@@ -42,13 +42,9 @@ def of_student(
     """
 
     def chunk(captions: list[str], x: Tensor, random_: torch.Generator) -> list[Tensor]:
-        text, drawn = model.encode(captions), []
-        timesteps = begins(model, steps)
-        for turn, now in enumerate(timesteps):
-            drawn.append(model.x0(student, x, now.expand(len(x)), text))
-            if turn + 1 < steps:
-                x = renoised(model, drawn[-1], timesteps[turn + 1], random_)
-        return drawn
+        text, timesteps = model.encode(captions), begins(model, steps)
+        states, drawn = walk(model, student, x, text, timesteps, random_)
+        return [*drawn, model.x0(student, states[-1], timesteps[-1:].expand(len(x)), text)]
 
     return _draws(chunk, model, count, world, path, {"student": steps, "seed": seed})
 
@@ -72,15 +68,6 @@ def of_teacher(model: Model, count: int, world: World, path: Path, seed: int) ->
         return [drawn]
 
     return _draws(chunk, model, count, world, path, {"teacher": TEACHER_STEPS, "seed": seed})
-
-
-def renoised(model: Model, x0: Tensor, timestep: Tensor, random_: torch.Generator) -> Tensor:
-    """The latents `[b, c, h, w]` at a timestep, as of a step of LCM's scheduler.
-
-    alpha x_0 + sigma noise
-    """
-    alpha, sigma = model.alpha_sigma(timestep.expand(len(x0)))
-    return alpha * x0 + sigma * torch.randn(x0.shape, generator=random_)
 
 
 @torch.no_grad()

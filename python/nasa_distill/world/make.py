@@ -8,11 +8,12 @@ OUT/decoder      the autoencoder with a decoder that was trained longer
 OUT/student      the one-step student that NASA-T begins with
 OUT/four-step    the student of four steps
 OUT/finish       that student and the decoder, each trained on by what the other makes
-OUT/joint        another, with joint attention, of which NASA has several rules (of 32x32 images)
+OUT/joint        another, with joint attention, of which NASA has several rules
 OUT/words        another with joint attention, which knows its prompt from text tokens alone
 OUT/pixart       another, a PixArt with a T5
 
-The last three can also learn from the shipped student of four steps: `make_from_shipped`.
+The last three learn from a student of four steps: that of the stages before, or the shipped one
+(`make_from_shipped`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from nasa_distill.scalars import read_numbers
 from nasa_distill.train import checkpoint
 from nasa_distill.train.networks import Model, load, model_of
 from nasa_distill.world import clip as world_clip
-from nasa_distill.world import draws, model, settle, shipped, students, t5, teacher
+from nasa_distill.world import draws, imitate, model, settle, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.fit import Settings
 from nasa_distill.world.kinds import WORLDS, Code, World
@@ -89,16 +90,18 @@ class Recipe:
     finish: tuple[Round, ...] = ()
     draws: int = 9600  # of the student in each number of steps, and of the teacher
     chained: bool = True  # the student of four steps begins with that of one, not with the teacher
-    # from random weights: many small steps; no cycles, no student
+    # from random weights: of what another student draws in its steps, then in their own
+    shown_pairs: int = 51200
     joint: tuple[Settings, ...] = (Settings(steps=5000, batch=16, ema=0.995),)
     joint_size: tuple[int, int, int] = (192, 5, 2)  # width, blocks, patch
+    joint_shown: tuple[Settings, ...] = ()
     words: tuple[Settings, ...] = (Settings(steps=6000, batch=16, ema=0.995),)
-    words_size: tuple[int, int, int] = (192, 5, 1)  # 64 tokens of the image, 16 of the text
+    words_size: tuple[int, int, int] = (192, 5, 1)
+    words_shown: tuple[Settings, ...] = ()
     t5: Settings = Settings(steps=400, batch=64, learning_rate=2e-3, ema=0.99)
     pixart: tuple[Settings, ...] = (Settings(steps=4000, batch=16, ema=0.995),)
     pixart_size: tuple[int, int] = (3, 6)  # heads, blocks
-    words_settled: tuple[Settings, ...] = ()
-    pixart_settled: tuple[Settings, ...] = ()
+    pixart_shown: tuple[Settings, ...] = ()
 
     def __post_init__(self) -> None:
         read_numbers(self)
@@ -163,22 +166,25 @@ LARGE_RECIPE = Recipe(
         ),
     ),
     chained=False,
-    words=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
-    words_settled=(
-        Settings(steps=1800, batch=32, learning_rate=4e-4, ema=0.995, seed=7, muon=0.0025),
+    joint=(),
+    words=(Settings(steps=3000, batch=64, learning_rate=6e-4, ema=0.995, muon=0.004),),
+    words_size=(192, 5, 2),
+    words_shown=(
+        Settings(steps=400, batch=64, learning_rate=4e-4, ema=0.995, seed=7, muon=0.0025),
     ),
     t5=Settings(steps=800, batch=64, learning_rate=2e-3, ema=0.99),
-    pixart=(Settings(steps=3600, batch=32, learning_rate=6e-4, ema=0.995, muon=0.004),),
-    pixart_settled=(
-        Settings(steps=1800, batch=32, learning_rate=4e-4, ema=0.995, seed=8, muon=0.0025),
+    pixart=(Settings(steps=3000, batch=64, learning_rate=6e-4, ema=0.995, muon=0.004),),
+    pixart_shown=(
+        Settings(steps=400, batch=64, learning_rate=4e-4, ema=0.995, seed=8, muon=0.0025),
     ),
+    shown_pairs=20480,
     floor=1.0,
     plain_cycles=2,
     own_cycles=3,
     exact=True,
-    joint=(),
 )
 RECIPES = {recipe.size: recipe for recipe in (Recipe(), LARGE_RECIPE)}
+OTHERS = ("joint", "words", "pixart")
 STAGES = (
     "clip",
     "autoencoder",
@@ -188,14 +194,12 @@ STAGES = (
     "student",
     "four-step",
     "finish",
-    "joint",
-    "words",
-    "pixart",
+    *OTHERS,
 )
 
 
 class Lessons(NamedTuple):
-    """What a student from random weights learns from: no teacher is of its architecture."""
+    """What a student learns from."""
 
     world: World
     code: Code
@@ -204,53 +208,52 @@ class Lessons(NamedTuple):
     floor: float | None
 
 
-def make_joint(recipe: Recipe, lessons: Lessons, encoder: Any, out: Path) -> None:
-    _make_joint(recipe.joint, (), recipe.joint_size, lessons, encoder, out)
+def make_joint(recipe: Recipe, shown: Model, lessons: Lessons, encoder: Any, out: Path) -> None:
+    torch.manual_seed(0)
+    transformer = model.make_joint(*recipe.joint_size)
+    pipe = model.make_joint_pipeline(transformer, encoder, lessons.code.vae, lessons.world)
+    from_nothing(pipe, shown, lessons, recipe.joint, recipe.joint_shown, out)
 
 
-def make_words(recipe: Recipe, lessons: Lessons, encoder: Any, out: Path) -> None:
+def make_words(recipe: Recipe, shown: Model, lessons: Lessons, encoder: Any, out: Path) -> None:
     """The pooled vector of every prompt is zero, so time alone modulates the blocks."""
     encoder = copy.deepcopy(encoder)
     torch.nn.init.zeros_(encoder.text_projection.weight)
-    _make_joint(recipe.words, recipe.words_settled, recipe.words_size, lessons, encoder, out)
-
-
-def _make_joint(
-    cycles: Sequence[Settings],
-    settled: Sequence[Settings],
-    size: tuple[int, int, int],
-    lessons: Lessons,
-    encoder: Any,
-    out: Path,
-) -> None:
     torch.manual_seed(0)
-    transformer = model.make_joint(*size)
+    transformer = model.make_joint(*recipe.words_size)
     pipe = model.make_joint_pipeline(transformer, encoder, lessons.code.vae, lessons.world)
-    from_nothing(pipe, lessons, cycles, settled, out)
+    from_nothing(pipe, shown, lessons, recipe.words, recipe.words_shown, out)
 
 
-def make_pixart(recipe: Recipe, lessons: Lessons, out: Path) -> None:
+def make_pixart(recipe: Recipe, shown: Model, lessons: Lessons, out: Path) -> None:
     tokenizer = t5.make_tokenizer(lessons.world)
     encoder = t5.train(recipe.t5, out / "t5", tokenizer, lessons.world)
     torch.manual_seed(0)
     transformer = model.make_pixart(*recipe.pixart_size)
     pipe = model.make_pixart_pipeline(transformer, encoder, tokenizer, lessons.code.vae)
-    from_nothing(pipe, lessons, recipe.pixart, recipe.pixart_settled, out)
+    from_nothing(pipe, shown, lessons, recipe.pixart, recipe.pixart_shown, out)
 
 
 def from_nothing(
     pipe: Any,
+    shown: Model,
     lessons: Lessons,
     cycles: Sequence[Settings],
-    settled: Sequence[Settings],
+    own: Sequence[Settings],
     out: Path,
 ) -> None:
-    """A student of four steps from random weights."""
+    """A student of four steps from random weights, which learns from another student.
+
+    Args:
+        cycles: On the other's latents.
+        own: Then on its own.
+    """
     world, code, known, pairs, floor = lessons
-    called, steps, of = model_of(pipe, str(out)), students.QUARTERS, (out, world, code)
-    more: Any = {"known": known, "floor": floor, "half": True}
-    student = students.train(called, called.denoiser, pairs, steps, cycles, *of, **more)
-    student = settle.train(called, student, pairs, steps, settled, *of, **more)
+    called, of = model_of(pipe, str(out)), (out, world, code)
+    learned: Any = {"known": known, "floor": floor}
+    student = called.denoiser
+    student = students.train(called, student, pairs, students.QUARTERS, cycles, *of, **learned)
+    student = imitate.train(called, student, shown, own, *of, **learned)
     pipe.register_modules(transformer=student)
     pipe.save_pretrained(out / "pipeline")
 
@@ -318,14 +321,36 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
         student, code = make_finish(recipe, drawn, student, lessons, out / "finish")
         save(student, "finish", few_step=True)
         save(unet, "teacher", few_step=False)
+    if not set(OTHERS) & set(wanted):
+        return
+    shown = load(out / ("finish" if recipe.finish else "four-step") / "pipeline")
     encoder = world_clip.text_encoder(clip, projected=True)
-    lessons = Lessons(world, code, known, pairs, recipe.floor)
+    make_others(recipe, shown, encoder, (world, code, known), out, last)
+
+
+def make_others(
+    recipe: Recipe,
+    shown: Model,
+    encoder: Any,
+    of: tuple[World, Code, Tensor],
+    out: Path,
+    last: str,
+) -> None:
+    """The students of other architectures, up to `last`.
+
+    Args:
+        shown: The student of four steps that they learn from.
+        of: The world, its code and its latents.
+    """
+    wanted = OTHERS[: OTHERS.index(last) + 1]
+    pairs = students.shown_pairs(shown, of[0], recipe.shown_pairs, out / "shown")
+    lessons = Lessons(*of, pairs, recipe.floor)
     if "joint" in wanted and recipe.joint:
-        make_joint(recipe, lessons, encoder, out / "joint")
+        make_joint(recipe, shown, lessons, encoder, out / "joint")
     if "words" in wanted:
-        make_words(recipe, lessons, encoder, out / "words")
+        make_words(recipe, shown, lessons, encoder, out / "words")
     if "pixart" in wanted:
-        make_pixart(recipe, lessons, out / "pixart")
+        make_pixart(recipe, shown, lessons, out / "pixart")
 
 
 def _check_tokens(tokenizer: Any, folder: Path, world: World) -> None:
@@ -419,19 +444,17 @@ def make_finish(
     return student, code
 
 
-def make_from_shipped(recipe: Recipe, out: Path) -> None:
-    """The three students from random weights, without a teacher; see `fit` for what it raises.
+def make_from_shipped(recipe: Recipe, out: Path, last: str = OTHERS[-1]) -> None:
+    """The students of other architectures, without a teacher; see `fit` for what it raises.
 
-    The paths are those of the shipped student: one step from the beginning of each quarter to that
-    of the next. Its text encoder has no trained projection; theirs hands on what it is given.
+    They learn from the shipped student. Its text encoder has no trained projection; theirs hands on
+    what it is given.
     """
-    drawn, code, world = load(shipped.path(32)), PatchCode(), WORLDS[recipe.size]
-    pairs = students.make_pairs(drawn, recipe.pairs, out, guidance=1.0, steps=students.QUARTERS)
-    encoder = world_clip.with_identity(drawn.pipe.text_encoder)
-    lessons = Lessons(world, code, torch.empty(0), pairs, floor=None)
-    make_words(recipe, lessons, encoder, out / "words")
-    make_joint(recipe, lessons, encoder, out / "joint")
-    make_pixart(recipe, lessons, out / "pixart")
+    shown, world = load(shipped.path(recipe.size)), WORLDS[recipe.size]
+    code = autoencoder.TrainedCode(shown.pipe.vae) if recipe.autoencoder else PatchCode()
+    known = make_latents(world, code, out / "latents.pt")
+    encoder = world_clip.with_identity(shown.pipe.text_encoder)
+    make_others(recipe, shown, encoder, (world, code, known), out, last)
     write_prompts(out, world)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import string
 import tempfile
@@ -223,10 +224,14 @@ def make_joint_pipeline(
     network would have to reproduce every number of the noise.
     """
     tokenizer = make_tokenizer(world)
+    shifted: Any = copy.deepcopy(vae)
+    if shifted.config.get("shift_factor") is None:
+        # the pipeline adds it to every latent
+        shifted.register_to_config(shift_factor=0.0)
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=make_scheduler(few_step=True),
-        vae=vae,
+        vae=shifted,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=text_encoder,

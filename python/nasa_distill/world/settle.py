@@ -30,11 +30,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasa_distill.train import losses
-from nasa_distill.train.networks import Model, Text
-from nasa_distill.world.draws import renoised
+from nasa_distill.train.networks import Model
 from nasa_distill.world.fit import Settings, fit
 from nasa_distill.world.kinds import Code, World
-from nasa_distill.world.students import Pairs, begins, exact_path, texts_of
+from nasa_distill.world.students import Pairs, begins, exact_path, texts_of, walk
 from nasa_distill.world.teacher import log_weights, summaries, weigher
 
 CHECKED = 128  # images of each prompt that is drawn on the way
@@ -57,7 +56,6 @@ def train(
     code: Code,
     known: Tensor,
     floor: float | None = None,
-    half: bool = False,
     last_anchor: float = ANCHOR,
     image_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Any:
@@ -79,9 +77,9 @@ def train(
         text = texts.rows(rows_of[rows])
         turn = turns[int(torch.randint(len(turns), (), generator=random_))]
         when = taught[turn].expand(len(rows))
-        with torch.autocast(text.embeds.device.type, torch.bfloat16, enabled=half):
-            x_t = walk(model, student, pairs.states[0, rows], text, taught[: turn + 1], random_)
-            drawn = model.x0(student, x_t, when, text)
+        noise, times = pairs.states[0, rows], taught[: turn + 1]
+        x_t = walk(model, student, noise, text, times, random_)[0][-1]
+        drawn = model.x0(student, x_t, when, text)
         captions = [pairs.captions[i] for i in rows.tolist()]
         allowed, features = world.matches(captions) * rates, features_of(captions, world)
         given = (x_t, drawn.detach(), *model.alpha_sigma(when), known, allowed)
@@ -104,7 +102,7 @@ def train(
             random_ = torch.Generator().manual_seed(7)
             z = torch.randn(CHECKED, *model.latent_shape, generator=random_)
             text = model.encode([prompt] * len(z))
-            x_t = walk(model, student, z, text, taught, random_)
+            x_t = walk(model, student, z, text, taught, random_)[0][-1]
             return model.x0(student, x_t, taught[-1:].expand(len(z)), text)
 
         return summaries(drawn, world, code)
@@ -179,20 +177,3 @@ def likeliest(
     ).square()
     by_draw = -TAIL * distance.clamp(min=LEAST).log()
     return (by_latents + by_draw - prices).argmax(1)
-
-
-@torch.no_grad()
-def walk(
-    model: Model,
-    student: Any,
-    noise: Tensor,
-    text: Text,
-    timesteps: Tensor,
-    random_: torch.Generator,
-) -> Tensor:
-    """Its latents at the last of the timesteps: all but the last are steps of LCM's scheduler."""
-    x = noise
-    for now, following in zip(timesteps[:-1], timesteps[1:], strict=True):
-        x0 = model.x0(student, x, now.expand(len(x)), text)
-        x = renoised(model, x0, following, random_)
-    return x

@@ -4,7 +4,9 @@ NASA-T starts from such a student. In one step the teacher's own weights draw av
 images, and variational score distillation does not lead from there to a single one.
 
 A student of one step learns the end of the teacher's path from its beginning; a student of four
-steps learns it from the beginning of each quarter.
+steps learns it from the beginning of each quarter. One of another architecture learns from a
+student of four steps, and from each of its steps what it draws there: a function of one network,
+where the end of a path is one of four after another.
 """
 
 from __future__ import annotations
@@ -31,14 +33,21 @@ from nasa_distill.world.teacher import ddim, posterior_mean, summaries, weigher
 
 CHUNK = 128
 QUARTERS = 4
+P_EMPTY = 0.02  # captions left empty, for classifier-free guidance
+_Path = tuple[Tensor, Tensor]  # states and images, as of `Pairs`
 
 
 class Pairs(NamedTuple):
     """The teacher's paths: n of them."""
 
     states: Tensor  # [4, n, c, h, w]: noise, then the latents after a quarter, a half, ...
-    x0: Tensor  # [n, c, h, w], where the path ends
+    x0: Tensor  # [n, c, h, w], where the path ends; of a student [4, n, ...], what it draws there
     captions: list[str]
+
+    def lessons(self, quarters: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents, and the image to draw from them: `[b, c, h, w]` each."""
+        x0 = self.x0[rows] if self.x0.dim() == 4 else self.x0[quarters, rows]
+        return self.states[quarters, rows], x0
 
 
 def make_pairs(
@@ -63,10 +72,11 @@ def make_pairs(
     teacher.denoiser.to(memory_format=torch.channels_last)
     null = teacher.encode([""]).embeds
 
-    def draw(captions: list[str], noise: Tensor) -> Iterator[Tensor]:
+    def draw(captions: list[str], noise: Tensor, random_: torch.Generator) -> _Path:
         text = teacher.encode(captions).embeds
         with torch.autocast(noise.device.type, torch.bfloat16):
-            yield from ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
+            path = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
+            return _quartered(noise, path, steps)
 
     identity = {"guidance": guidance, "steps": steps, "seed": seed, "guided_from": guided_from}
     return _pairs(draw, teacher.latent_shape, world, count, out, identity)
@@ -83,11 +93,28 @@ def exact_pairs(
     _check_quarters("exact_pairs", steps)
     exact = known.double()
 
-    def draw(captions: list[str], noise: Tensor) -> Iterator[Tensor]:
-        yield from exact_path(noise, world.matches(captions) * world.rates(), exact, steps)
+    def draw(captions: list[str], noise: Tensor, random_: torch.Generator) -> _Path:
+        rates = world.matches(captions) * world.rates()
+        return _quartered(noise, exact_path(noise, rates, exact, steps), steps)
 
     identity = {"teacher": "exact", "steps": steps, "seed": seed}
     return _pairs(draw, known.shape[1:], world, count, out, identity)
+
+
+def shown_pairs(shown: Model, world: World, count: int, out: Path, seed: int = 0) -> Pairs:
+    """As `make_pairs`, of a student of four steps, which walks as LCM's scheduler has it walk."""
+    count, seed = plain([count, seed])
+    taught = begins(shown, QUARTERS)
+    shown.denoiser.to(memory_format=torch.channels_last)
+
+    def draw(captions: list[str], noise: Tensor, random_: torch.Generator) -> _Path:
+        text = shown.encode(captions)
+        states, x0 = walk(shown, shown.denoiser, noise, text, taught, random_)
+        last = shown.x0(shown.denoiser, states[-1], taught[-1:].expand(len(noise)), text)
+        return states, torch.stack([*x0, last])
+
+    identity = {"teacher": "student", "steps": QUARTERS, "seed": seed}
+    return _pairs(draw, shown.latent_shape, world, count, out, identity)
 
 
 def exact_path(
@@ -108,32 +135,66 @@ def exact_path(
         yield x
 
 
+@torch.no_grad()
+def walk(
+    model: Model,
+    student: Any,
+    noise: Tensor,
+    text: Text,
+    timesteps: Tensor,
+    random_: torch.Generator,
+) -> tuple[Tensor, list[Tensor]]:
+    """Its latents at each of the timesteps, `[t, b, c, h, w]`, by steps of LCM's scheduler.
+
+    And what it draws there, at all but the last.
+    """
+    states, drawn = [noise], []
+    for now, following in zip(timesteps[:-1], timesteps[1:], strict=True):
+        drawn.append(model.x0(student, states[-1], now.expand(len(noise)), text))
+        states.append(renoised(model, drawn[-1], following, random_))
+    return torch.stack(states), drawn
+
+
+def renoised(model: Model, x0: Tensor, timestep: Tensor, random_: torch.Generator) -> Tensor:
+    """The latents `[b, c, h, w]` at a timestep, as of a step of LCM's scheduler.
+
+    alpha x_0 + sigma noise
+    """
+    alpha, sigma = model.alpha_sigma(timestep.expand(len(x0)))
+    return alpha * x0 + sigma * torch.randn(x0.shape, generator=random_)
+
+
+def _quartered(noise: Tensor, path: Iterable[Tensor], steps: int) -> _Path:
+    *states, x0 = [noise, *path][:: steps // QUARTERS]
+    return torch.stack(states), x0
+
+
 def _pairs(
-    draw: Callable[[list[str], Tensor], Iterable[Tensor]],
+    draw: Callable[[list[str], Tensor, torch.Generator], _Path],
     shape: Sequence[int],
     world: World,
     count: int,
     out: Path,
     identity: dict[str, Any],
 ) -> Pairs:
-    """Of what `draw` gives after each step, for captions and noise."""
+    """Of the states and the images that `draw` gives for captions and noise."""
     made: list[dict[str, Any]] = []
-    seed, steps = identity["seed"], identity["steps"]
+    seed = identity["seed"]
     for number in tqdm(range(-(-count // CHUNK)), "pairs"):
         path, named = out / "pairs" / f"{number:04d}.pt", identity | {"number": number}
         chunk = checkpoint.load(path, named)
         if chunk is None:
             rng, noise_of = random.Random(f"{seed} {number}"), generator(seed, number)
-            captions = world.captions(world.draw(CHUNK, noise_of), rng, 0.02)
+            captions = world.captions(world.draw(CHUNK, noise_of), rng, P_EMPTY)
             noise = torch.randn(CHUNK, *shape, generator=noise_of)
-            *states, x0 = [noise, *draw(captions, noise)][:: steps // QUARTERS]
-            chunk = {"states": torch.stack(states), "x0": x0, "captions": captions}
+            states, x0 = draw(captions, noise, noise_of)
+            chunk = {"states": states, "x0": x0, "captions": captions}
             chunk["settings"] = named
             checkpoint.save(chunk, path)
         made.append(chunk)
     return Pairs(
         torch.cat([chunk["states"] for chunk in made], dim=1),
-        torch.cat([chunk["x0"] for chunk in made]),
+        torch.cat([chunk["x0"] for chunk in made], dim=-4),
         [caption for chunk in made for caption in chunk["captions"]],
     )
 
@@ -167,7 +228,6 @@ def train(
     out: Path,
     world: World,
     code: Code,
-    half: bool = False,
     known: Tensor | None = None,
     floor: float | None = None,
 ) -> Any:
@@ -179,7 +239,6 @@ def train(
         student: Where it begins, a network of the kind of the model's. It is not changed.
         steps: 1 or 4: how many quarters of the path it learns to begin at.
         cycles: As of `teacher.train`.
-        half: Multiply matrices in bf16.
         known: The `latents` of the world, for `floor`.
         floor: Of the `teacher.whitening` of the loss; None: the plain squared error.
 
@@ -194,22 +253,19 @@ def train(
     taught = begins(model, steps)
     whiten = weigher(known, world.rates(), floor)
 
-    def draw(student: Any, x_t: Tensor, timesteps: Tensor, text: Text) -> Tensor:
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=half):
-            return model.x0(student, x_t, timesteps, text)
-
     def loss(student: Any, step: int, random_: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pairs.x0), (settings.batch,), generator=random_)
+        rows = torch.randint(len(pairs.captions), (settings.batch,), generator=random_)
         quarter = torch.randint(steps, (settings.batch,), generator=random_)
-        x_t, text = pairs.states[quarter, rows], texts.rows(rows_of[rows])
-        drawn = draw(student, x_t, taught[quarter], text)
-        return losses.regression_loss(whiten(drawn), whiten(pairs.x0[rows]))
+        x_t, x0 = pairs.lessons(quarter, rows)
+        drawn = model.x0(student, x_t, taught[quarter], texts.rows(rows_of[rows]))
+        return losses.regression_loss(whiten(drawn), whiten(x0))
 
     @torch.no_grad()
     def check(student: Any) -> list[dict[str, Any]]:
         def drawn(prompt: str) -> Tensor:
             z = torch.randn(256, *model.latent_shape, generator=generator(7, 0))
-            return draw(student, z, taught[:1].expand(len(z)), model.encode([prompt] * len(z)))
+            when, text = taught[:1].expand(len(z)), model.encode([prompt] * len(z))
+            return model.x0(student, z, when, text)
 
         return summaries(drawn, world, code)
 
