@@ -20,7 +20,7 @@ from nasa_distill.world import shipped, students, teacher
 from nasa_distill.world.code import PatchCode
 from nasa_distill.world.evaluation import ablation, evaluate, prompts, report
 from nasa_distill.world.evaluation.progress import checksum
-from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.fit import Settings, fit, in_bf16
 from nasa_distill.world.make import Recipe, make
 from nasa_distill.world.scene import render, scenes
 from PIL import Image
@@ -273,6 +273,18 @@ def test_the_posterior_mean_is_bayes_rule():
     torch.testing.assert_close(clean, known / alpha[0])
 
 
+def has_bf16():
+    with in_bf16():
+        return torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("known", [{"avx512_bf16": True}, {"avx512_bf16": False}, {}])
+def test_bf16_is_for_processors_that_have_it(known, monkeypatch):
+    """And where PyTorch does not say, as on other architectures."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_bf16() == known.get("avx512_bf16", True)
+
+
 def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
     model = load(world / "teacher" / "pipeline")
     how = (RECIPE.guidance, RECIPE.ddim_steps, RECIPE.guided_from)
@@ -281,9 +293,10 @@ def test_pairs_are_those_of_the_teacher(world, tmp_path, monkeypatch):
     noise = states[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+        patch.setattr(students, "in_bf16", lambda _: contextlib.nullcontext())
         path, exact, _ = students.make_pairs(model, 1, tmp_path, *how)
-    assert 0 < (x0 - exact).norm() / exact.norm() < 0.02
+    error = (x0 - exact).norm() / exact.norm()
+    assert error < 0.02 and bool(error) == has_bf16()
 
     # eight of them by the stock pipeline, which guides them itself
     def guide_from_here(pipe, step, timestep, values):

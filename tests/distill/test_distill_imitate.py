@@ -33,7 +33,7 @@ def known(large):
 
 
 def test_the_pairs_of_a_student_are_its_walks_and_its_draws(shown, tmp_path):
-    pairs = students.shown_pairs(shown, WORLD, students.CHUNK + 1, tmp_path)
+    pairs = students.shown_pairs(shown, "one", WORLD, students.CHUNK + 1, tmp_path)
     assert pairs.states.shape == pairs.x0.shape
     assert pairs.states.shape[:2] == (4, 2 * students.CHUNK) == (4, len(pairs.captions))
     # image 5 of the second chunk, and the first two steps of its walk written out
@@ -47,10 +47,10 @@ def test_the_pairs_of_a_student_are_its_walks_and_its_draws(shown, tmp_path):
     alpha, sigma = shown.alpha_sigma(when)
     noise = (pairs.states[1:] - alpha[1:, None] * pairs.x0[:3]) / sigma[1:, None]
     assert noise.std().item() == pytest.approx(1, rel=0.01) and abs(noise.mean()) < 0.01
-    again = students.shown_pairs(shown, WORLD, students.CHUNK + 1, tmp_path)
+    again = students.shown_pairs(shown, "one", WORLD, students.CHUNK + 1, tmp_path)
     assert torch.equal(again.x0, pairs.x0) and again.captions == pairs.captions
     with pytest.raises(ValueError, match="is of a run with"):
-        students.shown_pairs(shown, WORLD, 1, tmp_path, seed=1)
+        students.shown_pairs(shown, "another", WORLD, 1, tmp_path)
 
 
 def test_lessons_are_of_their_quarter():
@@ -64,7 +64,7 @@ def test_lessons_are_of_their_quarter():
 
 def test_a_student_learns_what_another_draws(shown, known, tmp_path):
     """From the other's latents, then from its own: each brings it nearer."""
-    pairs = students.shown_pairs(shown, WORLD, 1, tmp_path)
+    pairs = students.shown_pairs(shown, "one", WORLD, 1, tmp_path)
     few = Settings(steps=16, batch=8, learning_rate=3e-3, warmup=2, ema=0.8)
     torch.manual_seed(1)
     begun = copy.deepcopy(shown.denoiser)

@@ -36,6 +36,7 @@ from nasa_distill.train.networks import Model, load, model_of
 from nasa_distill.world import clip as world_clip
 from nasa_distill.world import draws, imitate, model, settle, shipped, students, t5, teacher
 from nasa_distill.world.code import PatchCode
+from nasa_distill.world.evaluation.progress import checksum
 from nasa_distill.world.fit import Settings
 from nasa_distill.world.kinds import WORLDS, Code, World
 from nasa_distill.world.large import autoencoder
@@ -323,14 +324,14 @@ def make(recipe: Recipe, out: Path, last: str = STAGES[-1], world: World | None 
         save(unet, "teacher", few_step=False)
     if not set(OTHERS) & set(wanted):
         return
-    shown = load(out / ("finish" if recipe.finish else "four-step") / "pipeline")
+    path = out / ("finish" if recipe.finish else "four-step") / "pipeline"
     encoder = world_clip.text_encoder(clip, projected=True)
-    make_others(recipe, shown, encoder, (world, code, known), out, last)
+    make_others(recipe, path, encoder, (world, code, known), out, last)
 
 
 def make_others(
     recipe: Recipe,
-    shown: Model,
+    path: Path,
     encoder: Any,
     of: tuple[World, Code, Tensor],
     out: Path,
@@ -339,11 +340,12 @@ def make_others(
     """The students of other architectures, up to `last`.
 
     Args:
-        shown: The student of four steps that they learn from.
+        path: The student of four steps that they learn from.
         of: The world, its code and its latents.
     """
     wanted = OTHERS[: OTHERS.index(last) + 1]
-    pairs = students.shown_pairs(shown, of[0], recipe.shown_pairs, out / "shown")
+    shown = load(path)
+    pairs = students.shown_pairs(shown, checksum(path), of[0], recipe.shown_pairs, out / "shown")
     lessons = Lessons(*of, pairs, recipe.floor)
     if "joint" in wanted and recipe.joint:
         make_joint(recipe, shown, lessons, encoder, out / "joint")
@@ -450,11 +452,12 @@ def make_from_shipped(recipe: Recipe, out: Path, last: str = OTHERS[-1]) -> None
     They learn from the shipped student. Its text encoder has no trained projection; theirs hands on
     what it is given.
     """
-    shown, world = load(shipped.path(recipe.size)), WORLDS[recipe.size]
-    code = autoencoder.TrainedCode(shown.pipe.vae) if recipe.autoencoder else PatchCode()
+    path, world = shipped.path(recipe.size), WORLDS[recipe.size]
+    pipe = load(path).pipe
+    code = autoencoder.TrainedCode(pipe.vae) if recipe.autoencoder else PatchCode()
     known = make_latents(world, code, out / "latents.pt")
-    encoder = world_clip.with_identity(shown.pipe.text_encoder)
-    make_others(recipe, shown, encoder, (world, code, known), out, last)
+    encoder = world_clip.with_identity(pipe.text_encoder)
+    make_others(recipe, path, encoder, (world, code, known), out, last)
     write_prompts(out, world)
 
 

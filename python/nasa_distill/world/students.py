@@ -26,7 +26,7 @@ from nasa_distill.scalars import plain
 from nasa_distill.train import checkpoint, losses
 from nasa_distill.train.networks import Model, Text
 from nasa_distill.train.seeds import generator
-from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.fit import Settings, fit, in_bf16
 from nasa_distill.world.kinds import SMALL, Code, World
 from nasa_distill.world.model import NOISE, alpha_sigma
 from nasa_distill.world.teacher import ddim, posterior_mean, summaries, weigher
@@ -62,7 +62,7 @@ def make_pairs(
 ) -> Pairs:
     """Noise, the teacher's latents for it, and the captions; what is in `out` is not made again.
 
-    The teacher runs in bf16: its rounding is small beside the distances between images.
+    The teacher runs as `in_bf16`: the rounding is small beside the distances between images.
 
     Raises:
         ValueError: `out` holds pairs that were made otherwise, or `steps` has no quarters.
@@ -74,7 +74,7 @@ def make_pairs(
 
     def draw(captions: list[str], noise: Tensor, random_: torch.Generator) -> _Path:
         text = teacher.encode(captions).embeds
-        with torch.autocast(noise.device.type, torch.bfloat16):
+        with in_bf16(noise.device.type):
             path = ddim(teacher.denoiser, noise, text, null, guidance, steps, guided_from)
             return _quartered(noise, path, steps)
 
@@ -101,8 +101,14 @@ def exact_pairs(
     return _pairs(draw, known.shape[1:], world, count, out, identity)
 
 
-def shown_pairs(shown: Model, world: World, count: int, out: Path, seed: int = 0) -> Pairs:
-    """As `make_pairs`, of a student of four steps, which walks as LCM's scheduler has it walk."""
+def shown_pairs(
+    shown: Model, which: str, world: World, count: int, out: Path, seed: int = 0
+) -> Pairs:
+    """As `make_pairs`, of a student of four steps, which walks as LCM's scheduler has it walk.
+
+    Args:
+        which: Tells one student from another: what `out` holds of another is not taken.
+    """
     count, seed = plain([count, seed])
     taught = begins(shown, QUARTERS)
     shown.denoiser.to(memory_format=torch.channels_last)
@@ -113,7 +119,7 @@ def shown_pairs(shown: Model, world: World, count: int, out: Path, seed: int = 0
         last = shown.x0(shown.denoiser, states[-1], taught[-1:].expand(len(noise)), text)
         return states, torch.stack([*x0, last])
 
-    identity = {"teacher": "student", "steps": QUARTERS, "seed": seed}
+    identity = {"teacher": which, "steps": QUARTERS, "seed": seed}
     return _pairs(draw, shown.latent_shape, world, count, out, identity)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nasa_distill.train.seeds import generator
 from nasa_distill.world.draws import Draws
-from nasa_distill.world.fit import Settings, fit
+from nasa_distill.world.fit import Settings, fit, in_bf16
 from nasa_distill.world.large.captions import matches
 from nasa_distill.world.large.judge import VALID_BELOW, local_distance, nearest
 from nasa_distill.world.large.scene import (
@@ -65,7 +65,7 @@ def make_autoencoder(channels: tuple[int, ...] = (16, 32, 64, 64)) -> Autoencode
 def train(
     cycles: Sequence[Settings], out: Path, channels: tuple[int, ...] = (16, 32, 64, 64)
 ) -> AutoencoderKL:
-    """Train, or go on training; see `fit` for what it raises. Convolutions multiply in bf16.
+    """Train, or go on training; see `fit` for what it raises. Convolutions multiply as `in_bf16`.
 
     Args:
         cycles: As of `teacher.train`.
@@ -73,7 +73,7 @@ def train(
 
     def loss(model: Any, rows: Tensor, random_: torch.Generator) -> Tensor:
         images = render([scenes()[i] for i in rows.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bf16():
             found = model.encode(images).latent_dist
             noise = torch.randn(found.mean.shape, generator=random_)
             drawn = model.decode(found.mean + found.std * noise).sample
@@ -128,7 +128,7 @@ def train_decoder(
         drawn = int(DRAWN * len(rows)) if draws else 0
         rows = rows[drawn:]
         codes, captions = _some(draws, drawn, random_)
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bf16():
             decoded = model.decode(torch.cat([beside(rows, random_), *codes])).sample.float()
         if drawn:
             found = nearest(decoded[len(rows) :].detach().clamp(-1, 1), matches(captions))
@@ -166,7 +166,7 @@ def loss_by(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """`image_loss` of latents `[b, c, h, w]` for numbers of scenes `[b]`."""
 
     def loss(codes: Tensor, rows: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_bf16():
             decoded = model.decode(codes).sample.float()
         return image_loss(decoded, render([scenes()[i] for i in rows.tolist()]))
 
