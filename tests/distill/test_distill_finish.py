@@ -31,7 +31,7 @@ def test_draws_are_those_of_the_pipeline(large, tmp_path):
     text = student.encode(found[0].captions)
     whole = torch.zeros_like(noise)  # the rest of the chunk draws noise too
     for turn, now in enumerate(students.begins(student, 4)):
-        x = settle.renoised(student, whole, now, random_)[:count] if turn else noise[:count]
+        x = students.renoised(student, whole, now, random_)[:count] if turn else noise[:count]
         x0 = student.x0(student.denoiser, x, now.expand(count), text).detach()
         torch.testing.assert_close(found[turn].latents, x0, atol=1e-4, rtol=1e-4)
         whole[:count] = x0

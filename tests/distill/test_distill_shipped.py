@@ -93,7 +93,7 @@ def test_the_larger_models_page_is_made_of_its_numbers():
             assert str(quality.shares[name]).replace(" (", " % (") in card
 
 
-@pytest.mark.parametrize("name", ["rules", "words"])
+@pytest.mark.parametrize("name", ["rules", "words", "words-small"])
 def test_the_pages_of_joint_attention_are_made_of_their_numbers(name):
     """And what the documentation of the rules says of them is in them."""
     results = results_of(DOCS / f"{name}.md", DOCS / name, "sweep-4", "price", "samples")
