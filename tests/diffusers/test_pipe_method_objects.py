@@ -99,7 +99,7 @@ def test_defaults_of_the_family(family):
         (NASA(), NASA(alpha, rule)),
         (NASA(0.7), NASA(0.7, rule)),
         (VSF(), VSF(alpha)),
-        (ProjectedNASA(), ProjectedNASA(1.5 if family in CROSS else 2.0)),
+        (ProjectedNASA(), ProjectedNASA(1.5 if family in CROSS else 1.0)),
         (NAG(), NAG(scale, tau, share, norm=1)),
         (NAG(tau=4.0, norm=2), NAG(scale, 4.0, share, norm=2)),
     ):

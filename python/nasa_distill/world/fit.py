@@ -120,7 +120,7 @@ def in_bf16(device: str = "cpu") -> torch.autocast:
 
     An x86 CPU without AVX-512 takes several times as long for them as for those of fp32.
     """
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.autocast(
         device, torch.bfloat16, enabled=device != "cpu" or known.get("avx512_bf16", True)
     )

@@ -1,7 +1,8 @@
 """A student that learns what another student draws from the latents that it walks to itself.
 
 `students` has it learn from the other's own latents. In four steps it comes to others, and there it
-has to be shown as well what to draw (Ross et al., 2011). It may be of another architecture.
+is shown as well what to draw (Ross et al., 2011). It may be of another architecture. For the
+PixArt of the larger world this gained nothing that could be told apart.
 """
 
 from __future__ import annotations
