@@ -12,7 +12,8 @@ from nasa_diffusers.methods.base import Method, Strength
 from nasa_kernels import Negative, backends, projected_attention, projected_joint_attention
 from nasa_kernels.nag import pair_backend
 
-# what did well on the small world, in one step and in four (docs/distill/results.md, words-small.md); see joint.md
+# what did well on the small world's U-Net, in one step and in four (docs/distill/results.md), and
+# what none of three networks with joint attention was the worse for (docs/diffusers/joint.md)
 CROSS_ALPHA = 1.5
 JOINT_ALPHA = 1.0
 
