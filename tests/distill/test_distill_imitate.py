@@ -1,6 +1,7 @@
 """Students of other architectures, which learn from what another student draws."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -99,13 +100,11 @@ def test_a_student_learns_what_another_draws(shown, known, tmp_path):
 
 def test_what_draws_the_same_has_nothing_to_learn(shown, known, tmp_path):
     """So the other is asked for the same latents, at the same steps, with the same captions."""
-    how = Settings(steps=3, batch=8, learning_rate=1e-2, warmup=1, ema=0.0, weight_decay=0.0)
-    student = imitate.train(shown, shown.denoiser, shown, (how,), tmp_path, WORLD, None, known)
-    for name, weight in student.state_dict().items():
-        # AdamW makes a step of any gradient above 1e-8
-        torch.testing.assert_close(
-            weight, shown.denoiser.state_dict()[name], atol=1e-3, rtol=0, msg=name
-        )
+    how = Settings(steps=1, batch=16)
+    imitate.train(shown, shown.denoiser, shown, (how,), tmp_path, WORLD, None, known)
+    log = (tmp_path / "shown-0" / "student.jsonl").read_text(encoding="utf-8").splitlines()
+    # but for rounding: its weights lie otherwise
+    assert json.loads(log[0])["loss"] < 1e-6
 
 
 def test_the_command_makes_a_student_of_the_larger_world(tmp_path, monkeypatch, capsys):
