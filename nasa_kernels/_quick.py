@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from nasa_kernels._checks import Call
-from nasa_kernels._joint.shared import in_one_launch
+from nasa_kernels._joint.shared import is_small
 from nasa_kernels.backends import RECORDS
 
 # queries of the texts' own where there are none
@@ -65,21 +65,23 @@ class Known(NamedTuple):
     scale: float
     # what the operator runs, where that is Python of ours
     function: Any = None
-    # of joint attention, what does the same for a small image, in one launch, and whether that is
-    # an operator
+    # of joint attention, what does the same for a small image, in one launch, where q's dtype has
+    # that, and whether it is an operator
     one_launch: Any = None
     one_is_operator: bool = False
 
 
-def joint_operator(known: Known, text: int, q: Tensor, keys_values: tuple[Tensor, ...]) -> Any:
-    """What to call for a joint attention with so many queries of the texts' own; None where the
-    checks must say what is wrong.
+def joint_operator(
+    known: Known, text: int, q: Tensor, shape: torch.Size, keys_values: tuple[Tensor, ...]
+) -> Any:
+    """What to call for a joint attention with so many queries of the texts' own, `shape` that of q;
+    None where the checks must say what is wrong.
     """
     one = known.one_launch
-    if one is not None and in_one_launch(q, keys_values[0], text):
+    if one is not None and is_small(shape, keys_values[0].shape[1], text):
         # no operator of PyTorch's is called past its checks
         return one if known.one_is_operator else past_operator(known, one)
-    return past_operator(known, known.function) if like(q, *keys_values) else None
+    return past_operator(known, known.function) if like(q, shape, *keys_values) else None
 
 
 def past_operator(known: Known, function: Any) -> Any:
@@ -102,9 +104,9 @@ def quick(
     mask_neg: Tensor | None,
     alpha: float | Tensor,
     scale: float | None,
-) -> tuple[Known, Tensor | None, float, float] | None:
-    """Whether a call may go to its operator at once, and with which alpha map, alpha and scale.
-    None: check it first.
+) -> tuple[Known, Tensor | None, float, float, torch.Size] | None:
+    """Whether a call may go to its operator at once, and with which alpha map, alpha and scale; and
+    the shape of q, since to ask a tensor costs the host. None: check it first.
 
     Not looked at are shapes and strides, and dtypes and devices of keys and values: the operator
     refuses what it cannot take.
@@ -112,7 +114,8 @@ def quick(
     if is_compiling():
         return None
     try:
-        known = _known.get((asked, q.dtype, q.device, q.shape[3]))
+        shape = q.shape
+        known = _known.get((asked, q.dtype, q.device, shape[3]))
     except (AttributeError, TypeError, IndexError):
         return None
     if (
@@ -138,9 +141,9 @@ def quick(
         return None
     if type(alpha) is float or type(alpha) is int:
         if -_INFINITY < alpha < _INFINITY:
-            return known, None, alpha, scale
+            return known, None, alpha, scale, shape
     elif type(alpha) is Tensor and alpha.dtype is _FLOAT and alpha.device == q.device:
-        return known, alpha, 0.0, scale
+        return known, alpha, 0.0, scale, shape
     return None
 
 
@@ -173,7 +176,8 @@ def remember(
         if modules is not None:
             module = importlib.import_module(modules.forward)
             function = getattr(module, name)
-            one_launch = getattr(module, "ONE_LAUNCH", {}).get(name)
+            if q.dtype is not _FLOAT:
+                one_launch = getattr(module, "ONE_LAUNCH", {}).get(name)
         # what an operator's own `__call__`, in Python, calls with the same arguments
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
@@ -193,13 +197,14 @@ def are_two(text_queries: Any) -> bool:
     )
 
 
-def like(q: Tensor, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
-    """Whether q and the image's k and v agree in batch, heads, dtype, device and layout, and k and
-    v in length, where PyTorch's attention is called past its checks. And whether keys and values of
-    the prompts have the heads of the image's, of which their operator sees nothing.
+def like(q: Tensor, of_q: torch.Size, k: Tensor, v: Tensor, *prompts: Tensor) -> bool:
+    """Whether q, of shape `of_q`, and the image's k and v agree in batch, heads, dtype, device and
+    layout, and k and v in length, where PyTorch's attention is called past its checks. And whether
+    keys and values of the prompts have the heads of the image's, of which their operator sees
+    nothing.
     """
     # every question to a tensor costs the host: none is asked twice
-    of_q, of_k = q.shape, k.shape
+    of_k = k.shape
     if len(of_q) != 4 or len(of_k) != 4:
         return False
     b, _, h, d = of_q

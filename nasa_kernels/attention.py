@@ -89,7 +89,7 @@ def nasa_attention(
     asked = (_NAME, backend, rule)
     plain = quick(asked, q, (k_pos, v_pos, k_neg, v_neg), mask_pos, mask_neg, alpha, scale)
     if plain is not None:
-        known, alpha_map, number, factor = plain
+        known, alpha_map, number, factor, _ = plain
         try:
             run = known.operator if known.function is None else past_operator(known, known.function)
             return run(

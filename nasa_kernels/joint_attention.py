@@ -90,12 +90,12 @@ def nasa_joint_attention(
     keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
     plain = quick(asked, q, keys_values, mask_pos, mask_neg, alpha, scale)
     if plain is not None and are_two(text_queries):
-        known, alpha_map, number, factor = plain
+        known, alpha_map, number, factor, shape = plain
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
             try:
                 text_pos, text_neg = text_queries
-                operator = joint_operator(known, text_pos + text_neg, q, keys_values)
+                operator = joint_operator(known, text_pos + text_neg, q, shape, keys_values)
                 if operator is not None:
                     # no *: unpacking costs the host
                     return operator(

@@ -45,10 +45,13 @@ def in_one_launch(q: Tensor, k: Tensor, text: int) -> bool:
         ValueError, IndexError: q has not 4 dimensions, or k not two.
     """
     # fp32 is multiplied without tensor cores, where our kernels are the slower ones at any size
-    if q.dtype is _FLOAT:
-        return False
-    b, l, h, d = q.shape
-    n, rows = k.shape[1], l - text
+    return q.dtype is not _FLOAT and is_small(q.shape, k.shape[1], text)
+
+
+def is_small(shape: torch.Size, n: int, text: int) -> bool:
+    """The same of q's shape and n keys."""
+    b, l, h, d = shape
+    rows = l - text
     return 4 * b * h * d * n * (rows if rows > n else n) <= _one_launch
 
 
