@@ -25,6 +25,16 @@ def joint_forward(q, k, v, k_pos, v_pos, k_neg, v_neg, *args, out_shape=None, **
     )
 
 
+def joint_image(*args, out_shape=None, **kwargs) -> int:
+    """`joint_forward` where the numbers of the texts' queries, 0, may be left out."""
+    return joint_forward(*args[:7], *(*args[13:], 0, 0)[:2])
+
+
+def nag_image(*args, out_shape=None, **kwargs) -> int:
+    """The same of NAG, whose settings stand before them."""
+    return joint_forward(*args[:7], *(*args[15:], 0, 0)[:2])
+
+
 def backward(*args, out_shape=None, **kwargs) -> int:
     *_, q, k_pos, _, k_neg, _, _, _, _, _, _, needs = args
     return _gradients((_product(q, k_pos), _product(q, k_neg)), needs)

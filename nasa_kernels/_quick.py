@@ -32,6 +32,8 @@ _BOOL, _FLOAT = torch.bool, torch.float32
 # transforms and of tracing are among them while there are any
 _included = torch._C._dispatch_tls_local_include_set
 _is_profiled = torch._C._autograd._profiler_enabled
+# of any device; it costs a third of what the question for one does
+_is_autocast = torch._C._is_any_autocast_enabled
 
 
 def _plain() -> tuple[int, ...]:
@@ -66,9 +68,9 @@ class Known(NamedTuple):
     # what the operator runs, where that is Python of ours
     function: Any = None
     # of joint attention, what does the same for a small image, in one launch, where q's dtype has
-    # that, and whether it is an operator
+    # that; and the same once more where it is an operator, which has defaults for its last numbers
     one_launch: Any = None
-    one_is_operator: bool = False
+    brief: Any = None
 
 
 def joint_operator(
@@ -80,7 +82,7 @@ def joint_operator(
     one = known.one_launch
     if one is not None and is_small(shape, keys_values[0].shape[1], text):
         # no operator of PyTorch's is called past its checks
-        return one if known.one_is_operator else past_operator(known, one)
+        return one if one is known.brief else past_operator(known, one)
     return past_operator(known, known.function) if like(q, shape, *keys_values) else None
 
 
@@ -121,7 +123,8 @@ def quick(
     if (
         known is None
         or type(q) is not Tensor
-        or torch.is_autocast_enabled(known.device_type)
+        or _is_autocast()
+        and torch.is_autocast_enabled(known.device_type)
         or forward_ad._current_level >= 0
     ):
         return None
@@ -181,15 +184,16 @@ def remember(
         # what an operator's own `__call__`, in Python, calls with the same arguments
         operator = getattr(operator, "_op", operator)
         key = (asked, q.dtype, q.device, q.shape[3])
+        one = getattr(one_launch, "_op", one_launch)
         _known[key] = Known(
             operator, rest, call.backend, q.device.type, q.shape[3] ** -0.5, function,
-            getattr(one_launch, "_op", one_launch), isinstance(one_launch, OpOverload),
+            one, one if isinstance(one_launch, OpOverload) else None,
         )  # fmt: skip
 
 
 def are_two(text_queries: Any) -> bool:
     """Whether they are two numbers of queries; whether q has as many, the operators find out."""
-    return text_queries is NO_TEXT or (
+    return (
         type(text_queries) is tuple
         and len(text_queries) == 2
         and type(text_queries[0]) is int

@@ -89,7 +89,7 @@ def nasa_joint_attention(
     asked = (_NAME, backend, rule)
     keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
     plain = quick(asked, q, keys_values, mask_pos, mask_neg, alpha, scale)
-    if plain is not None and are_two(text_queries):
+    if plain is not None and (text_queries is NO_TEXT or are_two(text_queries)):
         known, alpha_map, number, factor, shape = plain
         # of alpha 0 there is less to do
         if alpha_map is not None or number != 0 or rule == "vsf":
@@ -98,6 +98,11 @@ def nasa_joint_attention(
                 operator = joint_operator(known, text_pos + text_neg, q, shape, keys_values)
                 if operator is not None:
                     # no *: unpacking costs the host
+                    if operator is known.brief and text_queries is NO_TEXT:
+                        return operator(
+                            q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+                            number, factor, known.rest[0],
+                        )  # fmt: skip
                     return operator(
                         q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map, number,
                         factor, known.rest[0], text_pos, text_neg,

@@ -162,7 +162,11 @@ def nag_joint_attention(
     asked = (function, backend)
     keys_values = (k, v, k_pos, v_pos, k_neg, v_neg)
     plain = quick(asked, q, keys_values, mask_pos, mask_neg, nag_alpha, scale)
-    if plain is not None and _are_settings(nag_scale, nag_tau, nag_norm) and are_two(text_queries):
+    if (
+        plain is not None
+        and _are_settings(nag_scale, nag_tau, nag_norm)
+        and (text_queries is NO_TEXT or are_two(text_queries))
+    ):
         known, alpha_map, alpha, factor, shape = plain
         # of alpha 0 there is less to do
         if alpha_map is not None or alpha != 0:
@@ -170,6 +174,11 @@ def nag_joint_attention(
                 text_pos, text_neg = text_queries
                 operator = joint_operator(known, text_pos + text_neg, q, shape, keys_values)
                 if operator is not None:
+                    if operator is known.brief and text_queries is NO_TEXT and nag_norm == 1:
+                        return operator(
+                            q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
+                            alpha, factor, nag_scale, nag_tau,
+                        )  # fmt: skip
                     return operator(
                         q, k, v, k_pos, v_pos, k_neg, v_neg, mask_pos, mask_neg, alpha_map,
                         alpha, factor, nag_scale, nag_tau, nag_norm, text_pos, text_neg,
