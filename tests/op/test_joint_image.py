@@ -8,6 +8,7 @@ from support.cases import DEVICE
 from support.formula import exact_and_budget_of_joint
 from test_joint import BACKENDS, make
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nasa_kernels import _quick, nag_joint_attention, nasa_joint_attention
 from nasa_kernels._cuda import joint as cuda_joint
@@ -239,3 +240,60 @@ def test_a_quick_call_goes_to_the_operator_of_small_images(monkeypatch, limit):
         assert run() == ["one", "one"] and not asked
         limit(1)
         assert run() == ["two", "two"] and asked == ["like"] * 2
+
+
+def test_what_a_brief_call_leaves_out_is_what_the_operator_fills_in(monkeypatch):
+    q, k, x = (torch.zeros(1, n, 2, 16, dtype=torch.bfloat16, device=DEVICE) for n in (16, 16, 4))
+    tensors, kinds = (q, k, k, x, x, x, x), (q.dtype, q.device, 16)
+    found = {}
+    for asked, name, rest in (
+        (("nasa_joint_attention", "cuda", "vsf"), "forward_image_cuda", (2,)),
+        (("nag_joint_attention", "cuda"), "nag_image_cuda", ()),
+    ):
+        schema = getattr(torch.ops.nasa_kernels, name).default._schema
+
+        def operator(*args, schema=schema):
+            left_out = [argument.default_value for argument in schema.arguments[len(args) :]]
+            return len(left_out), [*args, *left_out]
+
+        known = _quick.Known(None, rest, "cuda", DEVICE.type, 0.25, None, operator, operator)
+        found[(asked, *kinds)] = known
+    monkeypatch.setattr(_quick, "_known", found)
+
+    def joint(text):
+        how = {"text_queries": text, "backend": "cuda"}
+        return nasa_joint_attention(*tensors, 0.5, rule="vsf", **how)
+
+    def nag(text, norm):
+        how = {"text_queries": text, "nag_norm": norm, "backend": "cuda"}
+        return nag_joint_attention(*tensors, **NAG | how)
+
+    # a pair like the default, but another object
+    none = (0, 0)
+    with torch.no_grad():
+        for brief, whole, saved in (
+            (joint(_quick.NO_TEXT), joint(none), 2),
+            (nag(_quick.NO_TEXT, 1), nag(none, 1), 3),
+        ):
+            assert (brief[0], whole[0]) == (saved, 0)
+            assert all(a is b or a == b for a, b in zip(brief[1], whole[1], strict=True))
+        # what is not as usual is said
+        assert nag(_quick.NO_TEXT, 2)[0] == 0 and nag(_quick.NO_TEXT, 2)[1][-3:] == [2, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["forward_image_cuda", "nag_image_cuda"])
+def test_flops_are_the_same_where_numbers_are_left_out(name):
+    operator = getattr(torch.ops.nasa_kernels, name).default
+    q, k, x = (torch.empty(2, n, 4, 16, device="meta") for n in (20, 16, 5))
+    rest = (0,) if name == "forward_image_cuda" else (3.0, 2.5)
+    usual = [argument.default_value for argument in operator._schema.arguments][-3:]
+
+    def count(*numbers) -> int:
+        with FlopCounterMode(display=False) as counter:
+            operator(q, k, k, x, x, x, x, *REST, *rest, *numbers)
+        return counter.get_total_flops()
+
+    norm = [usual[0]] if name == "nag_image_cuda" else []
+    assert count() == count(*norm, 0, 0) == 4 * 2 * 4 * 16 * 20 * (16 + 5 + 5)
+    # the queries of a text do not see the other
+    assert count(*norm, 1, 3) == 4 * 2 * 4 * 16 * (20 * 16 + 17 * 5 + 19 * 5)
