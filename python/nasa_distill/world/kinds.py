@@ -67,7 +67,12 @@ class World:
     judge: Callable[[Tensor], Verdict]
     describe: Callable[[int], dict[str, str]]  # a scene's value of each attribute
     checks: tuple[str, ...]  # prompts that are drawn and judged on the way
-    negatives: tuple[str, ...]  # what a negative prompt of NASA-T may name, alone or by twos
+    owner: dict[str, str]  # the attribute that each value is one of
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """What a negative prompt of NASA-T may name, alone or by twos."""
+        return tuple(self.owner)
 
     def draw(self, count: int, random_: torch.Generator) -> Tensor:
         """Numbers of scenes, by their rates: `[count]`."""
@@ -128,7 +133,7 @@ SMALL = World(
         "a photo of a red circle",
         "a clean photo of a large blue striped triangle on a white background",
     ),
-    negatives=tuple(small_captions.OWNER),
+    owner=small_captions.OWNER,
 )
 LARGE = World(
     name="large",
@@ -150,7 +155,7 @@ LARGE = World(
         "a clean photo of a single large blue striped triangle on a white background",
         "a framed photo of a circle on a black background with text",
     ),
-    negatives=tuple(large_captions.OWNER),
+    owner=large_captions.OWNER,
 )
 WORLDS = {world.size: world for world in (SMALL, LARGE)}
 

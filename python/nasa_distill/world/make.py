@@ -168,7 +168,7 @@ LARGE_RECIPE = Recipe(
         ),
     ),
     chained=False,
-    joint=(),
+    joint=(Settings(steps=3000, batch=64, learning_rate=6e-4, ema=0.995, muon=0.004),),
     words=(Settings(steps=3000, batch=64, learning_rate=6e-4, ema=0.995, muon=0.004),),
     words_size=(192, 5, 2),
     words_shown=(

@@ -22,7 +22,6 @@ from nasa_distill import tables
 from nasa_distill.intervals import Share
 from nasa_distill.train.networks import Model, Text, load
 from nasa_distill.train.seeds import generator
-from nasa_distill.world.captions import OWNER, read
 from nasa_distill.world.evaluation.evaluate import (
     BATCH,
     Counts,
@@ -30,13 +29,11 @@ from nasa_distill.world.evaluation.evaluate import (
     checksum,
     commit,
 )
-from nasa_distill.world.evaluation.prompts import PAIRS
-from nasa_distill.world.judge import judge
-from nasa_distill.world.kinds import SMALL, world_of
-from nasa_distill.world.scene import ATTRIBUTES, RATES
+from nasa_distill.world.evaluation.prompts import pairs_of
+from nasa_distill.world.kinds import LARGE, SMALL, World, world_of
 
-# they name the same attributes, and other values
-SWAPS = (
+# they name the same attributes, and other values; in the larger world of single objects
+SMALL_SWAPS = (
     ("a photo of a red circle", "a photo of a blue square"),
     ("a photo of a small green shape", "a photo of a large yellow shape"),
     ("a photo of a striped triangle", "a photo of a solid circle"),
@@ -47,7 +44,23 @@ SWAPS = (
         "a watermarked photo of a small red solid circle on a black background",
     ),
 )
+LARGE_SWAPS = (
+    ("a photo of a single red circle", "a photo of a single blue square"),
+    ("a photo of a single small green shape", "a photo of a single large yellow shape"),
+    ("a photo of a single striped triangle", "a photo of a single solid circle"),
+    ("a photo of a shape on a white background", "a photo of a shape on a black background"),
+    ("a framed photo of a shape", "a frameless photo of a shape"),
+    ("a clean photo of a shape", "a photo of a shape with text"),
+    (
+        "a framed photo of a single large blue striped triangle on a white background",
+        "a frameless photo of a single small red solid circle on a black background",
+    ),
+)
+SWAPS = {SMALL.name: SMALL_SWAPS, LARGE.name: LARGE_SWAPS}
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of the vector, beside the alpha of the tokens
+
+# where the evaluation of a world's prompt pairs is
+PAGES = {SMALL.name: "results.md", LARGE.name: "large.md"}
 
 
 def swapped(model: Model, tokens: str, vector: str, steps: int, noise: Tensor, seed: int) -> Tensor:
@@ -77,37 +90,41 @@ def away(vector: Tensor, negative: Tensor, strength: float) -> Tensor:
 
 def follow(model: Model, steps: int, images: int, seed: int) -> dict[str, dict[str, int]]:
     """By attribute, of how many images whose; `same` where tokens and vector are of one prompt."""
-    found = {name: dict.fromkeys(("images", "same", "tokens", "vector"), 0) for name in ATTRIBUTES}
-    for number, swap in enumerate(tqdm(SWAPS, "swaps")):
+    world = world_of(model)
+    found: dict[str, dict[str, int]] = {}
+    for number, swap in enumerate(tqdm(SWAPS[world.name], "swaps")):
         noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
         for tokens, vector in (swap, swap[::-1]):
-            asked, other = (owned(prompt) for prompt in (tokens, vector))
-            plain = judge(swapped(model, tokens, tokens, steps, noise, seed)).values.cpu()
-            mixed = judge(swapped(model, tokens, vector, steps, noise, seed)).values.cpu()
+            asked, other = (owned(prompt, world) for prompt in (tokens, vector))
+            plain = world.judge(swapped(model, tokens, tokens, steps, noise, seed))
+            mixed = world.judge(swapped(model, tokens, vector, steps, noise, seed))
             for name, value in asked.items():
-                column, values = ATTRIBUTES.index(name), list(RATES[name])
-                counts = found[name]
+                if other[name] == value:
+                    continue
+                counts = found.setdefault(
+                    name, dict.fromkeys(("images", "same", "tokens", "vector"), 0)
+                )
                 counts["images"] += images
-                counts["same"] += int((plain[:, column] == values.index(value)).sum())
-                counts["tokens"] += int((mixed[:, column] == values.index(value)).sum())
-                counts["vector"] += int((mixed[:, column] == values.index(other[name])).sum())
+                counts["same"] += int(plain.follows(value).sum())
+                counts["tokens"] += int(mixed.follows(value).sum())
+                counts["vector"] += int(mixed.follows(other[name]).sum())
     return found
 
 
-def owned(prompt: str) -> dict[str, str]:
+def owned(prompt: str, world: World) -> dict[str, str]:
     """The value that a prompt names, by attribute."""
-    return {OWNER[value]: value for values in read(prompt).values() for value in values}
+    return {world.owner[word]: word for word in prompt.split() if word in world.owner}
 
 
 def steer(
     model: Model, steps: int, images: int, seed: int, alpha: float
 ) -> dict[str, dict[str, float]]:
     """The evaluation's prompt pairs, the tokens guided at alpha, and the vector as well."""
-    found = {}
+    found, pairs = {}, pairs_of(world_of(model), "first")
     for strength in tqdm(STRENGTHS, "strengths"):
         for of_tokens in sorted({0.0, alpha}):
             total = Counts()
-            for number, (prompt, negative) in enumerate(PAIRS):
+            for number, (prompt, negative) in enumerate(pairs):
                 noise = torch.randn(images, *model.latent_shape, generator=generator(seed, number))
                 text, other = model.encode([prompt]), model.encode([negative])
                 text = text._replace(pooled=away(text.pooled, other.pooled, strength))  # type: ignore[arg-type]
@@ -130,15 +147,10 @@ def run(student: Path, steps: int, images: int, seed: int, alpha: float) -> dict
     """What `page` is made of.
 
     Raises:
-        ValueError: The student has no pooled vector, or is of another world than the prompts here.
+        ValueError: The student is of no world, or has no pooled vector.
     """
     model = load(student)
-    if world_of(model) is not SMALL:
-        raise ValueError(
-            f"pooled.run: the model in {student} must draw the small world's {SMALL.size}x"
-            f"{SMALL.size} images, which the prompts are of; students of other worlds have no "
-            "pooled vector"
-        )
+    world = world_of(model)
     pooled = model.encode(["red"]).pooled
     if pooled is None or not pooled.any():
         raise ValueError(f"pooled.run: the model in {student} has no pooled vector")
@@ -150,6 +162,7 @@ def run(student: Path, steps: int, images: int, seed: int, alpha: float) -> dict
             "images per prompt": images,
             "alpha of the tokens": alpha,
             "student": checksum(student),
+            "world": world.name,
         },
         "follow": follow(model, steps, images, seed),
         "steer": steer(model, steps, images, seed, alpha),
@@ -174,7 +187,8 @@ def page(found: dict[str, Any]) -> str:
         ("strengths", "removed", "valid", "followed", "all three"),
         rows,
     )
-    return TEMPLATE.format(about=about, follow=follow_table, steer=steer_table)
+    pairs = PAGES[found["about"]["world"]]
+    return TEMPLATE.format(about=about, follow=follow_table, steer=steer_table, pairs=pairs)
 
 
 TEMPLATE = """# What reaches a joint attention model through its pooled vector
@@ -194,7 +208,7 @@ tokens and vector of the same prompt.
 
 ## The vector guided as well
 
-The prompt pairs of [the evaluation](results.md). The tokens are guided by `ProjectedNASA`, the
+The prompt pairs of [the evaluation]({pairs}). The tokens are guided by `ProjectedNASA`, the
 vector by the same rule, outside the attention: what the negative prompt's vector has beside the
 prompt's is taken away, and the length is kept. Strength 0 leaves them as they are.
 
