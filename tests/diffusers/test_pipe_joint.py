@@ -307,7 +307,7 @@ def test_default_rule_alpha_and_report(one_each, draw):
     with nasa(one_each.pipe, "blurry", max_sequence_length=8) as handle:
         draw(one_each.pipe, **SIZE)
         report = handle.report()
-        assert (handle.method, report.method) == (NASA(0.25, "nasa-cross"), "NASA, rule nasa-cross")
+        assert (handle.method, report.method) == (NASA(0.1, "nasa-cross"), "NASA, rule nasa-cross")
         assert report.layers_guided == report.layers == len(handle._guidances[0].layers)
         assert report.attention_flops > 0 == report.projection_flops
 

@@ -229,8 +229,13 @@ def test_the_picture_is_one_curve_a_method(tmp_path):
         assert expected in drawn
 
 
-def test_the_pictures_words_do_not_overlap():
-    figure = report.frontier(report.read(report_of_docs()))
+# a picture of one number of steps is half as wide
+MEASURED = sorted((Path(__file__).parents[2] / "docs" / "distill").glob("**/results.json"))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+def test_the_pictures_words_do_not_overlap(path):
+    figure = report.frontier(report.read(path))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()

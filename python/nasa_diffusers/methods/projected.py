@@ -13,7 +13,7 @@ from nasa_kernels import Negative, backends, projected_attention, projected_join
 from nasa_kernels.nag import pair_backend
 
 # what did well on the small world's U-Net, in one step and in four (docs/distill/results.md), and
-# what none of three networks with joint attention was the worse for (docs/diffusers/joint.md)
+# what none of four networks with joint attention was the worse for (docs/diffusers/joint.md)
 CROSS_ALPHA = 1.5
 JOINT_ALPHA = 1.0
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -65,10 +66,25 @@ def frontier(title: str, axes_said: tuple[str, str], panels: Sequence[Panel]) ->
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel(axes_said[1])
     figure.suptitle(title, fontsize="medium")
-    figure.legend(
-        drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5
-    )
+    _legend_below(figure, drawn)
     return figure
+
+
+def _legend_below(figure: Figure, drawn: dict[str, Any]) -> None:
+    """By label, in as many columns as the figure is wide."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in (3, 2, 1):
+        legend = figure.legend(
+            drawn.values(),
+            drawn,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8.5,
+        )
+        if legend.get_window_extent(renderer).width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def draw(title: str, axis: str, ticks: Sequence[float], lines: Sequence[Line], path: Path) -> None:
