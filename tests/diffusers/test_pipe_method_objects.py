@@ -22,8 +22,8 @@ CROSS = {
     "wan": (testing.wan, 0.5, (5.0, 2.5, 0.25)),
 }
 JOINT = {
-    "flux": (testing.flux, 0.25, (5.0, 2.5, 0.25)),
-    "sd3": (testing.stable_diffusion_3, 0.25, (5.0, 2.5, 0.125)),
+    "flux": (testing.flux, 0.1, (5.0, 2.5, 0.25)),
+    "sd3": (testing.stable_diffusion_3, 0.1, (5.0, 2.5, 0.125)),
 }
 
 
@@ -168,7 +168,7 @@ def test_a_method_of_ones_own(sd):
     case = joint_cases.sd3()
     stock = case()
     with nasa(case.pipe, "blurry", Positive(), cfg=False, max_sequence_length=8) as handle:
-        assert handle.method == Positive(0.25)
+        assert handle.method == Positive(0.1)
         assert_same_image(case(), stock)
 
 

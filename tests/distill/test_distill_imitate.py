@@ -11,6 +11,8 @@ from nasa_distill.__main__ import main
 from nasa_distill.train.networks import load
 from nasa_distill.train.seeds import generator
 from nasa_distill.world import imitate, make, shipped, students
+from nasa_distill.world.evaluation import pooled
+from nasa_distill.world.evaluation.prompts import LARGE_PAIRS
 from nasa_distill.world.fit import Settings
 from nasa_distill.world.kinds import LARGE
 from small_world import FEW_SCENES, TINY, TINY_LARGE
@@ -107,14 +109,14 @@ def test_what_draws_the_same_has_nothing_to_learn(shown, known, tmp_path):
     assert json.loads(log[0])["loss"] < 1e-6
 
 
-def test_the_command_makes_a_student_of_the_larger_world(tmp_path, monkeypatch, capsys):
+def test_the_command_makes_students_of_the_larger_world(tmp_path, monkeypatch, capsys):
     """From the shipped one, with its decoder, as a stock pipeline."""
-    monkeypatch.setitem(make.RECIPES, 64, replace(TINY_LARGE, joint=(), words_shown=(TINY,)))
+    monkeypatch.setitem(make.RECIPES, 64, replace(TINY_LARGE, words_shown=(TINY,)))
     monkeypatch.setitem(make.WORLDS, 64, WORLD)
     monkeypatch.setattr(students, "CHUNK", 4)
     command = ["world", "--size", "64", "--from-shipped", "--stage", "words"]
     assert main([*command, "--out", str(tmp_path)]) == 0, capsys.readouterr().err
-    assert not (tmp_path / "joint").exists() and not (tmp_path / "pixart").exists()
+    assert not (tmp_path / "pixart").exists()
     path = tmp_path / "words" / "pipeline"
     pipe = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None)
     call = {"num_inference_steps": 1, "guidance_scale": 0, "max_sequence_length": 0}
@@ -123,3 +125,13 @@ def test_the_command_makes_a_student_of_the_larger_world(tmp_path, monkeypatch, 
     image = pipe(LARGE.checks[1], latents=noise, output_type="pt", **call).images
     decoded = load(shipped.path(64)).decode(latents).clamp(-1, 1) / 2 + 0.5
     torch.testing.assert_close(image, decoded, atol=1e-5, rtol=1e-5)
+    # the other one has a pooled vector, which is asked as on the smaller world
+    monkeypatch.setattr(pooled, "STRENGTHS", (0.0,))
+    monkeypatch.setattr(pooled, "pairs_of", lambda world, name: LARGE_PAIRS[:2])
+    found = pooled.run(tmp_path / "joint" / "pipeline", 1, 1, 0, 1.0)
+    assert found["about"]["world"] == "large"
+    # in both directions; that there is one object is what both prompts say
+    asked = {"colour": 6, "shape": 6, "size": 4, "texture": 4, "ground": 4, "frame": 4, "defect": 2}
+    assert {name: counts["images"] for name, counts in found["follow"].items()} == asked
+    assert found["steer"]["tokens 1, vector 0"]["n"] == 2
+    assert "[the evaluation](large.md)" in pooled.page(found)
