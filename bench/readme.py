@@ -103,7 +103,7 @@ def headlines(rows: Iterable[Row], results: Path = RESULTS) -> str:
     """At most six lines, and two plots."""
     newest = with_most_threads(latest(rows).values())
     lines = [_flops_added(newest)]
-    for device in _devices(newest)[-DEVICES:]:
+    for device in _devices([r for r in newest if r.bench != "host"])[-DEVICES:]:
         of = [r for r in newest if _of(r) == device]
         lines += [_call_headline(of), _operation_headline(of)]
     text = ["\n".join(f"- {line}" for line in lines if line)]
@@ -293,9 +293,12 @@ HOST = (
 
 
 def _host(rows: list[Row]) -> str:
-    found = shares(rows)
-    if not found:
+    """Of the machine that was measured last: one table has the units of one."""
+    of_host = [r for r in rows if r.bench == "host"]
+    if not of_host:
         return ""
+    machine = _of(max(of_host, key=lambda r: r.date))
+    found = shares([r for r in of_host if _of(r) == machine])
     by = {(x.row.provider, x.row.case): x for x in found}
     providers = list(dict.fromkeys(x.row.provider for x in found))
     body = []

@@ -237,6 +237,25 @@ def test_pages_are_made_from_rows(tmp_path):
         made()
 
 
+def test_the_hosts_table_is_of_the_machine_that_was_measured_last():
+    """Each machine has a unit of its own. And one without other rows takes no other's place."""
+
+    def host(case, us, device, day) -> Row:
+        how = {"bench": "host", "timing": "host", "baseline": "sdpa", "baseline_us": 10.0}
+        return row("cuda", us, case=case, device=device, date=f"2020-01-0{day}", **how)
+
+    rows = [host("image", 70.0, "New CPU", 2), host("joint", 90.0, "New CPU", 2)]
+    rows += [host("joint", 50.0, "Old CPU", 1), host("image", 20.0, "Old CPU", 1)]
+    for order in (rows, rows[::-1]):
+        page = readme.section(order)
+        assert "| joint | 9.00 (8.10-9.90) | 2.00 |" in page
+        assert "New CPU" in page and "Old CPU" not in page
+    of = {"case": "sd15-64", "baseline": "algorithm-1", "baseline_us": 25.0}
+    measured = [row(device=f"Device {number}", **of) for number in range(readme.DEVICES)]
+    assert readme.headlines(measured) == readme.headlines([*measured, *rows])
+    assert "Device 0" in readme.headlines(measured)
+
+
 def test_a_number_near_the_papers_is_named():
     near = [
         row(p, bench="flops", case="m", flops=f)
