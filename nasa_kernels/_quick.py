@@ -32,7 +32,7 @@ _BOOL, _FLOAT = torch.bool, torch.float32
 # transforms and of tracing are among them while there are any
 _included = torch._C._dispatch_tls_local_include_set
 _is_profiled = torch._C._autograd._profiler_enabled
-# of any device; it costs a third of what the question for one does
+# of any device; it costs the host half of what the question for one does
 _is_autocast = torch._C._is_any_autocast_enabled
 
 
